@@ -1,0 +1,14 @@
+"""The JAX backend: the op and the optax guard. Users import it as ``maskedlinear.jax``; Flax layers are in ``flax``."""
+
+import jax
+
+if jax.__version_info__ < (0, 6):
+    raise ImportError(
+        f"maskedlinear.jax needs jax >= 0.6, the oldest release that it is tested with; found {jax.__version__}. "
+        'Upgrade with: pip install -U "maskedlinear[jax]"'
+    )
+
+from maskedlinear_jax._functional import masked_linear
+from maskedlinear_jax._optim import freeze_masked
+
+__all__ = ["freeze_masked", "masked_linear"]

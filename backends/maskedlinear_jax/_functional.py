@@ -1,0 +1,160 @@
+"""``masked_linear`` as a function, with a reverse rule of its own and a second door to forward mode.
+
+Which is the default, and why: ``jax.custom_vjp``, because its residuals are x, the weight and the mask, where the
+derivative that JAX would make of the plain expression keeps a masked copy of the weight as well. But ``custom_vjp``
+refuses ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` (https://github.com/jax-ml/jax/issues/16049). With
+``forward_mode=True`` the plain expression stands in, which JAX differentiates in every mode. ``jax.grad`` of
+``jax.grad``, ``jax.jacrev`` and ``jax.hessian`` (forward over reverse) work through either door.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from maskedlinear.masks import as_mask
+from maskedlinear.spec import check_floating, check_shapes
+
+__all__ = ["boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
+
+Precision = Any  # what jax.lax.dot_general takes: None, a name, a Precision, a pair of these, an algorithm
+
+
+def masked_linear(
+    x: ArrayLike,
+    weight: ArrayLike,
+    mask: Any,
+    bias: ArrayLike | None = None,
+    *,
+    precision: Precision = None,
+    forward_mode: bool = False,
+) -> Array:
+    """Return ``y = x · where(mask, weight, 0)ᵀ + bias``, as :func:`maskedlinear.spec.forward` defines it.
+
+    Works under ``jit``, ``vmap`` (over any argument), ``grad`` of any order, ``checkpoint`` and ``scan``. The mask is an
+    ordinary array, which can change without a new compilation, and has no gradient; the weight's gradient is exactly +0
+    where the mask is ``False``, whatever x, weight and the cotangent hold. Half types accumulate in float32.
+
+    Args:
+        x: shape ``(..., in)``.
+        weight: shape ``(out, in)``.
+        mask: shape ``(out, in)``, booleans or 0s and 1s. Inside a transform it must be boolean, since the values of a
+            traced array cannot be checked.
+        bias: shape ``(out,)`` or ``None``.
+        precision: as in ``jax.numpy.matmul``, for the forward and the backward products.
+        forward_mode: whether to use the plain expression, which ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` can
+            differentiate, and whose reverse mode keeps a masked copy of the weight. By default a reverse rule is used
+            that keeps no such copy, and which these three refuse.
+
+    Returns:
+        Shape ``(..., out)``, in the arguments' common dtype.
+
+    Raises:
+        ValueError: if shapes or devices do not belong together, or the mask holds anything but 0 and 1.
+        TypeError: if a dtype is not real floating-point.
+    """
+    x, weight = jnp.asarray(x), jnp.asarray(weight)
+    bias = None if bias is None else jnp.asarray(bias)
+    check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
+    mask = boolean_mask(mask, weight.shape)
+    check_devices(mask, weight)
+    named = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
+    for name, array in named.items():
+        check_floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
+    dtype = jnp.result_type(*named.values())
+    x, weight, bias = x.astype(dtype), weight.astype(dtype), None if bias is None else bias.astype(dtype)
+    return (expression if forward_mode else rule)(x, weight, mask, bias, 1, precision)
+
+
+def boolean_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in)") -> Array:
+    """Return ``mask`` as a boolean array, checked.
+
+    Raises:
+        ValueError: if the mask has another shape, holds anything but 0 and 1, or is traced and not boolean.
+    """
+    if isinstance(mask, jax.core.Tracer) and mask.dtype != jnp.bool_:
+        raise ValueError(
+            f"inside a transform a mask must be boolean, because its values cannot be checked; got {mask.dtype}: "
+            "convert it before, with mask.astype(bool)"
+        )
+    return jnp.asarray(as_mask(mask, shape, parameter))
+
+
+def check_devices(mask: Array, weight: Array) -> None:
+    """Raise a ``ValueError`` if mask and weight were put on different devices."""
+    ours, theirs = _pinned(weight), _pinned(mask)
+    if ours is not None and theirs is not None and ours != theirs:
+        raise ValueError(
+            f"mask and weight must be on the same devices; got the mask on {_names(theirs)} and the weight on "
+            f"{_names(ours)}: move the mask with jax.device_put(mask, weight.sharding)"
+        )
+
+
+def _pinned(array: Any) -> set[Any] | None:
+    """The devices that an array was put on by choice; ``None`` if JAX may still move it, or if it is traced."""
+    if isinstance(array, jax.core.Tracer) or not getattr(array, "committed", False):
+        return None
+    return set(array.devices())
+
+
+def _names(devices: set[Any]) -> str:
+    return ", ".join(sorted(map(str, devices)))
+
+
+def _select(mask: Array, array: Array) -> Array:
+    return jnp.where(mask, array, jnp.zeros((), array.dtype))
+
+
+def _dot(a: Array, b: Array, axes: tuple[Any, Any], precision: Precision) -> Array:
+    """Contract ``axes`` of a and b, accumulated in at least float32 and not yet rounded to the arguments' dtype."""
+    wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
+    return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=wide)
+
+
+def expression(
+    x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision = None
+) -> Array:
+    """The forward pass, for trusted arguments of one dtype; ``in_axis`` is the weight's axis of inputs.
+
+    ``in_axis`` is 1 for a weight ``(out, in)`` and 0 for a Flax kernel ``(in, out)``; a mask has its weight's shape.
+    """
+    y = _dot(x, _select(mask, weight), ((x.ndim - 1,), (in_axis,)), precision)
+    if bias is not None:
+        y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+    return y.astype(x.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def rule(x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision = None) -> Array:
+    """:func:`expression`, with the backward pass of the spec as its reverse rule."""
+    return expression(x, weight, mask, bias, in_axis, precision)
+
+
+Residuals = tuple[Array, Array, Array, Array | None]
+
+
+def _forward(
+    x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision
+) -> tuple[Array, Residuals]:
+    # The bias is kept for its presence alone; it is as small as a residual can be.
+    return expression(x, weight, mask, bias, in_axis, precision), (x, weight, mask, bias)
+
+
+def _backward(
+    in_axis: int, precision: Precision, residuals: Residuals, g: Array
+) -> tuple[Array, Array, None, Array | None]:
+    x, weight, mask, bias = residuals
+    batch = tuple(range(g.ndim - 1))
+    dx = _dot(g, _select(mask, weight), ((g.ndim - 1,), (1 - in_axis,)), precision)
+    left, right = (g, x) if in_axis == 1 else (x, g)
+    dweight = _select(mask, _dot(left, right, (batch, batch), precision))
+    dbias = None if bias is None else jnp.sum(g, axis=batch, dtype=dweight.dtype).astype(bias.dtype)
+    return dx.astype(x.dtype), dweight.astype(weight.dtype), None, dbias
+
+
+rule.defvjp(_forward, _backward)

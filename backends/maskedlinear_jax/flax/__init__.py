@@ -1,0 +1,11 @@
+"""Flax layers over the JAX backend: nnx and linen. Users import them as ``maskedlinear.flax``.
+
+Flax keeps a layer's kernel as ``(in, out)``, and a mask has the shape of the parameter that it masks: so has every mask
+given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``: transpose them with ``mask.T``.
+"""
+
+from maskedlinear_jax.flax._kernel import param_masks
+from maskedlinear_jax.flax._linen import MaskedDense
+from maskedlinear_jax.flax._nnx import Mask, MaskedLinear
+
+__all__ = ["Mask", "MaskedDense", "MaskedLinear", "param_masks"]

@@ -1,0 +1,176 @@
+"""``MaskedLinear`` for nnx: a drop-in ``nnx.Linear`` whose mask is a Variable of its own type."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array, lax
+
+from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
+
+__all__ = ["Mask", "MaskedLinear"]
+
+
+class Mask(nnx.Variable[Array]):
+    """The mask of a layer: in the state and in checkpoints, and no parameter, so out of every optimizer's sight."""
+
+
+class MaskedLinear(nnx.Linear):
+    """A linear layer whose connections are chosen by a mask: ``y = x · where(mask, kernel, 0) + bias``.
+
+    The whole kernel is kept. A masked connection takes no part in the forward or the backward pass, keeps its stored
+    weight, and comes back when the mask brings it back. Optimizers move a weight whose gradient is zero (momentum,
+    weight decay): guard them with :func:`maskedlinear.jax.freeze_masked`.
+
+    Args:
+        in_features: the size of the input's last dimension.
+        out_features: the size of the output's last dimension.
+        mask: shape ``(in_features, out_features)``, the kernel's: booleans or 0s and 1s. ``None`` is the full mask.
+        fan_in: after ``kernel_init``, multiply each output's weights by √(in / live inputs), so that an initialiser
+            that scales to the fan-in meets the ``"live"`` one; or leave them as drawn, ``"full"``. The same without a
+            mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI
+            2022, section 3.
+        forward_mode: see :func:`maskedlinear.jax.masked_linear`.
+        rngs: as in ``nnx.Linear``.
+        **options: those of ``nnx.Linear``: ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
+            ``bias_init``, ``dot_general``, ``promote_dtype``, ``preferred_element_type``, ``kernel_metadata``,
+            ``bias_metadata``. The ``sharding`` in ``kernel_metadata`` is the mask's too.
+
+    Shapes:
+        inputs ``(..., in_features)``; output ``(..., out_features)``.
+
+    Raises:
+        ValueError: if the mask has another shape or holds anything but 0 and 1, or ``fan_in`` is neither choice.
+        TypeError: if ``param_dtype`` is not real floating-point.
+    """
+
+    mask: Mask
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        mask: Any = None,
+        fan_in: Literal["live", "full"] = "live",
+        forward_mode: bool = False,
+        rngs: nnx.Rngs,
+        **options: Any,
+    ) -> None:
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
+        check_options(fan_in, options.get("param_dtype", jnp.float32))
+        super().__init__(in_features, out_features, rngs=rngs, **options)
+        self.fan_in = fan_in
+        self.forward_mode = forward_mode
+        kernel = self.kernel[...]
+        full = jnp.ones(kernel.shape, bool)
+        chosen = full if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
+        self.mask = Mask(chosen, **dict(options.get("kernel_metadata", {})))
+        if mask is not None and fan_in == "live":
+            self.kernel[...] = kernel * live_scale(chosen, kernel.dtype)
+
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Apply the layer: shape ``(..., in)`` to ``(..., out)``; ``out_sharding`` as in ``nnx.Linear``."""
+        bias = None if self.bias is None else self.bias[...]
+        inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
+        options = {"out_sharding": out_sharding, "preferred_element_type": self.preferred_element_type}
+        return apply_kernel(
+            inputs,
+            kernel,
+            self.mask[...],
+            bias,
+            precision=self.precision,
+            forward_mode=self.forward_mode,
+            dot_general=self.dot_general,
+            dot_options={name: value for name, value in options.items() if value is not None},
+        )
+
+    def set_mask(self, mask: Any) -> None:
+        """Replace the layer's mask; it holds from the next call on, without a new compilation.
+
+        No weight changes, so setting an old mask again brings the old outputs back, bit for bit.
+
+        Args:
+            mask: shape ``(in_features, out_features)``, booleans or 0s and 1s.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+        """
+        old = self.mask[...]
+        new = jnp.array(boolean_mask(mask, old.shape, PARAMETER))
+        if not isinstance(old, jax.core.Tracer) and not isinstance(new, jax.core.Tracer):
+            new = jax.device_put(new, old.sharding)
+        self.mask[...] = new
+
+    @property
+    def masked_kernel(self) -> Array:
+        """``where(mask, kernel, 0)``, shape ``(in_features, out_features)``."""
+        return masked_kernel(self.kernel[...], self.mask[...])
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
+        mask = self.mask[...]
+        return (mask.size - int(mask.sum())) / mask.size if mask.size else 0.0
+
+    @classmethod
+    def from_linear(cls, linear: nnx.Linear, mask: Any = None) -> Self:
+        """Return a masked layer with a copy of ``linear``'s parameters and its options.
+
+        Args:
+            linear: any ``nnx.Linear``. Of a ``MaskedLinear`` the mask is copied too, unless another is given.
+            mask: shape ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1.
+        """
+        own: dict[str, Any] = {"fan_in": "live", "forward_mode": False}
+        if isinstance(linear, MaskedLinear):
+            own = {"fan_in": linear.fan_in, "forward_mode": linear.forward_mode}
+            mask = linear.mask[...] if mask is None else mask
+        layer = cls(linear.in_features, linear.out_features, mask=mask, rngs=nnx.Rngs(0), **_options(linear))
+        layer.fan_in, layer.forward_mode = own["fan_in"], own["forward_mode"]
+        _copy_parameters(linear, layer)
+        return layer
+
+    def to_linear(self) -> nnx.Linear:
+        """Return a plain ``nnx.Linear`` with the same outputs: a copy, whose masked weights are 0."""
+        linear = nnx.Linear(self.in_features, self.out_features, rngs=nnx.Rngs(0), **_options(self))
+        _copy_parameters(self, linear)
+        linear.kernel[...] = self.masked_kernel
+        return linear
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name == "mask" and "mask" in vars(self) and not isinstance(value, nnx.Variable):
+            self.set_mask(value)
+        else:
+            super().__setattr__(name, value)
+
+
+def check_options(fan_in: str, param_dtype: Any) -> None:
+    """Check the options that the nnx and the linen layer share."""
+    if fan_in not in ("live", "full"):
+        raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+    if not jnp.issubdtype(param_dtype, jnp.floating):
+        raise TypeError(f"param_dtype must be a real floating-point dtype, so that weights have a gradient; got {param_dtype}")
+
+
+def _options(linear: nnx.Linear) -> dict[str, Any]:
+    """The options that ``linear`` was made with, as keyword arguments; the initialisers are not kept by Flax."""
+    zeros = jax.nn.initializers.zeros  # the parameters are copied afterwards
+    names = ("use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype", "preferred_element_type")
+    return {name: getattr(linear, name) for name in names} | {"kernel_init": zeros, "bias_init": zeros}
+
+
+def _copy_parameters(source: nnx.Linear, target: nnx.Linear) -> None:
+    for name in ("kernel", "bias"):
+        variable = getattr(source, name)
+        if variable is not None:
+            copy = variable.copy()  # with its metadata, a sharding for one
+            copy[...] = jnp.array(variable[...])
+            setattr(target, name, copy)

@@ -1,0 +1,15 @@
+"""The PyTorch backend: the op, the layer, the optimizer guard. Users import it as ``maskedlinear.torch``."""
+
+import torch
+
+if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
+    raise ImportError(
+        f"maskedlinear.torch needs torch >= 2.6, the first release whose torch.load is safe by default "
+        f'(CVE-2025-32434); found {torch.__version__}. Upgrade with: pip install -U "maskedlinear[torch]"'
+    )
+
+from maskedlinear_torch._functional import masked_linear
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._optim import freeze_masked
+
+__all__ = ["MaskedLinear", "freeze_masked", "masked_linear"]

@@ -1,0 +1,156 @@
+"""``masked_linear`` as a function, with its own backward and forward-mode rules.
+
+The rules save x, the weight and the mask, and no masked copy of the weight: a copy saved as an intermediate would cost
+memory and break second order. Under ``torch.compile`` and ``torch.export`` the plain expression stands in, whose automatic
+derivatives are the same: Dynamo refuses a Function that has a forward-mode rule (https://github.com/pytorch/pytorch/issues/180284)
+and drops such rules inside compiled ``torch.func`` transforms (https://github.com/pytorch/pytorch/issues/192985).
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812 - torch's own idiom
+from torch import Tensor
+
+from maskedlinear.masks import as_mask
+from maskedlinear.spec import check_floating, check_shapes
+
+__all__ = ["as_tensor", "mask_tensor", "masked_linear", "select"]
+
+
+def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
+    """Return ``y = x · where(mask, weight, 0)ᵀ + bias``, as :func:`maskedlinear.spec.forward` defines it.
+
+    Differentiable any number of times, in reverse and in forward mode, and under every ``torch.func`` transform. The
+    mask has no gradient; the weight's gradient is exactly +0 where the mask is ``False``, whatever x, weight and the
+    cotangent hold. Under autocast the arguments are cast as those of ``torch.nn.functional.linear`` are.
+
+    Args:
+        x: shape ``(..., in)``.
+        weight: shape ``(out, in)``, in x's dtype and on its device.
+        mask: shape ``(out, in)``: a boolean tensor on the weight's device, or 0s and 1s, or any array of these on the
+            CPU. Inside ``torch.compile`` and ``torch.vmap`` it must be boolean, since values cannot be checked there.
+        bias: shape ``(out,)`` or ``None``.
+
+    Returns:
+        Shape ``(..., out)``.
+
+    Raises:
+        ValueError: if shapes or devices do not belong together, or the mask holds anything but 0 and 1.
+        TypeError: if a dtype is not real floating-point, or the dtypes differ.
+    """
+    check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
+    mask = mask_tensor(mask, weight)
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            check_floating(name, tensor.dtype, tensor.is_floating_point())
+    if torch.is_autocast_enabled(weight.device.type):
+        dtype = torch.get_autocast_dtype(weight.device.type)
+        x, weight = _autocast(x, dtype), _autocast(weight, dtype)
+        bias = None if bias is None else _autocast(bias, dtype)
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and (tensor.dtype != weight.dtype or tensor.device != weight.device):
+            raise (TypeError if tensor.dtype != weight.dtype else ValueError)(
+                f"x, weight and bias must have one dtype and one device; got {name} in {tensor.dtype} on {tensor.device} "
+                f"and weight in {weight.dtype} on {weight.device}: move one of them with .to(...)"
+            )
+    if torch.compiler.is_compiling():
+        return F.linear(x, select(weight, mask), bias)
+    return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
+    """Return ``mask`` as a boolean tensor on the weight's device, checked.
+
+    An array that is not a tensor moves to the weight's device. A tensor on another device is the caller's mistake.
+
+    Raises:
+        ValueError: if the mask is on another device, has another shape, or holds anything but 0 and 1.
+    """
+    if not isinstance(mask, Tensor):
+        return as_tensor(as_mask(mask, weight.shape)).to(weight.device)
+    if mask.device != weight.device:
+        raise ValueError(
+            f"mask and weight must be on one device; got the mask on {mask.device} and the weight on {weight.device}: "
+            f"move the mask with .to({str(weight.device)!r})"
+        )
+    if mask.dtype is torch.bool:
+        return mask if mask.shape == weight.shape else as_mask(mask, weight.shape)  # type: ignore[no-any-return]
+    if mask.is_meta:
+        return as_mask(mask.bool(), weight.shape)  # type: ignore[no-any-return]
+    unchecked = ValueError(
+        f"inside torch.compile and torch.vmap a mask must be boolean, because its values cannot be checked; "
+        f"got {mask.dtype}: convert it before, with mask.bool()"
+    )
+    if torch.compiler.is_compiling():
+        raise unchecked
+    try:
+        return as_mask(mask.detach(), weight.shape)  # type: ignore[no-any-return]
+    except RuntimeError as error:  # vmap refuses to look at a value
+        raise unchecked from error
+
+
+def as_tensor(mask: Any) -> Tensor:
+    """Return a boolean array of any framework as a tensor; one that is not a tensor is copied to the CPU."""
+    return mask if isinstance(mask, Tensor) else torch.tensor(np.asarray(mask))
+
+
+def select(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return ``where(mask, tensor, 0)``: nothing stored under the mask gets through, NaN included."""
+    return torch.where(mask, tensor, 0)
+
+
+def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Cast as autocast casts a linear layer's arguments: float64 stays."""
+    return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """Merge all batch dimensions into one, of whatever size; ``reshape(-1, n)`` cannot when n is 0."""
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+
+
+class _MaskedLinear(torch.autograd.Function):
+    """The rules. Arguments: x, weight, mask, bias or ``None``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, select(weight, mask), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        x, weight, mask, _ = inputs
+        ctx.save_for_backward(x, weight, mask)
+        ctx.save_for_forward(x, weight, mask)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, mask = ctx.saved_tensors
+        dx = dweight = dbias = None
+        if ctx.needs_input_grad[0]:
+            dx = g @ select(weight, mask)
+        if ctx.needs_input_grad[1]:
+            dweight = select(_flat(g).mT @ _flat(x), mask)
+        if ctx.needs_input_grad[3]:
+            dbias = _flat(g).sum(0)
+        return dx, dweight, None, dbias
+
+    @staticmethod
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None) -> Tensor:  # type: ignore[override]
+        x, weight, mask = ctx.saved_tensors
+        # A sum of two products: half types form it in float32, so that it is rounded once.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        dy = torch.zeros((), dtype=wide, device=x.device).expand(*x.shape[:-1], weight.shape[0])
+        if dx is not None:
+            dy = dy + F.linear(dx.to(wide), select(weight, mask).to(wide))
+        if dweight is not None:
+            dy = dy + F.linear(x.to(wide), select(dweight, mask).to(wide))
+        if dbias is not None:
+            dy = dy + dbias.to(wide)
+        return dy.to(x.dtype)

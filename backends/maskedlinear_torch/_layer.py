@@ -1,0 +1,233 @@
+"""``MaskedLinear``: a drop-in ``torch.nn.Linear`` whose mask decides which of its weights take part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from maskedlinear.masks import as_mask
+from maskedlinear_torch._functional import as_tensor, masked_linear, select
+
+__all__ = ["MaskedLinear"]
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer whose connections are chosen by a mask: ``y = x · where(mask, weight, 0)ᵀ + bias``.
+
+    The whole weight matrix is kept. A masked connection takes no part in the forward or the backward pass, keeps its
+    stored weight, and comes back when the mask brings it back. ``state_dict`` has the keys ``weight``, ``bias`` and
+    ``mask``; the state of a plain ``nn.Linear`` loads too and leaves the mask as it is.
+
+    Optimizers move a weight whose gradient is zero (momentum, weight decay): guard them with
+    :func:`maskedlinear.torch.freeze_masked`. ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` read the
+    ``weight`` of their linear layers past ``forward`` in their inference fast path, and so past any mask.
+
+    Args:
+        in_features: the size of x's last dimension.
+        out_features: the size of y's last dimension.
+        bias: whether the layer has a bias, shape ``(out_features,)``.
+        mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, an array of any framework on the CPU or a
+            tensor; copied. ``None`` is the full mask.
+        fan_in: what :meth:`reset_parameters` scales the weights to: each row's ``"live"`` inputs, or the ``"full"``
+            number of inputs, as ``nn.Linear`` does. The same without a mask.
+        device: as in ``nn.Linear``. A layer made on ``"meta"`` keeps the mask it was given for ``reset_parameters``.
+        dtype: as in ``nn.Linear``; a real floating dtype.
+
+    Shapes:
+        x ``(..., in_features)``; y ``(..., out_features)``.
+
+    Raises:
+        ValueError: if the mask has another shape or holds anything but 0 and 1, or ``fan_in`` is neither choice.
+        TypeError: if ``dtype`` is not real floating-point.
+    """
+
+    mask: Tensor
+    # nn.Linear's states carry version 1: a missing mask is their nature, and an error in ours.
+    _version = 2
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        mask: Any = None,
+        *,
+        fan_in: Literal["live", "full"] = "live",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
+        if dtype is not None and not dtype.is_floating_point:
+            raise TypeError(f"dtype must be a real floating-point dtype, so that weights have a gradient; got {dtype}")
+        if fan_in not in ("live", "full"):
+            raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.fan_in = fan_in
+        self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
+        # A layer on the meta device has no values: the mask waits here until reset_parameters can write it.
+        self._pending_mask = torch.ones(self.weight.shape, dtype=torch.bool, device="cpu") if self.weight.is_meta else None
+        if mask is not None:
+            self.set_mask(mask)
+            self._scale_to_live_inputs()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return ``masked_linear(input, weight, mask, bias)``: shape ``(..., in)`` to ``(..., out)``."""
+        return masked_linear(input, self.weight, self.mask, self.bias)
+
+    def set_mask(self, mask: Any) -> None:
+        """Copy ``mask`` into the layer's own; it holds from the next call on.
+
+        No weight changes, so setting an old mask again brings the old outputs back, bit for bit.
+
+        Args:
+            mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+        """
+        checked = as_tensor(as_mask(mask, self.mask.shape))
+        with torch.no_grad():
+            self.mask.copy_(checked)
+            if self._pending_mask is not None:
+                self._pending_mask.copy_(checked)
+
+    @property
+    def masked_weight(self) -> Tensor:
+        """``where(mask, weight, 0)``, shape ``(out_features, in_features)``; differentiable in the weight."""
+        return select(self.weight, self.mask)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
+        size = self.mask.numel()
+        return (size - int(self.mask.sum())) / size if size else 0.0
+
+    def reset_parameters(self) -> None:
+        """Draw weights and bias anew, as ``nn.Linear`` does, scaled to the live inputs of each row.
+
+        ``nn.Linear`` draws from U(-1/√in, 1/√in). With ``fan_in="live"`` a row with n live inputs is multiplied by
+        √(in / n), which gives U(-1/√n, 1/√n): the signal keeps its variance at any sparsity. A row without live inputs
+        keeps nn.Linear's range. Without a mask, or with the full one, the draw equals ``nn.Linear``'s bit for bit.
+
+        Source: U. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI 2022, section 3.
+        """
+        super().reset_parameters()
+        if "mask" not in self._buffers:  # nn.Linear.__init__ calls this before there is a mask
+            return
+        if self._pending_mask is not None and not self.mask.is_meta:
+            with torch.no_grad():
+                self.mask.copy_(self._pending_mask)
+            self._pending_mask = None
+        self._scale_to_live_inputs()
+
+    def _scale_to_live_inputs(self) -> None:
+        if self.fan_in == "full" or self.mask.is_meta or self.weight.is_meta:
+            return
+        with torch.no_grad():
+            live = self.mask.sum(dim=1)
+            scale = torch.where(live > 0, (self.in_features / live.clamp(min=1)).sqrt(), 1.0).to(self.weight.dtype)
+            self.weight.mul_(scale[:, None])
+            if self.bias is not None:
+                self.bias.mul_(scale)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, mask: Any = None) -> Self:
+        """Return a masked layer with a copy of ``linear``'s parameters, in its dtype, device and training state.
+
+        Args:
+            linear: a layer with ``weight (out, in)`` and ``bias (out,)`` or ``None``. Of a ``MaskedLinear`` the mask is
+                copied too, unless another is given.
+            mask: shape ``(out, in)``, booleans or 0s and 1s; ``None`` is the full mask.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1.
+        """
+        if mask is None and isinstance(linear, MaskedLinear):
+            mask = linear.mask
+        layer: Self = skip_init(  # draws nothing from the random generator
+            cls,
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            fan_in=getattr(linear, "fan_in", "live"),
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+        )
+        layer.set_mask(torch.ones(layer.mask.shape, dtype=torch.bool) if mask is None else mask)
+        if not layer.mask.is_meta:
+            layer._pending_mask = None
+        _copy_parameters(linear, layer)
+        return layer
+
+    def to_linear(self) -> nn.Linear:
+        """Return a plain ``nn.Linear`` with the same outputs: a copy, whose masked weights are 0."""
+        linear: nn.Linear = skip_init(
+            nn.Linear,
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.weight.device,
+            dtype=self.weight.dtype,
+        )
+        _copy_parameters(self, linear)
+        with torch.no_grad():
+            linear.weight.copy_(self.masked_weight)
+        return linear
+
+    def extra_repr(self) -> str:
+        """Add the sparsity to ``nn.Linear``'s representation."""
+        return super().extra_repr() + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # A reassigned buffer is lost to DDP (https://github.com/pytorch/pytorch/issues/63916) and would go unchecked.
+        if name == "mask" and "mask" in self.__dict__.get("_buffers", {}):
+            self.set_mask(value)
+        else:
+            super().__setattr__(name, value)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
+        if self.mask.dtype is not torch.bool:
+            self._buffers["mask"] = self.mask.bool()
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "mask"
+        if key in state_dict:
+            try:
+                state_dict = {**state_dict, key: as_mask(state_dict[key], self.mask.shape)}
+            except ValueError as error:
+                error_msgs.append(f"{key}: {error}")
+                return
+        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in state_dict:
+            if not self.mask.is_meta:
+                self._pending_mask = None
+        elif key in missing_keys and local_metadata.get("version") != self._version:
+            missing_keys.remove(key)
+
+
+def _copy_parameters(source: nn.Linear, target: nn.Linear) -> None:
+    target.train(source.training)
+    for name, parameter in target.named_parameters():
+        original = source.get_parameter(name)
+        with torch.no_grad():
+            parameter.copy_(original)
+        parameter.requires_grad_(original.requires_grad)

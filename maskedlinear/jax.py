@@ -1,0 +1,10 @@
+"""The masked linear layer for JAX: functions of arrays. Needs the extra ``jax``."""
+
+from maskedlinear._extras import missing_framework
+
+try:
+    from maskedlinear_jax import freeze_masked, masked_linear
+except ModuleNotFoundError as error:
+    raise missing_framework(error, "maskedlinear.jax", "jax", "jax", "jaxlib", "optax") from error
+
+__all__ = ["freeze_masked", "masked_linear"]

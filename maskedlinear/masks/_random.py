@@ -1,0 +1,213 @@
+"""Random masks on ``mask_v1``: the same bits for the same (seed, shape), in every framework and for any shard.
+
+The stream is frozen. A change of algorithm would be a new name, ``mask_v2``; ``mask_v1`` stays for ever.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+from numbers import Integral, Real
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskedlinear.masks._threefry import words
+
+__all__ = ["ALGORITHM", "bernoulli", "random"]
+
+ALGORITHM = "mask_v1"
+
+Mask = NDArray[np.bool_]
+Shard = tuple[slice, slice]
+
+_WORDS = 1 << 32  # how many values a word can have
+_CHUNK = 1 << 20  # words held at a time: 4 MiB
+
+
+def random(
+    shape: tuple[int, int],
+    *,
+    sparsity: float | Fraction | None = None,
+    num_zeros: int | None = None,
+    seed: int = 0,
+    shard: Shard | None = None,
+) -> Mask:
+    """Return a random mask with an exact number of zeros.
+
+    The k zeros are the k positions of smallest ``(word(i), i)``, with ``i = row * in + column``. So masks of one seed and
+    shape are nested: a sparser one only removes connections.
+
+    Args:
+        shape: ``(out, in)``.
+        sparsity: the fraction of zeros, in [0, 1]: the mask gets ``floor(sparsity * out * in)`` of them. The fraction is
+            taken as the decimal that it prints as, so that 0.29 of 100 is 29, although the nearest double is below 0.29.
+        num_zeros: the number of zeros instead, from 0 to ``out * in``. Give exactly one of the two.
+        seed: an integer in [0, 2⁶⁴).
+        shard: two slices (rows, columns) of step 1: return only that part of the whole mask, in memory that the part
+            costs. It is what ``jax.make_array_from_callback`` passes to its callback.
+
+    Returns:
+        A boolean array of shape ``(out, in)``, or of the shard's shape; ``True`` is a live connection.
+
+    Raises:
+        ValueError: if a value is out of its range, or both or neither of ``sparsity`` and ``num_zeros`` are given.
+        TypeError: if a size, ``num_zeros`` or the seed is not an integer.
+    """
+    shape = _checked_shape(shape)
+    size = math.prod(shape)
+    seed = _checked_seed(seed)
+    zeros = _checked_zeros(size, sparsity, num_zeros)
+    rows, columns = _checked_shard(shape, shard)
+
+    # The k-th smallest of n uniform words lies close to k/n of their range. One pass clears every word below a narrow
+    # window around that place and collects the few inside it; sorting those finds the exact boundary. Eight standard
+    # deviations of slack fail about once in 10¹⁵ masks; then the window grows until it holds the boundary.
+    slack = 8 * math.sqrt(zeros * (size - zeros) / size) + 64 if size else 0.0
+    while True:
+        low = max(0, math.floor((zeros - slack) / size * _WORDS)) if size else 0
+        high = min(_WORDS, math.ceil((zeros + slack) / size * _WORDS)) if size else 0
+        mask = np.empty(_size(rows, columns), np.bool_)
+        below, near_words, near_places = 0, [], []
+        for start, chunk in _stream(seed, 0, size):
+            cleared = chunk < np.uint32(low)
+            below += int(np.count_nonzero(cleared))
+            near = np.flatnonzero(~cleared & (chunk <= np.uint32(max(high - 1, 0))))
+            near_words.append(chunk[near])
+            near_places.append(near.astype(np.int64) + start)
+            _write(mask, ~cleared, start, shape[1], rows, columns)
+        left = zeros - below
+        found = sum(part.size for part in near_places)
+        if 0 <= left <= found:
+            break
+        slack *= 8
+    if left:
+        near_word, place = np.concatenate(near_words), np.concatenate(near_places)
+        last = place[np.lexsort((place, near_word))[:left]]
+        row, column = np.divmod(last, shape[1])
+        inside = (row >= rows.start) & (row < rows.stop) & (column >= columns.start) & (column < columns.stop)
+        mask[row[inside] - rows.start, column[inside] - columns.start] = False
+    return mask
+
+
+def bernoulli(
+    shape: tuple[int, int],
+    *,
+    sparsity: float | Fraction | None = None,
+    threshold: int | None = None,
+    seed: int = 0,
+    shard: Shard | None = None,
+) -> Mask:
+    """Return a random mask whose connections are kept independently of each other.
+
+    Connection i is kept iff ``word(i) < threshold``, so it is kept with probability ``threshold / 2³²``, and any shard
+    costs only its own size.
+
+    Args:
+        shape: ``(out, in)``.
+        sparsity: the expected fraction of zeros, in [0, 1], taken as the decimal that it prints as; then
+            ``threshold = floor((1 - sparsity) * 2³²)``.
+        threshold: the threshold itself, an integer in [0, 2³²]. Give exactly one of the two.
+        seed: an integer in [0, 2⁶⁴).
+        shard: two slices (rows, columns) of step 1: return only that part of the whole mask.
+
+    Returns:
+        A boolean array of shape ``(out, in)``, or of the shard's shape; ``True`` is a live connection.
+
+    Raises:
+        ValueError: if a value is out of its range, or both or neither of ``sparsity`` and ``threshold`` are given.
+        TypeError: if a size, the threshold or the seed is not an integer.
+    """
+    shape = _checked_shape(shape)
+    seed = _checked_seed(seed)
+    if (sparsity is None) == (threshold is None):
+        raise ValueError(f"give exactly one of sparsity and threshold; got sparsity={sparsity}, threshold={threshold}")
+    if sparsity is not None:
+        keep = math.floor((1 - _checked_fraction(sparsity)) * _WORDS)
+    else:
+        keep = _integer("threshold", threshold)
+        if not 0 <= keep <= _WORDS:
+            raise ValueError(f"threshold must be in [0, 2**32]; got {threshold}")
+    rows, columns = _checked_shard(shape, shard)
+    mask = np.empty(_size(rows, columns), np.bool_)
+    for start, chunk in _stream(seed, rows.start * shape[1], rows.stop * shape[1]):
+        kept = chunk < np.uint32(keep) if keep < _WORDS else np.ones(chunk.size, np.bool_)
+        _write(mask, kept, start, shape[1], rows, columns)
+    return mask
+
+
+def _stream(seed: int, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint32]]]:
+    """Yield the words from ``start`` to ``stop`` in pieces, each with the index of its first word."""
+    for begin in range(start, stop, _CHUNK):
+        yield begin, words(seed, begin, min(begin + _CHUNK, stop))
+
+
+def _write(mask: Mask, values: Mask, start: int, width: int, rows: slice, columns: slice) -> None:
+    """Copy ``values``, the whole mask's flat entries from ``start`` on, to where they belong in the shard ``mask``."""
+    stop = start + values.size
+    if columns.start == 0 and columns.stop == width:
+        first, last = max(start, rows.start * width), min(stop, rows.stop * width)
+        if first < last:
+            mask.reshape(-1)[first - rows.start * width : last - rows.start * width] = values[first - start : last - start]
+        return
+    for row in range(max(rows.start, start // width), min(rows.stop, -(-stop // width))):
+        first, last = max(start, row * width + columns.start), min(stop, row * width + columns.stop)
+        if first < last:
+            left = first - row * width - columns.start
+            mask[row - rows.start, left : left + last - first] = values[first - start : last - start]
+
+
+def _size(rows: slice, columns: slice) -> tuple[int, int]:
+    return rows.stop - rows.start, columns.stop - columns.start
+
+
+def _integer(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+    return int(value)
+
+
+def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(shape, tuple | list) or len(shape) != 2:
+        raise ValueError(f"a mask's shape must be (out, in); got {shape!r}")
+    out, in_ = (_integer("a size", n) for n in shape)
+    if out < 0 or in_ < 0:
+        raise ValueError(f"a mask's sizes (out, in) must not be negative; got ({out}, {in_})")
+    return out, in_
+
+
+def _checked_seed(seed: int) -> int:
+    seed = _integer("seed", seed)
+    if not 0 <= seed < 1 << 64:
+        raise ValueError(f"seed must be in [0, 2**64); got {seed}")
+    return seed
+
+
+def _checked_fraction(sparsity: float | Fraction) -> Fraction:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Fraction):
+        raise TypeError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
+    if not 0 <= sparsity <= 1:  # false for NaN too
+        raise ValueError(f"sparsity is the fraction of zeros and must be in [0, 1]; got {sparsity}")
+    return Fraction(str(sparsity))
+
+
+def _checked_zeros(size: int, sparsity: float | Fraction | None, num_zeros: int | None) -> int:
+    if (sparsity is None) == (num_zeros is None):
+        raise ValueError(f"give exactly one of sparsity and num_zeros; got sparsity={sparsity}, num_zeros={num_zeros}")
+    if sparsity is not None:
+        return math.floor(_checked_fraction(sparsity) * size)
+    zeros = _integer("num_zeros", num_zeros)
+    if not 0 <= zeros <= size:
+        raise ValueError(f"num_zeros must be from 0 to the mask's size, {size}; got {zeros}")
+    return zeros
+
+
+def _checked_shard(shape: tuple[int, int], shard: Shard | None) -> Shard:
+    if shard is None:
+        return slice(0, shape[0]), slice(0, shape[1])
+    if len(shard) != 2 or not all(isinstance(part, slice) and part.step in (None, 1) for part in shard):
+        raise ValueError(f"a shard is two slices (rows, columns) of step 1; got {shard!r}")
+    bounds = [part.indices(n) for part, n in zip(shard, shape, strict=True)]
+    rows, columns = (slice(start, max(start, stop)) for start, stop, _ in bounds)
+    return rows, columns
