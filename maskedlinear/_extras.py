@@ -10,7 +10,6 @@ def missing_framework(error: ModuleNotFoundError, face: str, extra: str, *framew
     if error.name not in frameworks:
         return error
     return ModuleNotFoundError(
-        f"{face} needs {error.name}, which is not installed. "
-        f'Install it with: pip install "maskedlinear[{extra}]"',
+        f'{face} needs {error.name}, which is not installed. Install it with: pip install "maskedlinear[{extra}]"',
         name=error.name,
     )

@@ -48,8 +48,9 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             check_floating(name, tensor.dtype, tensor.is_floating_point())
-    if torch.is_autocast_enabled(weight.device.type):
-        dtype = torch.get_autocast_dtype(weight.device.type)
+    kind = weight.device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
         x, weight = _autocast(x, dtype), _autocast(weight, dtype)
         bias = None if bias is None else _autocast(bias, dtype)
     for name, tensor in (("x", x), ("bias", bias)):
@@ -79,9 +80,9 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
             f"move the mask with .to({str(weight.device)!r})"
         )
     if mask.dtype is torch.bool:
-        return mask if mask.shape == weight.shape else as_mask(mask, weight.shape)  # type: ignore[no-any-return]
+        return mask if mask.shape == weight.shape else as_tensor(as_mask(mask, weight.shape))
     if mask.is_meta:
-        return as_mask(mask.bool(), weight.shape)  # type: ignore[no-any-return]
+        return mask_tensor(mask.bool(), weight)
     unchecked = ValueError(
         f"inside torch.compile and torch.vmap a mask must be boolean, because its values cannot be checked; "
         f"got {mask.dtype}: convert it before, with mask.bool()"
@@ -89,7 +90,7 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         raise unchecked
     try:
-        return as_mask(mask.detach(), weight.shape)  # type: ignore[no-any-return]
+        return as_tensor(as_mask(mask.detach(), weight.shape))
     except RuntimeError as error:  # vmap refuses to look at a value
         raise unchecked from error
 
@@ -130,7 +131,7 @@ class _MaskedLinear(torch.autograd.Function):
         ctx.save_for_forward(x, weight, mask)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
@@ -142,7 +143,7 @@ class _MaskedLinear(torch.autograd.Function):
         return dx, dweight, None, dbias
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None) -> Tensor:  # type: ignore[override]
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None) -> Tensor:
         x, weight, mask = ctx.saved_tensors
         # A sum of two products: half types form it in float32, so that it is rounded once.
         wide = torch.promote_types(x.dtype, torch.float32)

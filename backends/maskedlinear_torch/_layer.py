@@ -70,7 +70,9 @@ class MaskedLinear(nn.Linear):
         self.fan_in = fan_in
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
         # A layer on the meta device has no values: the mask waits here until reset_parameters can write it.
-        self._pending_mask = torch.ones(self.weight.shape, dtype=torch.bool, device="cpu") if self.weight.is_meta else None
+        self._pending_mask = (
+            torch.ones(self.weight.shape, dtype=torch.bool, device="cpu") if self.weight.is_meta else None
+        )
         if mask is not None:
             self.set_mask(mask)
             self._scale_to_live_inputs()
@@ -185,13 +187,16 @@ class MaskedLinear(nn.Linear):
 
     def __setattr__(self, name: str, value: Any) -> None:
         # A reassigned buffer is lost to DDP (https://github.com/pytorch/pytorch/issues/63916) and would go unchecked.
-        if name == "mask" and "mask" in self.__dict__.get("_buffers", {}):
-            self.set_mask(value)
-        else:
+        # Only a meta buffer, which cannot hold values, gives way: load_state_dict(assign=True) relies on it.
+        if name != "mask" or "mask" not in self.__dict__.get("_buffers", {}):
             super().__setattr__(name, value)
+        elif self.mask.is_meta and isinstance(value, Tensor):
+            super().__setattr__(name, as_mask(value, self.mask.shape))
+        else:
+            self.set_mask(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
         if self.mask.dtype is not torch.bool:
             self._buffers["mask"] = self.mask.bool()
@@ -214,7 +219,7 @@ class MaskedLinear(nn.Linear):
             except ValueError as error:
                 error_msgs.append(f"{key}: {error}")
                 return
-        super()._load_from_state_dict(  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if key in state_dict:

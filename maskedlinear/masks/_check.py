@@ -26,12 +26,14 @@ def as_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in
     """
     if not is_array_api_obj(mask):
         mask = np.asarray(mask)
-        if mask.dtype.kind not in "biufc":
-            raise ValueError(f"a mask must hold booleans, or 0s and 1s; got an array of dtype {mask.dtype}")
+    if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
+        raise ValueError(f"a mask must hold booleans, or 0s and 1s; got an array of dtype {mask.dtype}")
     got, want = tuple(mask.shape), tuple(shape)
     if got != want:
         fits = ", which is its transpose: pass mask.T" if got == want[::-1] else ""
-        raise ValueError(f"a mask must have the shape of the parameter that it masks, {parameter} = {want}; got {got}{fits}")
+        raise ValueError(
+            f"a mask must have the shape of the parameter that it masks, {parameter} = {want}; got {got}{fits}"
+        )
     xp = array_namespace(mask)
     if xp.isdtype(mask.dtype, "bool"):
         return mask

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Real
 
@@ -21,6 +22,7 @@ ALGORITHM = "mask_v1"
 
 Mask = NDArray[np.bool_]
 Shard = tuple[slice, slice]
+Sparsity = float | Fraction | Decimal
 
 _WORDS = 1 << 32  # how many values a word can have
 _CHUNK = 1 << 20  # words held at a time: 4 MiB
@@ -29,7 +31,7 @@ _CHUNK = 1 << 20  # words held at a time: 4 MiB
 def random(
     shape: tuple[int, int],
     *,
-    sparsity: float | Fraction | None = None,
+    sparsity: Sparsity | None = None,
     num_zeros: int | None = None,
     seed: int = 0,
     shard: Shard | None = None,
@@ -94,7 +96,7 @@ def random(
 def bernoulli(
     shape: tuple[int, int],
     *,
-    sparsity: float | Fraction | None = None,
+    sparsity: Sparsity | None = None,
     threshold: int | None = None,
     seed: int = 0,
     shard: Shard | None = None,
@@ -149,7 +151,9 @@ def _write(mask: Mask, values: Mask, start: int, width: int, rows: slice, column
     if columns.start == 0 and columns.stop == width:
         first, last = max(start, rows.start * width), min(stop, rows.stop * width)
         if first < last:
-            mask.reshape(-1)[first - rows.start * width : last - rows.start * width] = values[first - start : last - start]
+            mask.reshape(-1)[first - rows.start * width : last - rows.start * width] = values[
+                first - start : last - start
+            ]
         return
     for row in range(max(rows.start, start // width), min(rows.stop, -(-stop // width))):
         first, last = max(start, row * width + columns.start), min(stop, row * width + columns.stop)
@@ -184,15 +188,15 @@ def _checked_seed(seed: int) -> int:
     return seed
 
 
-def _checked_fraction(sparsity: float | Fraction) -> Fraction:
-    if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Fraction):
+def _checked_fraction(sparsity: Sparsity) -> Fraction:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Decimal):
         raise TypeError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
     if not 0 <= sparsity <= 1:  # false for NaN too
         raise ValueError(f"sparsity is the fraction of zeros and must be in [0, 1]; got {sparsity}")
     return Fraction(str(sparsity))
 
 
-def _checked_zeros(size: int, sparsity: float | Fraction | None, num_zeros: int | None) -> int:
+def _checked_zeros(size: int, sparsity: Sparsity | None, num_zeros: int | None) -> int:
     if (sparsity is None) == (num_zeros is None):
         raise ValueError(f"give exactly one of sparsity and num_zeros; got sparsity={sparsity}, num_zeros={num_zeros}")
     if sparsity is not None:

@@ -49,7 +49,8 @@ def threefry2x32(key: tuple[int, int], c0: UInt32, c1: UInt32) -> tuple[UInt32, 
 def words(seed: int, start: int, stop: int) -> UInt32:
     """Return the words ``start`` to ``stop - 1`` of the ``mask_v1`` stream of ``seed``, as uint32.
 
-    ``word(i) = Threefry2x32-20(key=(seed >> 32, seed & 0xffffffff), counter=((i >> 1) >> 32, (i >> 1) & 0xffffffff))[i & 1]``
+    ``word(i) = Threefry2x32-20(key, counter)[i & 1]`` with ``key = (seed >> 32, seed & 0xffffffff)`` and
+    ``counter = ((i >> 1) >> 32, (i >> 1) & 0xffffffff)``.
 
     Args:
         seed: an integer in [0, 2⁶⁴).

@@ -59,9 +59,10 @@ class MaskedDense(nn.Dense):
         mask = boolean_mask(self.variable("masks", "mask", self._initial_mask, shape).value, shape, PARAMETER)
         kernel = self.param("kernel", self._initial_kernel, shape, self.param_dtype, mask)
         bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype) if self.use_bias else None
-        inputs, kernel, bias = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        promoted: Any = self.promote_dtype(inputs, kernel, bias, dtype=self.dtype)
+        x, kernel, bias = promoted
         return apply_kernel(
-            inputs,
+            x,
             kernel,
             mask,
             bias,

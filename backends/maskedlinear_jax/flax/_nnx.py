@@ -7,7 +7,7 @@ from typing import Any, Literal, Self
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array, lax
+from jax import Array
 
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
@@ -157,7 +157,9 @@ def check_options(fan_in: str, param_dtype: Any) -> None:
     if fan_in not in ("live", "full"):
         raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
     if not jnp.issubdtype(param_dtype, jnp.floating):
-        raise TypeError(f"param_dtype must be a real floating-point dtype, so that weights have a gradient; got {param_dtype}")
+        raise TypeError(
+            f"param_dtype must be a real floating-point dtype, so that weights have a gradient; got {param_dtype}"
+        )
 
 
 def _options(linear: nnx.Linear) -> dict[str, Any]:

@@ -1,0 +1,30 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv first.
+
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: demo test lint conformance clean
+
+demo: .venv/installed
+	$(BIN)/maskedlinear demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+conformance: .venv/installed
+	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax
+
+.venv/installed: pyproject.toml constraints.txt
+	@echo "Installing into .venv: some minutes, the first time"
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	@touch $@
+
+clean:
+	rm -rf .venv dist build .mypy_cache .ruff_cache .pytest_cache
