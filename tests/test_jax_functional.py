@@ -229,7 +229,9 @@ for call in (lambda: masked_linear(jnp.ones(4), weight, jax.device_put(jnp.ones(
         print(error)
 """
     result = python(code)
-    message = "mask and weight must be on the same devices; got the mask on cpu:1 and the weight on cpu:0: move the mask"
+    message = (
+        "mask and weight must be on the same devices; got the mask on cpu:1 and the weight on cpu:0: move the mask"
+    )
     assert result.stdout.count(message) == 2, result.stdout + result.stderr
 
 

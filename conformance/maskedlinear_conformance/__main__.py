@@ -17,24 +17,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
         argv: the arguments; ``sys.argv`` without the program if ``None``.
     """
-    here = Path(__file__).parent
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    return int(
-        pytest.main(
-            [
-                *(
-                    "-p",
-                    "maskedlinear_conformance.plugin",
-                    "-p",
-                    "no:cacheprovider",
-                    "-c",
-                    str(here / "pytest.ini"),
-                    "-q",
-                ),
-                *(*arguments, "--pyargs", "maskedlinear_conformance"),
-            ]
-        )
-    )
+    settings = Path(__file__).with_name("pytest.ini")
+    ours = ["-p", "maskedlinear_conformance.plugin", "-p", "no:cacheprovider", "-c", str(settings)]
+    given = list(sys.argv[1:] if argv is None else argv)
+    return int(pytest.main([*ours, *given, "--pyargs", "maskedlinear_conformance"]))
 
 
 if __name__ == "__main__":
