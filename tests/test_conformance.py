@@ -9,11 +9,11 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 import pytest
-from maskedlinear_conformance.bounds import accumulation_unit, bounds, output_unit, pair_ratio, ratio
-from maskedlinear_conformance.cases import CASES, round_to
 
 from maskedlinear import masks, spec
 from maskedlinear.backends import Backend, BackendNotAvailableError, NumpyBackend, available, load
+from maskedlinear_conformance.bounds import accumulation_unit, bounds, output_unit, pair_ratio, ratio
+from maskedlinear_conformance.cases import CASES, round_to
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers import problem, python
 from jax import Array
 from jax.test_util import check_grads
 
+from helpers import problem, python
 from maskedlinear import spec
 from maskedlinear.jax import freeze_masked, masked_linear
 

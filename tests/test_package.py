@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 
 import pytest
+
 from helpers import ROOT, python
 
 FRAMEWORKS = ("torch", "jax", "jaxlib", "flax", "optax")

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from helpers import Problem, problem
 
+from helpers import Problem, problem
 from maskedlinear import spec
 
 NAMESPACES = {

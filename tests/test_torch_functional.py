@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import problem
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from helpers import problem
 from maskedlinear import spec
 from maskedlinear.torch import masked_linear
 

@@ -80,7 +80,7 @@ def _nnx_masks(model: nnx.Module) -> Any:
     from maskedlinear_jax.flax._nnx import MaskedLinear
 
     masks: dict[tuple[Any, ...], Any] = {}
-    for path, module in nnx.iter_modules(model):
+    for path, module in nnx.iter_graph(model):
         if isinstance(module, MaskedLinear):
             masks[*path, "kernel"] = module.mask[...]
     parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
