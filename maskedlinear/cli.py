@@ -1,0 +1,152 @@
+"""The command ``maskedlinear``: reads the command line, and imports only what the chosen subcommand needs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NoReturn
+
+from maskedlinear import __version__
+from maskedlinear.demo import Settings
+from maskedlinear.demo.settings import FRAMEWORKS
+
+__all__ = ["main"]
+
+_NEEDED = {"sklearn": "scikit-learn", "rich": "rich", "matplotlib": "matplotlib"}
+_NEEDED_BY = {
+    "torch": {"torch": "torch"},
+    "flax": {"jax": "jax", "jaxlib": "jaxlib", "optax": "optax", "flax": "flax"},
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status.
+
+    Args:
+        argv: the arguments; ``sys.argv`` without the program if ``None``.
+
+    Returns:
+        0 if all is well, 1 if the demo broke a promise, 2 if the command line is wrong or a package is missing; of
+        ``conformance`` pytest's exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["conformance"]:  # argparse cannot pass on options that it does not know
+        return _conformance(arguments[1:])
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return _demo(options)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}. See {self.prog} --help\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="maskedlinear", description="The masked linear layer, the same in every framework.")
+    parser.add_argument("--version", action="version", version=f"maskedlinear {__version__}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    demo = commands.add_parser(
+        "demo",
+        help="train one masked network in PyTorch and in Flax, and compare them",
+        description="Train one masked network on scikit-learn's handwritten digits in PyTorch and in Flax, from the same "
+        "masks, weights and batches; print a comparison, and write pictures and report.json into a folder. "
+        "The exit status is 1 if the two do not agree.",
+    )
+    demo.add_argument(
+        "--sparsity",
+        type=float,
+        nargs="+",
+        metavar="S",
+        default=Settings.sparsity,
+        help="the fraction of masked connections, in [0, 1], of each of the three layers (default: 0 0.5 0)",
+    )
+    _number(demo, "--epochs", Settings.epochs, "passes over the training set")
+    _number(demo, "--batch-size", Settings.batch_size, "images a step")
+    _number(
+        demo, "--seed", Settings.seed, "decides the split, the masks, the initial weights and the order of the batches"
+    )
+    demo.add_argument(
+        "--framework",
+        action="append",
+        choices=tuple(FRAMEWORKS),
+        help="train in this framework only; may be repeated (default: all of them)",
+    )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        default=Path("maskedlinear-demo"),
+        help="the report's folder (default: %(default)s)",
+    )
+    commands.add_parser(
+        "conformance",
+        help="run the conformance suite; all options are passed on to it",
+        add_help=False,
+    )
+    return parser
+
+
+def _number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
+    parser.add_argument(option, type=int, metavar="N", default=default, help=f"{text} (default: {default})")
+
+
+def _demo(options: argparse.Namespace) -> int:
+    frameworks = tuple(dict.fromkeys(options.framework or FRAMEWORKS))
+    needed = _NEEDED | {module: name for framework in frameworks for module, name in _NEEDED_BY[framework].items()}
+    missing = [name for module, name in needed.items() if find_spec(module) is None]
+    if missing:
+        are = "is" if len(missing) == 1 else "are"
+        return _fail(
+            f"maskedlinear demo needs {' and '.join(missing)}, which {are} not installed. "
+            'Install it with: pip install "maskedlinear[all]"'
+        )
+    from maskedlinear.demo.problem import make_problem
+
+    try:
+        settings = Settings(
+            sparsity=tuple(options.sparsity),
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            frameworks=frameworks,
+        )
+        problem = make_problem(settings)
+        _make_folder(options.out)
+    except ValueError as error:
+        return _fail(f"maskedlinear demo: {error}")
+    from maskedlinear.demo.command import run_demo
+
+    return run_demo(settings, problem, options.out)
+
+
+def _make_folder(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out must be a folder; cannot make {path} ({error.strerror}): choose another") from error
+
+
+def _conformance(arguments: Sequence[str]) -> int:
+    if find_spec("pytest") is None:
+        return _fail(
+            "maskedlinear conformance needs pytest, which is not installed. "
+            'Install it with: pip install "maskedlinear[conformance]"'
+        )
+    from maskedlinear_conformance.__main__ import main as conformance
+
+    return conformance(arguments)
+
+
+def _fail(message: str) -> int:
+    print(message, file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
