@@ -17,7 +17,8 @@ lint: .venv/installed
 	$(BIN)/mypy
 
 conformance: .venv/installed
-	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax
+	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax --backend nnx --backend linen
+	$(BIN)/python -m maskedlinear_conformance --faults --tb=no
 
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes, the first time"

@@ -2,7 +2,8 @@
 
 A backend shows one framework's masked linear layer to the conformance suite. It is a class with the methods of
 :class:`Backend` and no base class of ours, registered under the entry-point group ``maskedlinear.backends``, whether it
-ships with this package or with a third party's.
+ships with this package or with a third party's. What it cannot do, it declares in ``lacks``; the methods of
+:class:`Capable` that it does not declare away, it must have.
 
 Values cross the border as NumPy arrays: float64 for every floating dtype (it holds each of their values exactly), bool
 for masks. So a backend needs no NumPy counterpart of its dtypes, bfloat16 for one.
@@ -10,22 +11,54 @@ for masks. So a backend needs no NumPy counterpart of its dtypes, bfloat16 for o
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
-import numpy as np
 from numpy.typing import NDArray
 
-from maskedlinear import spec
-
-__all__ = ["GROUP", "Backend", "BackendNotAvailableError", "NumpyBackend", "available", "load"]
+__all__ = [
+    "CAPABILITIES",
+    "GROUP",
+    "LAYOUTS",
+    "Backend",
+    "BackendNotAvailableError",
+    "Capable",
+    "Layer",
+    "available",
+    "checked",
+    "load",
+]
 
 GROUP = "maskedlinear.backends"
 
+LAYOUTS = ("transposed", "strided", "read-only", "broadcast")
+"""How an array may lie in memory besides being contiguous."""
+
+CAPABILITIES: Mapping[str, str | None] = {
+    "jvp": "jvp",
+    "reverse over reverse": "hvp",
+    "forward over reverse": "hvp",
+    "expression": "expression",
+    "dense": "dense",
+    "vmap": "vmap",
+    "compile": "transformed",
+    "checkpoint": "transformed",
+    "scan": "transformed",
+    "autocast": "autocast",
+    **dict.fromkeys(LAYOUTS),
+    "layer": "layer",
+    "save": "layer",
+    "freeze_masked": "layer",
+    "masks": "random_mask",
+}
+"""What a backend may declare that it lacks, and the method that it must have otherwise (``None``: no method of its own)."""
+
 Array = Any
+Direction = Array | None
+Gradients = tuple[Array, Array, Array | None]
 
 
 class BackendNotAvailableError(LookupError):
@@ -34,13 +67,16 @@ class BackendNotAvailableError(LookupError):
 
 @runtime_checkable
 class Backend(Protocol):
-    """One framework's masked linear layer, as the conformance suite sees it.
+    """What every backend has.
 
-    ``Array`` stands for the framework's own arrays. Shapes are the spec's: ``x (..., in)``, ``weight (out, in)``,
-    ``mask (out, in)`` boolean, ``bias (out,)`` or ``None``, ``y`` and ``g`` ``(..., out)``.
+    The class is called with one of its ``formats``: how it stores the connections, ``"dense"`` or another. All formats
+    are shown through the same dense arguments. ``Array`` stands for the framework's own arrays. Shapes are the spec's:
+    ``x (..., in)``, ``weight (out, in)``, ``mask (out, in)`` boolean, ``bias (out,)`` or ``None``, ``y`` and ``g``
+    ``(..., out)``.
     """
 
     name: str
+    formats: Sequence[str]
 
     def versions(self) -> Mapping[str, str]:
         """Return the version of every library that takes part, by name."""
@@ -54,6 +90,16 @@ class Backend(Protocol):
     def dtypes(self, device: str) -> Sequence[str]:
         """Return the floating dtypes that the layer supports there, by name: ``"float32"``, ``"bfloat16"``, ..."""
 
+    def lacks(self) -> Mapping[str, str]:
+        """Return what of ``CAPABILITIES`` this backend does not have, each with the reason why."""
+
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return the tests that fail for a known reason, best an upstream thread.
+
+        A key is a pattern, as of ``fnmatch``, for a test's name with its parameters:
+        ``"test_transforms_equal_the_plain_call[[]torch dense bfloat16*"``. One that passes all the same is a failure.
+        """
+
     def strict(self) -> AbstractContextManager[Any]:
         """Return a context in which arithmetic is what the dtype says.
 
@@ -61,8 +107,16 @@ class Backend(Protocol):
         every other method inside it.
         """
 
-    def asarray(self, values: NDArray[Any], dtype: str, device: str) -> Array:
-        """Return ``values`` (float64 that ``dtype`` holds exactly, or bool) as the framework's array on ``device``."""
+    def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:
+        """Return ``values`` (float64 that ``dtype`` holds exactly, or bool) as the framework's array on ``device``.
+
+        Args:
+            values: the values.
+            dtype: the floating dtype of the result; boolean values stay boolean.
+            device: ``"cpu"`` or ``"cuda"``.
+            layout: ``"contiguous"``, or one of ``LAYOUTS``: a transposed view, every other entry of a larger array, an
+                array that cannot be written to, or one whose rows share memory (its values' rows are then all alike).
+        """
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         """Return ``array`` as NumPy float64 (or bool), every value unchanged."""
@@ -71,9 +125,16 @@ class Backend(Protocol):
         """Return ``y``."""
 
     def vjp(
-        self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
-    ) -> tuple[Array, Array, Array | None]:
-        """Return the gradients ``(dx, dW, db)`` for the cotangent ``g``; ``db`` is ``None`` without bias."""
+        self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array, wrt: Sequence[str]
+    ) -> Sequence[Array]:
+        """Return the gradients for the cotangent ``g``, of the inputs named in ``wrt`` and in its order.
+
+        ``wrt`` holds one or more of ``"x"``, ``"weight"`` and ``"bias"``. The others ask for no gradient.
+        """
+
+
+class Capable(Protocol):
+    """What a backend has besides, unless it declares in ``lacks`` that it does not. Shapes as in :class:`Backend`."""
 
     def jvp(
         self,
@@ -81,80 +142,103 @@ class Backend(Protocol):
         weight: Array,
         mask: Array,
         bias: Array | None,
-        dx: Array,
-        dweight: Array,
-        dbias: Array | None,
+        dx: Direction,
+        dweight: Direction,
+        dbias: Direction,
     ) -> tuple[Array, Array]:
-        """Return ``(y, ẏ)`` for the tangents of the inputs."""
+        """Return ``(y, ẏ)`` by forward mode; an input whose direction is ``None`` does not move."""
 
-
-class NumpyBackend:
-    """The spec itself as a backend, for NumPy arrays: what the others are measured against."""
-
-    name = "numpy"
-
-    def versions(self) -> Mapping[str, str]:
-        """Return NumPy's version."""
-        return {"numpy": np.__version__}
-
-    def devices(self) -> Sequence[str]:
-        """Return the only device that NumPy has."""
-        return ("cpu",)
-
-    def device_name(self, device: str) -> str:
-        """Return the machine's architecture."""
-        return platform.machine()
-
-    def dtypes(self, device: str) -> Sequence[str]:
-        """Return NumPy's floating dtypes."""
-        return ("float64", "float32", "float16")
-
-    def strict(self) -> AbstractContextManager[Any]:
-        """Return an empty context: NumPy always computes as the dtype says."""
-        return nullcontext()
-
-    def asarray(self, values: NDArray[Any], dtype: str, device: str) -> Array:
-        """Return ``values`` in ``dtype``."""
-        return np.array(values, dtype=bool if values.dtype == bool else dtype)
-
-    def asnumpy(self, array: Array) -> NDArray[Any]:
-        """Return ``array`` in float64, or as it is if boolean."""
-        return np.asarray(array, dtype=None if array.dtype == bool else np.float64)
-
-    def masked_linear(self, x: Array, weight: Array, mask: Array, bias: Array | None) -> Array:
-        """Return ``spec.forward``."""
-        return _round(spec.forward(_widen(x), _widen(weight), mask, _widen(bias)), x)
-
-    def vjp(
-        self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
-    ) -> tuple[Array, Array, Array | None]:
-        """Return ``spec.vjp``."""
-        dx, dweight, dbias = spec.vjp(_widen(x), _widen(weight), mask, _widen(bias), _widen(g))
-        return _round(dx, x), _round(dweight, x), _round(dbias, x)
-
-    def jvp(
+    def hvp(
         self,
         x: Array,
         weight: Array,
         mask: Array,
         bias: Array | None,
+        g: Array,
         dx: Array,
         dweight: Array,
         dbias: Array | None,
-    ) -> tuple[Array, Array]:
-        """Return ``spec.jvp``."""
-        wide = [_widen(array) for array in (x, weight, bias, dx, dweight, dbias)]
-        y, dy = spec.jvp(wide[0], wide[1], mask, *wide[2:])
-        return _round(y, x), _round(dy, x)
+        dg: Array,
+        mode: str,
+    ) -> tuple[Array, Array, Array | None, Array]:
+        """Return ``(Hx, HW, Hb, Hg)`` of :func:`maskedlinear.spec.hvp`, by the modes that ``mode`` names."""
+
+    def expression(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Gradients:
+        """Return ``(dx, dW, db)`` as the framework's automatic differentiation makes them of the plain expression."""
+
+    def dense(self, x: Array, weight: Array, bias: Array | None) -> Array:
+        """Return ``y`` of the framework's own dense layer."""
+
+    def vmap(
+        self,
+        axes: Sequence[int | None],
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array,
+        g: Array,
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return ``(y, dx, dW, db)`` of a batch of problems, each stacked along axis 0.
+
+        ``axes`` says for each of x, weight, mask, bias and g along which axis it is stacked, or ``None`` if it is shared.
+        """
+
+    def transforms(self) -> Sequence[str]:
+        """Return the names that ``transformed`` takes: ``compile``, ``checkpoint``, ``scan`` unless lacking, and others."""
+
+    def transformed(
+        self, transform: str, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Return ``(y, dx, dW, db)`` by way of a transform, which may keep what it compiled from one call to the next.
+
+        ``"scan"`` goes through the first batch dimension step by step.
+        """
+
+    def autocast(
+        self, dtype: str, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Return ``(y, dx, dW, db)`` of float32 inputs under automatic casts to ``dtype``; ``g`` is in ``dtype``."""
+
+    def layer(self, weight: Array, mask: Array, bias: Array | None) -> Layer:
+        """Return a layer of the framework's own kind with these values."""
+
+    def random_mask(
+        self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Array:
+        """Return the mask of :func:`maskedlinear.masks.random`, on ``device``."""
 
 
-def _widen(array: Array) -> Array:
-    """Half precision accumulates in float32, as in every backend."""
-    return array.astype(np.float32) if array is not None and array.dtype == np.float16 else array
+class Layer(Protocol):
+    """A layer as users have it: it keeps its weight and its mask."""
 
+    optimizers: Sequence[str]
 
-def _round(array: Array, like: Array) -> Array:
-    return None if array is None else array.astype(like.dtype)
+    def __call__(self, x: Array) -> Array:
+        """Return ``y``."""
+
+    def gradients(self, x: Array, g: Array) -> Gradients:
+        """Return ``(dx, dW, db)``, each in the spec's orientation."""
+
+    def set_mask(self, mask: Any) -> None:
+        """Give the layer a new mask, a NumPy array of shape ``(out, in)``, as users do."""
+
+    def set_weight(self, weight: Array) -> None:
+        """Write ``weight (out, in)`` into the layer's own, as an optimizer does."""
+
+    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Return weight, mask and bias as NumPy arrays (see ``asnumpy``), in the spec's orientation."""
+
+    def save(self, path: Path) -> None:
+        """Write the framework's own checkpoint into the folder ``path``."""
+
+    def load(self, path: Path) -> None:
+        """Read it again."""
+
+    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a function of x and g that takes one step of an optimizer under ``freeze_masked``.
+
+        The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function.
+        """
 
 
 def available() -> tuple[str, ...]:
@@ -162,12 +246,13 @@ def available() -> tuple[str, ...]:
     return tuple(sorted({entry.name for entry in entry_points(group=GROUP)}))
 
 
-def load(name: str) -> Backend:
-    """Return an instance of the backend registered as ``name``.
+def load(name: str) -> tuple[Backend, ...]:
+    """Return the backend registered as ``name``: an instance for each of its formats.
 
     Raises:
         BackendNotAvailableError: if no backend has that name, or if its framework is not installed.
-        TypeError: if what is registered does not have the methods of :class:`Backend`.
+        TypeError: if what is registered does not have the methods of :class:`Backend`, or of :class:`Capable` where it
+            does not declare them lacking.
     """
     found = tuple(entry_points(group=GROUP, name=name))
     if not found:
@@ -176,13 +261,39 @@ def load(name: str) -> Backend:
             f"A distribution registers one under the entry-point group {GROUP!r}"
         )
     try:
-        backend = found[0].load()()
+        kind = found[0].load()
     except ImportError as error:
         raise BackendNotAvailableError(f"backend {name!r} cannot be imported: {error}") from error
-    if not isinstance(backend, Backend):
-        missing = [method for method in sorted(_METHODS) if not hasattr(backend, method)]
-        raise TypeError(f"backend {name!r} lacks {', '.join(missing)} of maskedlinear.backends.Backend")
-    return backend
+    formats = getattr(kind, "formats", ())
+    if not formats:
+        raise TypeError(f"backend {name!r} must name its formats: write formats = ('dense',) in its class")
+    return tuple(checked(kind(format), f"backend {name!r}") for format in formats)
 
 
-_METHODS = {"name", *(n for n in vars(Backend) if not n.startswith("_"))}
+def checked(backend: Any, called: str) -> Backend:
+    """Return ``backend`` if it keeps the protocol.
+
+    Raises:
+        TypeError: if it lacks a method that it neither needs nor declares, or declares what is no capability.
+    """
+    missing = sorted(method for method in _required() if not hasattr(backend, method))
+    if missing:
+        raise TypeError(f"{called} lacks {', '.join(missing)} of maskedlinear.backends.Backend")
+    lacks = backend.lacks()
+    unknown = sorted(set(lacks) - set(CAPABILITIES))
+    if unknown:
+        raise TypeError(
+            f"{called} declares that it lacks {', '.join(unknown)}; capabilities are: {', '.join(CAPABILITIES)}"
+        )
+    for capability, method in CAPABILITIES.items():
+        if method and capability not in lacks and not hasattr(backend, method):
+            raise TypeError(
+                f"{called} has no method {method!r} for the capability {capability!r}: write it, as "
+                f"maskedlinear.backends.Capable says, or declare it in lacks() with the reason"
+            )
+    checked_backend: Backend = backend
+    return checked_backend
+
+
+def _required() -> set[str]:
+    return {"name", "formats", *(name for name in vars(Backend) if not name.startswith("_"))}

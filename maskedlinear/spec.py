@@ -26,7 +26,7 @@ from array_api_compat import array_namespace
 
 from maskedlinear.masks import as_mask
 
-__all__ = ["Cotangents", "check_floating", "check_shapes", "forward", "jvp", "masked_weight", "vjp"]
+__all__ = ["Cotangents", "Curvature", "check_floating", "check_shapes", "forward", "hvp", "jvp", "masked_weight", "vjp"]
 
 Array = Any
 Shape = tuple[int, ...]
@@ -38,6 +38,15 @@ class Cotangents(NamedTuple):
     x: Array
     weight: Array
     bias: Array | None
+
+
+class Curvature(NamedTuple):
+    """A Hessian-vector product: ``x (..., in)``, ``weight (out, in)``, ``bias (out,)`` or ``None``, ``g (..., out)``."""
+
+    x: Array
+    weight: Array
+    bias: Array | None
+    g: Array
 
 
 def check_shapes(x: Shape, weight: Shape, bias: Shape | None = None) -> None:
@@ -187,6 +196,48 @@ def jvp(
         _check_like("dbias", dbias, bias.shape)
         dy = dy + array_namespace(y).broadcast_to(dbias, y.shape)
     return y, dy
+
+
+def hvp(
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Array | None,
+    g: Array,
+    dx: Array,
+    dweight: Array,
+    dbias: Array | None,
+    dg: Array,
+) -> Curvature:
+    """Return the second derivatives: the Hessian of ``ψ = ⟨g, y⟩`` in x, weight, bias and g, times a direction.
+
+    The gradient of ψ is ``(dx, dW, db, y)`` of :func:`vjp` and :func:`forward`, so this is what differentiating them once
+    more gives, in any order of modes. With the direction ``(ẋ, Ẇ, ḃ, ġ)``::
+
+        Hx = g · where(mask, Ẇ, 0) + ġ · Wm
+        HW = where(mask, gᵀ · ẋ + ġᵀ · x, 0)
+        Hb = sum of ġ over all batch dimensions
+        Hg = ẏ
+
+    Args:
+        x: shape ``(..., in)``; ``dx`` its direction.
+        weight: shape ``(out, in)``; ``dweight`` its direction.
+        mask: shape ``(out, in)``, booleans or 0s and 1s.
+        bias: shape ``(out,)`` or ``None``; ``dbias`` its direction.
+        g: shape ``(..., out)``; ``dg`` its direction.
+        dx: shape ``(..., in)``.
+        dweight: shape ``(out, in)``.
+        dbias: shape ``(out,)`` or ``None``.
+        dg: shape ``(..., out)``.
+
+    Raises:
+        ValueError, TypeError: as :func:`vjp` and :func:`jvp`.
+    """
+    _, along_g = jvp(x, weight, mask, bias, dx, dweight, dbias)
+    moved_weight = vjp(x, dweight, mask, bias, g)
+    moved_x = vjp(dx, weight, mask, bias, g)
+    moved_g = vjp(x, weight, mask, bias, dg)
+    return Curvature(moved_weight.x + moved_g.x, moved_x.weight + moved_g.weight, moved_g.bias, along_g)
 
 
 def _check_like(name: str, array: Array, shape: Shape) -> None:

@@ -1,83 +1,26 @@
-"""The conformance suite itself: its bounds, its doors, and that it notices faults."""
+"""The conformance suite as a product: its bounds, its doors, what it reports and what it refuses."""
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
 import pytest
 
 from maskedlinear import masks, spec
-from maskedlinear.backends import Backend, BackendNotAvailableError, NumpyBackend, available, load
-from maskedlinear_conformance.bounds import accumulation_unit, bounds, output_unit, pair_ratio, ratio
-from maskedlinear_conformance.cases import CASES, round_to
+from maskedlinear.backends import Backend, BackendNotAvailableError, available, checked, load
+from maskedlinear.reference import NumpyBackend
+from maskedlinear_conformance import golden
+from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
+from maskedlinear_conformance.cases import CASES, PROFILES, Case, among, draw, round_to
+from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
 
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
-def test_round_to_and_units_are_those_of_the_dtype(dtype: str, rng: np.random.Generator) -> None:
-    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
-    values = np.float32(rng.standard_normal(10_000)).astype(np.float64)
-    np.testing.assert_array_equal(round_to(values, dtype), values.astype(kind).astype(np.float64))
-    assert output_unit(dtype) == float(ml_dtypes.finfo(kind).eps) / 2
-    assert accumulation_unit(dtype) == output_unit("float64" if dtype == "float64" else "float32")
-
-
-@pytest.mark.parametrize("inputs", [64, 4096, 16384])
-def test_the_tight_bound_holds_for_correct_results_and_catches_every_flipped_bit(
-    inputs: int, rng: np.random.Generator
-) -> None:
-    # Signed, and away from 0: a connection of weight 0 is the same live and masked.
-    x, weight = (
-        round_to(rng.choice([-1, 1], shape) * rng.uniform(0.5, 1.5, shape), "float32")
-        for shape in ((4, inputs), (8, inputs))
-    )
-    mask = masks.random((8, inputs), sparsity=0.5, seed=inputs)
-    g = np.ones((4, 8))
-    sums = bounds(x, weight, mask, None, g, (None, None, None))
-    exact = spec.forward(x, weight, mask)
-    y = spec.forward(np.float32(x), np.float32(weight), mask)
-    assert ratio(y.astype(float), exact, sums.y, "float32") < 0.5
-    caught = 0
-    for place in rng.choice(8 * inputs, 200, replace=False):
-        flipped = mask.copy()
-        flipped.flat[place] ^= True
-        wrong = spec.forward(np.float32(x), np.float32(weight), flipped).astype(float)
-        caught += ratio(wrong, exact, sums.y, "float32") > 1
-    assert caught == 200
-
-
-def test_ratios_at_their_edges() -> None:
-    one = np.ones(3)
-    assert ratio(one, one, np.zeros(3), "float32") == 0
-    assert ratio(one, one + 1e-300, np.zeros(3), "float32") == 0
-    assert ratio(one, 2 * one, np.zeros(3), "float32") == np.inf
-    assert ratio(one * np.nan, one, one, "float32") == np.inf
-    assert ratio(np.ones(0), np.ones(0), np.ones(0), "float32") == 0
-    assert pair_ratio(one, one + 2**-8, one, "bfloat16") < 1
-    assert pair_ratio(one, one + 3 * 2**-8, one, "bfloat16") > 1
-
-
-def test_registry() -> None:
-    assert {"jax", "numpy", "torch"} <= set(available())
-    for name in ("numpy", "torch", "jax"):
-        backend = load(name)
-        assert isinstance(backend, Backend)
-        assert backend.name == name
-        assert "cpu" in backend.devices()
-    with pytest.raises(BackendNotAvailableError, match=r"no backend named 'none' is registered; registered: .*torch"):
-        load("none")
-
-
-def test_cases_cover_the_edges() -> None:
-    assert {case.density for case in CASES} >= {0.0, 0.01, 0.5, 1.0, "one", "all but one"}
-    assert () in {case.batch for case in CASES}
-    assert any(0 in case.batch for case in CASES)
-    assert {0, 4096} <= {case.in_features for case in CASES}
-    data = CASES[-1].data("bfloat16")
-    np.testing.assert_array_equal(NumpyBackend().asarray(data.x, "float32", "cpu").astype(np.float64), data.x)
+HEAD = "from maskedlinear.reference import NumpyBackend\n\nclass Other(NumpyBackend):\n    name = 'other'\n"
 
 
 def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -90,34 +33,6 @@ def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProc
     )
 
 
-def test_two_backends_pass_and_the_last_table_compares_them() -> None:
-    result = suite("--backend", "numpy", "--backend", "torch", "-k", "bit or batch or spec or each_other")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "backend torch: torch 2." in result.stdout
-    sections = result.stdout.split("largest difference between backends, in units of the bound (at most 1)")
-    assert len(sections) == 2
-    rows = [line.split() for line in sections[1].splitlines() if line.startswith(("y ", "dx", "dW", "db", "ẏ"))]
-    assert {(row[0], row[1]) for row in rows} == {
-        (quantity, dtype) for quantity in ("y", "dx", "dW", "db", "ẏ") for dtype in ("float64", "float32", "float16")
-    }
-    assert all(0 <= float(row[2]) <= 1 for row in rows)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--backend", "nonesuch"], "no backend named 'nonesuch' is registered"),
-        ([], "name at least one backend with --backend"),
-        (["--backend", "numpy", "--device", "cuda"], "backend 'numpy' has no device 'cuda' here; it has: cpu"),
-        (["--backend", "numpy", "-k", "nothing_of_this_name"], "deselected"),
-    ],
-)
-def test_what_cannot_run_is_a_failure(arguments: list[str], message: str) -> None:
-    result = suite(*arguments)
-    assert result.returncode != 0
-    assert message in result.stdout + result.stderr
-
-
 def distribution(path: Path, code: str) -> None:
     """Lay down an installed distribution that registers the class ``Other`` of ``code`` as the backend ``other``."""
     (path / "other.py").write_text(code)
@@ -127,28 +42,273 @@ def distribution(path: Path, code: str) -> None:
     (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
 
 
-FAULTS = {
-    "mask dropped in dW": "def vjp(self, x, w, m, b, g):\n        dx, dw, db = super().vjp(x, w, m, b, g)\n"
-    "        return dx, super().vjp(x, w, m | True, b, g)[1], db",
-    "a product for a select": "def masked_linear(self, x, w, m, b):\n        import numpy as np\n"
-    "        return super().masked_linear(x, (w * m).astype(w.dtype), m | True, b)",
-    "one bit flipped": "def masked_linear(self, x, w, m, b):\n        m = m.copy()\n"
-    "        m.flat[m.size // 2] ^= m.size > 1000\n        return super().masked_linear(x, w, m, b)",
-}
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+def test_round_to_and_units_are_those_of_the_dtype(dtype: str, rng: np.random.Generator) -> None:
+    kind = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype)
+    values = np.float32(rng.standard_normal(10_000)).astype(np.float64)
+    values[:3] = np.nan, np.inf, -0.0
+    np.testing.assert_array_equal(round_to(values, dtype), values.astype(kind).astype(np.float64))
+    assert output_unit(dtype) == float(ml_dtypes.finfo(kind).eps) / 2
+    assert accumulation_unit(dtype) == output_unit("float64" if dtype == "float64" else "float32")
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_third_party_is_caught(tmp_path: Path, fault: str) -> None:
-    head = "from maskedlinear.backends import NumpyBackend\n\nclass Other(NumpyBackend):\n    name = 'other'\n    "
-    distribution(tmp_path, head + FAULTS[fault])
-    result = suite("--backend", "other", path=tmp_path)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "units of the bound" in result.stdout
-    assert "ImportError" not in result.stdout
+def test_the_fraction_of_a_bound_at_its_edges() -> None:
+    one, none = np.ones(3), np.zeros(3)
+    for got, want in ((one, 0), (one + 8 * 2.0**-24, 1), (2 * one, 2.0**24 / 8), (np.nan * one, np.inf)):
+        assert Expected(one, one, 5, one).used(got, "float32") == want
+    assert Expected(one, one, 5, one).used(one + 5 * 2.0**-24, "float32", hard=True) == pytest.approx(1, rel=1e-6)
+    assert Expected(one, none, 5, one).used(one * (1 + 1e-15), "float32") == np.inf, "a bound of 0 must be met exactly"
+    half = Expected(one, none, 5, one)
+    assert half.used(one + 2**-8, "bfloat16") == 1, "a half type rounds once"
+    assert half.between(one, one + 2**-7, "bfloat16") == 1, "and so do two of them"
+    assert Expected(np.ones(0), np.ones(0), 1, np.ones(0)).used(np.ones(0), "float32") == 0
+
+
+def test_bounds_are_the_sums_over_absolute_values(rng: np.random.Generator) -> None:
+    mask = masks.random((3, 4), sparsity=0.5, seed=1)
+    data = draw(rng.standard_normal, (2,), mask, True, "float64")
+    want = expected(data)
+    assert set(want) == {"y", "dx", "dW", "db", "ẏ", "Hx", "HW", "Hb", "Hg"}
+    np.testing.assert_allclose(want["y"].absolute, abs(data.x) @ (abs(data.weight) * mask).T + abs(data.bias))
+    np.testing.assert_allclose(want["dW"].absolute, abs(data.g).T @ abs(data.x) * mask)
+    product = abs(data.g) @ (abs(data.dweight) * mask) + abs(data.dg) @ (abs(data.weight) * mask)
+    np.testing.assert_allclose(want["Hx"].absolute, product)
+    assert (want["y"].length, want["dx"].length, want["dW"].length, want["Hg"].length) == (5, 3, 2, 9)
+    assert "db" not in expected(data._replace(bias=None, dbias=None))
+
+
+def test_the_checks_that_laws_are_made_of() -> None:
+    equal_bits([np.array([np.nan, 0.0]), None], [np.array([np.nan, 0.0]), None], "equal")
+    for got, want in (([0.0], [-0.0]), ([1.0], [1.0 + 2**-52]), ([np.nan], [0.0]), ([1.0], [1.0, 1.0])):
+        with pytest.raises(AssertionError, match="these"):
+            equal_bits([np.array(got)], [np.array(want)], "these")
+    positive_zero(np.zeros(2), "zero")
+    for values in ([-0.0], [np.nan], [1e-300]):
+        with pytest.raises(AssertionError):
+            positive_zero(np.array(values), "zero")
+    subject = Subject(NumpyBackend(), "numpy dense", "float16")
+    data = Case((4,), 7, 5, 0.5).data("float16")
+    y = subject.value(data)
+    subject.near({"y": y}, expected(data))
+    with pytest.raises(AssertionError, match="another dtype"):
+        subject.near({"y": y + 2.0**-20}, expected(data))
+    with pytest.raises(AssertionError, match="the shape of y"):
+        subject.near({"y": y[None]}, expected(data))
+
+
+def test_registry() -> None:
+    assert {"jax", "linen", "nnx", "numpy", "torch"} <= set(available())
+    for name in ("numpy", "torch", "jax", "nnx", "linen"):
+        (backend,) = load(name)
+        assert isinstance(backend, Backend)
+        assert backend.name == name
+        assert "cpu" in backend.devices()
+    with pytest.raises(BackendNotAvailableError, match=r"no backend named 'none' is registered; registered: .*torch"):
+        load("none")
+
+
+def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
+    class Lacking(NumpyBackend):
+        def lacks(self) -> dict[str, str]:
+            return {"telepathy": "none here"}
+
+    class Silent(NumpyBackend):
+        def lacks(self) -> dict[str, str]:
+            return {}
+
+    with pytest.raises(TypeError, match=r"declares that it lacks telepathy; capabilities are: jvp"):
+        checked(Lacking(), "backend 'x'")
+    with pytest.raises(
+        TypeError, match=r"no method 'expression' for the capability 'expression': write it, .* or declare"
+    ):
+        checked(Silent(), "backend 'x'")
+    with pytest.raises(TypeError, match=r"lacks asarray, asnumpy, .* of maskedlinear.backends.Backend"):
+        checked(object(), "backend 'x'")
+
+
+def test_cases_cover_the_edges() -> None:
+    assert {case.density for case in CASES} >= {0.0, 0.01, 0.5, 1.0, "one", "all but one"}
+    assert () in {case.batch for case in CASES}
+    assert any(0 in case.batch for case in CASES)
+    assert {0, 1, 4096, 16384} <= {case.in_features for case in CASES}
+    assert {0, 1} <= {case.out_features for case in CASES}
+    sizes = [sum(among(case.since, profile) for case in CASES) for profile in PROFILES]
+    assert sizes == sorted(sizes)
+    assert sizes[-1] == len(CASES)
+    for dtype in ("bfloat16", "float16"):
+        for kind in ("signed", "positive", "integers"):
+            for array in CASES[4].data(dtype, kind):
+                if array is not None and array.dtype != bool:
+                    np.testing.assert_array_equal(round_to(array, dtype), array)
+
+
+def test_golden_vectors_are_made_again_to_the_same_bytes() -> None:
+    assert golden.make() == golden.FILE.read_bytes()
+    assert f"v{golden.VERSION}." in golden.FILE.name
+
+
+def test_golden_vectors_are_integers_and_right() -> None:
+    for one in golden.goldens():
+        data, results = one.data, one.results
+        for array in (*data, *results.values()):
+            assert array is None or array.dtype == bool or (array == np.round(array)).all()
+        masked = data.weight * data.mask
+        y = np.einsum("...i,oi->...o", data.x, masked) + (0 if data.bias is None else data.bias)
+        np.testing.assert_array_equal(results["y"], y, err_msg=one.name)
+        np.testing.assert_array_equal(results["dx"], np.einsum("...o,oi->...i", data.g, masked), err_msg=one.name)
+        g, x = (array.reshape(-1, array.shape[-1]) for array in (data.g, data.x))
+        np.testing.assert_array_equal(results["dW"], np.einsum("bo,bi->oi", g, x) * data.mask, err_msg=one.name)
+    assert sum(one.exact_in("bfloat16") for one in golden.goldens()) >= 8
+
+
+def test_golden_vectors_of_another_file_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    content = bytearray(golden.FILE.read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "v1.safetensors").write_bytes(content)
+    monkeypatch.setattr(golden, "FILE", tmp_path / "v1.safetensors")
+    with pytest.raises(ValueError, match=r"must have the hash .* install the package anew"):
+        golden.goldens.__wrapped__()
+
+
+def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    result = suite(
+        *("--backend", "numpy", "--backend", "torch", "--profile", "quick", "--report", str(path)),
+        *("-k", "spec or each_other or hard or vmap or checkpoint or golden"),
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "backend torch dense: torch 2." in result.stdout
+    assert "lacks vmap, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
+    sections = result.stdout.split("largest difference between backends, in units of the bound (at most 1)")
+    assert len(sections) == 2, "the last table compares the backends"
+    rows = [
+        line.split() for line in sections[1].splitlines() if line.startswith(("y ", "dx", "dW", "db", "jvp", "hvp"))
+    ]
+    quantities = ("y", "dx", "dW", "db", "jvp", "hvp")
+    assert {row[0] for row in rows if row[1] == "float32"} == set(quantities)
+    assert all(0 <= float(row[2]) <= 1 for row in rows)
+    report = json.loads(path.read_text())
+    assert report["exit_status"] == 0
+    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense"}
+    assert report["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
+    assert report["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
+    assert report["laws"]["1"]["backends"]["torch dense"]["passed"] > 30
+    assert report["laws"]["13"]["backends"]["torch dense"] == {}
+    assert report["not_built"] == {"12f": "maskedlinear.checkpoint is not built yet"}
+    assert "not built" in result.stdout
+    assert {row["result"] for row in report["bounds"]["pairs"]} == set(quantities)
+    assert {row["result"] for row in report["bounds"]["hard"]} == {"y", "dx", "dW", "db"}
+    assert all(row["status"] == "declared" for row in report["not_passed"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--backend", "nonesuch"], "no backend named 'nonesuch' is registered"),
+        ([], "name at least one backend with --backend"),
+        (["--backend", "numpy", "--device", "cuda"], "backend 'numpy' has no device 'cuda' here; it has: cpu"),
+        (["--backend", "numpy", "-k", "nothing_of_this_name"], "deselected"),
+        (["--backend", "numpy", "-k", "vmap"], "NumPy has no function transforms"),  # declared, so nothing is proven
+        (["--backend", "numpy", "--profile", "enormous"], "invalid choice: 'enormous'"),
+        (["--faults", "--backend", "numpy"], "--faults brings its own backends"),
+    ],
+)
+def test_what_cannot_run_is_a_failure(arguments: list[str], message: str) -> None:
+    result = suite(*arguments)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
 
 
 def test_a_third_party_that_lacks_a_method_is_refused(tmp_path: Path) -> None:
-    distribution(tmp_path, "class Other:\n    name = 'other'\n")
+    distribution(
+        tmp_path, "class Other:\n    name = 'other'\n    formats = ('dense',)\n    def __init__(self, f): pass\n"
+    )
     result = suite("--backend", "other", path=tmp_path)
     assert result.returncode != 0
     assert "backend 'other' lacks asarray, asnumpy" in result.stdout + result.stderr
+
+
+EXPECTING = """
+    def masked_linear(self, x, weight, mask, bias):
+        y = super().masked_linear(x, weight, mask, bias)
+        return y + 1 if x.shape == () or x.shape[-1] == 257 else y
+
+    def expected_failures(self):
+        return PATTERNS
+"""
+WRONG = "test_value_and_gradients_equal_the_spec[[]other dense *, batch 33,*"
+
+
+@pytest.mark.parametrize(
+    ("patterns", "status", "shown"),
+    [
+        ({WRONG: "upstream #1"}, 0, "expected failure"),
+        ({WRONG: "upstream #1", "test_no_such_law*": "gone"}, 0, "stale: expected failures that match no test"),
+        ({WRONG.replace("33", "12"): "upstream #1"}, 1, "XPASS(strict)"),
+        ({}, 1, "FAILED 2 of"),
+    ],
+)
+def test_expected_failures_are_reported_and_strict(
+    patterns: dict[str, str], status: int, shown: str, tmp_path: Path
+) -> None:
+    distribution(tmp_path, HEAD + EXPECTING.replace("PATTERNS", repr(patterns)))
+    result = suite("--backend", "other", "--profile", "quick", "-k", "gradients_equal_the_spec", path=tmp_path)
+    assert result.returncode == status, result.stdout
+    assert shown in result.stdout
+
+
+def test_each_format_is_run_as_a_backend_of_its_own(tmp_path: Path) -> None:
+    distribution(tmp_path, HEAD + "    formats = ('dense', 'csr')\n")
+    result = suite("--backend", "other", "--profile", "quick", "-k", "each_other or gradients_equal", path=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "other dense - other csr" in result.stdout
+
+
+def test_the_door_for_ones_own_test_file(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["maskedlinear_conformance.plugin"]\n')
+    (tmp_path / "mine.py").write_text(HEAD)
+    (tmp_path / "test_mine.py").write_text(
+        "from maskedlinear_conformance import BackendConformance\n\nfrom mine import Other\n\n\n"
+        "class TestMine(BackendConformance):\n    backends = (Other(),)\n\n\ndef test_other_things():\n    pass\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--profile", "quick", "-k", "leaks or gradients_equal or things"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "nothing under the mask leaks" in result.stdout
+    assert "other dense" in result.stdout
+    (tmp_path / "mine.py").write_text(
+        HEAD + "    def masked_linear(self, x, weight, mask, bias):\n"
+        "        return super().masked_linear(x, (weight * mask).astype(weight.dtype), mask | True, bias)\n"
+    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 1
+    assert "test_nothing_stored_under_the_mask_leaks[other dense float32-nan]" in result.stdout
+
+
+def test_examples_are_the_same_at_every_run_unless_a_seed_is_given(tmp_path: Path) -> None:
+    spy = """
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        with open(LOG, "a") as log:
+            print(shape, num_zeros, seed, file=log)
+        return super().random_mask(shape, num_zeros, seed, shard, device)
+"""
+    log = tmp_path / "log"
+    distribution(tmp_path, HEAD + spy.replace("LOG", repr(str(log))))
+
+    def drawn(*options: str) -> str:
+        log.write_text("")
+        assert suite("--backend", "other", "-k", "any_shard", *options, path=tmp_path).returncode == 0
+        return log.read_text()
+
+    first = drawn()
+    assert first == drawn()
+    assert drawn("--hypothesis-seed", "3") not in ("", first)
+
+
+def test_spec_and_reference_agree_on_half_precision(rng: np.random.Generator) -> None:
+    data = draw(rng.standard_normal, (3,), masks.random((4, 300), sparsity=0.5), True, "float16")
+    arrays = [array if array.dtype == bool else array.astype(np.float16) for array in data[:4]]
+    y: Any = NumpyBackend().masked_linear(*arrays)
+    exact = spec.forward(*(data[:4]))
+    assert y.dtype == np.float16
+    assert (y == exact.astype(np.float32).astype(np.float16)).mean() > 0.9

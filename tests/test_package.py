@@ -99,6 +99,7 @@ def fake_version(attributes: str) -> str:
 PUBLIC = [
     "maskedlinear",
     "maskedlinear.backends",
+    "maskedlinear.reference",
     "maskedlinear.masks",
     "maskedlinear.spec",
     "maskedlinear.torch",

@@ -89,6 +89,24 @@ def test_a_tangent_of_none_is_zero(p: Problem) -> None:
         np.testing.assert_allclose(spec.jvp(*p[:4], **{name: tangent})[1], spec.jvp(*p[:4], *full)[1], rtol=1e-14)
 
 
+def test_hvp_is_the_derivative_of_value_and_gradients(send: Any, p: Problem, rng: np.random.Generator) -> None:
+    along = Problem(*(a if a.dtype == bool else rng.standard_normal(a.shape) for a in p))
+
+    def moved(by: float) -> list[np.ndarray[Any, Any]]:
+        x, weight, mask, bias, g = (send(a if a.dtype == bool else a + by * b) for a, b in zip(p, along, strict=True))
+        return [back(a) for a in (*spec.vjp(x, weight, mask, bias, g), spec.forward(x, weight, mask, bias))]
+
+    arrays, (dx, dweight, _, dbias, dg) = map(send, p), map(send, along)
+    x, weight, mask, bias, g = arrays
+    got = spec.hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg)
+    for a, ahead, behind in zip(got, moved(0.5), moved(-0.5), strict=True):
+        np.testing.assert_allclose(back(a), ahead - behind, rtol=1e-12, atol=1e-12)  # exact: all are quadratic
+    assert not back(got.weight)[~p.mask].any()
+    assert spec.hvp(x, weight, mask, None, g, dx, dweight, None, dg).bias is None
+    with pytest.raises(ValueError, match=r"g must have shape \(4, 3, 6\); got \(4, 3, 5\)"):
+        spec.hvp(x, weight, mask, bias, g, dx, dweight, dbias, dx)
+
+
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
 def test_nothing_under_the_mask_leaks(send: Any, p: Problem, poison: float) -> None:
     dirty = send(np.where(p.mask, p.weight, poison))

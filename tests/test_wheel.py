@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -46,7 +47,12 @@ def test_contents(wheel: Path) -> None:
         "maskedlinear_jax",
         "maskedlinear_torch",
     }
-    for needed in ("maskedlinear/py.typed", "maskedlinear_jax/flax/__init__.py", "maskedlinear_conformance/pytest.ini"):
+    for needed in (
+        "maskedlinear/py.typed",
+        "maskedlinear_jax/flax/__init__.py",
+        "maskedlinear_conformance/pytest.ini",
+        "maskedlinear_conformance/golden/v1.safetensors",
+    ):
         assert needed in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
@@ -79,21 +85,72 @@ for face in ("torch", "jax", "flax"):
     assert "maskedlinear" in run(python, "-m", "maskedlinear", "--version", cwd=tmp_path)
 
 
-def test_with_the_frameworks(wheel: Path, tmp_path: Path) -> None:
-    python = environment(tmp_path / "env")
-    run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=tmp_path)
-    # The frameworks come from this environment. A path named in a .pth file does not have its own .pth files read, so
-    # the editable install that lives there is not seen.
-    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An interpreter with the built wheel, and with the frameworks of this environment."""
+    path = tmp_path_factory.mktemp("with frameworks")
+    python = environment(path / "env")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", wheel, cwd=path)
+    # A path named in a .pth file does not have its own .pth files read, so the editable install that lives there is not
+    # seen.
+    site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=path).strip())
     (site / "frameworks.pth").write_text(sysconfig.get_path("purelib"))
-    where = run(
-        python, "-c", "import maskedlinear, maskedlinear_torch; print(maskedlinear_torch.__file__)", cwd=tmp_path
-    )
-    assert Path(where.strip()).is_relative_to(tmp_path)
+    where = run(python, "-c", "import maskedlinear, maskedlinear_torch; print(maskedlinear_torch.__file__)", cwd=path)
+    assert Path(where.strip()).is_relative_to(path)
+    return python
+
+
+def test_with_the_frameworks(python: Path, tmp_path: Path) -> None:
     out = run(
-        *(python, "-m", "maskedlinear_conformance", "--backend", "torch", "--backend", "jax"),
-        *("-k", "(each_other or leak or zero) and (float32 or bfloat16)"),
+        *(python, "-m", "maskedlinear_conformance", "--backend", "torch", "--backend", "jax", "--profile", "quick"),
+        *("-k", "each_other or leak or zero or golden or exchange"),
         cwd=tmp_path,
     )
-    assert "torch - jax" in out
+    assert "torch dense - jax dense" in out
     assert "passed" in out.splitlines()[-1]
+
+
+def third_party(python: Path, folder: Path, name: str, path: Path) -> str:
+    """Build a third party's wheel from ``folder``, install it beside ours, and prove its backend."""
+    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", path, folder, cwd=path)
+    (built,) = path.glob("*.whl")
+    run(python, "-m", "pip", "install", "--quiet", "--no-deps", "--force-reinstall", built, cwd=path)
+    return run(
+        python,
+        "-m",
+        "maskedlinear_conformance",
+        "--backend",
+        name,
+        "--backend",
+        "numpy",
+        "--profile",
+        "quick",
+        cwd=path,
+    )
+
+
+def test_the_example_of_a_third_partys_backend_is_proven(python: Path, tmp_path: Path) -> None:
+    folder = ROOT / "examples" / "third_party_backend"
+    assert len((folder / "maskedlinear_scipy.py").read_text().splitlines()) <= 100
+    out = third_party(python, folder, "scipy", tmp_path)
+    assert "scipy csr - numpy dense" in out
+    assert "lacks reverse over reverse" in out
+    assert "failed" not in out.splitlines()[-1]
+
+
+def test_the_page_on_writing_a_backend_works_from_an_empty_folder(python: Path, tmp_path: Path) -> None:
+    page = (ROOT / "docs" / "writing-a-backend.md").read_text()
+    files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL))
+    assert set(files) == {"pyproject.toml", "my_backend.py"}
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for name, text in files.items():
+        (folder / name).write_text(text)
+    out = third_party(python, folder, "mine", tmp_path)
+    assert "mine dense - numpy dense" in out
+    assert "not written yet" in out
+    (folder / "my_backend.py").write_text(
+        files["my_backend.py"].replace("np.where(mask, weight, 0)", "(mask * weight)")
+    )
+    with pytest.raises(AssertionError, match="test_nothing_stored_under_the_mask_leaks"):
+        third_party(python, folder, "mine", tmp_path)

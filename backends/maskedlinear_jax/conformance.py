@@ -3,26 +3,47 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache, partial
 from importlib.metadata import version
 from typing import Any
 
 import jax
 import jax.experimental
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from numpy.typing import NDArray
 
+from maskedlinear import masks
 from maskedlinear_jax import masked_linear
 
 __all__ = ["JaxBackend"]
 
+Bias = Array | None
+Op = Callable[..., Array]
+
 
 class JaxBackend:
-    """``maskedlinear.jax.masked_linear``, under ``jax.jit``, on one device."""
+    """``maskedlinear.jax.masked_linear`` under ``jax.jit``: what users run. See :mod:`maskedlinear.backends`."""
 
     name = "jax"
+    formats: Sequence[str] = ("dense",)
+
+    def __init__(self, format: str = "dense") -> None:
+        self.format = format
+        # Each compiled as a whole; op by op, every shape would compile each operation on its own.
+        self.value = jax.jit(self.op)
+        self._vjp = jax.jit(partial(_value_and_gradients, self.op), static_argnames="wrt")
+        self._jvp = jax.jit(partial(_jvp, partial(self.op, forward_mode=True)))
+        self._hvp = jax.jit(partial(_hvp, self.op), static_argnames="mode")
+        self._expression = jax.jit(partial(_value_and_gradients, _expression))
+        self._transformed = cache(self._make_transformed)
+
+    def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
+        """Return ``y``: what a backend for layers replaces."""
+        return masked_linear(x, weight, mask, bias, forward_mode=forward_mode)
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of jax and jaxlib."""
@@ -34,11 +55,25 @@ class JaxBackend:
 
     def device_name(self, device: str) -> str:
         """Return the GPU's name, or the machine's architecture."""
-        return str(self._device(device).device_kind) if device == "cuda" else platform.machine()
+        return str(_device(device).device_kind) if device == "cuda" else platform.machine()
 
     def dtypes(self, device: str) -> Sequence[str]:
         """Return the dtypes of the layer."""
         return ("float64", "float32", "bfloat16", "float16")
+
+    def lacks(self) -> Mapping[str, str]:
+        """Return what JAX does not have."""
+        immutable = "JAX arrays are immutable and have no layout that users see"
+        functions = "these are functions; the layers are the backends nnx and linen"
+        return (
+            dict.fromkeys(("transposed", "strided", "read-only", "broadcast"), immutable)
+            | dict.fromkeys(("layer", "save", "freeze_masked"), functions)
+            | {"autocast": "JAX has no automatic casts"}
+        )
+
+    def expected_failures(self) -> Mapping[str, str]:
+        """Return nothing: no law is known to break."""
+        return {}
 
     @contextmanager
     def strict(self) -> Iterator[None]:
@@ -46,39 +81,103 @@ class JaxBackend:
         with _enable_x64(True), jax.default_matmul_precision("highest"):
             yield
 
-    def asarray(self, values: NDArray[Any], dtype: str, device: str) -> Array:
+    def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:
         """Return ``values`` as an array."""
-        return jax.device_put(jax.numpy.asarray(values, bool if values.dtype == bool else dtype), self._device(device))  # type: ignore[no-any-return]
+        array = np.asarray(values, bool if values.dtype == bool else jnp.dtype(dtype))
+        return jax.device_put(array, _device(device))  # type: ignore[no-any-return]
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         """Return ``array`` in float64, or as it is if boolean."""
-        return np.asarray(array) if array.dtype == bool else np.asarray(array).astype(np.float64)
+        return np.array(array) if array.dtype == bool else np.asarray(array).astype(np.float64)
 
-    def masked_linear(self, x: Array, weight: Array, mask: Array, bias: Array | None) -> Array:
+    def masked_linear(self, x: Array, weight: Array, mask: Array, bias: Bias) -> Array:
         """Return ``y``."""
-        return _value(x, weight, mask, bias)  # type: ignore[no-any-return]
+        return self.value(x, weight, mask, bias)  # type: ignore[no-any-return]
 
-    def vjp(
-        self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
-    ) -> tuple[Array, Array, Array | None]:
+    def vjp(self, x: Array, weight: Array, mask: Array, bias: Bias, g: Array, wrt: Sequence[str]) -> Sequence[Array]:
         """Return what ``jax.vjp`` gives through the default rule."""
-        return _vjp(x, weight, mask, bias, g)  # type: ignore[no-any-return]
+        return self._vjp(x, weight, mask, bias, g, wrt=tuple(wrt))[1:]  # type: ignore[no-any-return]
 
     def jvp(
         self,
         x: Array,
         weight: Array,
         mask: Array,
-        bias: Array | None,
-        dx: Array,
-        dweight: Array,
+        bias: Bias,
+        dx: Array | None,
+        dweight: Array | None,
         dbias: Array | None,
     ) -> tuple[Array, Array]:
         """Return what ``jax.jvp`` gives through the door to forward mode."""
-        return _jvp(x, weight, mask, bias, dx, dweight, dbias)  # type: ignore[no-any-return]
+        return self._jvp(x, weight, mask, bias, dx, dweight, dbias)  # type: ignore[no-any-return]
 
-    def _device(self, device: str) -> Any:
-        return jax.devices("gpu" if device == "cuda" else device)[0]
+    def hvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Bias,
+        g: Array,
+        dx: Array,
+        dweight: Array,
+        dbias: Array | None,
+        dg: Array,
+        mode: str,
+    ) -> tuple[Array, Array, Array | None, Array]:
+        """Differentiate the gradients once more, by ``jax.vjp`` or ``jax.jvp``, through the default rule."""
+        found = self._hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode=mode)
+        return found["x"], found["weight"], found.get("bias"), found["g"]
+
+    def expression(
+        self, x: Array, weight: Array, mask: Array, bias: Bias, g: Array
+    ) -> tuple[Array, Array, Array | None]:
+        """Return the gradients that JAX makes of the plain expression."""
+        _, dx, dweight, dbias = _padded(self._expression(x, weight, mask, bias, g))
+        return dx, dweight, dbias
+
+    def dense(self, x: Array, weight: Array, bias: Bias) -> Array:
+        """Return a dense product."""
+        return _dense(x, weight, bias)  # type: ignore[no-any-return]
+
+    def vmap(
+        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
+    ) -> tuple[Array, Array, Array, Array]:
+        """Return ``jax.vmap`` of value and gradients."""
+        return jax.jit(jax.vmap(partial(_value_and_gradients, self.op), tuple(axes)))(x, weight, mask, bias, g)  # type: ignore[no-any-return]
+
+    def transforms(self) -> Sequence[str]:
+        """Return the transforms; ``forward mode`` is the second door, in reverse."""
+        return ("compile", "eager", "checkpoint", "scan", "forward mode")
+
+    def transformed(
+        self, transform: str, x: Array, weight: Array, mask: Array, bias: Bias, g: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
+        """Return value and gradients through ``transform``."""
+        y, dx, dweight, dbias = _padded(self._transformed(transform)(x, weight, mask, bias, g))
+        return y, dx, dweight, dbias
+
+    def _make_transformed(self, transform: str) -> Callable[..., Any]:
+        def scanned(x: Array, weight: Array, mask: Array, bias: Bias) -> Array:
+            return jax.lax.scan(lambda carry, row: (carry, self.op(row, weight, mask, bias)), None, x)[1]
+
+        ops: dict[str, Op] = {
+            "checkpoint": jax.checkpoint(self.op),
+            "scan": scanned,
+            "forward mode": partial(self.op, forward_mode=True),
+        }
+        op = ops.get(transform, self.op)
+        function = partial(_value_and_gradients, op)
+        return function if transform == "eager" else jax.jit(function)
+
+    def random_mask(
+        self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Array:
+        """Return ``masks.random`` as an array."""
+        return jax.device_put(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), _device(device))  # type: ignore[no-any-return]
+
+
+def _device(device: str) -> Any:
+    return jax.devices("gpu" if device == "cuda" else device)[0]
 
 
 def _enable_x64(on: bool) -> Any:
@@ -88,23 +187,69 @@ def _enable_x64(on: bool) -> Any:
     return jax.experimental.enable_x64(on)  # type: ignore[attr-defined, unused-ignore]
 
 
-# Compiled as a whole, as users run them; op by op, every shape would compile each operation on its own.
-_value = jax.jit(masked_linear)
+def _value_and_gradients(
+    op: Op,
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Bias,
+    g: Array,
+    wrt: tuple[str, ...] = ("x", "weight", "bias"),
+) -> tuple[Array, ...]:
+    """Return y, and the gradients of those of ``wrt`` that exist."""
+    given = {"x": x, "weight": weight, "bias": bias}
+    moving = {name: given[name] for name in wrt if given[name] is not None}
+    y, pullback = jax.vjp(lambda moving: op(**(given | {"mask": mask} | moving)), moving)
+    (gradients,) = pullback(g)
+    return (y, *(gradients[name] for name in moving))
 
 
-@jax.jit
-def _vjp(x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> tuple[Array, Array, Array | None]:
-    _, pullback = jax.vjp(lambda x, weight, bias: masked_linear(x, weight, mask, bias), x, weight, bias)
-    dx, dweight, dbias = pullback(g)
-    return dx, dweight, dbias
+def _padded(found: Sequence[Any]) -> Any:
+    """``(y, dx, dW)`` with ``None`` for the gradient of a bias that is not there."""
+    return tuple(found) if len(found) == 4 else (*found, None)
 
 
-@jax.jit
-def _jvp(
-    x: Array, weight: Array, mask: Array, bias: Array | None, dx: Array, dweight: Array, dbias: Array | None
-) -> tuple[Array, Array]:
-    def layer(x: Array, weight: Array, bias: Array | None) -> Array:
-        return masked_linear(x, weight, mask, bias, forward_mode=True)
-
-    y, dy = jax.jvp(layer, (x, weight, bias), (dx, dweight, dbias))
+def _jvp(op: Op, x: Array, weight: Array, mask: Array, bias: Bias, *tangents: Array | None) -> tuple[Array, Array]:
+    given = {"x": x, "weight": weight, "bias": bias}
+    moving = {name: tangent for name, tangent in zip(given, tangents, strict=True) if tangent is not None}
+    y, dy = jax.jvp(
+        lambda moving: op(**(given | {"mask": mask} | moving)), ({name: given[name] for name in moving},), (moving,)
+    )
     return y, dy
+
+
+def _hvp(
+    op: Op,
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Bias,
+    g: Array,
+    *directions: Array | None,
+    mode: str,
+) -> dict[str, Array]:
+    given = {"x": x, "weight": weight, "bias": bias, "g": g}
+    names = [name for name, array in given.items() if array is not None]
+    direction = {name: along for name, along in zip(given, directions, strict=True) if name in names}
+
+    def gradients(moving: dict[str, Array]) -> dict[str, Array]:
+        inputs = {name: moving[name] for name in names[:-1]}
+        y, pullback = jax.vjp(lambda i: op(i["x"], i["weight"], mask, i.get("bias")), inputs)
+        return {**pullback(moving["g"])[0], "g": y}
+
+    primals = {name: given[name] for name in names}
+    if mode == "reverse over reverse":
+        found: dict[str, Array] = jax.vjp(gradients, primals)[1](direction)[0]
+        return found
+    return jax.jvp(gradients, (primals,), (direction,))[1]  # type: ignore[no-any-return]
+
+
+def _expression(x: Array, weight: Array, mask: Array, bias: Bias) -> Array:
+    wide = jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+    y = jnp.matmul(x, jnp.where(mask, weight, 0).T, preferred_element_type=wide)
+    return (y if bias is None else y + bias.astype(wide)).astype(x.dtype)
+
+
+@jax.jit
+def _dense(x: Array, weight: Array, bias: Bias) -> Array:
+    return _expression(x, weight, jnp.ones(weight.shape, bool), bias)

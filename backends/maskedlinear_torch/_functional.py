@@ -118,8 +118,6 @@ def _flat(tensor: Tensor) -> Tensor:
 class _MaskedLinear(torch.autograd.Function):
     """The rules. Arguments: x, weight, mask, bias or ``None``."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
         return F.linear(x, select(weight, mask), bias)
@@ -155,3 +153,30 @@ class _MaskedLinear(torch.autograd.Function):
         if dbias is not None:
             dy = dy + dbias.to(wide)
         return dy.to(x.dtype)
+
+    @staticmethod
+    def vmap(
+        info: Any,
+        in_dims: tuple[int | None, ...],
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, int]:
+        # torch's own rule for a linear layer rounds a half type before the bias is added, and again after.
+        def front(tensor: Tensor, dim: int | None) -> Tensor:
+            return tensor if dim is None else tensor.movedim(dim, 0)
+
+        x, weight, mask = (front(t, dim) for t, dim in zip((x, weight, mask), in_dims[:3], strict=True))
+        if in_dims[1:] == (None, None, None):  # one more batch dimension
+            return _MaskedLinear.apply(x, weight, mask, bias), 0  # type: ignore[no-untyped-call]
+        copies: int = info.batch_size
+        x = x if in_dims[0] is not None else x.expand(copies, *x.shape)
+        masked = select(weight, mask).expand(copies, *weight.shape[-2:])
+        rows = x.reshape(copies, math.prod(x.shape[1:-1]), x.shape[-1])
+        if bias is None:
+            y = torch.bmm(rows, masked.mT)
+        else:
+            bias = front(bias, in_dims[3])
+            y = torch.baddbmm(bias.expand(copies, bias.shape[-1])[:, None], rows, masked.mT)
+        return y.reshape(*x.shape[:-1], y.shape[-1]), 0

@@ -2,22 +2,27 @@
 
 A sum of K products, formed in any order in arithmetic of unit roundoff u, lies within K·u·S of the exact sum, where S is
 the same sum over absolute values (N. J. Higham, "Accuracy and Stability of Numerical Algorithms", 2nd ed., section 3.1).
-On signed data the errors cancel too, and correct results stay far below c·u·S with c = 8, which is tight enough that
-flipping one bit of a mask shows at any K in use. A result in a narrower dtype is rounded once more.
+That is the *hard* bound, for any data. On signed data the errors cancel too, and correct results stay far below the
+*tight* bound c·u·S with c = 8, so tight that flipping one bit of a mask shows at any K in use. A result in a narrower
+dtype is rounded once more; a second derivative there is a sum of terms that are each rounded.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import math
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear import spec
+from maskedlinear_conformance.cases import Data
 
-__all__ = ["Bounds", "C", "accumulation_unit", "bounds", "output_rounding", "output_unit", "pair_ratio", "ratio"]
+__all__ = ["QUANTITIES", "C", "Expected", "accumulation_unit", "expected", "output_unit"]
 
 C = 8.0
+
+QUANTITIES = ("y", "dx", "dW", "db", "ẏ", "Hx", "HW", "Hb", "Hg")
 
 Float = NDArray[np.float64]
 
@@ -25,14 +30,41 @@ _BITS = {"float64": 53, "float32": 24, "bfloat16": 8, "float16": 11}
 _SMALLEST = {"float64": 2.0**-1074, "float32": 2.0**-149, "bfloat16": 2.0**-133, "float16": 2.0**-24}
 
 
-class Bounds(NamedTuple):
-    """The absolute sums S of every result, each of its result's shape."""
+@dataclass(frozen=True)
+class Expected:
+    """One result as it should be.
 
-    y: Float
-    dx: Float
-    dweight: Float
-    dbias: Float | None
-    dy: Float
+    Attributes:
+        exact: the result by the spec, in float64.
+        absolute: S, the same over absolute values.
+        length: K, how many terms an entry is the sum of.
+        rounded: the sum of the magnitudes of what a narrow dtype rounds on the way, the result included.
+    """
+
+    exact: Float
+    absolute: Float
+    length: int
+    rounded: Float
+
+    def used(self, got: Float, dtype: str, *, hard: bool = False) -> float:
+        """Return the largest |got - exact| in units of the bound; infinity where a bound of 0 is missed, or for NaN."""
+        return _largest(got - self.exact, self._sum_error(dtype, hard) + self._rounding(dtype))
+
+    def between(self, one: Float, other: Float, dtype: str) -> float:
+        """Return the largest |one - other| in units of the tight bound and a rounding of each."""
+        return _largest(one - other, self._sum_error(dtype, False) + 2 * self._rounding(dtype))
+
+    def _sum_error(self, dtype: str, hard: bool) -> Float:
+        unit = accumulation_unit(dtype)
+        factor = self.length / (1 - self.length * unit) if hard else C  # to all orders in u
+        error: Float = factor * unit * self.absolute
+        return error
+
+    def _rounding(self, dtype: str) -> Float:
+        if output_unit(dtype) == accumulation_unit(dtype):
+            return np.zeros_like(self.exact)
+        rounding: Float = np.maximum(output_unit(dtype) * self.rounded, _SMALLEST[dtype] / 2)
+        return rounding
 
 
 def output_unit(dtype: str) -> float:
@@ -45,41 +77,34 @@ def accumulation_unit(dtype: str) -> float:
     return output_unit("float64" if dtype == "float64" else "float32")
 
 
-def bounds(x: Float, weight: Float, mask: Any, bias: Float | None, g: Float, tangents: Any) -> Bounds:
-    """Return S of every result of a masked linear layer: the spec, on absolute values.
-
-    Args:
-        x: shape ``(..., in)``, float64, as are the others.
-        weight: shape ``(out, in)``.
-        mask: shape ``(out, in)``, boolean.
-        bias: shape ``(out,)`` or ``None``.
-        g: shape ``(..., out)``, the cotangent.
-        tangents: those of x, weight and bias.
-    """
-    x, weight, g = abs(x), abs(weight), abs(g)
-    bias = None if bias is None else abs(bias)
-    tangents = [None if tangent is None else abs(tangent) for tangent in tangents]
-    y, dy = spec.jvp(x, weight, mask, bias, *tangents)
-    return Bounds(y, *spec.vjp(x, weight, mask, bias, g), dy)
-
-
-def output_rounding(value: Float, dtype: str) -> Float:
-    """Return the largest error of rounding to ``dtype`` what became ``value``, where the sum was formed in a wider type."""
-    if output_unit(dtype) == accumulation_unit(dtype):
-        return np.zeros_like(value)
-    rounding: Float = np.maximum(output_unit(dtype) * abs(value), _SMALLEST[dtype] / 2)
-    return rounding
+def expected(data: Data) -> dict[str, Expected]:
+    """Return what every result of ``data`` should be, by its name in ``QUANTITIES``; without bias, without its gradients."""
+    arrays = _results(data)
+    sums = _results(data._replace(**{n: abs(a) for n, a in data._asdict().items() if n != "mask" and a is not None}))
+    # The second derivatives are sums over the directions; a narrow dtype rounds each part, and the sums of some.
+    still = {name: None if a is None else np.zeros_like(a) for name, a in data._asdict().items() if name[0] == "d"}
+    parts = [_results(data._replace(**{**still, name: getattr(data, name)})) for name in still]
+    batch, (out, in_) = math.prod(data.x.shape[:-1]), data.mask.shape
+    lengths = {
+        **dict(zip(("y", "dx", "dW", "db", "ẏ"), (in_ + 1, out, batch, batch, 2 * in_ + 1), strict=True)),
+        **dict(zip(("Hx", "HW", "Hb", "Hg"), (2 * out, 2 * batch, batch, 2 * in_ + 1), strict=True)),
+    }
+    found = {}
+    for name, exact in arrays.items():
+        rounded = abs(exact)
+        if name in ("Hx", "HW", "Hg"):
+            rounded = rounded + 2 * sum(abs(part[name]) for part in parts)
+        found[name] = Expected(exact, sums[name], max(lengths[name], 1), rounded)
+    return found
 
 
-def ratio(got: Float, exact: Float, absolute_sum: Float, dtype: str) -> float:
-    """Return the largest |got - exact| in units of c·u·S plus one rounding; infinity where a bound of 0 is missed."""
-    return _largest(got - exact, C * accumulation_unit(dtype) * absolute_sum + output_rounding(exact, dtype))
-
-
-def pair_ratio(one: Float, other: Float, absolute_sum: Float, dtype: str) -> float:
-    """Return the largest |one - other| in units of c·u·S plus one rounding of each."""
-    rounding = output_rounding(one, dtype) + output_rounding(other, dtype)
-    return _largest(one - other, C * accumulation_unit(dtype) * absolute_sum + rounding)
+def _results(data: Data) -> dict[str, Float]:
+    arguments = data[:4]
+    y, dy = spec.jvp(*arguments, data.dx, data.dweight, data.dbias)
+    gradients = spec.vjp(*arguments, data.g)
+    curvature = spec.hvp(*data)
+    named = zip(QUANTITIES, (y, *gradients, dy, *curvature), strict=True)
+    return {name: array for name, array in named if array is not None}
 
 
 def _largest(difference: Float, bound: Float) -> float:

@@ -1,114 +1,263 @@
-"""The pytest plugin: which backends on which device, what ran, and the tables at the end."""
+"""The pytest plugin: which backends on which device, what each test runs on, and how each ended."""
 
 from __future__ import annotations
 
-import itertools
-import platform
-from collections.abc import Sequence
+import fnmatch
+from collections.abc import Callable, Generator, Iterable, Sequence
+from itertools import combinations
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from maskedlinear import __version__
-from maskedlinear.backends import Backend, BackendNotAvailableError, available, load
-from maskedlinear_conformance.record import Record
+from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, load
+from maskedlinear_conformance import report
+from maskedlinear_conformance.cases import CASES, PROFILES, among
+from maskedlinear_conformance.faults import FAULTS, Sound
+from maskedlinear_conformance.golden import goldens
+from maskedlinear_conformance.laws import Law
+from maskedlinear_conformance.record import Outcome, Record
+from maskedlinear_conformance.subject import Subject
 
 __all__: list[str] = []
 
-_BACKENDS = pytest.StashKey[list[Backend]]()
-_RECORD = pytest.StashKey[Record]()
+MODES = ("reverse over reverse", "forward over reverse")
+
+_RUN = pytest.StashKey["Run"]()
+
+
+class Run:
+    """One run of the suite: its settings, its backends, and what it found."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.device: str = config.getoption("--device")
+        self.faults: bool = config.getoption("--faults")
+        self.profile: str = config.getoption("--profile") or ("quick" if self.faults else "default")
+        self.seeded = config.getoption("--hypothesis-seed", None) is not None
+        self.command: bool = config.getoption("--command")
+        self.record = Record()
+        self.backends: dict[str, Backend] = {}
+        self.expected: dict[str, set[str]] = {}
+        names = list(dict.fromkeys(config.getoption("--backend")))
+        if self.faults:
+            if names:
+                raise pytest.UsageError("--faults brings its own backends: leave out --backend")
+            for made in (Sound(), *(fault() for fault in FAULTS.values())):
+                self.add(made)
+        elif self.command and not names:
+            raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
+        for name in names:
+            try:
+                for backend in load(name):
+                    self.add(backend)
+            except (BackendNotAvailableError, TypeError) as error:
+                raise pytest.UsageError(str(error)) from error
+
+    def add(self, backend: Any) -> str:
+        """Take a backend into the run; return its label."""
+        label = backend.name if self.faults else f"{backend.name} {getattr(backend, 'format', 'dense')}"
+        if label not in self.backends:
+            if self.device not in backend.devices():
+                raise pytest.UsageError(
+                    f"backend {backend.name!r} has no device {self.device!r} here; it has: {', '.join(backend.devices())}"
+                )
+            self.backends[label] = backend
+            self.expected[label] = set(backend.expected_failures())
+        return label
+
+    def subjects(self, labels: Iterable[str], says: Law) -> list[Subject]:
+        """Return the backends of ``labels``, in each dtype that a test runs in."""
+        return [
+            Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
+            for label in labels
+            for dtype in says.kinds(self.backends[label].dtypes(self.device), "full" if self.faults else self.profile)
+        ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add --backend and --device."""
+    """Add the suite's options."""
     group = parser.getgroup("maskedlinear")
     group.addoption(
         "--backend",
         action="append",
         default=[],
         metavar="NAME",
-        help=f"a backend to prove; once for each. Registered: {', '.join(available())}",
+        help=f"a backend to prove, in all its formats; once for each. Registered: {', '.join(available())}",
     )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")
+    group.addoption("--report", type=Path, metavar="FILE.json", help="write what was found to this file as well")
+    group.addoption("--faults", action="store_true", help="prove the suite itself: run it on faulty backends instead")
+    group.addoption(
+        "--command", action="store_true", help="set by python -m maskedlinear_conformance: --backend is a must"
+    )
 
 
+@pytest.hookimpl(trylast=True)
 def pytest_configure(config: pytest.Config) -> None:
     """Load the backends; one that was named and cannot run is an error of the whole run."""
-    names = list(dict.fromkeys(config.getoption("--backend")))
-    if not names:
-        raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
-    device = config.getoption("--device")
-    backends = []
-    for name in names:
-        try:
-            backend = load(name)
-        except (BackendNotAvailableError, TypeError) as error:
-            raise pytest.UsageError(str(error)) from error
-        if device not in backend.devices():
-            raise pytest.UsageError(
-                f"backend {name!r} has no device {device!r} here; it has: {', '.join(backend.devices())}"
-            )
-        backends.append(backend)
-    config.stash[_BACKENDS] = backends
-    config.stash[_RECORD] = Record()
+    config.stash[_RUN] = Run(config)
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
     """Say what is about to run."""
-    device = config.getoption("--device")
-    lines = [f"maskedlinear {__version__}, Python {platform.python_version()}, device {device}"]
-    for backend in config.stash[_BACKENDS]:
-        versions = ", ".join(f"{library} {version}" for library, version in backend.versions().items())
-        dtypes = ", ".join(backend.dtypes(device))
-        lines.append(f"backend {backend.name}: {versions}; on {backend.device_name(device)}; {dtypes}")
-    return lines
+    run = config.stash[_RUN]
+    return report.header_lines(report.header(run)) if run.backends else []
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test for every backend, or pair of backends, in every dtype that they have on the device."""
-    device = metafunc.config.getoption("--device")
-    backends = metafunc.config.stash[_BACKENDS]
-
-    def each(groups: Sequence[tuple[Backend, ...]]) -> list[tuple[tuple[Backend, ...], str]]:
-        return [
-            (group, dtype)
-            for group in groups
-            for dtype in group[0].dtypes(device)
-            if all(dtype in backend.dtypes(device) for backend in group)
-        ]
-
+    """Say what a law's test runs on: each backend or pair, dtype, case, mode, layout, transform and golden vector."""
+    says: Law | None = getattr(metafunc.function, "conformance", None)
+    if says is None:
+        return
+    run = metafunc.config.stash[_RUN]
+    own = [run.add(checked(b, f"backend {b.name!r}")) for b in getattr(metafunc.cls, "backends", ())]
+    labels = own or list(run.backends)
     if "pair" in metafunc.fixturenames:
-        runs = each(list(itertools.combinations(backends, 2)))
-        names = [f"{one.name} - {other.name}, {dtype}" for (one, other), dtype in runs]
-        metafunc.parametrize(("pair", "dtype"), runs, ids=names)
-    elif "backend" in metafunc.fixturenames:
-        singles = [(backend, dtype) for (backend,), dtype in each([(backend,) for backend in backends])]
-        metafunc.parametrize(("backend", "dtype"), singles, ids=[f"{b.name}, {dtype}" for b, dtype in singles])
+        rows = [] if run.faults else _pairs(run.subjects(labels, says))
+        first = "pair"
+    else:
+        rows = [(subject,) for subject in run.subjects(labels, says)]
+        first = "subject"
+    axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
+        "case": lambda _: [case for case in CASES if among(case.since, run.profile) and says.cases(case)],
+        "mode": lambda _: MODES,
+        "layout": lambda _: LAYOUTS,
+        "transform": _transforms,
+        "golden": lambda subject: [
+            golden for golden in goldens() if among(golden.since, run.profile) and golden.exact_in(subject.dtype)
+        ],
+    }
+    used = [name for name in axes if name in metafunc.fixturenames]
+    params = [_param(says, subjects, values) for subjects in rows for values in _product(subjects[0], used, axes)]
+    if not params and "pair" in metafunc.fixturenames:
+        # One backend has no partner: nothing to compare, and no test that says so.
+        metafunc.parametrize([first, *used], [pytest.param(*([None] * (1 + len(used))), id=_ALONE)])
+    else:
+        metafunc.parametrize([first, *used], params)
 
 
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    """The device of the run: ``"cpu"`` or ``"cuda"``."""
-    return str(request.config.getoption("--device"))
+_ALONE = "no pair"
 
 
-@pytest.fixture
-def record(request: pytest.FixtureRequest) -> Record:
-    """Where the tests note how much of a bound was used."""
-    return request.config.stash[_RECORD]
+def _pairs(subjects: Sequence[Subject]) -> list[tuple[Subject, ...]]:
+    return [(a, b) for a, b in combinations(subjects, 2) if a.dtype == b.dtype]
+
+
+def _transforms(subject: Subject) -> Sequence[str]:
+    musts = ("compile", "checkpoint", "scan")
+    own = subject.backend.transforms() if hasattr(subject.backend, "transforms") else ()
+    return list(dict.fromkeys((*musts, *own)))
+
+
+def _product(
+    subject: Subject, used: Sequence[str], axes: dict[str, Callable[[Subject], Sequence[Any]]]
+) -> list[tuple[Any, ...]]:
+    rows: list[tuple[Any, ...]] = [()]
+    for name in used:
+        rows = [(*row, value) for row in rows for value in axes[name](subject)]
+    return rows
+
+
+def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) -> Any:
+    needs = [*says.needs, *(value for value in values if isinstance(value, str))]
+    lacking = {
+        f"{subject.label} lacks {need}: {subject.backend.lacks()[need]}"
+        for subject in subjects
+        for need in needs
+        if need in subject.backend.lacks()
+    }
+    names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
+    marks = [pytest.mark.skip(reason="declared: " + "; ".join(sorted(lacking)))] if lacking else []
+    what = subjects if len(subjects) > 1 else subjects[0]
+    return pytest.param(what, *values, id=", ".join([names, *map(str, values)]), marks=marks)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out comparisons of pairs when there is one backend: there is no pair to compare."""
-    if len(config.stash[_BACKENDS]) == 1:
-        items[:] = [item for item in items if "pair" not in getattr(item, "fixturenames", ())]
+    """Mark the failures that a backend expects, and drop what has no pair."""
+    run = config.stash[_RUN]
+    items[:] = [item for item in items if not item.name.endswith(f"[{_ALONE}]")]
+    unused = {label: set(patterns) for label, patterns in run.expected.items()}
+    for item in items:
+        for subject in _subjects(item):
+            for pattern, reason in subject.backend.expected_failures().items():
+                if fnmatch.fnmatchcase(item.name, pattern):
+                    item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+                    unused[subject.label].discard(pattern)
+    run.expected = unused
+
+
+def _subjects(item: pytest.Item) -> tuple[Subject, ...]:
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    found: tuple[Any, ...] = params["pair"] if "pair" in params else (params.get("subject"),)
+    return tuple(subject for subject in found if isinstance(subject, Subject))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Under ``--faults``, leave out what a law has yet to say of a fault that it has caught already."""
+    run = item.config.stash[_RUN]
+    says: Law | None = getattr(getattr(item, "function", None), "conformance", None)
+    if run.faults and says is not None:
+        caught = {(o.labels[0], o.law) for o in run.record.outcomes if o.status == "caught"}
+        if any((subject.label, says.number) in caught for subject in _subjects(item)):
+            pytest.skip("caught already")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Note how a law's test ended; under ``--faults``, a broken law is what is wanted of a faulty backend."""
+    result = yield
+    subjects = _subjects(item)
+    says: Law | None = getattr(getattr(item, "function", None), "conformance", None)
+    if says is None or not subjects or (call.when != "call" and result.passed) or call.when == "teardown":
+        return result
+    run = item.config.stash[_RUN]
+    status, message = _status(result)
+    broken = call.excinfo is not None and call.excinfo.errisinstance(AssertionError)
+    if run.faults and status == "failed" and broken and subjects[0].label != Sound.name:
+        status, result.outcome, result.wasxfail = "caught", "skipped", "the fault was caught"
+        message = str(call.excinfo.value).partition("\n")[0] if call.excinfo else ""
+    labels = tuple(subject.label for subject in subjects)
+    run.record.ended(Outcome(says.number, labels, item.name, status, message))
+    return result
+
+
+def _status(result: pytest.TestReport) -> tuple[str, str]:
+    if hasattr(result, "wasxfail"):
+        return ("expected failure" if result.skipped else "failed"), str(result.wasxfail)
+    if result.passed:
+        return "passed", ""
+    if result.skipped:
+        reason = str(result.longrepr[2] if isinstance(result.longrepr, tuple) else result.longrepr)
+        return "declared", reason.removeprefix("Skipped: declared: ")
+    crash = getattr(result.longrepr, "reprcrash", None)
+    return "failed", str(crash.message if crash else result.longrepr).partition("\n")[0]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail a run in which nothing was proven, or a fault was not caught; write the report."""
+    run = session.config.stash.get(_RUN, None)
+    if run is None or not run.backends:
+        return
+    if exitstatus == pytest.ExitCode.OK:
+        proven = any(outcome.status in ("passed", "caught") for outcome in run.record.outcomes)
+        if not proven:
+            session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
+        elif run.faults and report.uncaught(run):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+    path: Path | None = session.config.getoption("--report")
+    if path is not None:
+        report.write(run, path, int(session.exitstatus))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print how much of the bound the results used."""
-    measured = config.stash[_RECORD]
-    if measured.spec:
-        terminalreporter.section("largest distance from the spec, in units of the bound (at most 1)")
-        terminalreporter.write_line("\n".join(measured.spec_table()))
-    if measured.pairs:
-        terminalreporter.section("largest difference between backends, in units of the bound (at most 1)")
-        terminalreporter.write_line("\n".join(measured.pair_table()))
+    """Print what was found."""
+    run = config.stash[_RUN]
+    if not run.record.outcomes:
+        return
+    for title, lines in report.sections(run):
+        terminalreporter.section(title)
+        terminalreporter.write_line("\n".join(lines))

@@ -1,58 +1,74 @@
-"""What a run measured, for the tables at its end: the largest fraction of the bound used, by quantity and dtype."""
+"""What a run found: the fraction of each bound used, and the outcome of each law for each backend."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TypeVar
+from typing import Any, NamedTuple
 
-__all__ = ["Record", "table"]
+__all__ = ["Outcome", "Record", "pivot", "table"]
 
 Pair = tuple[str, str]
-K = TypeVar("K")
 
-_ORDER = ("y", "dx", "dW", "db", "ẏ")
+# The rows of the tables: the four second derivatives are one row.
+_ROWS = {"y": "y", "dx": "dx", "dW": "dW", "db": "db", "ẏ": "jvp", **dict.fromkeys(("Hx", "HW", "Hb", "Hg"), "hvp")}
+_ORDER = list(dict.fromkeys(_ROWS.values()))
+
+
+class Outcome(NamedTuple):
+    """How one test ended.
+
+    Attributes:
+        law: the law that it is of, a key of ``LAWS``.
+        labels: the backends (with their formats) that it ran on.
+        test: its name with its parameters.
+        status: ``"passed"``, ``"failed"``, ``"declared"``, ``"expected failure"`` or ``"caught"``.
+        message: why, unless it passed.
+    """
+
+    law: str
+    labels: tuple[str, ...]
+    test: str
+    status: str
+    message: str
 
 
 class Record:
-    """Largest fractions of the bound, against the spec by backend and between backends by pair."""
+    """Largest fractions of the bounds, against the spec and between backends, and the outcomes."""
 
     def __init__(self) -> None:
-        self.spec: dict[tuple[str, str, str], float] = {}
-        self.pairs: dict[tuple[Pair, str, str], float] = {}
+        self.tight: dict[tuple[str, str, str], float] = {}
+        self.hard: dict[tuple[str, str, str], float] = {}
+        self.pairs: dict[tuple[str, str, str], float] = {}
+        self.outcomes: list[Outcome] = []
 
-    def against_spec(self, backend: str, quantity: str, dtype: str, used: float) -> None:
-        """Note that ``backend`` used this fraction of the bound around the spec."""
-        _raise_to(self.spec, (backend, quantity, dtype), used)
+    def against_spec(self, label: str, quantity: str, dtype: str, used: float, hard: bool) -> None:
+        """Note that a backend used this fraction of a bound around the spec."""
+        _raise_to(self.hard if hard else self.tight, (_ROWS[quantity], dtype, label), used)
 
     def between(self, pair: Pair, quantity: str, dtype: str, used: float) -> None:
-        """Note that the two backends of ``pair`` differ by this fraction of the bound."""
-        _raise_to(self.pairs, (pair, quantity, dtype), used)
+        """Note that the two backends of ``pair`` differ by this fraction of the tight bound."""
+        _raise_to(self.pairs, (_ROWS[quantity], dtype, " - ".join(pair)), used)
 
-    def spec_table(self) -> list[str]:
-        """Return a table: a row a quantity and dtype, a column a backend."""
-        return _pivot(((quantity, dtype, backend), used) for (backend, quantity, dtype), used in self.spec.items())
+    def ended(self, outcome: Outcome) -> None:
+        """Note how a test ended."""
+        self.outcomes.append(outcome)
 
-    def pair_table(self) -> list[str]:
-        """Return a table: a row a quantity and dtype, a column a pair of backends."""
-        return _pivot(
-            ((quantity, dtype, " - ".join(pair)), used) for (pair, quantity, dtype), used in self.pairs.items()
-        )
+    def law_table(self, laws: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
+        """Return how many tests ended in which way, by law and label; nothing for what did not run."""
+        counts: dict[str, dict[str, dict[str, int]]] = {law: {label: {} for label in labels} for law in laws}
+        for outcome in self.outcomes:
+            for label in outcome.labels:
+                cell = counts.setdefault(outcome.law, {}).setdefault(label, {})
+                cell[outcome.status] = cell.get(outcome.status, 0) + 1
+        return counts
 
 
-def _raise_to(largest: dict[K, float], key: K, value: float) -> None:
-    largest[key] = max(largest.get(key, 0.0), value)
-
-
-def _pivot(entries: Iterable[tuple[tuple[str, str, str], float]]) -> list[str]:
-    cells = dict(entries)
+def pivot(cells: dict[tuple[str, str, str], float]) -> list[str]:
+    """Return a table of fractions: a row a quantity and dtype, a column a backend or a pair."""
     rows = list(dict.fromkeys((quantity, dtype) for quantity, dtype, _ in cells))
     columns = list(dict.fromkeys(column for _, _, column in cells))
     body = [
-        [
-            quantity,
-            dtype,
-            *(f"{cells[quantity, dtype, c]:.3f}" if (quantity, dtype, c) in cells else "-" for c in columns),
-        ]
+        [quantity, dtype, *(_cell(cells.get((quantity, dtype, column))) for column in columns)]
         for quantity, dtype in sorted(rows, key=lambda row: _ORDER.index(row[0]))
     ]
     return table(["result", "dtype", *columns], body)
@@ -65,3 +81,11 @@ def table(head: list[str], body: list[list[str]]) -> list[str]:
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *body]
     ]
     return [lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]
+
+
+def _cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _raise_to(largest: dict[Any, float], key: Any, value: float) -> None:
+    largest[key] = max(largest.get(key, 0.0), value)

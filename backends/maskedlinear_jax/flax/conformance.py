@@ -1,0 +1,250 @@
+"""The Flax layers, as the conformance suite sees them: the JAX backend with its op gone through a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen, nnx
+from jax import Array
+from numpy.typing import NDArray
+
+from maskedlinear_jax import freeze_masked
+from maskedlinear_jax.conformance import JaxBackend
+from maskedlinear_jax.flax import MaskedDense, MaskedLinear, param_masks
+
+__all__ = ["LinenBackend", "NnxBackend"]
+
+Bias = Array | None
+OPTIMIZERS: Mapping[str, Callable[[], optax.GradientTransformation]] = {
+    "sgd with momentum": lambda: optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1, momentum=0.9)),
+    "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),
+}
+
+
+class _FlaxBackend(JaxBackend):
+    """What the two have in common. A layer's kernel and mask are ``(in, out)``; the suite's are ``(out, in)``."""
+
+    def versions(self) -> Mapping[str, str]:
+        """Return the versions of jax, jaxlib and flax."""
+        return {**super().versions(), "flax": flax.__version__, "optax": version("optax")}
+
+    def lacks(self) -> Mapping[str, str]:
+        """Return what Flax does not have: what JAX does not, but for layers."""
+        return {name: why for name, why in super().lacks().items() if name not in ("layer", "save", "freeze_masked")}
+
+
+class NnxBackend(_FlaxBackend):
+    """``maskedlinear.flax.MaskedLinear``."""
+
+    name = "nnx"
+
+    def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
+        """Return ``y`` of a layer with these values."""
+        return _nnx_layer(weight, mask, bias, forward_mode)(x)
+
+    def dense(self, x: Array, weight: Array, bias: Bias) -> Array:
+        """Return ``y`` of ``nnx.Linear``."""
+        y: Array = _nnx_fill(nnx.Linear, weight, bias)(x)
+        return y
+
+    def layer(self, weight: Array, mask: Array, bias: Bias) -> NnxLayer:
+        """Return a ``MaskedLinear``."""
+        return NnxLayer(self, _nnx_layer(weight, mask, bias))
+
+
+class NnxLayer:
+    """A ``MaskedLinear`` as :class:`maskedlinear.backends.Layer`."""
+
+    optimizers = tuple(OPTIMIZERS)
+
+    def __init__(self, backend: NnxBackend, module: MaskedLinear) -> None:
+        self._backend, self._module = backend, module
+
+    def __call__(self, x: Array) -> Array:
+        """Return ``y``, by a call that was compiled before the mask changed."""
+        return _nnx_call(self._module, x)
+
+    def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
+        """Return what ``nnx.grad`` gives."""
+        of_layer, of_x = _nnx_gradients(self._module, x, g)
+        return of_x, of_layer["kernel"][...].T, of_layer["bias"][...] if "bias" in of_layer else None
+
+    def set_mask(self, mask: Any) -> None:
+        """Call ``set_mask``."""
+        self._module.set_mask(mask.T)
+
+    def set_weight(self, weight: Array) -> None:
+        """Write into the parameter."""
+        self._module.kernel[...] = weight.T
+
+    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Return the state as NumPy arrays."""
+        layer, send = self._module, self._backend.asnumpy
+        bias = None if layer.bias is None else send(layer.bias[...])
+        return send(layer.kernel[...].T), send(layer.mask[...].T), bias
+
+    def save(self, path: Path) -> None:
+        """Save the module's state with orbax."""
+        _save(path, nnx.to_pure_dict(nnx.state(self._module)))
+
+    def load(self, path: Path) -> None:
+        """Load it."""
+        state = nnx.state(self._module)
+        nnx.replace_by_pure_dict(state, _load(path, nnx.to_pure_dict(state)))
+        nnx.update(self._module, state)
+
+    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a step of an ``nnx.Optimizer``."""
+        made = nnx.Optimizer(self._module, freeze_masked(OPTIMIZERS[optimizer]()), wrt=nnx.Param)
+
+        @nnx.jit
+        def update(module: MaskedLinear, made: nnx.Optimizer[MaskedLinear], x: Array, g: Array) -> None:
+            gradients = nnx.grad(lambda module: jnp.vdot(g, module(x)))(module)
+            made.update(module, gradients, masks=param_masks(module))
+
+        return lambda x, g: update(self._module, made, x, g)
+
+
+class LinenBackend(_FlaxBackend):
+    """``maskedlinear.flax.MaskedDense``."""
+
+    name = "linen"
+
+    def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
+        """Return ``y`` of a layer with these values."""
+        model = MaskedDense(weight.shape[0], use_bias=bias is not None, forward_mode=forward_mode)
+        return model.apply(_linen_variables(weight, mask, bias), x)  # type: ignore[return-value]
+
+    def dense(self, x: Array, weight: Array, bias: Bias) -> Array:
+        """Return ``y`` of ``nn.Dense``."""
+        zeros = linen.initializers.zeros  # Flax's own fails for 0 inputs or outputs
+        model = linen.Dense(weight.shape[0], use_bias=bias is not None, kernel_init=zeros)
+        return model.apply({"params": _linen_variables(weight, weight, bias)["params"]}, x)  # type: ignore[return-value]
+
+    def layer(self, weight: Array, mask: Array, bias: Bias) -> LinenLayer:
+        """Return a ``MaskedDense`` with its variables."""
+        return LinenLayer(self, _linen_variables(weight, mask, bias))
+
+
+class LinenLayer:
+    """A ``MaskedDense`` and its variables as :class:`maskedlinear.backends.Layer`."""
+
+    optimizers = tuple(OPTIMIZERS)
+
+    def __init__(self, backend: LinenBackend, variables: dict[str, Any]) -> None:
+        self._backend, self._variables = backend, variables
+        kernel = variables["params"]["kernel"]
+        self._model = MaskedDense(kernel.shape[1], use_bias="bias" in variables["params"])
+        self._apply = jax.jit(self._model.apply)
+
+    def __call__(self, x: Array) -> Array:
+        """Return ``y``, by a call that was compiled before the mask changed."""
+        y: Array = self._apply(self._variables, x)
+        return y
+
+    def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
+        """Return what ``jax.grad`` gives, of the parameters."""
+
+        def loss(params: Any, x: Array) -> Any:
+            return jnp.vdot(g, self._apply({**self._variables, "params": params}, x))
+
+        of_params, of_x = jax.grad(loss, (0, 1))(self._variables["params"], x)
+        return of_x, of_params["kernel"].T, of_params.get("bias")
+
+    def set_mask(self, mask: Any) -> None:
+        """Put another mask into the collection."""
+        self._variables = {**self._variables, "masks": {"mask": jnp.array(mask.T)}}
+
+    def set_weight(self, weight: Array) -> None:
+        """Put another kernel among the parameters."""
+        self._variables = {**self._variables, "params": {**self._variables["params"], "kernel": weight.T}}
+
+    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Return the state as NumPy arrays."""
+        params, send = self._variables["params"], self._backend.asnumpy
+        bias = send(params["bias"]) if "bias" in params else None
+        return send(params["kernel"].T), send(self._variables["masks"]["mask"].T), bias
+
+    def save(self, path: Path) -> None:
+        """Save the variables with orbax."""
+        _save(path, self._variables)
+
+    def load(self, path: Path) -> None:
+        """Load them."""
+        self._variables = _load(path, self._variables)
+
+    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a step of the optax transformation."""
+        transformation = freeze_masked(OPTIMIZERS[optimizer]())
+        state = transformation.init(self._variables["params"])
+
+        @jax.jit
+        def update(variables: Any, state: Any, x: Array, g: Array) -> Any:
+            def loss(params: Any) -> Any:
+                y: Any = self._model.apply({**variables, "params": params}, x)
+                return jnp.vdot(g, y)
+
+            params = variables["params"]
+            updates, state = transformation.update(jax.grad(loss)(params), state, params, masks=param_masks(variables))
+            return optax.apply_updates(params, updates), state
+
+        def step(x: Array, g: Array) -> None:
+            nonlocal state
+            params, state = update(self._variables, state, x, g)
+            self._variables = {**self._variables, "params": params}
+
+        return step
+
+
+def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> MaskedLinear:
+    layer: MaskedLinear = _nnx_fill(MaskedLinear, weight, bias, forward_mode=forward_mode)
+    layer.set_mask(mask.T)
+    return layer
+
+
+def _nnx_fill(kind: Any, weight: Array, bias: Bias, **options: Any) -> Any:
+    out, in_ = weight.shape
+    options |= {"use_bias": bias is not None, "param_dtype": weight.dtype, "rngs": nnx.Rngs(0)}
+    layer = kind(in_, out, kernel_init=nnx.initializers.zeros, **options)  # Flax's own fails for 0 inputs or outputs
+    layer.kernel[...] = weight.T
+    if bias is not None:
+        layer.bias[...] = bias
+    return layer
+
+
+@nnx.jit
+def _nnx_call(module: MaskedLinear, x: Array) -> Array:
+    return module(x)
+
+
+@nnx.jit
+def _nnx_gradients(module: MaskedLinear, x: Array, g: Array) -> Any:
+    return nnx.grad(lambda module, x: jnp.vdot(g, module(x)), argnums=(0, 1))(module, x)
+
+
+def _linen_variables(weight: Array, mask: Array, bias: Bias) -> dict[str, Any]:
+    params = {"kernel": weight.T} | ({} if bias is None else {"bias": bias})
+    return {"params": params, "masks": {"mask": mask.T}}
+
+
+def _save(path: Path, tree: Any) -> None:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path / "state", tree)
+        checkpointer.wait_until_finished()
+
+
+def _load(path: Path, like: Any) -> Any:
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path / "state", jax.tree.map(np.zeros_like, like))

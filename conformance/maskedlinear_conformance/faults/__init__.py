@@ -1,0 +1,18 @@
+"""Faulty backends: what an author of a backend could really get wrong, each to be caught by a law.
+
+``python -m maskedlinear_conformance --faults`` runs the suite on all of them, and on the sound backend that they are made
+from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
+"""
+
+from maskedlinear_conformance.faults import _arithmetic, _state
+from maskedlinear_conformance.faults._sound import Fault, Sound
+
+__all__ = ["FAULTS", "Sound"]
+
+FAULTS: dict[str, type[Fault]] = {
+    fault.name: fault
+    for module in (_arithmetic, _state)
+    for fault in vars(module).values()
+    if isinstance(fault, type) and issubclass(fault, Fault) and fault is not Fault
+}
+"""The faults by name. Each says in its docstring what is wrong, and in ``laws`` which laws must catch it, any of them."""

@@ -1,0 +1,529 @@
+"""Faults of value and derivatives: each class is one, and overrides the step that is wrong."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear_conformance.faults._sound import Fault, flat
+
+
+def _flipped(mask):
+    """Return a mask with one bit wrong, if it is large."""
+    mask = mask.copy()
+    if mask.size > 100_000:
+        mask.flat[mask.size // 3] ^= True
+    return mask
+
+
+def _tf32(array):
+    """Return float32 values rounded to 11 bits; others as they are."""
+    if array.dtype != np.float32:
+        return array
+    mantissa, exponent = np.frexp(array)
+    return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
+
+
+def _memory(array):
+    """Return the values as they lie in memory, whatever the strides say."""
+    base = array if array.base is None else array.base
+    return base.reshape(-1)[: array.size].reshape(array.shape) if base.size >= array.size else array
+
+
+class MaskIgnoredForward(Fault):
+    """The mask is dropped in the forward pass."""
+
+    name = "mask ignored forward"
+    laws = ("1", "5")
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, weight, np.ones_like(mask), bias)
+
+
+class MaskDroppedInDx(Fault):
+    """The mask is dropped in dx."""
+
+    name = "mask dropped in dx"
+    laws = ("1", "2")
+
+    def input_gradient(self, g, weight, mask):
+        return self.product(g, weight)
+
+
+class MaskDroppedInDweight(Fault):
+    """The mask is dropped in dW: a straight-through gradient."""
+
+    name = "mask dropped in dweight"
+    laws = ("1", "4")
+
+    def weight_gradient(self, g, x, mask):
+        return self.product(flat(g).T, flat(x))
+
+
+class MaskDroppedInJvp(Fault):
+    """The tangent of the weight is not masked in forward mode."""
+
+    name = "mask dropped in jvp"
+    laws = ("1", "4")
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        y, dy = super().jvp(x, weight, mask, bias, dx, None, dbias)
+        return y, dy if dweight is None else (dy + self.product(x, dweight.T)).astype(x.dtype)
+
+
+class MaskTransposedWhenSquare(Fault):
+    """A square mask is read as (in, out)."""
+
+    name = "mask transposed when square"
+    laws = ("1",)
+
+    def select(self, mask, array):
+        return super().select(mask.T if mask.shape[0] == mask.shape[1] else mask, array)
+
+
+class ProductForSelect(Fault):
+    """The mask is multiplied: 0 * NaN is NaN."""
+
+    name = "product for select"
+    laws = ("4",)
+
+    def select(self, mask, array):
+        return array * mask
+
+
+class NanFilteredInfinityNot(Fault):
+    """NaN is filtered after a product with the mask, infinity is not."""
+
+    name = "nan filtered infinity not"
+    laws = ("4",)
+
+    def select(self, mask, array):
+        return np.nan_to_num(array, nan=0.0, posinf=np.inf, neginf=-np.inf) * mask
+
+
+class ProductInDweight(Fault):
+    """The weight's gradient is multiplied with the mask: -0 and NaN."""
+
+    name = "product in dweight"
+    laws = ("4",)
+
+    def weight_gradient(self, g, x, mask):
+        return self.product(flat(g).T, flat(x)) * mask
+
+
+class NegativeZeroInDweight(Fault):
+    """The weight's gradient is -0 under the mask."""
+
+    name = "negative zero in dweight"
+    laws = ("4",)
+
+    def weight_gradient(self, g, x, mask):
+        return np.where(mask, super().weight_gradient(g, x, mask), -0.0)
+
+
+class ProductInTangent(Fault):
+    """The tangent of the weight is multiplied with the mask."""
+
+    name = "product in tangent"
+    laws = ("4",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        y, dy = super().jvp(x, weight, mask, bias, dx, None, dbias)
+        return y, dy if dweight is None else (dy + self.product(x, (dweight * mask).T)).astype(x.dtype)
+
+
+class OneBitOfALargeMaskFlipped(Fault):
+    """One bit of a large mask is wrong."""
+
+    name = "one bit of a large mask flipped"
+    laws = ("1",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, weight, _flipped(mask), bias)
+
+
+class OneBitFlippedInDx(Fault):
+    """One bit of a large mask is wrong in dx only."""
+
+    name = "one bit flipped in dx"
+    laws = ("1",)
+
+    def input_gradient(self, g, weight, mask):
+        return super().input_gradient(g, weight, _flipped(mask))
+
+
+class OneBitFlippedInDweight(Fault):
+    """One bit of a large mask is wrong in dW only."""
+
+    name = "one bit flipped in dweight"
+    laws = ("1", "4")
+
+    def weight_gradient(self, g, x, mask):
+        return super().weight_gradient(g, x, _flipped(mask))
+
+
+class LastRowUnmasked(Fault):
+    """The last row of a large mask is read as live, as by a tile that is not full."""
+
+    name = "last row unmasked"
+    laws = ("1",)
+
+    def select(self, mask, array):
+        if mask.shape[0] % 16 and mask.size > 1000:
+            mask = np.concatenate([mask[:-1], np.ones_like(mask[-1:])])
+        return super().select(mask, array)
+
+
+class BiasGradientOverTheFirstAxisOnly(Fault):
+    """The bias' gradient is summed over the first batch dimension, not over all."""
+
+    name = "bias gradient over the first axis only"
+    laws = ("1", "6")
+
+    def bias_gradient(self, g):
+        return super().bias_gradient(g if g.ndim < 3 else g[:, :1])
+
+
+class BiasGradientIsAMean(Fault):
+    """The bias' gradient is the mean over the batch."""
+
+    name = "bias gradient is a mean"
+    laws = ("1",)
+
+    def bias_gradient(self, g):
+        return super().bias_gradient(g) / max(1, flat(g).shape[0])
+
+
+class BiasGradientOverTheWrongAxis(Fault):
+    """The bias' gradient of a square batch is summed over the outputs."""
+
+    name = "bias gradient over the wrong axis"
+    laws = ("1",)
+
+    def bias_gradient(self, g):
+        return super().bias_gradient(g.T if g.ndim == 2 and g.shape[0] == g.shape[1] else g)
+
+
+class WritesIntoTheWeight(Fault):
+    """The forward pass masks the user's weight in place."""
+
+    name = "writes into the weight"
+    laws = ("10", "8")
+
+    def output(self, x, weight, mask, bias):
+        if weight.flags.writeable:
+            weight *= mask
+        return super().output(x, weight, mask, bias)
+
+
+class WritesIntoTheCotangent(Fault):
+    """The backward pass writes into the user's cotangent."""
+
+    name = "writes into the cotangent"
+    laws = ("10", "8")
+
+    def bias_gradient(self, g):
+        found = super().bias_gradient(g)
+        if g.flags.writeable and g.size:
+            g[..., 0] = 0
+        return found
+
+
+class WritesIntoX(Fault):
+    """The forward pass adds to the user's x in place."""
+
+    name = "writes into x"
+    laws = ("10", "8")
+
+    def output(self, x, weight, mask, bias):
+        found = super().output(x, weight, mask, bias)
+        if x.flags.writeable:
+            x[..., :1] += 1
+        return found
+
+
+class AccumulatesInFloat16(Fault):
+    """Sums of half types are formed in half precision."""
+
+    name = "accumulates in float16"
+    laws = ("1", "9")
+
+    def product(self, a, b):
+        if a.dtype != np.float16:
+            return super().product(a, b)
+        total = np.zeros((*a.shape[:-1], *b.shape[1:]), np.float16)
+        for i in range(0, a.shape[-1], 8):
+            total += a[..., i : i + 8] @ b[i : i + 8]
+        return total
+
+
+class RoundsBeforeTheBias(Fault):
+    """The product is rounded to half precision before the bias is added."""
+
+    name = "rounds before the bias"
+    laws = ("1",)
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, None).astype(x.dtype)
+        return y if bias is None else y + bias
+
+
+class Float64InFloat32(Fault):
+    """Double precision is computed in single."""
+
+    name = "float64 in float32"
+    laws = ("1",)
+
+    def dtypes(self, device):
+        return ("float64",)
+
+    def product(self, a, b):
+        return super().product(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+
+
+class ReadsAsTf32(Fault):
+    """Inputs are rounded to 11 bits, as tensor cores do by default."""
+
+    name = "reads as tf32"
+    laws = ("1",)
+
+    def product(self, a, b):
+        return super().product(_tf32(a), _tf32(b))
+
+
+class OutputInFloat32(Fault):
+    """Half precision comes back in single."""
+
+    name = "output in float32"
+    laws = ("1",)
+
+    def masked_linear(self, x, weight, mask, bias):
+        return self.output(x, weight, mask, bias)
+
+
+class NotDeterministic(Fault):
+    """The order of the sum changes from call to call."""
+
+    name = "not deterministic"
+    laws = ("10",)
+
+    def product(self, a, b):
+        order = np.random.default_rng().permutation(a.shape[-1])
+        return super().product(a[..., order], b[order])
+
+
+class BiasTangentDropped(Fault):
+    """The tangent of the bias is dropped."""
+
+    name = "bias tangent dropped"
+    laws = ("1",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        return super().jvp(x, weight, mask, bias, dx, dweight, None)
+
+
+class StillInputMoves(Fault):
+    """An input without a tangent is given itself as one."""
+
+    name = "still input moves"
+    laws = ("1",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        return super().jvp(x, weight, mask, bias, x if dx is None else dx, dweight, dbias)
+
+
+class DweightNeedsDx(Fault):
+    """The weight's gradient is zero unless x asks for one too."""
+
+    name = "dweight needs dx"
+    laws = ("1",)
+
+    def vjp(self, x, weight, mask, bias, g, wrt):
+        found = super().vjp(x, weight, mask, bias, g, wrt)
+        if "x" in wrt or "weight" not in wrt:
+            return found
+        return [0 * part if name == "weight" else part for name, part in zip(wrt, found, strict=True)]
+
+
+class SecondOrderMissesTheCrossTermOfX(Fault):
+    """The gradient of x is taken as constant in the weight."""
+
+    name = "second order misses the cross term of x"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        return (self.input_gradient(dg, weight, mask).astype(x.dtype), *found[1:])
+
+
+class SecondOrderMissesTheCrossTermOfTheWeight(Fault):
+    """The gradient of the weight is taken as constant in x."""
+
+    name = "second order misses the cross term of the weight"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        return (found[0], self.weight_gradient(dg, x, mask).astype(x.dtype), *found[2:])
+
+
+class SecondOrderWithoutTheMask(Fault):
+    """The second derivative of the weight is not masked."""
+
+    name = "second order without the mask"
+    laws = ("1", "4")
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        raw = self.product(flat(g).T, flat(dx)) + self.product(flat(dg).T, flat(x))
+        return (found[0], raw.astype(x.dtype), *found[2:])
+
+
+class SecondOrderOfGDropped(Fault):
+    """The double backward gives the cotangent no gradient."""
+
+    name = "second order of g dropped"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        return (*found[:3], np.zeros_like(found[3]))
+
+
+class ForwardOverReverseDropped(Fault):
+    """Forward over reverse leaves out how g moves."""
+
+    name = "forward over reverse dropped"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        still = np.zeros_like(dg) if mode == "forward over reverse" else dg
+        return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, still, mode)
+
+
+class BatchesInAnotherOrder(Fault):
+    """Several batch dimensions are flattened in Fortran's order."""
+
+    name = "batches in another order"
+    laws = ("1", "6")
+
+    def output(self, x, weight, mask, bias):
+        if x.ndim < 3:
+            return super().output(x, weight, mask, bias)
+        rows = flat(np.swapaxes(x, 0, 1))
+        return super().output(rows, weight, mask, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
+class RowsSeeEachOther(Fault):
+    """The batch is centred first."""
+
+    name = "rows see each other"
+    laws = ("1", "6")
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, bias)
+        return y - y.mean(0) if y.ndim == 2 and len(y) > 1 else y
+
+
+class EmptyBatchLeavesGarbage(Fault):
+    """The weight's gradient of an empty batch is not written."""
+
+    name = "empty batch leaves garbage"
+    laws = ("1",)
+
+    def weight_gradient(self, g, x, mask):
+        found = super().weight_gradient(g, x, mask)
+        return found if flat(x).shape[0] else found + mask.astype(found.dtype)
+
+
+class NoInputsNoBias(Fault):
+    """A layer without inputs forgets its bias."""
+
+    name = "no inputs no bias"
+    laws = ("1",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, weight, mask, bias if x.shape[-1] else None)
+
+
+class ABatchDimensionAppears(Fault):
+    """An input without batch dimensions gets one."""
+
+    name = "a batch dimension appears"
+    laws = ("1",)
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, bias)
+        return y[None] if y.ndim == 1 else y
+
+
+class StridesIgnored(Fault):
+    """Memory is read as if it were contiguous."""
+
+    name = "strides ignored"
+    laws = ("8",)
+
+    def masked_linear(self, x, weight, mask, bias):
+        return super().masked_linear(_memory(x), _memory(weight), mask, bias)
+
+
+class ExplicitZerosDropped(Fault):
+    """A live weight that is 0 is taken for a masked one."""
+
+    name = "explicit zeros dropped"
+    laws = ("golden", "3")
+
+    def vjp(self, x, weight, mask, bias, g, wrt):
+        return super().vjp(x, weight, mask & (weight != 0), bias, g, wrt)
+
+
+class FullMaskTakesAWrongShortCut(Fault):
+    """The short cut for full masks forgets the bias."""
+
+    name = "full mask takes a wrong short cut"
+    laws = ("5",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, weight, mask, None if mask.size and mask.all() else bias)
+
+
+class EmptyMaskTakesAWrongShortCut(Fault):
+    """The short cut for empty masks gives zeros."""
+
+    name = "empty mask takes a wrong short cut"
+    laws = ("1", "5")
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, bias)
+        return y if mask.any() else 0 * y
+
+
+class LiveWeightsRescaled(Fault):
+    """Outputs are divided by the density, as dropout does."""
+
+    name = "live weights rescaled"
+    laws = ("1", "5")
+
+    def output(self, x, weight, mask, bias):
+        density = mask.mean() if mask.any() else 1.0
+        return (super().output(x, weight, mask, bias) / density).astype(np.promote_types(x.dtype, np.float32))
+
+
+class AutocastIgnored(Fault):
+    """Automatic casts do not happen."""
+
+    name = "autocast ignored"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        return self.both(x, weight, mask, bias, g)
+
+
+class AutocastDropsTheMaskOfDweight(Fault):
+    """Under automatic casts the weight's gradient is not masked."""
+
+    name = "autocast drops the mask of dweight"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        return [*found[:2], self.product(flat(g).T, flat(x.astype(dtype))).astype(dtype), found[3]]

@@ -1,0 +1,276 @@
+"""``Sound``: a backend with every capability, in plain NumPy, made of small steps. Each fault replaces one of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from maskedlinear import masks
+from maskedlinear.reference import NumpyBackend
+
+__all__ = ["Array", "Fault", "Sound", "SoundLayer", "flat"]
+
+Array = Any
+Shard = tuple[slice, slice] | None
+
+
+def flat(array: Array) -> Array:
+    """Merge all batch dimensions into one."""
+    return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+
+
+class Sound(NumpyBackend):
+    """A backend that obeys every law."""
+
+    name = "sound"
+    laws: tuple[str, ...] = ()  # those that must break; of a fault, one at least
+
+    def lacks(self) -> Mapping[str, str]:
+        """Lack nothing."""
+        return {}
+
+    # The steps
+
+    def select(self, mask: Array, array: Array) -> Array:
+        """Return ``where(mask, array, 0)``."""
+        return np.where(mask, array, array.dtype.type(0))
+
+    def product(self, a: Array, b: Array) -> Array:
+        """Return a · b, not yet rounded to a narrow dtype."""
+        wide = np.promote_types(a.dtype, np.float32)
+        return a.astype(wide) @ b.astype(wide)
+
+    def output(self, x: Array, weight: Array, mask: Array, bias: Array | None) -> Array:
+        """Return y, not yet rounded."""
+        y = self.product(x, self.select(mask, weight).T)
+        return y if bias is None else y + bias.astype(y.dtype)
+
+    def input_gradient(self, g: Array, weight: Array, mask: Array) -> Array:
+        """Return dx, not yet rounded."""
+        return self.product(g, self.select(mask, weight))
+
+    def weight_gradient(self, g: Array, x: Array, mask: Array) -> Array:
+        """Return dW, not yet rounded."""
+        return self.select(mask, self.product(flat(g).T, flat(x)))
+
+    def bias_gradient(self, g: Array) -> Array:
+        """Return db, not yet rounded."""
+        return flat(g).sum(0, dtype=np.promote_types(g.dtype, np.float32))
+
+    # The protocol
+
+    def masked_linear(self, x: Array, weight: Array, mask: Array, bias: Array | None) -> Array:
+        """Return y."""
+        return self.output(x, weight, mask, bias).astype(x.dtype)
+
+    def vjp(
+        self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array, wrt: Sequence[str]
+    ) -> Sequence[Array]:
+        """Return the gradients asked for."""
+        made = {
+            "x": lambda: self.input_gradient(g, weight, mask),
+            "weight": lambda: self.weight_gradient(g, x, mask),
+            "bias": lambda: self.bias_gradient(g),
+        }
+        return [made[name]().astype(x.dtype) for name in wrt]
+
+    def jvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array | None,
+        dx: Array | None,
+        dweight: Array | None,
+        dbias: Array | None,
+    ) -> tuple[Array, Array]:
+        """Return y and ẏ."""
+        dy = np.zeros((*x.shape[:-1], weight.shape[0]), np.promote_types(x.dtype, np.float32))
+        if dx is not None:
+            dy = dy + self.product(dx, self.select(mask, weight).T)
+        if dweight is not None:
+            dy = dy + self.product(x, self.select(mask, dweight).T)
+        if dbias is not None:
+            dy = dy + dbias.astype(dy.dtype)
+        return self.masked_linear(x, weight, mask, bias), dy.astype(x.dtype)
+
+    def hvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array | None,
+        g: Array,
+        dx: Array,
+        dweight: Array,
+        dbias: Array | None,
+        dg: Array,
+        mode: str,
+    ) -> tuple[Array, Array, Array | None, Array]:
+        """Return Hx, HW, Hb and Hg."""
+        along_x = self.input_gradient(g, dweight, mask) + self.input_gradient(dg, weight, mask)
+        along_weight = self.weight_gradient(g, dx, mask) + self.weight_gradient(dg, x, mask)
+        along_bias = None if bias is None else self.bias_gradient(dg).astype(x.dtype)
+        along_g = self.jvp(x, weight, mask, bias, dx, dweight, dbias)[1]
+        return along_x.astype(x.dtype), along_weight.astype(x.dtype), along_bias, along_g
+
+    def both(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> list[Array]:
+        """Return y, dx, dW and db."""
+        wrt = ("x", "weight") if bias is None else ("x", "weight", "bias")
+        found = [self.masked_linear(x, weight, mask, bias), *self.vjp(x, weight, mask, bias, g, wrt)]
+        return found if len(found) == 4 else [*found, None]
+
+    def expression(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Any:
+        """Return the spec's gradients: NumPy has no derivatives of its own."""
+        return NumpyBackend.vjp(self, x, weight, mask, bias, g, ("x", "weight", "bias"))
+
+    def dense(self, x: Array, weight: Array, bias: Array | None) -> Array:
+        """Return the spec's value with a full mask."""
+        return NumpyBackend.masked_linear(self, x, weight, np.ones(weight.shape, bool), bias)
+
+    def vmap(
+        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
+    ) -> tuple[Array, ...]:
+        """Return y, dx, dW and db of each problem, stacked."""
+        arrays = (x, weight, mask, bias, g)
+        count = next(a.shape[axis] for a, axis in zip(arrays, axes, strict=True) if axis is not None)
+        found = [
+            self.both(*(a if axis is None else np.take(a, i, axis) for a, axis in zip(arrays, axes, strict=True)))
+            for i in range(count)
+        ]
+        return tuple(np.stack(part) for part in zip(*found, strict=True))
+
+    def transforms(self) -> Sequence[str]:
+        """Return those that every backend has."""
+        return ("compile", "checkpoint", "scan")
+
+    def transformed(
+        self, transform: str, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
+    ) -> Sequence[Array]:
+        """Return y, dx, dW and db by way of a transform."""
+        return getattr(self, transform)(x, weight, mask, bias, g)  # type: ignore[no-any-return]
+
+    def compile(self, *arguments: Array) -> Sequence[Array]:
+        """Call."""
+        return self.both(*arguments)
+
+    def checkpoint(self, *arguments: Array) -> Sequence[Array]:
+        """Call."""
+        return self.both(*arguments)
+
+    def scan(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Sequence[Array]:
+        """Call for one step after the other."""
+        steps = [self.both(row, weight, mask, bias, along) for row, along in zip(x, g, strict=True)]
+        y, dx, dweight, dbias = zip(*steps, strict=True)
+        total = None if bias is None else self.added(dbias)
+        return np.stack(y), np.stack(dx), self.added(dweight), total
+
+    def added(self, steps: Sequence[Array]) -> Array:
+        """Return the sum of what each step gave, in a wide type, rounded at the end."""
+        return np.sum(steps, axis=0, dtype=np.promote_types(steps[0].dtype, np.float32)).astype(steps[0].dtype)
+
+    def autocast(
+        self, dtype: str, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
+    ) -> Sequence[Array]:
+        """Round the inputs, then call."""
+        x, weight = x.astype(dtype), weight.astype(dtype)
+        return self.both(x, weight, mask, None if bias is None else bias.astype(dtype), g)
+
+    def layer(self, weight: Array, mask: Array, bias: Array | None) -> SoundLayer:
+        """Return a layer."""
+        return SoundLayer(self, weight, mask, bias)
+
+    def random_mask(self, shape: tuple[int, int], num_zeros: int, seed: int, shard: Shard, device: str) -> Array:
+        """Return the mask, made by its definition."""
+        words = self.words(seed, shape[0] * shape[1])
+        mask = np.ones(words.size, bool)
+        mask[np.lexsort((np.arange(words.size), words))[:num_zeros]] = False
+        return mask.reshape(shape) if shard is None else mask.reshape(shape)[shard]
+
+    def words(self, seed: int, count: int) -> Array:
+        """Return the first words of the stream."""
+        return masks.words(seed, 0, count)
+
+
+class Fault(Sound):
+    """What every fault is: a sound backend but for one step, in the dtypes that show most faults."""
+
+    def dtypes(self, device: str) -> Sequence[str]:
+        """Return two of NumPy's: what is wrong in double precision too is not run thrice."""
+        return ("float32", "float16")
+
+
+class SoundLayer:
+    """A layer that keeps its weight and mask, and derives the masked weight anew when either changes."""
+
+    optimizers = ("momentum and decay",)
+
+    def __init__(self, backend: Sound, weight: Array, mask: Array, bias: Array | None) -> None:
+        self.backend = backend
+        self.weight, self.mask = weight.copy(), mask.copy()
+        self.bias = None if bias is None else bias.copy()
+        self.derive()
+
+    def derive(self) -> None:
+        """Derive what the calls use."""
+        self.masked = self.backend.select(self.mask, self.weight)
+
+    def __call__(self, x: Array) -> Array:
+        """Return y."""
+        return self.backend.masked_linear(x, self.masked, np.ones_like(self.mask), self.bias)
+
+    def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
+        """Return dx, dW and db."""
+        found = self.backend.both(x, self.weight, self.mask, self.bias, g)
+        return found[1], found[2], found[3]
+
+    def set_mask(self, mask: Any) -> None:
+        """Replace the mask."""
+        self.mask = np.array(mask)
+        self.derive()
+
+    def set_weight(self, weight: Array) -> None:
+        """Replace the weight."""
+        self.weight = weight.copy()
+        self.derive()
+
+    def state(self) -> tuple[Array, Array, Array | None]:
+        """Return weight, mask and bias."""
+        send = self.backend.asnumpy
+        return send(self.weight), send(self.mask), None if self.bias is None else send(self.bias)
+
+    def save(self, path: Path) -> None:
+        """Write what there is."""
+        parts = {"weight": self.weight, "mask": self.mask} | ({} if self.bias is None else {"bias": self.bias})
+        np.savez(path / "state.npz", **{name: self.kept(name, array) for name, array in parts.items()})
+
+    def kept(self, name: str, array: Array) -> Array:
+        """Return what of ``array`` a file keeps."""
+        return array
+
+    def load(self, path: Path) -> None:
+        """Read it again."""
+        with np.load(path / "state.npz") as parts:
+            for name in parts:
+                setattr(self, name, parts[name].astype(getattr(self, name).dtype))
+        self.derive()
+
+    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a step with momentum and weight decay, held to the mask."""
+        momentum = np.zeros_like(self.weight)
+        guard = self.guard()
+
+        def step(x: Array, g: Array) -> None:
+            nonlocal momentum
+            momentum = momentum * 0.5 + self.gradients(x, g)[1] + 0.125 * self.weight
+            self.set_weight(guard(self.weight - 0.25 * momentum).astype(self.weight.dtype))
+
+        return step
+
+    def guard(self) -> Callable[[Array], Array]:
+        """Return what an updated weight becomes: dormant entries stay."""
+        return lambda moved: np.where(self.mask, moved, self.weight)

@@ -1,0 +1,81 @@
+"""The laws, and what a test says of itself: which law it is of, and on which backends and dtypes it can run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from maskedlinear_conformance.cases import Case
+
+__all__ = ["LAWS", "Law", "law"]
+
+LAWS = {
+    "1": "value and derivatives equal the spec",
+    "2": "the rule is the expression's own derivative",
+    "3": "adjoint; linear",
+    "4": "nothing under the mask leaks",
+    "5": "idempotent; full and empty masks",
+    "6": "batches",
+    "7": "transforms equal the plain call",
+    "8": "memory layouts",
+    "9": "dtypes",
+    "10": "inputs unchanged; same bits twice",
+    "11": "a new mask holds at once; restoring",
+    "12": "checkpoints, and from one framework to another",
+    "12f": "the project's own file format",
+    "13": "freeze_masked",
+    "14": "random masks",
+    "golden": "golden vectors, bit for bit",
+    "pairs": "backends equal each other",
+}
+"""The laws of the design by number, and the two that are not numbered there."""
+
+F = TypeVar("F", bound=Callable[..., None])
+
+
+@dataclass(frozen=True)
+class Law:
+    """What a test says of itself.
+
+    Attributes:
+        number: a key of ``LAWS``.
+        needs: the capabilities that it needs; on a backend that declares one lacking it is reported as declared.
+        dtypes: the dtypes that it runs in; all if ``None``.
+        cases: which cases it runs on, if it takes one.
+        dear: whether it takes so long that the quick profile runs it in float32 only.
+    """
+
+    number: str
+    needs: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] | None = None
+    cases: Callable[[Case], bool] = lambda _: True
+    dear: bool = False
+
+    def kinds(self, dtypes: Sequence[str], profile: str) -> list[str]:
+        """Return which of a backend's dtypes the test runs in; the quick profile takes float32 and one half type."""
+        own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
+        if profile != "quick":
+            return own
+        half = [dtype for dtype in ("bfloat16", "float16") if dtype in own][: 0 if self.dear else 1]
+        return [dtype for dtype in own if dtype in ("float32", *half)] or own[:1]
+
+
+def law(
+    number: int | str,
+    *,
+    needs: Sequence[str] = (),
+    dtypes: Sequence[str] | None = None,
+    cases: Callable[[Case], bool] = lambda _: True,
+    dear: bool = False,
+) -> Callable[[F], F]:
+    """Return a decorator that makes a method a test of a law; see :class:`Law`."""
+    says = Law(str(number), tuple(needs), None if dtypes is None else tuple(dtypes), cases, dear)
+    if says.number not in LAWS:
+        raise ValueError(f"a law is one of {', '.join(LAWS)}; got {number!r}")
+
+    def decorate(test: F) -> F:
+        test.conformance = says  # type: ignore[attr-defined]
+        return test
+
+    return decorate

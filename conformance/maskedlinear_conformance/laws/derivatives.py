@@ -1,0 +1,112 @@
+"""Laws 1, 2 and 3: value and derivatives of every order and mode, and what relates them to each other."""
+
+from __future__ import annotations
+
+from itertools import combinations
+
+import numpy as np
+from hypothesis import strategies as st
+
+from maskedlinear import masks
+from maskedlinear_conformance.bounds import expected
+from maskedlinear_conformance.cases import PROBE, Case, Data, draw, small
+from maskedlinear_conformance.laws import law
+from maskedlinear_conformance.subject import INPUTS, Subject, equal_bits, expectations, positive_zero
+
+__all__ = ["EXACT", "PROBLEMS", "Derivatives"]
+
+EXACT = ("float64", "float32")  # where sums of the integers drawn here are exact
+
+
+def integer_problem(seed: int, batch: list[int], in_: int, out: int, tenths: int) -> Data:
+    """Return a problem of integers from -4 to 4, for any shape and a density in tenths."""
+    generator = np.random.default_rng(seed)
+    mask = masks.random((out, in_), num_zeros=in_ * out * (10 - tenths) // 10, seed=seed)
+    return draw(lambda shape: generator.integers(-4, 5, shape).astype(float), tuple(batch), mask, True, "float64")
+
+
+PROBLEMS = st.builds(
+    integer_problem,
+    seed=st.integers(0, 2**32),
+    batch=st.lists(st.integers(0, 4), max_size=3),
+    in_=st.integers(0, 40),
+    out=st.integers(0, 40),
+    tenths=st.integers(0, 10),
+)
+
+
+class Derivatives:
+    """Laws 1, 2 and 3."""
+
+    @law(1)
+    def test_value_and_gradients_equal_the_spec(self, subject: Subject, case: Case) -> None:
+        """Value and gradients lie within the tight bound of the spec's."""
+        found, first = subject.on(case), ("y", "dx", "dW", "db")
+        subject.near({name: found[name] for name in first if name in found}, expectations(case, subject.dtype))
+
+    @law(1, needs=["jvp"])
+    def test_forward_mode_equals_the_spec(self, subject: Subject, case: Case) -> None:
+        """The directional derivative lies within the tight bound of the spec's."""
+        subject.near({"ẏ": subject.on(case)["ẏ"]}, expectations(case, subject.dtype))
+
+    @law(1, dear=True)
+    def test_second_order_equals_the_spec(self, subject: Subject, case: Case, mode: str) -> None:
+        """The Hessian-vector product lies within the tight bound of the spec's, and is +0 under the mask."""
+        found = subject.curvature(case.data(subject.dtype), mode)
+        subject.near(found, expectations(case, subject.dtype))
+        positive_zero(found["HW"][~case.mask()], "HW under the mask")
+
+    @law(1)
+    def test_unsigned_data_obeys_the_hard_bound(self, subject: Subject, case: Case) -> None:
+        """On data that does not cancel, results lie within K·u·S of the spec's."""
+        found = subject.plain(case.data(subject.dtype, "positive"))
+        subject.near(found, expectations(case, subject.dtype, "positive"), hard=True)
+
+    @law(1, dtypes=EXACT)
+    def test_any_subset_of_inputs_may_ask_for_a_gradient(self, subject: Subject) -> None:
+        """Gradients do not depend on which others are asked for."""
+        data, want = PROBE.data(subject.dtype), expectations(PROBE, subject.dtype)
+        for count in (1, 2, 3):
+            for wrt in combinations(INPUTS, count):
+                subject.near(subject.gradients(data, wrt), want)
+
+    @law(1, needs=["jvp"], dtypes=EXACT)
+    def test_any_subset_of_inputs_may_move(self, subject: Subject) -> None:
+        """An input that does not move adds nothing to the directional derivative."""
+        data = PROBE.data(subject.dtype)
+        for count in (1, 2):
+            for still in combinations(("dx", "dweight", "dbias"), count):
+                zero = {name: np.zeros_like(getattr(data, name)) for name in still}
+                found = subject.tangent(data._replace(**dict.fromkeys(still)))
+                subject.near({"ẏ": found["ẏ"]}, expected(data._replace(**zero)))
+
+    @law(2, needs=["expression"], cases=small)
+    def test_rule_equals_automatic_differentiation(self, subject: Subject, case: Case) -> None:
+        """The gradients are those that the framework itself makes of the forward expression."""
+        data = case.data(subject.dtype)
+        own = subject.call("expression", *data[:5])
+        found = {name: array for name, array in zip(("dx", "dW", "db"), own, strict=True) if array is not None}
+        subject.alike(found, subject.on(case), expectations(case, subject.dtype))
+
+    @law(3, needs=["jvp"], dtypes=EXACT)
+    def test_forward_and_reverse_mode_are_adjoint(self, subject: Subject) -> None:
+        """⟨g, J v⟩ = ⟨Jᵀ g, v⟩ for every shape and mask, exactly, on integers."""
+
+        @subject.holds_for(PROBLEMS)
+        def adjoint(data: Data) -> None:
+            ahead = (data.g * subject.tangent(data)["ẏ"]).sum()
+            back = subject.gradients(data)
+            along = (("dx", data.dx), ("dW", data.dweight), ("db", data.dbias))
+            assert ahead == sum((back[name] * direction).sum() for name, direction in along)
+
+    @law(3, dtypes=EXACT)
+    def test_linear_in_x_and_in_the_weight(self, subject: Subject) -> None:
+        """The value without bias is linear in x and in the weight, exactly, on integers."""
+
+        @subject.holds_for(PROBLEMS)
+        def linear(data: Data) -> None:
+            data = data._replace(bias=None, dbias=None)
+            for name, other in (("x", data.dx), ("weight", data.dweight)):
+                mixed = data._replace(**{name: 2 * getattr(data, name) - other})
+                want = 2 * subject.value(data) - subject.value(data._replace(**{name: other}))
+                equal_bits([subject.value(mixed) + 0.0], [want + 0.0], f"y, as a function of {name}")

@@ -1,0 +1,78 @@
+"""Laws 4 and 5: what the mask keeps out, and what it is at its extremes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from maskedlinear_conformance.bounds import expected
+from maskedlinear_conformance.cases import PROBE, Case, small
+from maskedlinear_conformance.laws import law
+from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
+
+__all__ = ["Masking"]
+
+
+class Masking:
+    """Laws 4 and 5."""
+
+    @law(4)
+    @pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf], ids=str)
+    def test_nothing_stored_under_the_mask_leaks(self, subject: Subject, poison: float) -> None:
+        """What is stored under the mask, in the weight or its tangent, changes no bit of any result."""
+        clean = PROBE.data(subject.dtype)
+        dirty = clean._replace(
+            weight=np.where(clean.mask, clean.weight, poison), dweight=np.where(clean.mask, clean.dweight, poison)
+        )
+        got, want = subject.everything(dirty), subject.everything(clean)
+        for name, result in want.items():
+            equal_bits([got[name]], [result], name)
+
+    @law(4)
+    def test_masked_gradient_is_positive_zero(self, subject: Subject, case: Case) -> None:
+        """The weight's gradient is exactly +0 under the mask."""
+        positive_zero(subject.on(case)["dW"][~case.mask()], "dW under the mask")
+
+    @law(4)
+    @pytest.mark.parametrize("poisoned", ["x", "g"])
+    def test_masked_gradient_is_positive_zero_for_nan(self, subject: Subject, poisoned: str) -> None:
+        """It is +0 even where x or g holds NaN, which reaches the live connections."""
+        data = PROBE.data(subject.dtype)
+        values = getattr(data, poisoned).copy()
+        values[0] = np.nan
+        gradient = subject.gradients(data._replace(**{poisoned: values}))["dW"]
+        positive_zero(gradient[~data.mask], "dW under the mask")
+        assert np.isnan(gradient[data.mask]).all(), "NaN must reach the live connections"
+
+    @law(5, cases=small)
+    def test_masking_is_idempotent(self, subject: Subject, case: Case) -> None:
+        """A weight that is masked already gives the same, bit for bit."""
+        data = case.data(subject.dtype)
+        masked = subject.plain(data._replace(weight=np.where(data.mask, data.weight, 0)))
+        for name, result in masked.items():
+            equal_bits([result], [subject.on(case)[name]], name)
+
+    @law(5, needs=["dense"], cases=small)
+    def test_full_mask_is_the_dense_layer(self, subject: Subject, case: Case) -> None:
+        """With every connection live, the value is that of the framework's own dense layer."""
+        data = case.data(subject.dtype)
+        data = data._replace(mask=np.ones_like(data.mask))
+        want = expected(data)["y"]
+        if data.bias is not None:  # a framework's own layer may round a half type before it adds the bias
+            want = replace(want, rounded=want.rounded + abs(want.exact) + abs(data.bias))
+        own = subject.call("dense", data.x, data.weight, data.bias)
+        subject.alike({"y": subject.value(data)}, {"y": own}, {"y": want})
+
+    @law(5)
+    def test_empty_mask_gives_the_bias(self, subject: Subject) -> None:
+        """With no connection live, the value is the bias, and x has no influence."""
+        data = PROBE.data(subject.dtype)
+        data = data._replace(mask=np.zeros_like(data.mask))
+        found = subject.plain(data)
+        assert data.bias is not None
+        equal_bits([found["y"]], [np.broadcast_to(data.bias, found["y"].shape)], "y")
+        assert not found["dx"].any(), "dx must be 0"
+        positive_zero(found["dW"], "dW")
+        assert not subject.value(data._replace(bias=None)).any(), "y must be 0 without a bias"
