@@ -57,7 +57,9 @@ class Expected:
     def _sum_error(self, dtype: str, hard: bool) -> Float:
         unit = accumulation_unit(dtype)
         factor = self.length / (1 - self.length * unit) if hard else C  # to all orders in u
-        error: Float = factor * unit * self.absolute
+        # What is taken for exact is a sum of the same length in float64.
+        own = self.length * 2.0**-53 if hard else 0.0
+        error: Float = (factor * unit + own) * self.absolute
         return error
 
     def _rounding(self, dtype: str) -> Float:

@@ -24,7 +24,7 @@ Float = NDArray[np.float64]
 Results = dict[str, Float]
 
 _NAMES = dict(zip(INPUTS, ("dx", "dW", "db"), strict=True))
-_EXAMPLES = {"quick": 3, "default": 8, "full": 100}
+_EXAMPLES = {"quick": 3, "default": 6, "full": 100}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -205,19 +206,25 @@ class LinenLayer:
 
 
 def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> MaskedLinear:
-    layer: MaskedLinear = _nnx_fill(MaskedLinear, weight, bias, forward_mode=forward_mode)
-    layer.set_mask(mask.T)
+    layer: MaskedLinear = _nnx_fill(MaskedLinear, weight, bias, {"mask": mask.T}, forward_mode=forward_mode)
     return layer
 
 
-def _nnx_fill(kind: Any, weight: Array, bias: Bias, **options: Any) -> Any:
-    out, in_ = weight.shape
-    options |= {"use_bias": bias is not None, "param_dtype": weight.dtype, "rngs": nnx.Rngs(0)}
-    layer = kind(in_, out, kernel_init=nnx.initializers.zeros, **options)  # Flax's own fails for 0 inputs or outputs
-    layer.kernel[...] = weight.T
-    if bias is not None:
-        layer.bias[...] = bias
-    return layer
+def _nnx_fill(kind: Any, weight: Array, bias: Bias, more: Mapping[str, Array] | None = None, **options: Any) -> Any:
+    graph, state = _nnx_made(kind, weight.shape, bias is not None, weight.dtype, **options)
+    state = jax.tree.map(lambda leaf: leaf, state)  # a copy, which belongs to this trace
+    nnx.replace_by_pure_dict(state, {"kernel": weight.T, **({} if bias is None else {"bias": bias}), **(more or {})})
+    return nnx.merge(graph, state)
+
+
+@cache
+def _nnx_made(kind: Any, shape: tuple[int, int], bias: bool, dtype: Any, **options: Any) -> Any:
+    """Return a layer taken apart; to make one takes most of the time that tracing it does."""
+    out, in_ = shape
+    with jax.ensure_compile_time_eval():
+        options |= {"use_bias": bias, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+        # Flax's own initialiser fails for 0 inputs or outputs.
+        return nnx.split(kind(in_, out, kernel_init=nnx.initializers.zeros, **options))
 
 
 @nnx.jit

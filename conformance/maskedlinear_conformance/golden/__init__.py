@@ -47,7 +47,7 @@ _PROBLEMS = {
 }
 
 
-_DEAR = ("wide", "tall", "one row", "many rows")
+_SINCE = {"wide": "default", "many rows": "default", "tall": "full", "one row": "full"}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Golden:
     @property
     def since(self) -> str:
         """The smallest profile that the problem belongs to."""
-        return "default" if self.name in _DEAR else "quick"
+        return _SINCE.get(self.name, "quick")
 
     def exact_in(self, dtype: str) -> bool:
         """Whether ``dtype`` holds every sum on the way to every result, in whatever order it is formed."""

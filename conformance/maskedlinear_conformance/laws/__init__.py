@@ -43,7 +43,7 @@ class Law:
         needs: the capabilities that it needs; on a backend that declares one lacking it is reported as declared.
         dtypes: the dtypes that it runs in; all if ``None``.
         cases: which cases it runs on, if it takes one.
-        dear: whether it takes so long that the quick profile runs it in float32 only.
+        dear: whether it takes so long that only the full profile runs it in every dtype.
     """
 
     number: str
@@ -53,11 +53,16 @@ class Law:
     dear: bool = False
 
     def kinds(self, dtypes: Sequence[str], profile: str) -> list[str]:
-        """Return which of a backend's dtypes the test runs in; the quick profile takes float32 and one half type."""
+        """Return which of a backend's dtypes the test runs in.
+
+        The quick profile takes float32 and a half type, of dear tests float32 alone; the default one takes those two of dear
+        tests.
+        """
         own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
-        if profile != "quick":
+        if profile == "full" or (profile == "default" and not self.dear):
             return own
-        half = [dtype for dtype in ("bfloat16", "float16") if dtype in own][: 0 if self.dear else 1]
+        halves = 0 if profile == "quick" and self.dear else 1
+        half = [dtype for dtype in ("bfloat16", "float16") if dtype in own][:halves]
         return [dtype for dtype in own if dtype in ("float32", *half)] or own[:1]
 
 

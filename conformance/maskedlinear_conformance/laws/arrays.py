@@ -29,8 +29,8 @@ class Arrays:
         @subject.holds_for(PROBLEMS)
         def flat(data: Data) -> None:
             rows = math.prod(data.x.shape[:-1])
-            flattened = {n: getattr(data, n).reshape(rows, getattr(data, n).shape[-1]) for n in ("x", "g", "dx", "dg")}
-            got, want = subject.everything(data), subject.everything(data._replace(**flattened))
+            flattened = {n: getattr(data, n).reshape(rows, getattr(data, n).shape[-1]) for n in ("x", "g")}
+            got, want = subject.plain(data), subject.plain(data._replace(**flattened))
             for name, result in got.items():
                 equal_bits([result + 0.0], [want[name].reshape(result.shape) + 0.0], name)
 

@@ -13,7 +13,7 @@ __all__ = ["Comparison"]
 class Comparison:
     """Golden vectors and pairs."""
 
-    @law("golden", dear=True)
+    @law("golden")
     def test_golden_vectors_bit_for_bit(self, subject: Subject, golden: Golden) -> None:
         """On integers every sum is exact, so every result is the stored one, rounded to the dtype."""
         found = subject.everything(golden.data)
