@@ -183,6 +183,7 @@ def test_a_sharded_jax_array_is_made_shard_by_shard() -> None:
         ({"sparsity": 1.5}, ValueError, r"sparsity is the fraction of zeros and must be in \[0, 1\]; got 1.5"),
         ({"sparsity": -0.1}, ValueError, r"got -0.1"),
         ({"sparsity": float("nan")}, ValueError, r"got nan"),
+        ({"sparsity": Decimal("NaN")}, ValueError, r"got NaN"),
         ({"sparsity": "half"}, TypeError, r"sparsity must be a number in \[0, 1\]; got 'half'"),
         ({}, ValueError, r"exactly one of sparsity and num_zeros; got sparsity=None, num_zeros=None"),
         ({"sparsity": 0.5, "num_zeros": 3}, ValueError, r"exactly one of .* got sparsity=0.5, num_zeros=3"),
@@ -260,6 +261,8 @@ def test_as_mask_stays_in_its_framework(send: Any) -> None:
         (np.full((3, 4), -1), r"got -1 at \(0, 0\)"),
         (np.full((3, 4), "x"), r"got an array of dtype"),
         (None, r"got an array of dtype object"),
+        ([[1, 0], [1]], r"got nested lists of different lengths: make the rows equally long"),
+        (np.ones((3, 4), complex), r"0s and 1s; got an array of dtype complex128"),
     ],
 )
 def test_as_mask_refuses(mask: Any, message: str) -> None:

@@ -256,3 +256,46 @@ def test_an_unchecked_mask_is_refused_inside_transforms(p: list[Tensor]) -> None
     compiled = torch.compile(masked_linear, backend="eager")
     with pytest.raises(Exception, match=r"must be boolean"):
         compiled(p[0], p[1], p[2].double())
+
+
+def test_forward_mode_within_forward_mode(p: list[Tensor]) -> None:
+    x, weight, mask, bias, _ = p
+    one = torch.tensor(1.0, dtype=torch.float64)
+
+    def loss(scale: Tensor) -> Tensor:
+        return masked_linear(x * scale, weight * scale, mask, bias * scale).pow(2).sum()
+
+    jacfwd, jacrev = torch.func.jacfwd, torch.func.jacrev
+    want = jacrev(jacrev(loss))(one)
+    for second in (jacfwd(jacfwd(loss)), jacfwd(jacrev(loss)), jacrev(jacfwd(loss))):
+        torch.testing.assert_close(second(one), want)
+    want = jacrev(jacrev(jacrev(loss)))(one)
+    for third in (jacfwd(jacfwd(jacfwd(loss))), jacfwd(jacrev(jacfwd(loss))), jacrev(jacfwd(jacfwd(loss)))):
+        torch.testing.assert_close(third(one), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dims", [(0, None, None, None), (None, 0, None, 0), (0, None, 0, None), (None, None, None, 0)])
+def test_vmap_rounds_half_types_once(
+    dims: tuple[int | None, ...], dtype: torch.dtype, rng: np.random.Generator
+) -> None:
+    shapes = ((8, 64), (16, 64), (16, 64), (16,))
+    drawn = [rng.standard_normal(s if d is None else (3, *s)) for s, d in zip(shapes, dims, strict=True)]
+    x, weight, mask, bias = (torch.asarray(a).to(dtype) for a in drawn)
+    y = torch.func.vmap(masked_linear, dims)(x, weight, mask > 0, bias)
+    wide = torch.func.vmap(masked_linear, dims)(x.double(), weight.double(), mask > 0, bias.double())
+    assert (y == wide.float().to(dtype)).float().mean() > 0.99
+
+
+def test_arguments_that_are_no_tensors_are_refused(p: list[Tensor]) -> None:
+    x, weight, mask, bias, _ = p
+    for arguments, name in (
+        ((x.numpy(), weight, mask, bias), "x must be a torch.Tensor; got ndarray"),
+        ((None, weight, mask, bias), "x must be a torch.Tensor; got NoneType"),
+        ((x, weight.tolist(), mask, bias), "weight must be a torch.Tensor; got list"),
+        ((x, weight, mask, 2.0), "bias must be a torch.Tensor; got float"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            masked_linear(*arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"a mask must be a dense tensor; got one of layout torch.sparse_coo"):
+        masked_linear(x, weight, mask.to_sparse(), bias)

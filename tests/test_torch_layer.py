@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,7 +17,7 @@ import torch
 from torch import nn
 
 from maskedlinear import masks
-from maskedlinear.torch import MaskedLinear, freeze_masked, masked_linear
+from maskedlinear.torch import MaskedLinear, masked_linear
 
 MASK = masks.random((5, 7), sparsity=0.5, seed=1)
 LIVE = torch.asarray(MASK)
@@ -251,51 +254,139 @@ def test_export(layer: MaskedLinear, x: torch.Tensor, strict: bool) -> None:
     torch.testing.assert_close(program.module()(more), layer(more))
 
 
-def momentum(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+def test_masks_with_negative_strides_and_of_the_layer_itself(layer: MaskedLinear, x: torch.Tensor) -> None:
+    layer.set_mask(MASK[::-1])
+    assert torch.equal(layer.mask, LIVE.flip(0))
+    assert torch.equal(masked_linear(x, layer.weight, MASK[:, ::-1]), masked_linear(x, layer.weight, LIVE.flip(1)))
+    square = MaskedLinear(5, 5, mask=np.triu(np.ones((5, 5))))
+    square.set_mask(square.mask.T)
+    assert torch.equal(square.mask, torch.ones(5, 5).tril().bool())
 
 
-def adamw(parameters: Any) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+def test_a_default_device_of_meta(layer: MaskedLinear, x: torch.Tensor) -> None:
+    with torch.device("meta"):
+        made = MaskedLinear(7, 5, mask=MASK)
+        listed = MaskedLinear(7, 5, mask=MASK.tolist())
+        layer.set_mask(~MASK)
+        y = masked_linear(x, layer.weight, MASK)
+    assert torch.equal(layer.mask, ~LIVE)
+    assert torch.equal(y, masked_linear(x, layer.weight, LIVE))
+    twin = MaskedLinear.from_linear(made)
+    for one in (made, listed, twin):
+        assert one.weight.is_meta
+        one.to_empty(device="cpu")
+        one.reset_parameters()
+        assert torch.equal(one.mask, LIVE)
 
 
-def train(layer: MaskedLinear, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int = 4) -> None:
-    for _ in range(steps):
-        optimizer.zero_grad()
-        layer(x).square().sum().backward()
-        optimizer.step()
+def test_a_layer_that_moves_to_meta_keeps_its_mask(layer: MaskedLinear) -> None:
+    layer.to("meta").to_empty(device="cpu")
+    layer.mask.copy_(~LIVE)  # what uninitialised memory may hold
+    layer.reset_parameters()
+    assert torch.equal(layer.mask, LIVE)
 
 
-@pytest.mark.parametrize("make", [momentum, adamw])
-def test_freeze_masked_keeps_dormant_weights(layer: MaskedLinear, x: torch.Tensor, make: Any) -> None:
-    loose = copy.deepcopy(layer)
-    start = layer.weight.detach().clone()
-    train(loose, make(loose.parameters()), x)
-    assert (loose.weight != start)[~LIVE].all(), "without the guard they move"
-    model = nn.Sequential(layer)
-    optimizer = make(model.parameters())
-    assert freeze_masked(optimizer, model) is optimizer
-    train(layer, optimizer, x)
-    assert torch.equal(layer.weight[~LIVE], start[~LIVE])
-    assert torch.equal(layer.weight[LIVE], loose.weight[LIVE]), "the live ones train as ever"
+def test_a_mask_without_values_is_refused(layer: MaskedLinear) -> None:
+    for mask, kind in ((LIVE.to("meta"), "on the meta device"), (LIVE.to_sparse(), "of layout torch.sparse_coo")):
+        with pytest.raises(ValueError, match=f"must be a dense tensor that has values; got one {kind}"):
+            layer.set_mask(mask)
+    with pytest.raises(ValueError, match=r"got one on the meta device"):
+        MaskedLinear(7, 5, mask=LIVE.to("meta"), device="meta")
+    with pytest.raises(ValueError, match=r"0s and 1s; got an array of dtype torch.complex64"):
+        layer.set_mask(LIVE.to(torch.complex64))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        ((7, 5), {"dtype": "float32"}, "dtype must be .*bfloat16 or float16.*; got 'float32'"),
+        ((7, 5), {"dtype": np.float32}, "dtype must be a real floating-point dtype of torch"),
+        ((7, 5), {"dtype": torch.float8_e4m3fn}, "got torch.float8_e4m3fn"),
+        ((7, 5, MASK), {}, "bias must be True or False; got ndarray: a mask is passed as mask="),
+        ((7, 5, LIVE), {}, "got Tensor: a mask is passed as mask="),
+        ((7, 5, True, "cpu"), {}, "mask must be an array; got 'cpu': a device is passed as device="),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_refused(arguments: Any, options: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        MaskedLinear(*arguments, **options)
+
+
+def test_from_linear_refuses_what_is_no_linear_layer() -> None:
+    for other in (nn.Conv1d(3, 4, 1), nn.Embedding(3, 4), None, nn.LazyLinear(3)):
+        with pytest.raises(TypeError, match=r"from_linear takes an nn.Linear that has its weight; got \w+"):
+            MaskedLinear.from_linear(other)  # type: ignore[arg-type]
+
+
+def test_conversions_of_a_parametrized_layer(x: torch.Tensor) -> None:
+    dense = nn.utils.parametrizations.weight_norm(nn.Linear(7, 5))
+    masked = MaskedLinear.from_linear(dense, MASK)
+    assert torch.equal(masked.weight, dense.weight)
+    normed = nn.utils.parametrizations.weight_norm(MaskedLinear(7, 5, mask=MASK))
+    torch.testing.assert_close(normed.to_linear()(x), normed(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_traced_by_jit_and_by_fx(layer: MaskedLinear, x: torch.Tensor) -> None:
+    model = nn.Sequential(layer, nn.ReLU())
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.trace(model, x), buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.jit.load(buffer)(x), model(x))
+    graph = torch.fx.symbolic_trace(model)
+    assert torch.equal(graph(x), model(x))
+    before = model(x)
     layer.set_mask(~LIVE)
-    held = layer.weight.detach().clone()
-    train(layer, optimizer, x)
-    assert torch.equal(layer.weight[LIVE], held[LIVE]), "after a change of mask too"
-    assert (layer.weight != held)[~LIVE].all()
+    assert torch.equal(graph(x), model(x)), "the graph reads the layer's mask"
+    assert not torch.equal(model(x), before)
 
 
-def test_freeze_masked_keeps_nan_and_negative_zero(layer: MaskedLinear, x: torch.Tensor) -> None:
-    with torch.no_grad():
-        layer.weight[~LIVE] = -0.0
-        layer.weight[0][~LIVE[0]] = torch.nan
-    before = layer.weight.detach().clone()
-    train(layer, freeze_masked(adamw(layer.parameters()), layer), x)
-    same = layer.weight.detach().view(torch.int32) == before.view(torch.int32)
-    assert same[~LIVE].all()
+SHARDED = """
+import os, warnings
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear, freeze_masked
+
+warnings.simplefilter("ignore")
 
 
-def test_freeze_masked_refuses_a_model_without_masks() -> None:
-    model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match="this model has none"):
-        freeze_masked(adamw(model.parameters()), model)
+def main(rank, port):
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    mask = masks.random((4, 6), sparsity=0.5)
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedLinear(6, 4, mask=mask))
+    start = model[0].weight.detach().clone()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = freeze_masked(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1), model)
+    for _ in range(3):
+        model(torch.ones(5, 6)).square().sum().backward()
+        optimizer.step()
+    moved = model[0].weight.full_tensor() != start
+    assert torch.equal(moved, torch.tensor(mask)), "the live weights move, and they alone"
+    assert torch.equal(model[0].masked_weight.full_tensor() != 0, torch.tensor(mask))
+    assert torch.equal(model[0].to_linear().weight != 0, torch.tensor(mask))
+    empty = nn.Sequential(MaskedLinear(6, 4, mask=mask, device="meta"))
+    fully_shard(empty, mesh=init_device_mesh("cpu", (2,)))
+    empty.to_empty(device="cpu")
+    empty[0].reset_parameters()
+    assert torch.equal(empty[0].mask, torch.tensor(mask))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    torch.multiprocessing.spawn(main, (port,), 2)
+"""
+
+
+def test_sharded_by_fsdp(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    done = subprocess.run([sys.executable, "sharded.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

@@ -19,7 +19,9 @@ from torch import Tensor
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
 
-__all__ = ["as_tensor", "mask_tensor", "masked_linear", "select"]
+__all__ = ["FLOATING", "aligned", "as_tensor", "mask_tensor", "masked_linear", "select"]
+
+FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
@@ -33,7 +35,8 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
         x: shape ``(..., in)``.
         weight: shape ``(out, in)``, in x's dtype and on its device.
         mask: shape ``(out, in)``: a boolean tensor on the weight's device, or 0s and 1s, or any array of these on the
-            CPU. Inside ``torch.compile`` and ``torch.vmap`` it must be boolean, since values cannot be checked there.
+            CPU. Inside ``torch.compile`` and ``torch.vmap`` it must be a boolean tensor, since values cannot be checked
+            there.
         bias: shape ``(out,)`` or ``None``.
 
     Returns:
@@ -41,13 +44,19 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
 
     Raises:
         ValueError: if shapes or devices do not belong together, or the mask holds anything but 0 and 1.
-        TypeError: if a dtype is not real floating-point, or the dtypes differ.
+        TypeError: if x, weight or bias is not a tensor, a dtype is not real floating-point, or the dtypes differ.
     """
+    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+        if isinstance(tensor, Tensor):
+            check_floating(name, tensor.dtype, tensor.dtype in FLOATING)
+        elif tensor is not None or name != "bias":
+            raise TypeError(
+                f"{name} must be a torch.Tensor; got {type(tensor).__name__}: convert it with torch.as_tensor"
+            )
+    if _is_tracing() and isinstance(mask, Tensor) and mask.dtype is torch.bool:  # shapes are no numbers there
+        return F.linear(x, select(weight, mask), bias)
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
-    for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-        if tensor is not None:
-            check_floating(name, tensor.dtype, tensor.is_floating_point())
     kind = weight.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # which refuses to answer for meta
         dtype = torch.get_autocast_dtype(kind)
@@ -59,7 +68,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
                 f"x, weight and bias must have one dtype and one device; got {name} in {tensor.dtype} on {tensor.device} "
                 f"and weight in {weight.dtype} on {weight.device}: move one of them with .to(...)"
             )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or _nested_forward_mode():
         return F.linear(x, select(weight, mask), bias)
     return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -74,6 +83,8 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
     """
     if not isinstance(mask, Tensor):
         return as_tensor(as_mask(mask, weight.shape)).to(weight.device)
+    if mask.layout is not torch.strided:
+        raise ValueError(f"a mask must be a dense tensor; got one of layout {mask.layout}: pass mask.to_dense()")
     if mask.device != weight.device:
         raise ValueError(
             f"mask and weight must be on one device; got the mask on {mask.device} and the weight on {weight.device}: "
@@ -97,12 +108,41 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
 
 def as_tensor(mask: Any) -> Tensor:
     """Return a boolean array of any framework as a tensor; one that is not a tensor is copied to the CPU."""
-    return mask if isinstance(mask, Tensor) else torch.tensor(np.asarray(mask))
+    # On the CPU whatever the default device is, and contiguous, because torch refuses negative strides.
+    return mask if isinstance(mask, Tensor) else torch.tensor(np.ascontiguousarray(mask), device="cpu")
 
 
 def select(tensor: Tensor, mask: Tensor) -> Tensor:
     """Return ``where(mask, tensor, 0)``: nothing stored under the mask gets through, NaN included."""
     return torch.where(mask, tensor, 0)
+
+
+def aligned(mask: Tensor, weight: Tensor) -> Tensor:
+    """Return ``mask`` cut like ``weight`` where that is a DTensor, as between the forward passes of FSDP; else as it is."""
+    mesh = getattr(weight, "device_mesh", None)
+    if mesh is None:
+        return mask
+    from torch.distributed.tensor import DTensor, Replicate
+
+    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return whole.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
+
+
+def _is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records: it cannot save a Function."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _nested_forward_mode() -> bool:
+    """Whether forward mode is on twice: then a Function's rule loses the outer tangent, which the expression keeps.
+
+    https://github.com/pytorch/pytorch/issues/197867
+    """
+    functorch = torch._C._functorch
+    if functorch.peek_interpreter_stack() is None:
+        return False
+    levels = functorch.get_interpreter_stack() or ()
+    return sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

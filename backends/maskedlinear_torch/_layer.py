@@ -6,13 +6,17 @@ from collections.abc import Callable
 from typing import Any, Literal, Self
 
 import torch
+import torch.fx
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from maskedlinear.masks import as_mask
-from maskedlinear_torch._functional import as_tensor, masked_linear, select
+from maskedlinear_torch._functional import FLOATING, aligned, as_tensor, masked_linear, select
 
 __all__ = ["MaskedLinear"]
+
+torch.fx.wrap("masked_linear")  # one node of a traced graph: the checks of its arguments cannot be traced
 
 
 class MaskedLinear(nn.Linear):
@@ -62,8 +66,15 @@ class MaskedLinear(nn.Linear):
     ) -> None:
         if in_features < 0 or out_features < 0:
             raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
-        if dtype is not None and not dtype.is_floating_point:
-            raise TypeError(f"dtype must be a real floating-point dtype, so that weights have a gradient; got {dtype}")
+        if hasattr(bias, "__len__"):
+            raise TypeError(f"bias must be True or False; got {type(bias).__name__}: a mask is passed as mask=...")
+        if isinstance(mask, str | torch.device):
+            raise TypeError(f"mask must be an array; got {mask!r}: a device is passed as device=...")
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(
+                "dtype must be a real floating-point dtype of torch (float64, float32, bfloat16 or float16), so that "
+                f"weights have a gradient; got {dtype!r}"
+            )
         if fan_in not in ("live", "full"):
             raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
@@ -87,12 +98,19 @@ class MaskedLinear(nn.Linear):
         No weight changes, so setting an old mask again brings the old outputs back, bit for bit.
 
         Args:
-            mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device.
+            mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device but ``"meta"``.
 
         Raises:
-            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+            ValueError: if the mask has another shape, holds anything but 0 and 1, or has no values (``"meta"``); the layer
+                is left as it was.
         """
-        checked = as_tensor(as_mask(mask, self.mask.shape))
+        if isinstance(mask, Tensor) and (mask.is_meta or mask.layout is not torch.strided):
+            kind = "on the meta device" if mask.is_meta else f"of layout {mask.layout}"
+            raise ValueError(f"a mask must be a dense tensor that has values; got one {kind}: pass a boolean array")
+        boolean = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.mask.shape
+        checked = (
+            mask.clone() if boolean else as_tensor(as_mask(mask, self.mask.shape))
+        )  # it may be a view of the layer's
         with torch.no_grad():
             self.mask.copy_(checked)
             if self._pending_mask is not None:
@@ -101,7 +119,7 @@ class MaskedLinear(nn.Linear):
     @property
     def masked_weight(self) -> Tensor:
         """``where(mask, weight, 0)``, shape ``(out_features, in_features)``; differentiable in the weight."""
-        return select(self.weight, self.mask)
+        return select(self.weight, aligned(self.mask, self.weight))
 
     @property
     def sparsity(self) -> float:
@@ -133,24 +151,29 @@ class MaskedLinear(nn.Linear):
         with torch.no_grad():
             live = self.mask.sum(dim=1)
             scale = torch.where(live > 0, (self.in_features / live.clamp(min=1)).sqrt(), 1.0).to(self.weight.dtype)
-            self.weight.mul_(scale[:, None])
+            self.weight.mul_(aligned(scale[:, None].expand(self.mask.shape).contiguous(), self.weight))
             if self.bias is not None:
-                self.bias.mul_(scale)
+                self.bias.mul_(aligned(scale, self.bias))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Any = None) -> Self:
         """Return a masked layer with a copy of ``linear``'s parameters, in its dtype, device and training state.
 
         Args:
-            linear: a layer with ``weight (out, in)`` and ``bias (out,)`` or ``None``. Of a ``MaskedLinear`` the mask is
-                copied too, unless another is given.
+            linear: an ``nn.Linear``. Of a ``MaskedLinear`` the mask is copied too, unless another is given.
             mask: shape ``(out, in)``, booleans or 0s and 1s; ``None`` is the full mask.
 
         Raises:
             ValueError: if the mask has another shape, or holds anything but 0 and 1.
+            TypeError: if ``linear`` is not an ``nn.Linear``, or one without values yet (``LazyLinear``).
         """
+        if not isinstance(linear, nn.Linear) or isinstance(linear.weight, UninitializedParameter):
+            raise TypeError(
+                f"from_linear takes an nn.Linear that has its weight; got {type(linear).__name__}: "
+                "a lazy layer has it after its first call"
+            )
         if mask is None and isinstance(linear, MaskedLinear):
-            mask = linear.mask
+            mask = linear.mask if linear._pending_mask is None else linear._pending_mask
         layer: Self = skip_init(  # draws nothing from the random generator
             cls,
             linear.in_features,
@@ -178,7 +201,7 @@ class MaskedLinear(nn.Linear):
         )
         _copy_parameters(self, linear)
         with torch.no_grad():
-            linear.weight.copy_(self.masked_weight)
+            linear.weight.copy_(torch.where(self.mask, linear.weight, 0))
         return linear
 
     def extra_repr(self) -> str:
@@ -196,7 +219,10 @@ class MaskedLinear(nn.Linear):
             self.set_mask(value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        mask = self.mask
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask.is_meta and not mask.is_meta and self._pending_mask is None:
+            self._pending_mask = mask.cpu()  # as if the layer had been made there
         # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
         if self.mask.dtype is not torch.bool:
             self._buffers["mask"] = self.mask.bool()
@@ -232,7 +258,7 @@ class MaskedLinear(nn.Linear):
 def _copy_parameters(source: nn.Linear, target: nn.Linear) -> None:
     target.train(source.training)
     for name, parameter in target.named_parameters():
-        original = source.get_parameter(name)
+        original = getattr(source, name)  # which a parametrization may compute
         with torch.no_grad():
-            parameter.copy_(original)
+            parameter.copy_(original.full_tensor() if hasattr(original, "full_tensor") else original)
         parameter.requires_grad_(original.requires_grad)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import MethodType
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from maskedlinear_torch._functional import aligned
 from maskedlinear_torch._layer import MaskedLinear
 
 __all__ = ["freeze_masked"]
@@ -17,38 +19,75 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 def freeze_masked(optimizer: O, model: nn.Module) -> O:
     """Make every step of ``optimizer`` leave the masked weights of ``model`` bit-identical.
 
-    Momentum, Adam's moments and weight decay move weights whose gradient is zero. The guard copies each masked layer's
-    weight before a step and puts the masked entries back after it, by the mask that holds at that moment. It costs one
-    copy of the masked layers' weights while a step runs. A copied optimizer (``copy.deepcopy``) loses its guard, as it
-    loses every hook: guard it again.
+    Momentum, Adam's moments and weight decay move weights whose gradient is zero. The guard copies the weights of masked
+    layers that the optimizer holds before a step, and puts the dormant entries back after it, by the masks that hold at
+    that moment, also if the step raises an error. A weight that several layers share is dormant where none of them uses
+    it. It costs one copy of those weights while a step runs. A copied optimizer (``copy.deepcopy``) loses its guard:
+    guard it again.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; changed in place.
+        optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
         model: the module whose :class:`MaskedLinear` layers are guarded, layers added later included.
 
     Returns:
         The same optimizer.
 
     Raises:
-        ValueError: if ``model`` has no ``MaskedLinear``.
+        ValueError: if ``model`` has no ``MaskedLinear``, or, here or at a step, if one's weight is computed by a
+            parametrization or by ``torch.nn.utils.prune``: no optimizer holds it.
+        TypeError: if the arguments are not an optimizer and a module.
     """
-
-    def layers() -> list[MaskedLinear]:
-        return [module for module in model.modules() if isinstance(module, MaskedLinear)]
-
-    if not layers():
+    if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(model, nn.Module):
+        raise TypeError(
+            "freeze_masked takes an optimizer and a module, in this order; "
+            f"got {type(optimizer).__name__} and {type(model).__name__}"
+        )
+    if not any(isinstance(module, MaskedLinear) for module in model.modules()):
         raise ValueError("freeze_masked guards MaskedLinear layers, and this model has none")
-    saved: list[tuple[MaskedLinear, Tensor]] = []
+    _users(model)
+    step = optimizer.step
 
-    def before(*_: Any) -> None:
-        saved[:] = [(layer, layer.weight.detach().clone()) for layer in layers()]
+    # A method of the instance, as learning rate schedulers expect; hooks do not run after a step that raises.
+    def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
+        saved = [layers[0].weight for layers in _users(model) if id(layers[0].weight) in held]
+        before = {id(weight): weight.detach().clone() for weight in saved}
+        try:
+            return step(*args, **kwargs)
+        finally:
+            with torch.no_grad():
+                for layers in _users(model):
+                    weight = layers[0].weight
+                    if id(weight) in before:
+                        weight.copy_(torch.where(_live(layers, weight), weight, before[id(weight)]))
 
-    def after(*_: Any) -> None:
-        with torch.no_grad():
-            for layer, weight in saved:
-                layer.weight.copy_(torch.where(layer.mask, layer.weight, weight))
-        saved.clear()
-
-    optimizer.register_step_pre_hook(before)
-    optimizer.register_step_post_hook(after)
+    optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
     return optimizer
+
+
+def _users(model: nn.Module) -> list[list[MaskedLinear]]:
+    """Return the layers that use each masked weight; weights that another kind of module uses too are left out."""
+    users: dict[int, list[MaskedLinear]] = {}
+    others: set[int] = set()
+    for module in model.modules():
+        masked = isinstance(module, MaskedLinear)
+        if masked and "weight" not in module._parameters:
+            raise ValueError(
+                "freeze_masked guards weights that an optimizer holds, and the weight of a MaskedLinear here is computed "
+                "(by torch.nn.utils.parametrize or prune): remove that first, or put the mask into it"
+            )
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if masked and name == "weight":
+                users.setdefault(id(parameter), []).append(module)  # type: ignore[arg-type]
+            else:
+                others.add(id(parameter))
+    return [layers for key, layers in users.items() if key not in others]
+
+
+def _live(layers: list[MaskedLinear], weight: Tensor) -> Tensor:
+    mask = layers[0].mask
+    for layer in layers[1:]:
+        mask = mask | layer.mask
+    return aligned(mask, weight)

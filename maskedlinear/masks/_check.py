@@ -25,7 +25,13 @@ def as_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in
             0 and 1, NaN included.
     """
     if not is_array_api_obj(mask):
-        mask = np.asarray(mask)
+        try:
+            mask = np.asarray(mask)
+        except ValueError as error:
+            raise ValueError(
+                f"a mask must have the shape of the parameter that it masks, {parameter} = {tuple(shape)}; got nested lists "
+                "of different lengths: make the rows equally long"
+            ) from error
     if isinstance(mask, np.ndarray) and mask.dtype.kind not in "biuf":
         raise ValueError(f"a mask must hold booleans, or 0s and 1s; got an array of dtype {mask.dtype}")
     got, want = tuple(mask.shape), tuple(shape)
@@ -37,6 +43,8 @@ def as_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in
     xp = array_namespace(mask)
     if xp.isdtype(mask.dtype, "bool"):
         return mask
+    if not xp.isdtype(mask.dtype, ("integral", "real floating")):
+        raise ValueError(f"a mask must hold booleans, or 0s and 1s; got an array of dtype {mask.dtype}")
     live = mask == 1
     bad = ~(live | (mask == 0))
     if bool(xp.any(bad)):

@@ -191,7 +191,7 @@ def _checked_seed(seed: int) -> int:
 def _checked_fraction(sparsity: Sparsity) -> Fraction:
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Decimal):
         raise TypeError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
-    if not 0 <= sparsity <= 1:  # false for NaN too
+    if math.isnan(sparsity) or not 0 <= sparsity <= 1:  # a Decimal NaN cannot be compared
         raise ValueError(f"sparsity is the fraction of zeros and must be in [0, 1]; got {sparsity}")
     return Fraction(str(sparsity))
 

@@ -1,0 +1,187 @@
+"""``maskedlinear.torch.freeze_masked``: dormant weights stay bit-identical, whatever the optimizer and the model do."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear, freeze_masked
+
+MASK = masks.random((5, 7), sparsity=0.5, seed=1)
+LIVE = torch.asarray(MASK)
+
+
+@pytest.fixture
+def layer() -> MaskedLinear:
+    torch.manual_seed(0)
+    return MaskedLinear(7, 5, mask=MASK)
+
+
+@pytest.fixture
+def x() -> torch.Tensor:
+    return torch.randn(3, 7, generator=torch.Generator().manual_seed(1))
+
+
+def momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
+
+
+def adamw(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
+
+
+def train(layer: MaskedLinear, optimizer: torch.optim.Optimizer, x: torch.Tensor, steps: int = 4) -> None:
+    for _ in range(steps):
+        optimizer.zero_grad()
+        layer(x).square().sum().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [momentum, adamw])
+def test_freeze_masked_keeps_dormant_weights(layer: MaskedLinear, x: torch.Tensor, make: Any) -> None:
+    loose = copy.deepcopy(layer)
+    start = layer.weight.detach().clone()
+    train(loose, make(loose.parameters()), x)
+    assert (loose.weight != start)[~LIVE].all(), "without the guard they move"
+    model = nn.Sequential(layer)
+    optimizer = make(model.parameters())
+    assert freeze_masked(optimizer, model) is optimizer
+    train(layer, optimizer, x)
+    assert torch.equal(layer.weight[~LIVE], start[~LIVE])
+    assert torch.equal(layer.weight[LIVE], loose.weight[LIVE]), "the live ones train as ever"
+    layer.set_mask(~LIVE)
+    held = layer.weight.detach().clone()
+    train(layer, optimizer, x)
+    assert torch.equal(layer.weight[LIVE], held[LIVE]), "after a change of mask too"
+    assert (layer.weight != held)[~LIVE].all()
+
+
+def test_freeze_masked_keeps_nan_and_negative_zero(layer: MaskedLinear, x: torch.Tensor) -> None:
+    with torch.no_grad():
+        layer.weight[~LIVE] = -0.0
+        layer.weight[0][~LIVE[0]] = torch.nan
+    before = layer.weight.detach().clone()
+    train(layer, freeze_masked(adamw(layer.parameters()), layer), x)
+    same = layer.weight.detach().view(torch.int32) == before.view(torch.int32)
+    assert same[~LIVE].all()
+
+
+def test_freeze_masked_refuses_a_model_without_masks() -> None:
+    model = nn.Linear(3, 2)
+    with pytest.raises(ValueError, match="this model has none"):
+        freeze_masked(adamw(model.parameters()), model)
+
+
+def test_freeze_masked_refuses_what_it_cannot_guard(layer: MaskedLinear) -> None:
+    optimizer = adamw(layer.parameters())
+    for arguments in ((layer, optimizer), (optimizer, None)):
+        with pytest.raises(TypeError, match=r"takes an optimizer and a module, in this order; got"):
+            freeze_masked(*arguments)
+    pruned = prune.l1_unstructured(MaskedLinear(7, 5, mask=MASK), "weight", 0.3)
+    normed = parametrizations.weight_norm(MaskedLinear(7, 5, mask=MASK))
+    for model in (pruned, normed):
+        with pytest.raises(ValueError, match=r"the weight of a MaskedLinear here is computed .*: remove that first"):
+            freeze_masked(adamw(model.parameters()), model)
+    freeze_masked(optimizer, layer)
+    parametrizations.weight_norm(layer)
+    with pytest.raises(ValueError, match=r"is computed"):
+        optimizer.step()
+
+
+class Decay(torch.optim.SGD):
+    """Works on the weights after its base class has."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.9)
+        return loss
+
+
+class Fails(torch.optim.SGD):
+    """Raises after it has moved the weights."""
+
+    def step(self, closure: Any = None) -> Any:
+        super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.mul_(0.9)
+        raise OverflowError("too far")
+
+
+def test_what_comes_after_super_step_is_guarded(layer: MaskedLinear, x: torch.Tensor) -> None:
+    torch.optim.SGD([torch.ones(1, requires_grad=True)], lr=0.1)  # puts hooks on the class' own step
+    before = layer.weight.detach().clone()
+    train(layer, freeze_masked(Decay(layer.parameters(), lr=0.1), layer), x)
+    assert torch.equal(layer.weight[~LIVE], before[~LIVE])
+    assert (layer.weight != before)[LIVE].all()
+
+
+def test_a_step_that_raises_is_guarded(layer: MaskedLinear, x: torch.Tensor) -> None:
+    before = layer.weight.detach().clone()
+    optimizer = freeze_masked(Fails(layer.parameters(), lr=0.1), layer)
+    with pytest.raises(OverflowError, match="too far"):
+        train(layer, optimizer, x)
+    assert torch.equal(layer.weight[~LIVE], before[~LIVE])
+
+
+def test_only_the_optimizers_own_weights_are_touched(x: torch.Tensor) -> None:
+    ours, theirs = MaskedLinear(7, 7), MaskedLinear(7, 5, mask=MASK)
+    optimizer = freeze_masked(momentum(ours.parameters()), nn.ModuleList([ours, theirs]))
+    loss = theirs(x.clone().requires_grad_()).square().sum()
+    ours(x).sum().backward()
+    optimizer.step()
+    loss.backward()  # would fail if the other layer's weight had been written to
+
+
+def test_a_shared_weight_is_dormant_where_no_layer_uses_it(x: torch.Tensor) -> None:
+    mask = masks.random((5, 7), sparsity=0.8, seed=3)
+    one, other = MaskedLinear(7, 5, mask=MASK), MaskedLinear(7, 5, mask=mask)
+    other.weight = one.weight
+    before = one.weight.detach().clone()
+    model = nn.ModuleList([one, other])
+    optimizer = freeze_masked(adamw(model.parameters()), model)
+    (one(x) + other(x)).square().sum().backward()
+    optimizer.step()
+    used = LIVE | torch.asarray(mask)
+    assert torch.equal(one.weight != before, used)
+    tied = nn.Embedding(5, 7)
+    tied.weight = one.weight
+    model.append(tied)
+    before = one.weight.detach().clone()
+    optimizer.step()
+    assert (one.weight != before).all(), "the embedding uses every entry"
+
+
+def test_a_schedule_a_closure_and_a_scaler(layer: MaskedLinear, x: torch.Tensor) -> None:
+    before = layer.weight.detach().clone()
+    optimizer = freeze_masked(momentum(layer.parameters()), layer)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    train(layer, optimizer, x, 1)
+    schedule.step()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(x).square().sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    search = freeze_masked(torch.optim.LBFGS(layer.parameters()), layer)
+
+    def closure() -> torch.Tensor:
+        search.zero_grad()
+        loss = layer(x).square().sum()
+        loss.backward()
+        return loss
+
+    search.step(closure)
+    assert torch.equal(layer.weight[~LIVE], before[~LIVE])
+    assert (layer.weight != before)[LIVE].all()
+    copied = copy.deepcopy(optimizer)
+    assert "step" not in vars(copied), "a copy is not guarded"
