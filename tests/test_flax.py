@@ -13,8 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax import nnx
+from flax.core import FrozenDict
+from flax.nnx import bridge
+from flax.training.train_state import TrainState
 from jax import Array
 
+from helpers import python
 from maskedlinear import masks, spec
 from maskedlinear.flax import Mask, MaskedDense, MaskedLinear, param_masks
 from maskedlinear.jax import freeze_masked
@@ -279,3 +283,184 @@ def test_nnx_vmap_over_layers(x: Array) -> None:
     layers = make(jax.random.split(jax.random.key(0), 4))
     assert layers.mask[...].shape == (4, 7, 5)
     assert nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))(layers, x).shape == (4, 3, 5)
+
+
+def test_a_mask_that_a_state_brought_is_checked(layer: MaskedLinear, x: Array) -> None:
+    for bad, message in (
+        (KERNEL_MASK * 0.5 + 0.25, r"got 0.75 at|got 0.25 at"),
+        (np.ones((1, 5), bool), r"got \(1, 5\)"),
+    ):
+        layer.mask.set_value(jnp.asarray(bad))
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+    layer.mask.set_value(jnp.asarray(KERNEL_MASK, jnp.float32))
+    assert layer(x).shape == (3, 5)
+
+
+def test_masks_of_zeros_and_ones_inside_transforms(layer: MaskedLinear, x: Array) -> None:
+    ones = jnp.asarray(KERNEL_MASK, jnp.int32)
+    abstract = nnx.eval_shape(lambda: MaskedLinear(7, 5, mask=ones, rngs=nnx.Rngs(0)))
+    assert abstract.kernel.shape == (7, 5)
+    variables = jax.jit(MaskedDense(5, mask=ones).init)(jax.random.key(0), x)
+    np.testing.assert_array_equal(variables["masks"]["mask"], KERNEL_MASK)
+
+
+def test_an_abstract_layer_says_so() -> None:
+    abstract = nnx.eval_shape(lambda: MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(0)))
+    for use in (
+        lambda: abstract.set_mask(KERNEL_MASK),
+        lambda: abstract.sparsity,
+        lambda: abstract.masked_kernel,
+        abstract.to_linear,
+        lambda: MaskedLinear.from_linear(abstract),
+    ):
+        with pytest.raises(ValueError, match=r"abstract .* restore its state first"):
+            use()
+    assert param_masks(abstract)["kernel"].shape == (7, 5)
+    with pytest.raises(TypeError, match=r"from_linear takes an nnx.Linear; got NoneType"):
+        MaskedLinear.from_linear(None)  # type: ignore[arg-type]
+
+
+def test_stacks_of_layers_convert(x: Array) -> None:
+    @nnx.vmap
+    def make(key: Array) -> MaskedLinear:
+        return MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(key))
+
+    layers = make(jax.random.split(jax.random.key(0), 3))
+    call = nnx.vmap(lambda layer, x: layer(x), in_axes=(0, None))
+    copy, dense = MaskedLinear.from_linear(layers), layers.to_linear()
+    for one in (copy, dense, MaskedLinear.from_linear(dense)):
+        np.testing.assert_allclose(call(one, x), call(layers, x), rtol=1e-6, atol=1e-6)
+    assert copy.mask[...].shape == (3, 7, 5)
+
+
+def test_without_inputs_or_outputs() -> None:
+    for in_, out in ((0, 4), (4, 0)):
+        layer = MaskedLinear(in_, out, rngs=nnx.Rngs(0))
+        model = MaskedDense(out)
+        variables = model.init(jax.random.key(0), jnp.ones((2, in_)))
+        for y in (layer(jnp.ones((2, in_))), model.apply(variables, jnp.ones((2, in_)))):
+            np.testing.assert_array_equal(y, np.zeros((2, out)))
+
+
+def test_refusals_name_the_inputs(layer: MaskedLinear, x: Array) -> None:
+    model = MaskedDense(5, mask=KERNEL_MASK)
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"number of inputs, 7; got x of shape \(3, 6\)"):
+        model.apply(variables, x[:, :6])
+    for call in (layer, lambda inputs: model.apply(variables, inputs)):
+        with pytest.raises(ValueError, match=r"got a scalar"):
+            call(jnp.float32(1))
+        for wrong in (None, "text"):
+            with pytest.raises(TypeError, match=r"inputs must be an array of numbers; got (NoneType|str)"):
+                call(wrong)
+    with pytest.raises(ValueError, match=r"got a scalar"):
+        model.init(jax.random.key(0), jnp.float32(1))
+
+
+def guarded_steps(model: Any, wrt: Any = nnx.Param) -> None:
+    optimizer = nnx.Optimizer(model, freeze_masked(optax.adamw(0.1, weight_decay=0.1)), wrt=wrt)
+    ones = jax.tree.map(jnp.ones_like, nnx.state(model, wrt))
+    optimizer.update(model, ones, masks=param_masks(model, wrt))
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("b", "a")])
+def test_a_shared_kernel_is_dormant_where_no_layer_uses_it(names: tuple[str, str]) -> None:
+    other = masks.random((7, 5), sparsity=0.8, seed=3)
+
+    class Shared(nnx.Module):
+        def __init__(self, second: nnx.Linear) -> None:
+            first = MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(0))
+            second.kernel = first.kernel
+            for name, layer in zip(names, (first, second), strict=True):
+                setattr(self, name, layer)
+
+    for second, used in (
+        (MaskedLinear(7, 5, mask=other, rngs=nnx.Rngs(1)), KERNEL_MASK | other),
+        (nnx.Linear(7, 5, rngs=nnx.Rngs(1)), np.ones((7, 5), bool)),
+    ):
+        model = Shared(second)
+        before = np.array(model.a.kernel[...])
+        guarded_steps(model)
+        np.testing.assert_array_equal(np.asarray(model.a.kernel[...]) != before, used)
+
+
+def test_param_masks_with_a_filter_and_of_a_bridged_layer(x: Array) -> None:
+    model = Network(nnx.Rngs(0))
+    kernels = nnx.All(nnx.Param, nnx.PathContains("kernel"))
+    before = np.array(model.first.kernel[...])
+    guarded_steps(model, kernels)
+    np.testing.assert_array_equal(np.asarray(model.first.kernel[...]) != before, KERNEL_MASK)
+    bridged = bridge.ToNNX(MaskedDense(5, mask=KERNEL_MASK), rngs=nnx.Rngs(0))
+    bridge.lazy_init(bridged, x)
+    np.testing.assert_array_equal(param_masks(bridged)["kernel"], KERNEL_MASK)
+
+
+def test_linen_partitioned_and_frozen_variables(x: Array) -> None:
+    init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = MaskedDense(5, mask=KERNEL_MASK, kernel_init=init)
+    variables = model.init(jax.random.key(0), x)
+    assert isinstance(variables["masks"]["mask"], nn.Partitioned)
+    assert variables["masks"]["mask"].names == ("in", "out")
+    plain = MaskedDense(5, mask=KERNEL_MASK).init(jax.random.key(0), x)
+    np.testing.assert_array_equal(nn.unbox(variables)["params"]["kernel"], plain["params"]["kernel"])
+    np.testing.assert_array_equal(model.apply(variables, x), model.apply(plain, x))
+    tx = freeze_masked(optax.adamw(0.1, weight_decay=0.1))
+    for these in (variables, FrozenDict(plain)):
+        params = these["params"]
+        tree = param_masks(these)
+        assert jax.tree.structure(tree) == jax.tree.structure(params)
+        updates, _ = tx.update(params, tx.init(params), params, masks=tree)
+        moved = nn.unbox(optax.apply_updates(params, updates))["kernel"] != nn.unbox(params)["kernel"]
+        np.testing.assert_array_equal(moved, KERNEL_MASK)
+
+
+def test_a_train_state_is_guarded_by_masks_given_once(x: Array) -> None:
+    model = MaskedDense(5, mask=KERNEL_MASK)
+    variables = model.init(jax.random.key(0), x)
+    tx = freeze_masked(optax.adamw(0.1, weight_decay=0.1), masks=param_masks(variables))
+    state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
+    new = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
+    np.testing.assert_array_equal(new.params["kernel"] != state.params["kernel"], KERNEL_MASK)
+
+
+def test_sharded_layers_and_gradients() -> None:
+    code = """
+import jax; jax.config.update("jax_num_cpu_devices", 8)
+import jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from maskedlinear.flax import MaskedLinear
+from maskedlinear.jax import masked_linear
+
+x, w = jax.random.normal(jax.random.key(0), (16, 8)), jax.random.normal(jax.random.key(1), (4, 8))
+m, b = jax.random.bernoulli(jax.random.key(2), 0.5, (4, 8)), jnp.ones(4)
+loss = lambda w, b, x: (masked_linear(x, w, m, b) ** 2).sum()
+want = jax.grad(loss, (0, 1, 2))(w, b, x)
+same = lambda got: all(np.allclose(p, q, rtol=1e-4, atol=1e-4) for p, q in zip(got, want))
+
+for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(kind, kind))
+    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
+    with jax.set_mesh(mesh):
+        for specs in (((), (), ("d",)), (("d",), ("d",), ())):  # the batch, then the outputs
+            live = put(m, *specs[0])
+            sharded = lambda w, b, x: (masked_linear(x, w, live, b) ** 2).sum()
+            got = jax.jit(jax.grad(sharded, (0, 1, 2)))(*(put(a, *s) for a, s in zip((w, b, x), specs)))
+            assert same(got), (kind, specs)
+        layer = MaskedLinear(8, 4, mask=m.T, kernel_metadata={"out_sharding": (None, "d")}, rngs=nnx.Rngs(0))
+        assert layer.mask[...].sharding == layer.kernel[...].sharding
+        assert MaskedLinear.from_linear(layer).mask[...].sharding == layer.kernel[...].sharding
+        nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))(layer, put(x, "e"))
+
+mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+inside = jax.shard_map(
+    lambda x, w, m, b: jax.grad(lambda w, b: (masked_linear(x, w, m, b) ** 2).sum(), (0, 1))(w, b),
+    mesh=mesh, in_specs=(P("d"), P(), P(), P()), out_specs=P())
+assert same(jax.jit(inside)(x, w, m, b))
+around = jax.shard_map(masked_linear, mesh=mesh, in_specs=(P("d"), P(), P(), P()), out_specs=P("d"))
+assert same(jax.jit(jax.grad(lambda w, b, x: (around(x, w, m, b) ** 2).sum(), (0, 1, 2)))(w, b, x))
+print("done")
+"""
+    result = python(code)
+    assert result.stdout.strip() == "done", result.stderr

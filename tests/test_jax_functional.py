@@ -275,5 +275,58 @@ def test_freeze_masked_needs_the_masks(p: list[Array]) -> None:
     params = {"weight": p[1]}
     with pytest.raises(ValueError, match=r"needs the masks of this step: tx.update\(.*masks=masks\)"):
         tx.update(params, tx.init(params), params)
-    with jax.numpy_dtype_promotion("standard"), pytest.raises(ValueError, match=r"(?i)dict|structure|keys"):
+    with (
+        jax.numpy_dtype_promotion("standard"),
+        pytest.raises(ValueError, match=r"the masks must be a tree like the parameters.*; got"),
+    ):
         tx.update(params, tx.init(params), params, masks={"other": p[2]})
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (lambda m: m[:1], r"parameter \['weight'\] = \(6, 5\); got \(1, 5\)"),
+        (lambda m: m.T, r"which is its transpose: pass mask.T"),
+        (lambda m: np.asarray(m) * 0.5, r"0s and 1s; got 0.5 at"),
+        (lambda m: np.asarray(m) * 3, r"0s and 1s; got 3 at"),
+        (
+            lambda _: False,
+            r"the mask of parameter \['weight'\] must be an array, or True where there is none; got False",
+        ),
+        (lambda _: None, r"must be a tree like the parameters'|must be an array, or True"),
+    ],
+)
+def test_freeze_masked_checks_its_masks(p: list[Array], bad: Any, message: str) -> None:
+    params = {"weight": p[1], "bias": p[3]}
+    tx = freeze_masked(optax.sgd(0.1))
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, tx.init(params), params, masks={"weight": bad(p[2]), "bias": True})
+
+
+def test_freeze_masked_with_masks_given_once(p: list[Array]) -> None:
+    params, tree = {"weight": p[1]}, {"weight": p[2]}
+    for masks in (tree, lambda _: tree):
+        tx = freeze_masked(optax.sgd(0.1), masks)
+        updates, _ = tx.update(params, tx.init(params), params)
+        np.testing.assert_array_equal(updates["weight"] != 0, p[2])
+        updates, _ = tx.update(params, tx.init(params), params, masks={"weight": ~p[2]})
+        np.testing.assert_array_equal(updates["weight"] != 0, ~p[2])
+
+
+def test_masks_of_zeros_and_ones_inside_transforms(p: list[Array]) -> None:
+    x, weight, mask, bias, _ = p
+    for kind in (jnp.float64, jnp.int32):
+        given = mask.astype(kind)
+        got = jax.jit(lambda x, given=given: masked_linear(x, weight, given, bias))(x)
+        np.testing.assert_allclose(got, masked_linear(x, weight, mask, bias), rtol=1e-12)
+
+
+def test_arguments_that_are_no_arrays_are_refused(p: list[Array]) -> None:
+    x, weight, mask, bias, _ = p
+    for arguments, name in (
+        ((None, weight, mask, bias), "x must be an array of numbers; got NoneType"),
+        ((x, "weight", mask, bias), "weight must be an array of numbers; got str"),
+        ((x, weight, mask, [[1], [1, 2]]), "bias must be an array of numbers; got list"),
+    ):
+        with pytest.raises(TypeError, match=name):
+            masked_linear(*arguments)

@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
 
-__all__ = ["boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
+__all__ = ["as_array", "boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
 
 Precision = Any  # what jax.lax.dot_general takes: None, a name, a Precision, a pair of these, an algorithm
 
@@ -56,10 +57,10 @@ def masked_linear(
 
     Raises:
         ValueError: if shapes or devices do not belong together, or the mask holds anything but 0 and 1.
-        TypeError: if a dtype is not real floating-point.
+        TypeError: if an argument is not an array, or its dtype is not real floating-point.
     """
-    x, weight = jnp.asarray(x), jnp.asarray(weight)
-    bias = None if bias is None else jnp.asarray(bias)
+    x, weight = as_array("x", x), as_array("weight", weight)
+    bias = None if bias is None else as_array("bias", bias)
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = boolean_mask(mask, weight.shape)
     check_devices(mask, weight)
@@ -69,6 +70,14 @@ def masked_linear(
     dtype = jnp.result_type(*named.values())
     x, weight, bias = x.astype(dtype), weight.astype(dtype), None if bias is None else bias.astype(dtype)
     return (expression if forward_mode else rule)(x, weight, mask, bias, 1, precision)
+
+
+def as_array(name: str, value: Any) -> Array:
+    """Return ``value`` as an array, or raise a ``TypeError`` that names it."""
+    try:
+        return jnp.asarray(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be an array of numbers; got {type(value).__name__}") from error
 
 
 def boolean_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in)") -> Array:
@@ -82,7 +91,10 @@ def boolean_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (ou
             f"inside a transform a mask must be boolean, because its values cannot be checked; got {mask.dtype}: "
             "convert it before, with mask.astype(bool)"
         )
-    return jnp.asarray(as_mask(mask, shape, parameter))
+    if isinstance(mask, jax.core.Tracer) or getattr(mask, "dtype", None) == jnp.bool_:
+        return jnp.asarray(as_mask(mask, shape, parameter))
+    # By NumPy: inside a transform JAX would not look at the values of its own arrays either.
+    return jnp.asarray(as_mask(np.asarray(mask) if isinstance(mask, jax.Array) else mask, shape, parameter))
 
 
 def check_devices(mask: Array, weight: Array) -> None:
@@ -112,8 +124,17 @@ def _select(mask: Array, array: Array) -> Array:
 
 def _dot(a: Array, b: Array, axes: tuple[Any, Any], precision: Precision) -> Array:
     """Contract ``axes`` of a and b, accumulated in at least float32 and not yet rounded to the arguments' dtype."""
-    wide = jnp.float64 if a.dtype == jnp.float64 else jnp.float32
-    return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=wide)
+    return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=_wide(a.dtype))
+
+
+def _wide(dtype: Any) -> Any:
+    """The dtype that sums are formed in."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32
+
+
+def _row(bias: Array, y: Array) -> Array:
+    """``bias (out,)`` with as many dimensions as ``y``."""
+    return jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
 def expression(
@@ -125,7 +146,7 @@ def expression(
     """
     y = _dot(x, _select(mask, weight), ((x.ndim - 1,), (in_axis,)), precision)
     if bias is not None:
-        y = y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,)).astype(y.dtype)
+        y = y + _row(bias, y).astype(y.dtype)
     return y.astype(x.dtype)
 
 
@@ -149,12 +170,18 @@ def _backward(
     in_axis: int, precision: Precision, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, None, Array | None]:
     x, weight, mask, bias = residuals
-    batch = tuple(range(g.ndim - 1))
-    dx = _dot(g, _select(mask, weight), ((g.ndim - 1,), (1 - in_axis,)), precision)
-    left, right = (g, x) if in_axis == 1 else (x, g)
-    dweight = _select(mask, _dot(left, right, (batch, batch), precision))
-    dbias = None if bias is None else jnp.sum(g, axis=batch, dtype=dweight.dtype).astype(bias.dtype)
-    return dx.astype(x.dtype), dweight.astype(weight.dtype), None, dbias
+    wide = _wide(x.dtype)
+
+    # JAX transposes the two products itself: it knows where operands are sharded, and where a sum over devices belongs.
+    # They are formed in x's dtype, so that their cotangents are: in a half type a product of its own, added up in float32.
+    def layer(x: Array, weight: Array, bias: Array | None) -> Array:
+        axes = (((x.ndim - 1,), (in_axis,)), ((), ()))
+        y = lax.dot_general(x, _select(mask, weight), axes, precision=precision).astype(wide)
+        return y if bias is None else y + _row(bias, y).astype(wide)
+
+    _, pull = jax.vjp(layer, x, weight, bias)
+    dx, dweight, dbias = pull(g.astype(wide))
+    return dx, dweight, None, dbias
 
 
 rule.defvjp(_forward, _backward)

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax import Array
+
+from maskedlinear_jax._functional import boolean_mask
 
 __all__ = ["freeze_masked"]
 
 
-def freeze_masked(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+def freeze_masked(
+    inner: optax.GradientTransformation, masks: Any | Callable[[Any], Any] | None = None
+) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that its updates leave masked weights bit-identical.
 
     Momentum, Adam's moments and weight decay move weights whose gradient is zero. The wrapped transformation's
@@ -20,26 +26,55 @@ def freeze_masked(inner: optax.GradientTransformation) -> optax.GradientTransfor
         tx = freeze_masked(optax.adamw(1e-3))
         updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": True})
 
+    Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
+    ``flax.training.train_state.TrainState``.
+
     Args:
         inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes after the guard is not
             guarded.
+        masks: the masks of every step that is not given others: a tree as ``update`` takes it, or a function of the
+            updates that returns one.
 
     Returns:
-        A transformation whose ``update`` needs ``masks``: a tree of the parameters' structure whose leaves are boolean
-        arrays of the parameters' shapes, or ``True`` for a parameter without a mask. ``maskedlinear.flax.param_masks``
-        makes it for Flax models. ``update`` raises ``ValueError`` without it, or if the trees differ.
+        A transformation whose ``update`` takes ``masks``: a tree of the parameters' structure whose leaves are masks of the
+        parameters' shapes (booleans, or 0s and 1s outside of transforms), or ``True`` for a parameter without a mask.
+        ``maskedlinear.flax.param_masks`` makes it for Flax models.
+
+    Raises:
+        ValueError: by ``update``, if there are no masks, their tree differs from the parameters', or one does not have its
+            parameter's shape or holds anything but 0 and 1.
     """
     guarded = optax.with_extra_args_support(inner)
+    always = masks
 
     def update(updates: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any) -> tuple[Any, Any]:
         if masks is None:
+            masks = always(updates) if callable(always) else always
+        if masks is None:
             raise ValueError("freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks)")
         updates, state = guarded.update(updates, state, params, **extra)
-
-        # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
-        def held(update: Any, mask: Any) -> Any:
-            return jnp.where(mask, update, jnp.asarray(-0.0, update.dtype))
-
-        return jax.tree.map(held, updates, masks), state
+        return jax.tree_util.tree_map_with_path(_held, updates, _like(updates, masks)), state
 
     return optax.GradientTransformationExtraArgs(guarded.init, update)
+
+
+def _like(updates: Any, masks: Any) -> Any:
+    """Return ``masks`` if it has the structure of ``updates``: lists are masks there, not branches."""
+    try:
+        return jax.tree.map(lambda _, mask: mask, updates, masks)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or True for each; "
+            f"got {jax.tree.structure(masks)}"
+        ) from error
+
+
+def _held(path: Any, value: Any, mask: Any) -> Array:
+    update: Array = jnp.asarray(value)
+    if mask is True:
+        return update
+    name = f"parameter {jax.tree_util.keystr(path)}"
+    if mask is None or mask is False:
+        raise ValueError(f"the mask of {name} must be an array, or True where there is none; got {mask}")
+    # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
+    return jnp.where(boolean_mask(mask, update.shape, name), update, jnp.asarray(-0.0, update.dtype))

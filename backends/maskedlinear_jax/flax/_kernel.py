@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict, freeze, meta
 from jax import Array, lax
 
 from maskedlinear.spec import check_floating, check_shapes
@@ -56,44 +57,67 @@ def apply_kernel(
     return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))
 
 
-def param_masks(model: Any) -> Any:
+def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     """Return the masks of a model in the structure of its parameters, for ``maskedlinear.jax.freeze_masked``.
 
     Args:
         model: an nnx module, or the variables of a linen one: ``{"params": ..., "masks": ..., ...}``.
+        wrt: for nnx, the filter that the optimizer was made with.
 
     Returns:
-        For nnx a ``State`` like ``nnx.state(model, nnx.Param)``, for linen a dict like ``variables["params"]``. The
-        leaf of a masked kernel is its mask, shape ``(in, out)``; of any other parameter it is ``True``.
+        For nnx a ``State`` like ``nnx.state(model, wrt)``, for linen a mapping like ``variables["params"]``. The leaf of a
+        masked kernel is its mask, shape ``(in, out)``; of any other parameter it is ``True``. A kernel that several nnx
+        modules share is masked where none of them uses it.
 
     Raises:
         TypeError: if ``model`` is neither.
     """
     if isinstance(model, nnx.Module):
-        return _nnx_masks(model)
+        return _nnx_masks(model, wrt)
     if isinstance(model, Mapping) and "params" in model:
         return _linen_masks(model["params"], model.get("masks", {}))
     raise TypeError(f"param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}")
 
 
-def _nnx_masks(model: nnx.Module) -> Any:
-    from maskedlinear_jax.flax._nnx import MaskedLinear
+def _nnx_masks(model: nnx.Module, wrt: Any) -> Any:
+    live: dict[int, Any] = {}
+    for _, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Variable) or not hasattr(module, "__dict__"):
+            continue
+        for name, variable in vars(module).items():
+            if isinstance(variable, nnx.Variable):
+                mask = _mask_beside(module) if name == "kernel" else True
+                known = live.get(id(variable))
+                live[id(variable)] = mask if known is None else _either(known, mask)
+    flat = nnx.to_flat_state(nnx.state(model, wrt))
+    return nnx.from_flat_state([(path, live.get(id(_at(model, path)), True)) for path, _ in flat])
 
-    masks: dict[tuple[Any, ...], Any] = {}
-    for path, module in nnx.iter_graph(model):
-        if isinstance(module, MaskedLinear):
-            masks[*path, "kernel"] = module.mask[...]
-    parameters = nnx.to_flat_state(nnx.state(model, nnx.Param))
-    return nnx.from_flat_state([(path, masks.get(path, True)) for path, _ in parameters])
+
+def _mask_beside(module: Any) -> Any:
+    """Return the mask of a module's kernel, or ``True``. A linen layer bridged to nnx has one beside its kernel too."""
+    mask = getattr(module, "mask", None)
+    if not isinstance(mask, nnx.Variable) or isinstance(mask, nnx.Param):
+        return True
+    value = mask.get_value()
+    return value if getattr(value, "shape", None) == module.kernel.get_value().shape else True
 
 
-def _linen_masks(params: Mapping[str, Any], masks: Mapping[str, Any]) -> dict[str, Any]:
+def _either(one: Any, other: Any) -> Any:
+    return True if one is True or other is True else jnp.logical_or(one, other)
+
+
+def _at(model: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        model = getattr(model, key) if isinstance(key, str) and hasattr(model, key) else model[key]
+    return model
+
+
+def _linen_masks(params: Mapping[str, Any], masks: Mapping[str, Any]) -> Mapping[str, Any]:
     tree: dict[str, Any] = {}
     for name, value in params.items():
         if isinstance(value, Mapping):
             tree[name] = _linen_masks(value, masks.get(name, {}))
-        elif name == "kernel" and "mask" in masks:
-            tree[name] = masks["mask"]
         else:
-            tree[name] = jax.tree.map(lambda _: True, value)
-    return tree
+            leaf = meta.unbox(masks["mask"]) if name == "kernel" and "mask" in masks else True
+            tree[name] = jax.tree.map(lambda _, leaf=leaf: leaf, value)  # in the box of a partitioned parameter
+    return freeze(tree) if isinstance(params, FrozenDict) else tree

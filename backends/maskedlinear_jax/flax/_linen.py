@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import meta
 from jax import Array, lax
 
-from maskedlinear_jax._functional import boolean_mask
+from maskedlinear.spec import check_shapes
+from maskedlinear_jax._functional import as_array, boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale
 from maskedlinear_jax.flax._nnx import check_options
 
@@ -50,7 +53,12 @@ class MaskedDense(nn.Dense):
     def __call__(self, inputs: Array) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., features)``."""
         check_options(self.fan_in, self.param_dtype)
-        shape = (jnp.shape(inputs)[-1], self.features)
+        inputs = as_array("inputs", inputs)
+        if self.has_variable("params", "kernel"):
+            check_shapes(inputs.shape, meta.unbox(self.get_variable("params", "kernel")).shape[::-1])
+        elif inputs.ndim == 0:
+            raise ValueError("inputs must have shape (..., in); got a scalar: reshape it to (1,)")
+        shape = (inputs.shape[-1], self.features)
         if not self.is_initializing() and not self.has_variable("masks", "mask"):
             raise ValueError(
                 "MaskedDense needs its mask: pass the collection 'masks' that init returned along with 'params', as in "
@@ -77,14 +85,22 @@ class MaskedDense(nn.Dense):
             return self.dot_general_cls()
         return lax.dot_general if self.dot_general is None else self.dot_general
 
-    def _initial_mask(self, shape: tuple[int, int]) -> Array:
+    def _initial_mask(self, shape: tuple[int, int]) -> Any:
         if self.mask is None:
-            return jnp.ones(shape, bool)
-        given = self.mask(shape) if callable(self.mask) else self.mask
-        return jnp.array(boolean_mask(given, shape, PARAMETER))
+            mask = jnp.ones(shape, bool)
+        else:
+            given = self.mask(shape) if callable(self.mask) else self.mask
+            mask = jnp.array(boolean_mask(given, shape, PARAMETER))
+        boxed = jax.eval_shape(lambda: self._drawn_kernel(jax.random.key(0), shape, self.param_dtype))
+        return jax.tree.map(lambda _: mask, boxed)  # partitioned as the kernel is
 
-    def _initial_kernel(self, key: Array, shape: tuple[int, int], dtype: Any, mask: Array) -> Array:
-        kernel: Array = self.kernel_init(key, shape, dtype)
+    def _initial_kernel(self, key: Array, shape: tuple[int, int], dtype: Any, mask: Array) -> Any:
+        kernel = self._drawn_kernel(key, shape, dtype)
         if self.mask is None or self.fan_in == "full":
             return kernel
-        return kernel * live_scale(mask, dtype)
+        return jax.tree.map(lambda drawn: drawn * live_scale(mask, dtype), kernel)
+
+    def _drawn_kernel(self, key: Array, shape: tuple[int, int], dtype: Any) -> Any:
+        if 0 in shape and self.kernel_init is nn.linear.default_kernel_init:  # it divides by the size
+            return jnp.zeros(shape, dtype)
+        return self.kernel_init(key, shape, dtype)

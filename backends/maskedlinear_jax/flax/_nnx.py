@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._functional import as_array, boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
 
 __all__ = ["Mask", "MaskedLinear"]
@@ -38,7 +38,7 @@ class MaskedLinear(nnx.Linear):
         rngs: as in ``nnx.Linear``.
         **options: those of ``nnx.Linear``: ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
             ``bias_init``, ``dot_general``, ``promote_dtype``, ``preferred_element_type``, ``kernel_metadata``,
-            ``bias_metadata``. The ``sharding`` in ``kernel_metadata`` is the mask's too.
+            ``bias_metadata``. The kernel's sharding is the mask's too.
 
     Shapes:
         inputs ``(..., in_features)``; output ``(..., out_features)``.
@@ -64,25 +64,29 @@ class MaskedLinear(nnx.Linear):
         if in_features < 0 or out_features < 0:
             raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
         check_options(fan_in, options.get("param_dtype", jnp.float32))
+        if 0 in (in_features, out_features):  # Flax's own initialiser divides by the size
+            options.setdefault("kernel_init", nnx.initializers.zeros)
         super().__init__(in_features, out_features, rngs=rngs, **options)
         self.fan_in = fan_in
         self.forward_mode = forward_mode
         kernel = self.kernel[...]
         full = jnp.ones(kernel.shape, bool)
         chosen = full if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
-        self.mask = Mask(chosen, **dict(options.get("kernel_metadata", {})))
+        self.mask = Mask(chosen, **_sharding(self.kernel))
         if mask is not None and fan_in == "live":
             self.kernel[...] = kernel * live_scale(chosen, kernel.dtype)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``; ``out_sharding`` as in ``nnx.Linear``."""
+        inputs = as_array("inputs", inputs)
         bias = None if self.bias is None else self.bias[...]
+        mask = boolean_mask(self.mask[...], self.kernel[...].shape, PARAMETER)  # a state may have brought any
         inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         options = {"out_sharding": out_sharding, "preferred_element_type": self.preferred_element_type}
         return apply_kernel(
             inputs,
             kernel,
-            self.mask[...],
+            mask,
             bias,
             precision=self.precision,
             forward_mode=self.forward_mode,
@@ -99,9 +103,10 @@ class MaskedLinear(nnx.Linear):
             mask: shape ``(in_features, out_features)``, booleans or 0s and 1s.
 
         Raises:
-            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was. Or if the
+                layer is abstract.
         """
-        old = self.mask[...]
+        old = _value(self.mask)
         new = jnp.array(boolean_mask(mask, old.shape, PARAMETER))
         if not isinstance(old, jax.core.Tracer) and not isinstance(new, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
@@ -110,12 +115,12 @@ class MaskedLinear(nnx.Linear):
     @property
     def masked_kernel(self) -> Array:
         """``where(mask, kernel, 0)``, shape ``(in_features, out_features)``."""
-        return masked_kernel(self.kernel[...], self.mask[...])
+        return masked_kernel(_value(self.kernel), _value(self.mask))
 
     @property
     def sparsity(self) -> float:
         """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
-        mask = self.mask[...]
+        mask = _value(self.mask)
         return (mask.size - int(mask.sum())) / mask.size if mask.size else 0.0
 
     @classmethod
@@ -123,19 +128,26 @@ class MaskedLinear(nnx.Linear):
         """Return a masked layer with a copy of ``linear``'s parameters and its options.
 
         Args:
-            linear: any ``nnx.Linear``. Of a ``MaskedLinear`` the mask is copied too, unless another is given.
-            mask: shape ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
+            linear: any ``nnx.Linear``, a stack of them (by ``nnx.vmap``) too. Of a ``MaskedLinear`` the mask is copied too,
+                unless another is given.
+            mask: the kernel's shape, ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
 
         Raises:
-            ValueError: if the mask has another shape, or holds anything but 0 and 1.
+            ValueError: if the mask has another shape, or holds anything but 0 and 1. Or if ``linear`` is abstract.
+            TypeError: if ``linear`` is not an ``nnx.Linear``.
         """
-        own: dict[str, Any] = {"fan_in": "live", "forward_mode": False}
-        if isinstance(linear, MaskedLinear):
-            own = {"fan_in": linear.fan_in, "forward_mode": linear.forward_mode}
-            mask = linear.mask[...] if mask is None else mask
-        layer = cls(linear.in_features, linear.out_features, mask=mask, rngs=nnx.Rngs(0), **_options(linear))
-        layer.fan_in, layer.forward_mode = own["fan_in"], own["forward_mode"]
+        if not isinstance(linear, nnx.Linear):
+            raise TypeError(f"from_linear takes an nnx.Linear; got {type(linear).__name__}")
+        kernel = _value(linear.kernel)
+        layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **_options(linear))
         _copy_parameters(linear, layer)
+        if isinstance(linear, MaskedLinear):
+            layer.fan_in, layer.forward_mode = linear.fan_in, linear.forward_mode
+            mask = _value(linear.mask) if mask is None else mask
+        chosen = (
+            jnp.ones(kernel.shape, bool) if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
+        )
+        layer.mask = Mask(chosen, **_sharding(layer.kernel))
         return layer
 
     def to_linear(self) -> nnx.Linear:
@@ -162,6 +174,21 @@ def check_options(fan_in: str, param_dtype: Any) -> None:
         )
 
 
+def _value(variable: nnx.Variable[Array]) -> Array:
+    """Return a Variable's array, or raise a ``ValueError`` if it has none."""
+    value = variable.get_value()
+    if isinstance(value, jax.ShapeDtypeStruct):
+        raise ValueError(
+            "this layer is abstract (made by nnx.eval_shape) and has no values: restore its state first, with nnx.update"
+        )
+    return value
+
+
+def _sharding(kernel: nnx.Variable[Array]) -> dict[str, Any]:
+    """Return the metadata of ``kernel`` that says how it is sharded."""
+    return {name: value for name, value in kernel.get_metadata().items() if "sharding" in name or "mesh" in name}
+
+
 def _options(linear: nnx.Linear) -> dict[str, Any]:
     """The options that ``linear`` was made with, as keyword arguments; the initialisers are not kept by Flax."""
     zeros = jax.nn.initializers.zeros  # the parameters are copied afterwards
@@ -174,5 +201,5 @@ def _copy_parameters(source: nnx.Linear, target: nnx.Linear) -> None:
         variable = getattr(source, name)
         if variable is not None:
             copy = variable.copy()  # with its metadata, a sharding for one
-            copy[...] = jnp.array(variable[...])
+            copy[...] = jnp.array(_value(variable))
             setattr(target, name, copy)
