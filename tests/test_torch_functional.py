@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from helpers import problem
 from maskedlinear import spec
 from maskedlinear.torch import masked_linear
+from maskedlinear_torch import _functional
 
 COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
@@ -234,6 +235,7 @@ def test_refusals(p: list[Tensor]) -> None:
             TypeError,
             r"one dtype .*x in torch.float32 on cpu and weight in torch.float64",
         ),
+        ((x.to(torch.float8_e4m3fn), weight, mask, bias), TypeError, r"float16\).*; got torch.float8_e4m3fn"),
         ((x, weight, mask, bias.float()), TypeError, r"got bias in torch.float32"),
         ((x, weight, mask, bias[:5]), ValueError, r"bias must have shape \(out,\) = \(6,\); got \(5,\)"),
         (
@@ -272,6 +274,12 @@ def test_forward_mode_within_forward_mode(p: list[Tensor]) -> None:
     want = jacrev(jacrev(jacrev(loss)))(one)
     for third in (jacfwd(jacfwd(jacfwd(loss))), jacfwd(jacrev(jacfwd(loss))), jacrev(jacfwd(jacfwd(loss)))):
         torch.testing.assert_close(third(one), want)
+
+
+def test_a_torch_that_cannot_name_its_transforms(p: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    want = torch.func.jacfwd(masked_linear)(*p[:4])
+    monkeypatch.setattr(_functional, "_peek", None)
+    assert torch.equal(torch.func.jacfwd(masked_linear)(*p[:4]), want)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

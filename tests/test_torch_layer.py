@@ -245,6 +245,18 @@ def test_compile_follows_a_new_mask(layer: MaskedLinear, x: torch.Tensor) -> Non
     assert not layer.weight.grad[LIVE].any()
 
 
+def test_a_mask_set_inside_compiled_code(layer: MaskedLinear, x: torch.Tensor) -> None:
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def masked_with(mask: torch.Tensor) -> torch.Tensor:
+        layer.set_mask(mask)
+        return layer(x)
+
+    torch.compiler.reset()
+    y = masked_with(~LIVE)  # without a warning from Dynamo, which would be an error here
+    assert torch.equal(layer.mask, ~LIVE)
+    torch.testing.assert_close(y, layer(x))
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(layer: MaskedLinear, x: torch.Tensor, strict: bool) -> None:
     program = torch.export.export(
@@ -287,10 +299,13 @@ def test_a_layer_that_moves_to_meta_keeps_its_mask(layer: MaskedLinear) -> None:
 
 
 def test_a_mask_without_values_is_refused(layer: MaskedLinear) -> None:
-    for mask, kind in ((LIVE.to("meta"), "on the meta device"), (LIVE.to_sparse(), "of layout torch.sparse_coo")):
-        with pytest.raises(ValueError, match=f"must be a dense tensor that has values; got one {kind}"):
-            layer.set_mask(mask)
-    with pytest.raises(ValueError, match=r"got one on the meta device"):
+    with pytest.raises(
+        ValueError, match=r"must be a dense tensor; got one of layout torch.sparse_coo: pass mask.to_dense"
+    ):
+        layer.set_mask(LIVE.to_sparse())
+    with pytest.raises(ValueError, match=r"must have values; got a tensor on the meta device: pass one on another"):
+        layer.set_mask(LIVE.to("meta"))
+    with pytest.raises(ValueError, match=r"must have values"):
         MaskedLinear(7, 5, mask=LIVE.to("meta"), device="meta")
     with pytest.raises(ValueError, match=r"0s and 1s; got an array of dtype torch.complex64"):
         layer.set_mask(LIVE.to(torch.complex64))
@@ -342,25 +357,35 @@ def test_traced_by_jit_and_by_fx(layer: MaskedLinear, x: torch.Tensor) -> None:
 
 
 SHARDED = """
-import os, warnings
+import sys, warnings
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from maskedlinear import masks
 from maskedlinear.torch import MaskedLinear, freeze_masked
 
 warnings.simplefilter("ignore")
 
 
-def main(rank, port):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    dist.init_process_group("gloo", rank=rank, world_size=2)
-    mask = masks.random((4, 6), sparsity=0.5)
+def main(rank, meeting):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+    mask, mesh = masks.random((4, 6), sparsity=0.5), init_device_mesh("cpu", (2,))
+    if not torch.__version__.startswith("2.6."):  # which has no fully_shard on the CPU
+        fully_sharded(mesh, mask)
+    parallel(mesh, mask, ColwiseParallel())
+    parallel(mesh, mask, RowwiseParallel(input_layouts=Replicate()))
+    dist.destroy_process_group()
+
+
+def fully_sharded(mesh, mask):
     torch.manual_seed(0)
     model = nn.Sequential(MaskedLinear(6, 4, mask=mask))
     start = model[0].weight.detach().clone()
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(model, mesh=mesh)
     optimizer = freeze_masked(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1), model)
     for _ in range(3):
         model(torch.ones(5, 6)).square().sum().backward()
@@ -370,23 +395,46 @@ def main(rank, port):
     assert torch.equal(model[0].masked_weight.full_tensor() != 0, torch.tensor(mask))
     assert torch.equal(model[0].to_linear().weight != 0, torch.tensor(mask))
     empty = nn.Sequential(MaskedLinear(6, 4, mask=mask, device="meta"))
-    fully_shard(empty, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(empty, mesh=mesh)
     empty.to_empty(device="cpu")
     empty[0].reset_parameters()
     assert torch.equal(empty[0].mask, torch.tensor(mask))
-    dist.destroy_process_group()
+    model[0].set_mask(model[0].masked_weight != 0)  # a mask cut as the weight is
+    assert torch.equal(model[0].mask, torch.tensor(mask))
 
 
-if __name__ == "__main__":
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    torch.multiprocessing.spawn(main, (port,), 2)
+def parallel(mesh, mask, style):  # which cuts the weight, and makes a DTensor of the mask
+    torch.manual_seed(0)
+    layer = MaskedLinear(6, 4, mask=mask)
+    start, x = layer.weight.detach().clone(), torch.ones(5, 6)
+    y = layer(x).detach()
+    parallelize_module(layer, mesh, style)
+    optimizer = freeze_masked(torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1), layer)
+    torch.testing.assert_close(layer.to_linear()(x), y)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight.full_tensor() != start, torch.tensor(mask))
+    layer.set_mask(~mask)
+    assert torch.equal(layer.masked_weight.full_tensor() != 0, torch.tensor(~mask))
+    assert layer.sparsity == 0.5
+    layer.reset_parameters()
+    assert torch.equal(MaskedLinear.from_linear(layer).mask, torch.tensor(~mask))
+    layer.to("meta").to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.mask.full_tensor(), torch.tensor(~mask))
+    layer.to("meta").set_mask(mask)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.mask.full_tensor(), torch.tensor(mask))
+
+
+main(int(sys.argv[1]), sys.argv[2])
 """
 
 
-def test_sharded_by_fsdp(tmp_path: Path) -> None:
-    (tmp_path / "sharded.py").write_text(SHARDED)
-    done = subprocess.run([sys.executable, "sharded.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_sharded_and_parallel(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", SHARDED]
+    processes = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "meeting")], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(errors)

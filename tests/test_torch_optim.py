@@ -162,6 +162,20 @@ def test_a_shared_weight_is_dormant_where_no_layer_uses_it(x: torch.Tensor) -> N
     assert (one.weight != before).all(), "the embedding uses every entry"
 
 
+@pytest.mark.parametrize("first", ["schedule", "guard"])
+def test_a_schedule_made_before_the_guard_or_after_it(layer: MaskedLinear, x: torch.Tensor, first: str) -> None:
+    before = layer.weight.detach().clone()
+    optimizer = momentum(layer.parameters())
+    if first == "guard":
+        freeze_masked(optimizer, layer)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+    if first == "schedule":
+        freeze_masked(optimizer, layer)
+    train(layer, optimizer, x, 1)
+    schedule.step()  # which warns, and so fails, if it does not find its mark on the optimizer's step
+    assert torch.equal(layer.weight[~LIVE], before[~LIVE])
+
+
 def test_a_schedule_a_closure_and_a_scaler(layer: MaskedLinear, x: torch.Tensor) -> None:
     before = layer.weight.detach().clone()
     optimizer = freeze_masked(momentum(layer.parameters()), layer)

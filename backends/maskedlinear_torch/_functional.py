@@ -19,9 +19,12 @@ from torch import Tensor
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
 
-__all__ = ["FLOATING", "aligned", "as_tensor", "mask_tensor", "masked_linear", "select"]
+__all__ = ["FLOATING", "aligned", "as_tensor", "check_dense", "mask_tensor", "masked_linear", "select", "whole"]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Private, for want of a public way to ask which torch.func transforms are on: a torch that renames it still imports.
+_peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
@@ -83,8 +86,7 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
     """
     if not isinstance(mask, Tensor):
         return as_tensor(as_mask(mask, weight.shape)).to(weight.device)
-    if mask.layout is not torch.strided:
-        raise ValueError(f"a mask must be a dense tensor; got one of layout {mask.layout}: pass mask.to_dense()")
+    check_dense(mask)
     if mask.device != weight.device:
         raise ValueError(
             f"mask and weight must be on one device; got the mask on {mask.device} and the weight on {weight.device}: "
@@ -106,6 +108,12 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
         raise unchecked from error
 
 
+def check_dense(mask: Tensor) -> None:
+    """Raise a ``ValueError`` that names the layout if ``mask`` is sparse, which torch's select cannot take."""
+    if mask.layout is not torch.strided:
+        raise ValueError(f"a mask must be a dense tensor; got one of layout {mask.layout}: pass mask.to_dense()")
+
+
 def as_tensor(mask: Any) -> Tensor:
     """Return a boolean array of any framework as a tensor; one that is not a tensor is copied to the CPU."""
     # On the CPU whatever the default device is, and contiguous, because torch refuses negative strides.
@@ -117,15 +125,20 @@ def select(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, 0)
 
 
-def aligned(mask: Tensor, weight: Tensor) -> Tensor:
-    """Return ``mask`` cut like ``weight`` where that is a DTensor, as between the forward passes of FSDP; else as it is."""
-    mesh = getattr(weight, "device_mesh", None)
+def aligned(tensor: Tensor, like: Tensor) -> Tensor:
+    """Return ``tensor`` cut as ``like`` is if that is a DTensor, as FSDP and tensor parallelism make it; else as it is."""
+    mesh = getattr(like, "device_mesh", None)
     if mesh is None:
-        return mask
+        return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    whole = DTensor.from_local(mask, mesh, [Replicate()] * mesh.ndim, run_check=False)
-    return whole.redistribute(placements=weight.placements)  # type: ignore[attr-defined]
+    everywhere = DTensor.from_local(whole(tensor).to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return the whole of a DTensor, on every process; another tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _is_tracing() -> bool:
@@ -138,11 +151,10 @@ def _nested_forward_mode() -> bool:
 
     https://github.com/pytorch/pytorch/issues/197867
     """
-    functorch = torch._C._functorch
-    if functorch.peek_interpreter_stack() is None:
+    if _peek is None or _peek() is None:  # the ordinary call: no transform is on
         return False
-    levels = functorch.get_interpreter_stack() or ()
-    return sum(level.key() == functorch.TransformType.Jvp for level in levels) > 1
+    levels = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from maskedlinear.masks import as_mask
-from maskedlinear_torch._functional import FLOATING, aligned, as_tensor, masked_linear, select
+from maskedlinear_torch._functional import FLOATING, aligned, as_tensor, check_dense, masked_linear, select, whole
 
 __all__ = ["MaskedLinear"]
 
@@ -45,8 +45,10 @@ class MaskedLinear(nn.Linear):
         x ``(..., in_features)``; y ``(..., out_features)``.
 
     Raises:
-        ValueError: if the mask has another shape or holds anything but 0 and 1, or ``fan_in`` is neither choice.
-        TypeError: if ``dtype`` is not real floating-point.
+        ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``), or
+            ``fan_in`` is neither choice.
+        TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16, or a mask or a device is in another
+            argument's place.
     """
 
     mask: Tensor
@@ -101,18 +103,20 @@ class MaskedLinear(nn.Linear):
             mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device but ``"meta"``.
 
         Raises:
-            ValueError: if the mask has another shape, holds anything but 0 and 1, or has no values (``"meta"``); the layer
-                is left as it was.
+            ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``);
+                the layer is left as it was.
         """
-        if isinstance(mask, Tensor) and (mask.is_meta or mask.layout is not torch.strided):
-            kind = "on the meta device" if mask.is_meta else f"of layout {mask.layout}"
-            raise ValueError(f"a mask must be a dense tensor that has values; got one {kind}: pass a boolean array")
-        boolean = isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.mask.shape
-        checked = (
-            mask.clone() if boolean else as_tensor(as_mask(mask, self.mask.shape))
-        )  # it may be a view of the layer's
+        if isinstance(mask, Tensor):
+            check_dense(mask)
+            if mask.is_meta:
+                raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
+            mask = whole(mask)
+        if isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.mask.shape:
+            checked = mask.clone()  # it may be a view of the layer's own
+        else:
+            checked = as_tensor(as_mask(mask, self.mask.shape))
         with torch.no_grad():
-            self.mask.copy_(checked)
+            self.mask.copy_(aligned(checked, self.mask))
             if self._pending_mask is not None:
                 self._pending_mask.copy_(checked)
 
@@ -141,7 +145,7 @@ class MaskedLinear(nn.Linear):
             return
         if self._pending_mask is not None and not self.mask.is_meta:
             with torch.no_grad():
-                self.mask.copy_(self._pending_mask)
+                self.mask.copy_(aligned(self._pending_mask, self.mask))
             self._pending_mask = None
         self._scale_to_live_inputs()
 
@@ -170,7 +174,7 @@ class MaskedLinear(nn.Linear):
         if not isinstance(linear, nn.Linear) or isinstance(linear.weight, UninitializedParameter):
             raise TypeError(
                 f"from_linear takes an nn.Linear that has its weight; got {type(linear).__name__}: "
-                "a lazy layer has it after its first call"
+                "pass an nn.Linear, or call a lazy one once before"
             )
         if mask is None and isinstance(linear, MaskedLinear):
             mask = linear.mask if linear._pending_mask is None else linear._pending_mask
@@ -201,7 +205,7 @@ class MaskedLinear(nn.Linear):
         )
         _copy_parameters(self, linear)
         with torch.no_grad():
-            linear.weight.copy_(torch.where(self.mask, linear.weight, 0))
+            linear.weight.copy_(select(linear.weight, whole(self.mask)))
         return linear
 
     def extra_repr(self) -> str:
@@ -222,7 +226,7 @@ class MaskedLinear(nn.Linear):
         mask = self.mask
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask.is_meta and not mask.is_meta and self._pending_mask is None:
-            self._pending_mask = mask.cpu()  # as if the layer had been made there
+            self._pending_mask = whole(mask).cpu()  # as if the layer had been made there
         # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
         if self.mask.dtype is not torch.bool:
             self._buffers["mask"] = self.mask.bool()
@@ -260,5 +264,5 @@ def _copy_parameters(source: nn.Linear, target: nn.Linear) -> None:
     for name, parameter in target.named_parameters():
         original = getattr(source, name)  # which a parametrization may compute
         with torch.no_grad():
-            parameter.copy_(original.full_tensor() if hasattr(original, "full_tensor") else original)
+            parameter.copy_(whole(original))
         parameter.requires_grad_(original.requires_grad)

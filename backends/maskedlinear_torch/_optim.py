@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -47,7 +48,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     _users(model)
     step = optimizer.step
 
-    # A method of the instance, as learning rate schedulers expect; hooks do not run after a step that raises.
+    # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's
+    # attributes, because learning rate schedulers put their own step around it and recognise it again.
+    @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         saved = [layers[0].weight for layers in _users(model) if id(layers[0].weight) in held]

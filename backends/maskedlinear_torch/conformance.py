@@ -207,7 +207,9 @@ class TorchBackend:
 
     @cached_property
     def _compiled(self) -> dict[str, Callable[..., Tensor]]:
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        config: Any = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its older name
+        setattr(config, limit, max(getattr(config, limit), 64))  # one program for each shape and dtype
         return {
             name: torch.compile(self.masked_linear, fullgraph=True, backend=backend)
             for name, backend in (("compile", "inductor"), ("aot_eager", "aot_eager"))

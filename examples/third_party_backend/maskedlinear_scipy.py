@@ -36,7 +36,9 @@ class ScipyBackend:
         return ("float64", "float32")
 
     def lacks(self):
-        return {name: "SciPy has products, and nothing that differentiates them" for name in CAPABILITIES if name not in HAS}
+        return {
+            name: "SciPy has products, and nothing that differentiates them" for name in CAPABILITIES if name not in HAS
+        }
 
     def expected_failures(self):
         return {}

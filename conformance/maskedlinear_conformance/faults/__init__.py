@@ -4,14 +4,14 @@
 from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
 """
 
-from maskedlinear_conformance.faults import _arithmetic, _state
+from maskedlinear_conformance.faults import _arithmetic, _derivatives, _state
 from maskedlinear_conformance.faults._sound import Fault, Sound
 
 __all__ = ["FAULTS", "Sound"]
 
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
-    for module in (_arithmetic, _state)
+    for module in (_arithmetic, _derivatives, _state)
     for fault in vars(module).values()
     if isinstance(fault, type) and issubclass(fault, Fault) and fault is not Fault
 }

@@ -1,4 +1,4 @@
-"""Faults of value and derivatives: each class is one, and overrides the step that is wrong."""
+"""Faults of value and gradients: each class is one, and overrides the step that is wrong."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
 
@@ -309,95 +309,6 @@ class NotDeterministic(Fault):
     def product(self, a, b):
         order = np.random.default_rng().permutation(a.shape[-1])
         return super().product(a[..., order], b[order])
-
-
-class BiasTangentDropped(Fault):
-    """The tangent of the bias is dropped."""
-
-    name = "bias tangent dropped"
-    laws = ("1",)
-
-    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
-        return super().jvp(x, weight, mask, bias, dx, dweight, None)
-
-
-class StillInputMoves(Fault):
-    """An input without a tangent is given itself as one."""
-
-    name = "still input moves"
-    laws = ("1",)
-
-    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
-        return super().jvp(x, weight, mask, bias, x if dx is None else dx, dweight, dbias)
-
-
-class DweightNeedsDx(Fault):
-    """The weight's gradient is zero unless x asks for one too."""
-
-    name = "dweight needs dx"
-    laws = ("1",)
-
-    def vjp(self, x, weight, mask, bias, g, wrt):
-        found = super().vjp(x, weight, mask, bias, g, wrt)
-        if "x" in wrt or "weight" not in wrt:
-            return found
-        return [0 * part if name == "weight" else part for name, part in zip(wrt, found, strict=True)]
-
-
-class SecondOrderMissesTheCrossTermOfX(Fault):
-    """The gradient of x is taken as constant in the weight."""
-
-    name = "second order misses the cross term of x"
-    laws = ("1",)
-
-    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
-        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
-        return (self.input_gradient(dg, weight, mask).astype(x.dtype), *found[1:])
-
-
-class SecondOrderMissesTheCrossTermOfTheWeight(Fault):
-    """The gradient of the weight is taken as constant in x."""
-
-    name = "second order misses the cross term of the weight"
-    laws = ("1",)
-
-    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
-        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
-        return (found[0], self.weight_gradient(dg, x, mask).astype(x.dtype), *found[2:])
-
-
-class SecondOrderWithoutTheMask(Fault):
-    """The second derivative of the weight is not masked."""
-
-    name = "second order without the mask"
-    laws = ("1", "4")
-
-    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
-        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
-        raw = self.product(flat(g).T, flat(dx)) + self.product(flat(dg).T, flat(x))
-        return (found[0], raw.astype(x.dtype), *found[2:])
-
-
-class SecondOrderOfGDropped(Fault):
-    """The double backward gives the cotangent no gradient."""
-
-    name = "second order of g dropped"
-    laws = ("1",)
-
-    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
-        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
-        return (*found[:3], np.zeros_like(found[3]))
-
-
-class ForwardOverReverseDropped(Fault):
-    """Forward over reverse leaves out how g moves."""
-
-    name = "forward over reverse dropped"
-    laws = ("1",)
-
-    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
-        still = np.zeros_like(dg) if mode == "forward over reverse" else dg
-        return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, still, mode)
 
 
 class BatchesInAnotherOrder(Fault):

@@ -47,7 +47,7 @@ _PROBLEMS = {
 }
 
 
-_SINCE = {"wide": "default", "many rows": "default", "tall": "full", "one row": "full"}
+_SINCE = {"wide": "default", "long": "default", "many rows": "default", "tall": "full", "one row": "full"}
 
 
 @dataclass(frozen=True)

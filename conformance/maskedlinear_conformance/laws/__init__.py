@@ -55,15 +55,15 @@ class Law:
     def kinds(self, dtypes: Sequence[str], profile: str) -> list[str]:
         """Return which of a backend's dtypes the test runs in.
 
-        The quick profile takes float32 and a half type, of dear tests float32 alone; the default one takes those two of dear
-        tests.
+        The quick profile takes one, float32 if it can; the default one takes of dear tests float32 and a half type.
         """
         own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
-        if profile == "full" or (profile == "default" and not self.dear):
-            return own
-        halves = 0 if profile == "quick" and self.dear else 1
-        half = [dtype for dtype in ("bfloat16", "float16") if dtype in own][:halves]
-        return [dtype for dtype in own if dtype in ("float32", *half)] or own[:1]
+        half: list[str] = [dtype for dtype in ("bfloat16", "float16") if dtype in own][:1]
+        if profile == "quick":
+            return ["float32"] if "float32" in own else half or own[:1]
+        if profile == "default" and self.dear:
+            return [dtype for dtype in own if dtype in ("float32", *half)] or own[:1]
+        return own
 
 
 def law(
