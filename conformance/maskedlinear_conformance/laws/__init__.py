@@ -58,7 +58,7 @@ class Law:
         The quick profile takes one, float32 if it can; the default one takes of dear tests float32 and a half type.
         """
         own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
-        half: list[str] = [dtype for dtype in ("bfloat16", "float16") if dtype in own][:1]
+        half = sorted(dtype for dtype in own if dtype in ("bfloat16", "float16"))[:1]
         if profile == "quick":
             return ["float32"] if "float32" in own else half or own[:1]
         if profile == "default" and self.dear:
