@@ -178,7 +178,7 @@ PROBE = Case((4,), 7, 5, 0.5)
 
 def small(case: Case) -> bool:
     """Whether a case is cheap enough for the laws that are dear to check."""
-    return case.size <= 1500
+    return case.size <= 2000
 
 
 def among(since: str, profile: str) -> bool:

@@ -36,9 +36,8 @@ class ScipyBackend:
         return ("float64", "float32")
 
     def lacks(self):
-        return {
-            name: "SciPy has products, and nothing that differentiates them" for name in CAPABILITIES if name not in HAS
-        }
+        why = "SciPy has products, and nothing that differentiates them"
+        return {name: why for name in CAPABILITIES if name not in HAS}
 
     def expected_failures(self):
         return {}
