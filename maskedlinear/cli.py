@@ -133,13 +133,10 @@ def _make_folder(path: Path) -> None:
 
 
 def _conformance(arguments: Sequence[str]) -> int:
-    if find_spec("pytest") is None:
-        return _fail(
-            "maskedlinear conformance needs pytest, which is not installed. "
-            'Install it with: pip install "maskedlinear[conformance]"'
-        )
-    from maskedlinear_conformance.__main__ import main as conformance
-
+    try:
+        from maskedlinear_conformance.__main__ import main as conformance
+    except ModuleNotFoundError as error:  # which names the extra to install
+        return _fail(f"maskedlinear conformance: {error}")
     return conformance(arguments)
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from maskedlinear import masks, spec
 
-__all__ = ["NumpyBackend"]
+__all__ = ["NumpyBackend", "laid_out"]
 
 Array = Any
 
@@ -59,16 +59,7 @@ class NumpyBackend:
 
     def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:
         """Return ``values`` in ``dtype``."""
-        array = np.array(values, dtype=bool if values.dtype == bool else dtype, order="C")
-        if layout == "transposed":
-            return np.array(array.T, order="C").T
-        if layout == "strided":
-            return np.repeat(array, 2, axis=-1)[..., ::2]
-        if layout == "broadcast":
-            return np.broadcast_to(array[:1], array.shape)
-        if layout == "read-only":
-            array.flags.writeable = False
-        return array
+        return laid_out(np.array(values, dtype=bool if values.dtype == bool else dtype), layout)
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         """Return a copy of ``array`` in float64, or as it is if boolean."""
@@ -125,6 +116,20 @@ class NumpyBackend:
     ) -> Array:
         """Return ``masks.random``."""
         return masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)
+
+
+def laid_out(values: NDArray[Any], layout: str) -> NDArray[Any]:
+    """Return a copy of ``values`` that lies in memory as ``layout`` says; see ``maskedlinear.backends.Backend.asarray``."""
+    array = np.array(values, order="C")
+    if layout == "transposed":
+        return np.array(array.T, order="C").T
+    if layout == "strided":
+        return np.repeat(array, 2, axis=-1)[..., ::2]
+    if layout == "broadcast":
+        return np.broadcast_to(array[:1], array.shape)
+    if layout == "read-only":
+        array.flags.writeable = False
+    return array
 
 
 def _widen(array: Array) -> Array:

@@ -211,6 +211,10 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
         (["--backend", "numpy", "-k", "vmap"], "NumPy has no function transforms"),  # declared, so nothing is proven
         (["--backend", "numpy", "--profile", "enormous"], "invalid choice: 'enormous'"),
         (["--faults", "--backend", "numpy"], "--faults brings its own backends"),
+        (
+            ["--backend", "numpy", "--report", "/no/such/folder/r.json"],
+            "--report must be a file in a folder that exists",
+        ),
     ],
 )
 def test_what_cannot_run_is_a_failure(arguments: list[str], message: str) -> None:

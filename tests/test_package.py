@@ -60,6 +60,15 @@ def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) ->
     )
 
 
+@pytest.mark.parametrize("missing", ["pytest", "hypothesis", "safetensors"])
+def test_the_suite_names_the_extra_to_install(missing: str) -> None:
+    last = python(BLOCK.format(names={missing}) + "import maskedlinear_conformance").stderr.strip().splitlines()[-1]
+    assert last == (
+        f"ModuleNotFoundError: maskedlinear_conformance needs {missing}, which is not installed. "
+        'Install it with: pip install "maskedlinear[conformance]"'
+    )
+
+
 def test_face_passes_other_import_errors_on() -> None:
     code = """
 import sys, types

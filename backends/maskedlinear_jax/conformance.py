@@ -17,6 +17,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear import masks
+from maskedlinear.reference import laid_out
 from maskedlinear_jax import masked_linear
 
 __all__ = ["JaxBackend"]
@@ -63,13 +64,9 @@ class JaxBackend:
 
     def lacks(self) -> Mapping[str, str]:
         """Return what JAX does not have."""
-        immutable = "JAX arrays are immutable and have no layout that users see"
         functions = "these are functions; the layers are the backends nnx and linen"
-        return (
-            dict.fromkeys(("transposed", "strided", "read-only", "broadcast"), immutable)
-            | dict.fromkeys(("layer", "save", "freeze_masked"), functions)
-            | {"autocast": "JAX has no automatic casts"}
-        )
+        none = dict.fromkeys(("layer", "save", "freeze_masked"), functions)
+        return none | {"autocast": "JAX has no automatic casts"}
 
     def expected_failures(self) -> Mapping[str, str]:
         """Return nothing: no law is known to break."""
@@ -82,8 +79,10 @@ class JaxBackend:
             yield
 
     def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:
-        """Return ``values`` as an array."""
+        """Return ``values`` as an array; as NumPy's in any other layout, since JAX's own have none that users see."""
         array = np.asarray(values, bool if values.dtype == bool else jnp.dtype(dtype))
+        if layout != "contiguous":
+            return laid_out(array, layout)  # type: ignore[return-value]
         return jax.device_put(array, _device(device))  # type: ignore[no-any-return]
 
     def asnumpy(self, array: Array) -> NDArray[Any]:

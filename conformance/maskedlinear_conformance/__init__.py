@@ -4,12 +4,18 @@ Run it with ``python -m maskedlinear_conformance --backend NAME``, once for each
 backends named is compared directly as well. ``python -m maskedlinear_conformance --faults`` proves the suite itself.
 """
 
-import pytest
+from maskedlinear._extras import missing_framework
 
-# Before the modules with the assertions are imported, so that a failure shows its values.
-pytest.register_assert_rewrite("maskedlinear_conformance.subject", "maskedlinear_conformance.laws")
+try:
+    import pytest
 
-from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
-from maskedlinear_conformance.suite import BackendConformance
+    # Before the modules with the assertions are imported, so that a failure shows its values.
+    pytest.register_assert_rewrite("maskedlinear_conformance.subject", "maskedlinear_conformance.laws")
+
+    from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
+    from maskedlinear_conformance.suite import BackendConformance
+except ModuleNotFoundError as error:
+    needed = ("pytest", "hypothesis", "safetensors")
+    raise missing_framework(error, "maskedlinear_conformance", "conformance", *needed) from error
 
 __all__ = ["BackendConformance", "Expected", "accumulation_unit", "expected", "output_unit"]

@@ -36,6 +36,9 @@ class Run:
         self.seeded = config.getoption("--hypothesis-seed", None) is not None
         self.command: bool = config.getoption("--command")
         self.record = Record()
+        path: Path | None = config.getoption("--report")
+        if path is not None and not path.absolute().parent.is_dir():
+            raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
         self.backends: dict[str, Backend] = {}
         self.expected: dict[str, set[str]] = {}
         names = list(dict.fromkeys(config.getoption("--backend")))
