@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
@@ -22,9 +23,11 @@ from maskedlinear.spec import check_floating, check_shapes
 __all__ = ["FLOATING", "aligned", "as_tensor", "check_dense", "mask_tensor", "masked_linear", "select", "whole"]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 
 # Private, for want of a public way to ask which torch.func transforms are on: a torch that renames it still imports.
 _peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
+_is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
@@ -125,6 +128,25 @@ def select(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, 0)
 
 
+def _select_bits(tensor: Tensor, mask: Tensor) -> Tensor:
+    """:func:`select` where nothing differentiates it; on the CPU several times as fast as ``torch.where``.
+
+    A logical AND of the tensor's bits with all ones or all zeros, which lets no NaN through either.
+    """
+    if (
+        tensor.device.type != "cpu"
+        or type(tensor) not in (Tensor, torch.nn.Parameter)  # a DTensor, for one
+        or torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or _in_transform(tensor)
+    ):
+        return select(tensor, mask)
+    whole_numbers = _BITS[tensor.itemsize]
+    bits = torch.empty(tensor.shape, dtype=whole_numbers, device=tensor.device)
+    torch.mul(mask.view(torch.int8), -1, out=bits)
+    return bits.bitwise_and_(tensor.view(whole_numbers)).view(tensor.dtype)
+
+
 def aligned(tensor: Tensor, like: Tensor) -> Tensor:
     """Return ``tensor`` cut as ``like`` is if that is a DTensor, as FSDP and tensor parallelism make it; else as it is."""
     mesh = getattr(like, "device_mesh", None)
@@ -144,6 +166,13 @@ def whole(tensor: Tensor) -> Tensor:
 def _is_tracing() -> bool:
     """Whether ``torch.jit.trace`` records: it cannot save a Function."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def _in_transform(tensor: Tensor) -> bool:
+    """Whether a ``torch.func`` transform is on, or ``tensor`` is a batch of gradients (``is_grads_batched``)."""
+    if _peek is None or _is_batch is None:
+        return True
+    return _peek() is not None or bool(_is_batch(tensor))
 
 
 def _nested_forward_mode() -> bool:
@@ -172,7 +201,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, select(weight, mask), bias)
+        return F.linear(x, _select_bits(weight, mask), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
@@ -185,9 +214,9 @@ class _MaskedLinear(torch.autograd.Function):
         x, weight, mask = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = g @ select(weight, mask)
+            dx = g @ _select_bits(weight, mask)
         if ctx.needs_input_grad[1]:
-            dweight = select(_flat(g).mT @ _flat(x), mask)
+            dweight = _select_bits(_flat(g).mT @ _flat(x), mask)
         if ctx.needs_input_grad[3]:
             dbias = _flat(g).sum(0)
         return dx, dweight, None, dbias
