@@ -76,6 +76,10 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
             )
     if torch.compiler.is_compiling() or _nested_forward_mode():
         return F.linear(x, select(weight, mask), bias)
+    if not torch.is_grad_enabled() and not _in_transform(
+        x
+    ):  # nothing to differentiate: a Function would only cost time
+        return F.linear(x, _select_bits(weight, mask), bias)
     return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 

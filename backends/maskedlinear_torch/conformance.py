@@ -185,8 +185,8 @@ class TorchBackend:
         return tuple(torch.func.vmap(self._by_func, tuple(axes))(x, weight, mask, bias, g))  # type: ignore[return-value]
 
     def transforms(self) -> Sequence[str]:
-        """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same capture without its kernels."""
-        return ("compile", "aot_eager", "checkpoint", "torch.func")
+        """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
+        return ("compile", "aot_eager", "checkpoint", "torch.func", "inference_mode")
 
     def transformed(
         self, transform: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
@@ -195,6 +195,10 @@ class TorchBackend:
         if transform == "torch.func":
             found = self._by_func(x, weight, mask, bias, g)
             y, gradients = found[0], list(found[1:])
+        elif transform == "inference_mode":
+            with torch.inference_mode():
+                y = self.masked_linear(x, weight, mask, bias)
+            gradients = _gradients(self.masked_linear, x, weight, mask, bias, g)[1]
         elif transform == "checkpoint":
 
             def kept(*arguments: Any) -> Tensor:
