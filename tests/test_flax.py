@@ -18,7 +18,6 @@ from flax.nnx import bridge
 from flax.training.train_state import TrainState
 from jax import Array
 
-from helpers import python
 from maskedlinear import masks, spec
 from maskedlinear.flax import Mask, MaskedDense, MaskedLinear, param_masks
 from maskedlinear.jax import freeze_masked
@@ -293,8 +292,19 @@ def test_a_mask_that_a_state_brought_is_checked(layer: MaskedLinear, x: Array) -
         layer.mask.set_value(jnp.asarray(bad))
         with pytest.raises(ValueError, match=message):
             layer(x)
-    layer.mask.set_value(jnp.asarray(KERNEL_MASK, jnp.float32))
-    assert layer(x).shape == (3, 5)
+        for use in (lambda: layer.sparsity, lambda: layer.masked_kernel, layer.to_linear, lambda: param_masks(layer)):
+            with pytest.raises(ValueError, match=message):
+                use()
+        layer.set_mask(KERNEL_MASK)
+        np.testing.assert_array_equal(layer.mask[...], KERNEL_MASK)
+    layer.mask = Mask(jnp.full((7, 5), 0.5))
+    with pytest.raises(ValueError, match=r"got 0.5 at"):
+        layer(x)
+    for numbers in (jnp.asarray(KERNEL_MASK, jnp.float32), np.asarray(KERNEL_MASK)):
+        layer.mask.set_value(numbers)
+        assert layer(x).shape == (3, 5)
+        layer.set_mask(~KERNEL_MASK)
+        assert layer.mask[...].dtype == bool
 
 
 def test_masks_of_zeros_and_ones_inside_transforms(layer: MaskedLinear, x: Array) -> None:
@@ -385,6 +395,61 @@ def test_a_shared_kernel_is_dormant_where_no_layer_uses_it(names: tuple[str, str
         np.testing.assert_array_equal(np.asarray(model.a.kernel[...]) != before, used)
 
 
+@pytest.mark.parametrize(
+    "hold", [lambda kernel: nnx.List([kernel]), lambda kernel: nnx.Dict(used=kernel), lambda kernel: nnx.data([kernel])]
+)
+def test_a_kernel_that_something_else_holds_too_is_live(hold: Any) -> None:
+    class Holder(nnx.Module):
+        def __init__(self) -> None:
+            self.layer = MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(0))
+            self.more = hold(self.layer.kernel)
+
+    tree = param_masks(Holder())
+    assert [mask for path, mask in nnx.to_flat_state(tree) if "bias" not in path] == [True]
+
+
+def test_param_masks_of_an_abstract_model_with_a_shared_kernel() -> None:
+    class Shared(nnx.Module):
+        def __init__(self) -> None:
+            self.a, self.b = (MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(0)) for _ in range(2))
+            self.b.kernel = self.a.kernel
+
+    tree = param_masks(nnx.eval_shape(Shared))
+    assert tree["a"]["kernel"] == jax.ShapeDtypeStruct((7, 5), bool)
+
+
+def test_a_stack_of_layers_may_share_a_mask(x: Array) -> None:
+    axes = nnx.StateAxes({Mask: None, ...: 0})
+    keys = jax.random.split(jax.random.key(0), 3)
+    layers = nnx.vmap(lambda key: MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(key)), out_axes=axes)(keys)
+    assert layers.mask.shape == (7, 5)
+    assert layers.sparsity == 17 / 35
+    assert nnx.vmap(lambda layer, x: layer(x), in_axes=(axes, None))(layers, x).shape == (3, 3, 5)
+    start = np.array(layers.kernel[...])
+    guarded_steps(layers)
+    moved = np.asarray(layers.kernel[...]) != start
+    np.testing.assert_array_equal(moved, np.broadcast_to(KERNEL_MASK, moved.shape))
+    layers.set_mask(~KERNEL_MASK)
+    assert MaskedLinear.from_linear(layers).mask.shape == (7, 5)
+
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array, _: None) -> tuple[Array, None]:
+            return MaskedDense(7, mask=np.eye(7), name="wired")(x), None
+
+    scanned = nn.scan(
+        Layer, variable_axes={"params": 0}, variable_broadcast="masks", split_rngs={"params": True}, length=3
+    )
+    variables = scanned().init(jax.random.key(0), x, None)
+    np.testing.assert_array_equal(param_masks(variables)["wired"]["kernel"], np.broadcast_to(np.eye(7), (3, 7, 7)))
+
+
+def test_a_mask_of_another_shape_than_its_kernel_guards_nothing_silently(x: Array) -> None:
+    variables = MaskedDense(5, mask=KERNEL_MASK).init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"kernel \(in, out\) = \(7, 5\); got \(1, 5\)"):
+        param_masks({**variables, "masks": {"mask": np.ones((1, 5), bool)}})
+
+
 def test_param_masks_with_a_filter_and_of_a_bridged_layer(x: Array) -> None:
     model = Network(nnx.Rngs(0))
     kernels = nnx.All(nnx.Param, nnx.PathContains("kernel"))
@@ -394,6 +459,20 @@ def test_param_masks_with_a_filter_and_of_a_bridged_layer(x: Array) -> None:
     bridged = bridge.ToNNX(MaskedDense(5, mask=KERNEL_MASK), rngs=nnx.Rngs(0))
     bridge.lazy_init(bridged, x)
     np.testing.assert_array_equal(param_masks(bridged)["kernel"], KERNEL_MASK)
+
+    class Inner(nn.Module):
+        @nn.compact
+        def __call__(self, x: Array) -> Array:
+            return nn.Dense(3)(MaskedDense(5, mask=KERNEL_MASK, name="items")(x))
+
+    nested = bridge.ToNNX(Inner(), rngs=nnx.Rngs(0))
+    bridge.lazy_init(nested, x)
+    start = np.array(nested.items["kernel"][...])
+    guarded_steps(nested)
+    np.testing.assert_array_equal(np.asarray(nested.items["kernel"][...]) != start, KERNEL_MASK)
+    back = bridge.to_linen(MaskedLinear, 7, 5, mask=KERNEL_MASK)
+    variables = back.init(jax.random.key(0), x)
+    np.testing.assert_array_equal(param_masks(variables)["kernel"], KERNEL_MASK)
 
 
 def test_linen_partitioned_and_frozen_variables(x: Array) -> None:
@@ -422,45 +501,3 @@ def test_a_train_state_is_guarded_by_masks_given_once(x: Array) -> None:
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
     new = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
     np.testing.assert_array_equal(new.params["kernel"] != state.params["kernel"], KERNEL_MASK)
-
-
-def test_sharded_layers_and_gradients() -> None:
-    code = """
-import jax; jax.config.update("jax_num_cpu_devices", 8)
-import jax.numpy as jnp, numpy as np
-from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from maskedlinear.flax import MaskedLinear
-from maskedlinear.jax import masked_linear
-
-x, w = jax.random.normal(jax.random.key(0), (16, 8)), jax.random.normal(jax.random.key(1), (4, 8))
-m, b = jax.random.bernoulli(jax.random.key(2), 0.5, (4, 8)), jnp.ones(4)
-loss = lambda w, b, x: (masked_linear(x, w, m, b) ** 2).sum()
-want = jax.grad(loss, (0, 1, 2))(w, b, x)
-same = lambda got: all(np.allclose(p, q, rtol=1e-4, atol=1e-4) for p, q in zip(got, want))
-
-for kind in (AxisType.Auto, AxisType.Explicit):
-    mesh = jax.make_mesh((4, 2), ("d", "e"), axis_types=(kind, kind))
-    put = lambda a, *spec: jax.device_put(a, NamedSharding(mesh, P(*spec)))
-    with jax.set_mesh(mesh):
-        for specs in (((), (), ("d",)), (("d",), ("d",), ())):  # the batch, then the outputs
-            live = put(m, *specs[0])
-            sharded = lambda w, b, x: (masked_linear(x, w, live, b) ** 2).sum()
-            got = jax.jit(jax.grad(sharded, (0, 1, 2)))(*(put(a, *s) for a, s in zip((w, b, x), specs)))
-            assert same(got), (kind, specs)
-        layer = MaskedLinear(8, 4, mask=m.T, kernel_metadata={"out_sharding": (None, "d")}, rngs=nnx.Rngs(0))
-        assert layer.mask[...].sharding == layer.kernel[...].sharding
-        assert MaskedLinear.from_linear(layer).mask[...].sharding == layer.kernel[...].sharding
-        nnx.jit(nnx.grad(lambda layer, x: (layer(x) ** 2).sum()))(layer, put(x, "e"))
-
-mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-inside = jax.shard_map(
-    lambda x, w, m, b: jax.grad(lambda w, b: (masked_linear(x, w, m, b) ** 2).sum(), (0, 1))(w, b),
-    mesh=mesh, in_specs=(P("d"), P(), P(), P()), out_specs=P())
-assert same(jax.jit(inside)(x, w, m, b))
-around = jax.shard_map(masked_linear, mesh=mesh, in_specs=(P("d"), P(), P(), P()), out_specs=P("d"))
-assert same(jax.jit(jax.grad(lambda w, b, x: (around(x, w, m, b) ** 2).sum(), (0, 1, 2)))(w, b, x))
-print("done")
-"""
-    result = python(code)
-    assert result.stdout.strip() == "done", result.stderr

@@ -39,7 +39,8 @@ def masked_linear(
 
     Works under ``jit``, ``vmap`` (over any argument), ``grad`` of any order, ``checkpoint`` and ``scan``. The mask is an
     ordinary array, which can change without a new compilation, and has no gradient; the weight's gradient is exactly +0
-    where the mask is ``False``, whatever x, weight and the cotangent hold. Half types accumulate in float32.
+    where the mask is ``False``, whatever x, weight and the cotangent hold. Half types accumulate in float32; a gradient
+    that is a sum over devices does so on each of them, and with ``forward_mode=True`` between them as well.
 
     Args:
         x: shape ``(..., in)``.
@@ -172,8 +173,10 @@ def _backward(
     x, weight, mask, bias = residuals
     wide = _wide(x.dtype)
 
-    # JAX transposes the two products itself: it knows where operands are sharded, and where a sum over devices belongs.
-    # They are formed in x's dtype, so that their cotangents are: in a half type a product of its own, added up in float32.
+    # JAX transposes the two products itself: it knows where operands are sharded, and where a sum over devices belongs
+    # (jax.linear_transpose forgets both). The product that vjp forms on the way is dead code under jit.
+    # They are formed in x's dtype, so that their transposes take g in it too: a half-type product is the fast one. A device
+    # adds it up in float32; a sum over devices is in x's dtype, as in every layer of Flax.
     def layer(x: Array, weight: Array, bias: Array | None) -> Array:
         axes = (((x.ndim - 1,), (in_axis,)), ((), ()))
         y = lax.dot_general(x, _select(mask, weight), axes, precision=precision).astype(wide)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
-from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._functional import as_array, boolean_mask
 
 __all__ = ["freeze_masked"]
 
@@ -33,7 +33,7 @@ def freeze_masked(
         inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes after the guard is not
             guarded.
         masks: the masks of every step that is not given others: a tree as ``update`` takes it, or a function of the
-            updates that returns one.
+            parameters that returns one.
 
     Returns:
         A transformation whose ``update`` takes ``masks``: a tree of the parameters' structure whose leaves are masks of the
@@ -42,20 +42,29 @@ def freeze_masked(
 
     Raises:
         ValueError: by ``update``, if there are no masks, their tree differs from the parameters', or one does not have its
-            parameter's shape or holds anything but 0 and 1.
+            parameter's shape or holds anything but 0 and 1. Or if ``masks`` is a function and ``params`` are not given.
+        TypeError: by ``update``, if an update is not an array of numbers.
     """
     guarded = optax.with_extra_args_support(inner)
     always = masks
 
     def update(updates: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any) -> tuple[Any, Any]:
         if masks is None:
-            masks = always(updates) if callable(always) else always
+            masks = _always(always, params)
         if masks is None:
             raise ValueError("freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks)")
         updates, state = guarded.update(updates, state, params, **extra)
         return jax.tree_util.tree_map_with_path(_held, updates, _like(updates, masks)), state
 
     return optax.GradientTransformationExtraArgs(guarded.init, update)
+
+
+def _always(masks: Any, params: Any) -> Any:
+    if not callable(masks):
+        return masks
+    if params is None:
+        raise ValueError("masks is a function of the parameters, which are missing: tx.update(grads, state, params)")
+    return masks(params)
 
 
 def _like(updates: Any, masks: Any) -> Any:
@@ -65,16 +74,20 @@ def _like(updates: Any, masks: Any) -> Any:
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or True for each; "
-            f"got {jax.tree.structure(masks)}"
+            f"got {jax.tree.structure(masks)}: for Flax, maskedlinear.flax.param_masks makes it"
         ) from error
 
 
 def _held(path: Any, value: Any, mask: Any) -> Array:
-    update: Array = jnp.asarray(value)
+    name = f"parameter {jax.tree_util.keystr(path)}"
+    update = as_array(f"the update of {name}", value)
     if mask is True:
         return update
-    name = f"parameter {jax.tree_util.keystr(path)}"
     if mask is None or mask is False:
         raise ValueError(f"the mask of {name} must be an array, or True where there is none; got {mask}")
+    try:
+        live = boolean_mask(mask, update.shape, name)
+    except ValueError as error:
+        raise ValueError(f"the mask of {name}: {error}") from error
     # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
-    return jnp.where(boolean_mask(mask, update.shape, name), update, jnp.asarray(-0.0, update.dtype))
+    return jnp.where(live, update, jnp.asarray(-0.0, update.dtype))

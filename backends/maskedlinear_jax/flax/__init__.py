@@ -4,8 +4,8 @@ Flax keeps a layer's kernel as ``(in, out)``, and a mask has the shape of the pa
 given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``: transpose them with ``mask.T``.
 """
 
-from maskedlinear_jax.flax._kernel import param_masks
+from maskedlinear_jax.flax._kernel import Mask, param_masks
 from maskedlinear_jax.flax._linen import MaskedDense
-from maskedlinear_jax.flax._nnx import Mask, MaskedLinear
+from maskedlinear_jax.flax._nnx import MaskedLinear
 
 __all__ = ["Mask", "MaskedDense", "MaskedLinear", "param_masks"]

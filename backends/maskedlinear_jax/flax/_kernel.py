@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,11 +12,23 @@ from flax.core import FrozenDict, freeze, meta
 from jax import Array, lax
 
 from maskedlinear.spec import check_floating, check_shapes
-from maskedlinear_jax._functional import check_devices, expression, rule
+from maskedlinear_jax._functional import boolean_mask, check_devices, expression, rule
 
-__all__ = ["PARAMETER", "apply_kernel", "live_scale", "masked_kernel", "param_masks"]
+__all__ = ["PARAMETER", "Mask", "apply_kernel", "live_scale", "mask_shape", "masked_kernel", "param_masks"]
 
 PARAMETER = "kernel (in, out)"
+
+
+# Under this name nnx's bridge finds the collection of linen masks, and the other way round.
+@nnx.register_variable_name("masks", overwrite=True)
+class Mask(nnx.Variable[Array]):
+    """The mask of a layer: in the state and in checkpoints, and no parameter, so out of every optimizer's sight."""
+
+
+def mask_shape(kernel: Any, mask: Any) -> tuple[int, ...]:
+    """Return the shape that a layer's mask must have: its kernel's, or one layer's, if a stack of layers shares a mask."""
+    shape: tuple[int, ...] = kernel.shape
+    return shape[-2:] if mask.ndim == 2 else shape
 
 
 def masked_kernel(kernel: Array, mask: Array) -> Array:
@@ -67,10 +79,12 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     Returns:
         For nnx a ``State`` like ``nnx.state(model, wrt)``, for linen a mapping like ``variables["params"]``. The leaf of a
         masked kernel is its mask, shape ``(in, out)``; of any other parameter it is ``True``. A kernel that several nnx
-        modules share is masked where none of them uses it.
+        modules share is masked where none of them uses it. A mask that a stack of layers shares (by ``nnx.vmap``,
+        ``nn.scan``) is repeated along the stack, which must be the kernel's leading axis.
 
     Raises:
         TypeError: if ``model`` is neither.
+        ValueError: if a mask does not fit its kernel, or holds anything but 0 and 1.
     """
     if isinstance(model, nnx.Module):
         return _nnx_masks(model, wrt)
@@ -81,34 +95,29 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
 
 def _nnx_masks(model: nnx.Module, wrt: Any) -> Any:
     live: dict[int, Any] = {}
-    for _, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Variable) or not hasattr(module, "__dict__"):
-            continue
-        for name, variable in vars(module).items():
-            if isinstance(variable, nnx.Variable):
-                mask = _mask_beside(module) if name == "kernel" else True
-                known = live.get(id(variable))
-                live[id(variable)] = mask if known is None else _either(known, mask)
+    for _, node in nnx.iter_graph(model):
+        children = _children(node)
+        for name, child in children.items():
+            if isinstance(child, nnx.Variable):
+                mask = children.get("mask") if name == "kernel" else None
+                used = _kernel_mask(child.get_value(), mask.get_value()) if isinstance(mask, Mask) else True
+                live[id(child)] = _either(live[id(child)], used) if id(child) in live else used
     flat = nnx.to_flat_state(nnx.state(model, wrt))
     return nnx.from_flat_state([(path, live.get(id(_at(model, path)), True)) for path, _ in flat])
 
 
-def _mask_beside(module: Any) -> Any:
-    """Return the mask of a module's kernel, or ``True``. A linen layer bridged to nnx has one beside its kernel too."""
-    mask = getattr(module, "mask", None)
-    if not isinstance(mask, nnx.Variable) or isinstance(mask, nnx.Param):
-        return True
-    value = mask.get_value()
-    return value if getattr(value, "shape", None) == module.kernel.get_value().shape else True
-
-
-def _either(one: Any, other: Any) -> Any:
-    return True if one is True or other is True else jnp.logical_or(one, other)
+def _children(node: Any) -> Mapping[Any, Any]:
+    """Return what a node of an nnx graph holds, by name: a module, or a plain container, as a bridged linen model has."""
+    if isinstance(node, Mapping):
+        return node
+    if isinstance(node, (list, tuple)):
+        return dict(enumerate(node))
+    return {} if isinstance(node, nnx.Variable) else getattr(node, "__dict__", {})
 
 
 def _at(model: Any, path: tuple[Any, ...]) -> Any:
     for key in path:
-        model = getattr(model, key) if isinstance(key, str) and hasattr(model, key) else model[key]
+        model = model[key] if isinstance(model, (Mapping, Sequence)) else getattr(model, key)
     return model
 
 
@@ -118,6 +127,25 @@ def _linen_masks(params: Mapping[str, Any], masks: Mapping[str, Any]) -> Mapping
         if isinstance(value, Mapping):
             tree[name] = _linen_masks(value, masks.get(name, {}))
         else:
-            leaf = meta.unbox(masks["mask"]) if name == "kernel" and "mask" in masks else True
+            masked = name == "kernel" and "mask" in masks
+            leaf = _kernel_mask(meta.unbox(value), meta.unbox(masks["mask"])) if masked else True
             tree[name] = jax.tree.map(lambda _, leaf=leaf: leaf, value)  # in the box of a partitioned parameter
     return freeze(tree) if isinstance(params, FrozenDict) else tree
+
+
+def _kernel_mask(kernel: Any, mask: Any) -> Any:
+    """Return a layer's mask in its kernel's shape, checked; abstract if it is."""
+
+    def whole(mask: Array) -> Array:
+        return jnp.broadcast_to(boolean_mask(mask, mask_shape(kernel, mask), PARAMETER), kernel.shape)
+
+    return _perhaps_abstract(whole, mask)
+
+
+def _either(one: Any, other: Any) -> Any:
+    return True if one is True or other is True else _perhaps_abstract(jnp.logical_or, one, other)
+
+
+def _perhaps_abstract(function: Callable[..., Array], *masks: Any) -> Any:
+    abstract = any(isinstance(mask, jax.ShapeDtypeStruct) for mask in masks)
+    return jax.eval_shape(function, *masks) if abstract else function(*masks)

@@ -10,13 +10,9 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
+from maskedlinear_jax.flax._kernel import PARAMETER, Mask, apply_kernel, live_scale, mask_shape, masked_kernel
 
-__all__ = ["Mask", "MaskedLinear"]
-
-
-class Mask(nnx.Variable[Array]):
-    """The mask of a layer: in the state and in checkpoints, and no parameter, so out of every optimizer's sight."""
+__all__ = ["MaskedLinear"]
 
 
 class MaskedLinear(nnx.Linear):
@@ -80,7 +76,7 @@ class MaskedLinear(nnx.Linear):
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``; ``out_sharding`` as in ``nnx.Linear``."""
         inputs = as_array("inputs", inputs)
         bias = None if self.bias is None else self.bias[...]
-        mask = boolean_mask(self.mask[...], self.kernel[...].shape, PARAMETER)  # a state may have brought any
+        mask = self._checked_mask()
         inputs, kernel, bias = self.promote_dtype((inputs, self.kernel[...], bias), dtype=self.dtype)
         options = {"out_sharding": out_sharding, "preferred_element_type": self.preferred_element_type}
         return apply_kernel(
@@ -107,20 +103,20 @@ class MaskedLinear(nnx.Linear):
                 layer is abstract.
         """
         old = _value(self.mask)
-        new = jnp.array(boolean_mask(mask, old.shape, PARAMETER))
-        if not isinstance(old, jax.core.Tracer) and not isinstance(new, jax.core.Tracer):
+        new = jnp.array(boolean_mask(mask, mask_shape(_value(self.kernel), old), PARAMETER))
+        if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and not isinstance(new, jax.core.Tracer):
             new = jax.device_put(new, old.sharding)
-        self.mask[...] = new
+        self.mask.set_value(new)
 
     @property
     def masked_kernel(self) -> Array:
         """``where(mask, kernel, 0)``, shape ``(in_features, out_features)``."""
-        return masked_kernel(_value(self.kernel), _value(self.mask))
+        return masked_kernel(_value(self.kernel), self._checked_mask())
 
     @property
     def sparsity(self) -> float:
         """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
-        mask = _value(self.mask)
+        mask = self._checked_mask()
         return (mask.size - int(mask.sum())) / mask.size if mask.size else 0.0
 
     @classmethod
@@ -143,11 +139,13 @@ class MaskedLinear(nnx.Linear):
         _copy_parameters(linear, layer)
         if isinstance(linear, MaskedLinear):
             layer.fan_in, layer.forward_mode = linear.fan_in, linear.forward_mode
-            mask = _value(linear.mask) if mask is None else mask
-        chosen = (
-            jnp.ones(kernel.shape, bool) if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
-        )
-        layer.mask = Mask(chosen, **_sharding(layer.kernel))
+        if mask is not None:
+            chosen = boolean_mask(mask, kernel.shape, PARAMETER)
+        elif isinstance(linear, MaskedLinear):
+            chosen = linear._checked_mask()
+        else:
+            chosen = jnp.ones(kernel.shape, bool)
+        layer.mask = Mask(jnp.array(chosen), **_sharding(layer.kernel))
         return layer
 
     def to_linear(self) -> nnx.Linear:
@@ -156,6 +154,11 @@ class MaskedLinear(nnx.Linear):
         _copy_parameters(self, linear)
         linear.kernel[...] = self.masked_kernel
         return linear
+
+    def _checked_mask(self) -> Array:
+        """Return the mask; a state may have brought any."""
+        mask = _value(self.mask)
+        return boolean_mask(mask, mask_shape(_value(self.kernel), mask), PARAMETER)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask" and "mask" in vars(self) and not isinstance(value, nnx.Variable):
@@ -201,5 +204,5 @@ def _copy_parameters(source: nnx.Linear, target: nnx.Linear) -> None:
         variable = getattr(source, name)
         if variable is not None:
             copy = variable.copy()  # with its metadata, a sharding for one
-            copy[...] = jnp.array(_value(variable))
+            copy.set_value(jnp.array(_value(variable)))
             setattr(target, name, copy)
