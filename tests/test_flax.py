@@ -408,6 +408,15 @@ def test_a_kernel_that_something_else_holds_too_is_live(hold: Any) -> None:
     assert [mask for path, mask in nnx.to_flat_state(tree) if "bias" not in path] == [True]
 
 
+def test_param_masks_of_layers_in_containers() -> None:
+    class Holder(nnx.Module):
+        def __init__(self) -> None:
+            self.layers = nnx.data({"items": [MaskedLinear(7, 5, mask=KERNEL_MASK, rngs=nnx.Rngs(0))]})
+
+    tree = param_masks(Holder())
+    np.testing.assert_array_equal(tree["layers"]["items"][0]["kernel"], KERNEL_MASK)
+
+
 def test_param_masks_of_an_abstract_model_with_a_shared_kernel() -> None:
     class Shared(nnx.Module):
         def __init__(self) -> None:
