@@ -69,14 +69,16 @@ class BackendNotAvailableError(LookupError):
 class Backend(Protocol):
     """What every backend has.
 
-    The class is called with one of its ``formats``: how it stores the connections, ``"dense"`` or another. All formats
-    are shown through the same dense arguments. ``Array`` stands for the framework's own arrays. Shapes are the spec's:
+    The class is called with one of its ``formats``: how it stores the connections, ``"dense"`` or another. The instance
+    keeps it as ``format``, and its label in the report is its name and its format, unlike any other's of the run. All
+    formats are shown through the same dense arguments. ``Array`` stands for the framework's own arrays. Shapes are the spec's:
     ``x (..., in)``, ``weight (out, in)``, ``mask (out, in)`` boolean, ``bias (out,)`` or ``None``, ``y`` and ``g``
     ``(..., out)``.
     """
 
     name: str
     formats: Sequence[str]
+    format: str
 
     def versions(self) -> Mapping[str, str]:
         """Return the version of every library that takes part, by name."""
@@ -265,9 +267,18 @@ def load(name: str) -> tuple[Backend, ...]:
     except ImportError as error:
         raise BackendNotAvailableError(f"backend {name!r} cannot be imported: {error}") from error
     formats = getattr(kind, "formats", ())
-    if not formats:
-        raise TypeError(f"backend {name!r} must name its formats: write formats = ('dense',) in its class")
-    return tuple(checked(kind(format), f"backend {name!r}") for format in formats)
+    if not formats or isinstance(formats, str):
+        raise TypeError(
+            f"backend {name!r} must name its formats in a tuple; got {formats!r}: write formats = ('dense',) in its class"
+        )
+    backends = tuple(checked(kind(format), f"backend {name!r}") for format in formats)
+    for format, backend in zip(formats, backends, strict=True):
+        if backend.format != format:
+            raise TypeError(
+                f"backend {name!r} must keep in its attribute 'format' what it is called with, {format!r}; "
+                f"it has {backend.format!r}"
+            )
+    return backends
 
 
 def checked(backend: Any, called: str) -> Backend:
@@ -296,4 +307,4 @@ def checked(backend: Any, called: str) -> Backend:
 
 
 def _required() -> set[str]:
-    return {"name", "formats", *(name for name in vars(Backend) if not name.startswith("_"))}
+    return {"name", "formats", "format", *(name for name in vars(Backend) if not name.startswith("_"))}

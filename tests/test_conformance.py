@@ -126,6 +126,24 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
         checked(object(), "backend 'x'")
 
 
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("    name = 'numpy'\n", "two backends of this run are called 'numpy dense', and only one would be proven"),
+        ("    formats = 'dense'\n", "must name its formats in a tuple; got 'dense': write formats = ('dense',)"),
+        (
+            "    formats = ('dense', 'csr')\n\n    def __init__(self, format):\n        self.format = 'dense'\n",
+            "must keep in its attribute 'format' what it is called with, 'csr'; it has 'dense'",
+        ),
+    ],
+)
+def test_a_backend_that_would_not_run_is_refused(code: str, message: str, tmp_path: Path) -> None:
+    distribution(tmp_path, HEAD + code)
+    result = suite("--backend", "numpy", "--backend", "other", "--profile", "quick", path=tmp_path)
+    assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
 def test_cases_cover_the_edges() -> None:
     assert {case.density for case in CASES} >= {0.0, 0.01, 0.5, 1.0, "one", "all but one"}
     assert () in {case.batch for case in CASES}
@@ -271,15 +289,23 @@ def test_each_format_is_run_as_a_backend_of_its_own(tmp_path: Path) -> None:
 def test_the_door_for_ones_own_test_file(tmp_path: Path) -> None:
     (tmp_path / "conftest.py").write_text('pytest_plugins = ["maskedlinear_conformance.plugin"]\n')
     (tmp_path / "mine.py").write_text(HEAD)
-    (tmp_path / "test_mine.py").write_text(
+    mine = (
         "from maskedlinear_conformance import BackendConformance\n\nfrom mine import Other\n\n\n"
         "class TestMine(BackendConformance):\n    backends = (Other(),)\n\n\ndef test_other_things():\n    pass\n"
     )
+    (tmp_path / "test_mine.py").write_text(mine)
     command = [sys.executable, "-m", "pytest", "-q", "--profile", "quick", "-k", "leaks or gradients_equal or things"]
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "nothing under the mask leaks" in result.stdout
     assert "other dense" in result.stdout
+    (tmp_path / "test_mine.py").write_text(
+        "from maskedlinear_conformance import BackendConformance\n\n\nclass TestNone(BackendConformance):\n    pass\n"
+    )
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode != 0
+    assert "TestNone has no backend to prove" in result.stdout + result.stderr
+    (tmp_path / "test_mine.py").write_text(mine)
     (tmp_path / "mine.py").write_text(
         HEAD + "    def masked_linear(self, x, weight, mask, bias):\n"
         "        return super().masked_linear(x, (weight * mask).astype(weight.dtype), mask | True, bias)\n"

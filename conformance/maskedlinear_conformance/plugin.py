@@ -58,7 +58,11 @@ class Run:
 
     def add(self, backend: Any) -> str:
         """Take a backend into the run; return its label."""
-        label = backend.name if self.faults else f"{backend.name} {getattr(backend, 'format', 'dense')}"
+        label = backend.name if self.faults else f"{backend.name} {backend.format}"
+        if label in self.backends and self.backends[label] is not backend:
+            raise pytest.UsageError(
+                f"two backends of this run are called {label!r}, and only one would be proven: give each class its own name"
+            )
         if label not in self.backends:
             if self.device not in backend.devices():
                 raise pytest.UsageError(
@@ -116,6 +120,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     run = metafunc.config.stash[_RUN]
     own = [run.add(checked(b, f"backend {b.name!r}")) for b in getattr(metafunc.cls, "backends", ())]
     labels = own or list(run.backends)
+    if not labels:
+        raise pytest.UsageError(
+            f"{metafunc.cls.__name__} has no backend to prove: set its attribute backends, or name one with --backend"
+        )
     if "pair" in metafunc.fixturenames:
         rows = [] if run.faults else _pairs(run.subjects(labels, says))
         first = "pair"
