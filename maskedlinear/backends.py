@@ -70,8 +70,8 @@ class Backend(Protocol):
     """What every backend has.
 
     The class is called with one of its ``formats``: how it stores the connections, ``"dense"`` or another. The instance
-    keeps it as ``format``, and its label in the report is its name and its format, unlike any other's of the run. All
-    formats are shown through the same dense arguments. ``Array`` stands for the framework's own arrays. Shapes are the spec's:
+    keeps it as ``format``. Its label in the report is its name and its format, unlike any other's of the run. All formats
+    are shown through the same dense arguments. ``Array`` stands for the framework's own arrays. Shapes are the spec's:
     ``x (..., in)``, ``weight (out, in)``, ``mask (out, in)`` boolean, ``bias (out,)`` or ``None``, ``y`` and ``g``
     ``(..., out)``.
     """
