@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -95,8 +95,8 @@ class Backend(Protocol):
     def lacks(self) -> Mapping[str, str]:
         """Return what of ``CAPABILITIES`` this backend does not have, each with the reason why."""
 
-    def expected_failures(self) -> Mapping[str, str]:
-        """Return the tests that fail for a known reason, best an upstream thread.
+    def expected_failures(self, device: str) -> Mapping[str, str]:
+        """Return the tests that fail on ``device`` for a known reason, best an upstream thread.
 
         A key is a pattern, as of ``fnmatch``, for a test's name with its parameters:
         ``"test_transforms_equal_the_plain_call[[]torch dense bfloat16*"``. One that passes all the same is a failure.
@@ -211,7 +211,7 @@ class Capable(Protocol):
 
 
 class Layer(Protocol):
-    """A layer as users have it: it keeps its weight and its mask."""
+    """A layer as users have it: it keeps its weight and its mask, copies of what it was made with."""
 
     optimizers: Sequence[str]
 
@@ -222,7 +222,11 @@ class Layer(Protocol):
         """Return ``(dx, dW, db)``, each in the spec's orientation."""
 
     def set_mask(self, mask: Any) -> None:
-        """Give the layer a new mask, a NumPy array of shape ``(out, in)``, as users do."""
+        """Give the layer a new mask, a NumPy array of shape ``(out, in)``, as users do.
+
+        Raises:
+            ValueError: if it has another shape, or holds anything but booleans or 0s and 1s.
+        """
 
     def set_weight(self, weight: Array) -> None:
         """Write ``weight (out, in)`` into the layer's own, as an optimizer does."""
@@ -239,7 +243,8 @@ class Layer(Protocol):
     def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a function of x and g that takes one step of an optimizer under ``freeze_masked``.
 
-        The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function.
+        The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function. The step
+        must be large enough to move a weight of 1 in every dtype, as with a learning rate of 0.1.
         """
 
 
@@ -252,9 +257,10 @@ def load(name: str) -> tuple[Backend, ...]:
     """Return the backend registered as ``name``: an instance for each of its formats.
 
     Raises:
-        BackendNotAvailableError: if no backend has that name, or if its framework is not installed.
-        TypeError: if what is registered does not have the methods of :class:`Backend`, or of :class:`Capable` where it
-            does not declare them lacking.
+        BackendNotAvailableError: if no backend has that name, or several have; if it cannot be imported, for want of its
+            framework or whatever else.
+        TypeError: if what is registered has another name, or does not have the methods of :class:`Backend`, or of
+            :class:`Capable` where it does not declare them lacking.
     """
     found = tuple(entry_points(group=GROUP, name=name))
     if not found:
@@ -262,9 +268,14 @@ def load(name: str) -> tuple[Backend, ...]:
             f"no backend named {name!r} is registered; registered: {', '.join(available()) or 'none'}. "
             f"A distribution registers one under the entry-point group {GROUP!r}"
         )
+    if len({entry.value for entry in found}) > 1:
+        raise BackendNotAvailableError(
+            f"several distributions register a backend named {name!r}: {', '.join(sorted(_origin(e) for e in found))}; "
+            "uninstall all but one"
+        )
     try:
         kind = found[0].load()
-    except ImportError as error:
+    except (ImportError, AttributeError, OSError) as error:
         raise BackendNotAvailableError(f"backend {name!r} cannot be imported: {error}") from error
     formats = getattr(kind, "formats", ())
     if not formats or isinstance(formats, str):
@@ -273,12 +284,21 @@ def load(name: str) -> tuple[Backend, ...]:
         )
     backends = tuple(checked(kind(format), f"backend {name!r}") for format in formats)
     for format, backend in zip(formats, backends, strict=True):
+        if backend.name != name:
+            raise TypeError(
+                f"backend {name!r} must be called what it is registered as; it calls itself {backend.name!r}: write "
+                f"name = {name!r} in its class"
+            )
         if backend.format != format:
             raise TypeError(
                 f"backend {name!r} must keep in its attribute 'format' what it is called with, {format!r}; "
                 f"it has {backend.format!r}"
             )
     return backends
+
+
+def _origin(entry: EntryPoint) -> str:
+    return f"{entry.dist.name if entry.dist else 'unknown'} ({entry.value})"
 
 
 def checked(backend: Any, called: str) -> Backend:

@@ -129,12 +129,27 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("    name = 'numpy'\n", "two backends of this run are called 'numpy dense', and only one would be proven"),
+        (
+            "    name = 'numpy'\n",
+            "must be called what it is registered as; it calls itself 'numpy': write name = 'other'",
+        ),
         ("    formats = 'dense'\n", "must name its formats in a tuple; got 'dense': write formats = ('dense',)"),
         (
             "    formats = ('dense', 'csr')\n\n    def __init__(self, format):\n        self.format = 'dense'\n",
             "must keep in its attribute 'format' what it is called with, 'csr'; it has 'dense'",
         ),
+        ("    def device_name(self, device):\n        raise OSError('boom')\n", "cannot be described: OSError: boom"),
+        (
+            "    def expected_failures(self, device):\n        pass\n",
+            "must return a dictionary of patterns and reasons",
+        ),
+        (
+            "    def dtypes(self, device):\n        return ('float8',)\n",
+            "one or more of float64, float32, bfloat16, float16; got",
+        ),
+        ("    def dtypes(self, device):\n        return ()\n", "dtypes must return one or more of"),
+        ("raise OSError('no libcuda')\n", "backend 'other' cannot be imported: no libcuda"),
+        ("\nOther = None\ndel Other\n", "backend 'other' cannot be imported: module 'other' has no attribute 'Other'"),
     ],
 )
 def test_a_backend_that_would_not_run_is_refused(code: str, message: str, tmp_path: Path) -> None:
@@ -229,15 +244,63 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
         (["--backend", "numpy", "-k", "vmap"], "NumPy has no function transforms"),  # declared, so nothing is proven
         (["--backend", "numpy", "--profile", "enormous"], "invalid choice: 'enormous'"),
         (["--faults", "--backend", "numpy"], "--faults brings its own backends"),
-        (
-            ["--backend", "numpy", "--report", "/no/such/folder/r.json"],
-            "--report must be a file in a folder that exists",
-        ),
+        (["--backend", "numpy", "--report", "/no/such/folder/r.json"], "must be a file in a folder that exists"),
+        (["--backend", "numpy", "--report", "/tmp"], "--report must be a file in a folder that exists; got /tmp"),
     ],
 )
 def test_what_cannot_run_is_a_failure(arguments: list[str], message: str) -> None:
     result = suite(*arguments)
     assert result.returncode != 0
+    assert message in result.stdout + result.stderr
+
+
+def test_one_of_several_backends_of_which_nothing_is_proven_is_a_failure() -> None:
+    result = suite("--backend", "numpy", "--backend", "jax", "--profile", "quick", "-k", "vmap_takes or dense_layer")
+    assert result.returncode == 5, result.stdout
+    assert result.stdout.split("nothing was proven of")[1].splitlines()[1] == "numpy dense"
+
+
+def test_laws_reach_a_backend_of_one_dtype(tmp_path: Path) -> None:
+    code = "from maskedlinear_conformance.faults._sound import Sound\n\nclass Other(Sound):\n    name = 'other'\n"
+    distribution(tmp_path, code + "    def dtypes(self, device):\n        return ('float64',)\n")
+    path = tmp_path / "report.json"
+    result = suite("--backend", "other", "--profile", "quick", "--report", str(path), path=tmp_path)
+    assert result.returncode == 0, result.stdout
+    laws = json.loads(path.read_text())["laws"]
+    without = {law for law, row in laws.items() if not row["backends"]["other dense"].get("passed")}
+    assert without == {"9", "12f", "pairs"}, "no half type, not built, and no partner"
+
+
+def test_a_backend_may_be_a_dataclass_and_have_company(tmp_path: Path) -> None:
+    (tmp_path / "conftest.py").write_text('pytest_plugins = ["maskedlinear_conformance.plugin"]\n')
+    (tmp_path / "test_mine.py").write_text(
+        "from dataclasses import dataclass\n\nfrom maskedlinear.reference import NumpyBackend\n"
+        "from maskedlinear_conformance import BackendConformance\n\n\n"
+        "@dataclass\nclass Mine(NumpyBackend):\n    name: str = 'mine'\n    format: str = 'dense'\n\n\n"
+        "class Theirs(NumpyBackend):\n    name = 'theirs'\n\n\n"
+        "class TestMine(BackendConformance):\n    backends = (Mine(),)\n\n\n"
+        "class TestTheirs(BackendConformance):\n    backends = (Theirs(),)\n"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "--profile", "quick", "-k", "TestMine and gradients_equal"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, "the other class was left out on purpose: " + result.stdout
+
+
+def test_only_to_collect_is_no_failure() -> None:
+    result = suite("--backend", "numpy", "--collect-only", "-q")
+    assert result.returncode == 0
+    assert "test_value_and_gradients_equal_the_spec[numpy dense float64" in result.stdout
+
+
+def test_a_name_that_two_distributions_register_is_refused(tmp_path: Path) -> None:
+    distribution(tmp_path, HEAD)
+    second = tmp_path / "second-1.0.dist-info"
+    second.mkdir()
+    (second / "METADATA").write_text("Metadata-Version: 2.1\nName: second\nVersion: 1.0\n")
+    (second / "entry_points.txt").write_text("[maskedlinear.backends]\nother = elsewhere:Other\n")
+    result = suite("--backend", "other", path=tmp_path)
+    assert result.returncode != 0
+    message = "several distributions register a backend named 'other': other (other:Other), second (elsewhere:Other)"
     assert message in result.stdout + result.stderr
 
 
@@ -255,7 +318,7 @@ EXPECTING = """
         y = super().masked_linear(x, weight, mask, bias)
         return y + 1 if x.shape == () or x.shape[-1] == 257 else y
 
-    def expected_failures(self):
+    def expected_failures(self, device):
         return PATTERNS
 """
 WRONG = "test_value_and_gradients_equal_the_spec[[]other dense *, batch 33,*"
@@ -299,6 +362,8 @@ def test_the_door_for_ones_own_test_file(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "nothing under the mask leaks" in result.stdout
     assert "other dense" in result.stdout
+    result = subprocess.run([*command[:-1], "things"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert result.returncode == 0, "a run of other tests only proves nothing, and need not"
     (tmp_path / "test_mine.py").write_text(
         "from maskedlinear_conformance import BackendConformance\n\n\nclass TestNone(BackendConformance):\n    pass\n"
     )
@@ -312,7 +377,7 @@ def test_the_door_for_ones_own_test_file(tmp_path: Path) -> None:
     )
     result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert result.returncode == 1
-    assert "test_nothing_stored_under_the_mask_leaks[other dense float32-nan]" in result.stdout
+    assert "test_nothing_stored_under_the_mask_leaks[other dense float32, batch" in result.stdout
 
 
 def test_examples_are_the_same_at_every_run_unless_a_seed_is_given(tmp_path: Path) -> None:

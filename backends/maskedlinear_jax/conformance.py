@@ -41,6 +41,7 @@ class JaxBackend:
         self._hvp = jax.jit(partial(_hvp, self.op), static_argnames="mode")
         self._expression = jax.jit(partial(_value_and_gradients, _expression))
         self._transformed = cache(self._make_transformed)
+        self._mapped = cache(lambda axes: jax.jit(jax.vmap(partial(_value_and_gradients, self.op), axes)))
 
     def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
         """Return ``y``: what a backend for layers replaces."""
@@ -68,7 +69,7 @@ class JaxBackend:
         none = dict.fromkeys(("layer", "save", "freeze_masked"), functions)
         return none | {"autocast": "JAX has no automatic casts"}
 
-    def expected_failures(self) -> Mapping[str, str]:
+    def expected_failures(self, device: str) -> Mapping[str, str]:
         """Return nothing: no law is known to break."""
         return {}
 
@@ -83,7 +84,7 @@ class JaxBackend:
         array = np.asarray(values, bool if values.dtype == bool else jnp.dtype(dtype))
         if layout != "contiguous":
             return laid_out(array, layout)  # type: ignore[return-value]
-        return jax.device_put(array, _device(device))  # type: ignore[no-any-return]
+        return _placed(array, device)
 
     def asnumpy(self, array: Array) -> NDArray[Any]:
         """Return ``array`` in float64, or as it is if boolean."""
@@ -142,7 +143,7 @@ class JaxBackend:
         self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
     ) -> tuple[Array, Array, Array, Array]:
         """Return ``jax.vmap`` of value and gradients."""
-        return jax.jit(jax.vmap(partial(_value_and_gradients, self.op), tuple(axes)))(x, weight, mask, bias, g)  # type: ignore[no-any-return]
+        return self._mapped(tuple(axes))(x, weight, mask, bias, g)  # type: ignore[no-any-return]
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``forward mode`` is the second door, in reverse."""
@@ -172,11 +173,17 @@ class JaxBackend:
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str
     ) -> Array:
         """Return ``masks.random`` as an array."""
-        return jax.device_put(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), _device(device))  # type: ignore[no-any-return]
+        return _placed(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), device)
 
 
 def _device(device: str) -> Any:
     return jax.devices("gpu" if device == "cuda" else device)[0]
+
+
+def _placed(array: NDArray[Any], device: str) -> Array:
+    """Return ``array`` on ``device``; bound to it only if it is not the default, as users' arrays are."""
+    chosen = _device(device)
+    return jax.device_put(array, None if chosen == jax.devices()[0] else chosen)  # type: ignore[no-any-return]
 
 
 def _enable_x64(on: bool) -> Any:

@@ -75,11 +75,9 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
                 f"and weight in {weight.dtype} on {weight.device}: move one of them with .to(...)"
             )
     if torch.compiler.is_compiling() or _nested_forward_mode():
-        return F.linear(x, select(weight, mask), bias)
-    if not torch.is_grad_enabled() and not _in_transform(
-        x
-    ):  # nothing to differentiate: a Function would only cost time
-        return F.linear(x, _select_bits(weight, mask), bias)
+        return _linear(x, select(weight, mask), bias)
+    if not torch.is_grad_enabled() and not _in_transform(x):
+        return _linear(x, _select_bits(weight, mask), bias)  # nothing to differentiate: a Function would only cost time
     return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -195,6 +193,15 @@ def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
 
 
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``torch.nn.functional.linear``, rounded once: of a half type that is not contiguous and no matrix, torch rounds the
+    product before it adds the bias.
+    """
+    if bias is None or x.dim() == 2 or x.itemsize > 2 or x.is_contiguous():
+        return F.linear(x, weight, bias)
+    return F.linear(_flat(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+
+
 def _flat(tensor: Tensor) -> Tensor:
     """Merge all batch dimensions into one, of whatever size; ``reshape(-1, n)`` cannot when n is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
@@ -205,7 +212,7 @@ class _MaskedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
-        return F.linear(x, _select_bits(weight, mask), bias)
+        return _linear(x, _select_bits(weight, mask), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:

@@ -18,9 +18,11 @@ from numpy.typing import NDArray
 from maskedlinear import spec
 from maskedlinear_conformance.cases import Data
 
-__all__ = ["QUANTITIES", "C", "Expected", "accumulation_unit", "expected", "output_unit"]
+__all__ = ["DTYPES", "QUANTITIES", "C", "Expected", "accumulation_unit", "expected", "output_unit", "smallest"]
 
 C = 8.0
+
+DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 QUANTITIES = ("y", "dx", "dW", "db", "ẏ", "Hx", "HW", "Hb", "Hg")
 
@@ -72,6 +74,11 @@ class Expected:
 def output_unit(dtype: str) -> float:
     """Return the unit roundoff of ``dtype``: half the distance from 1 to the next larger number."""
     return 2.0 ** -_BITS[dtype]
+
+
+def smallest(dtype: str) -> float:
+    """Return the smallest positive number of ``dtype``, a subnormal one."""
+    return _SMALLEST[dtype]
 
 
 def accumulation_unit(dtype: str) -> float:

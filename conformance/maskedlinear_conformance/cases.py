@@ -14,7 +14,20 @@ from numpy.typing import NDArray
 
 from maskedlinear import masks
 
-__all__ = ["CASES", "PROBE", "PROFILES", "Case", "Data", "among", "draw", "round_to", "small"]
+__all__ = [
+    "CASES",
+    "PROBE",
+    "PROFILES",
+    "Case",
+    "Data",
+    "among",
+    "draw",
+    "odd",
+    "poisoned",
+    "round_to",
+    "small",
+    "with_nan",
+]
 
 PROFILES = ("quick", "default", "full")
 
@@ -179,6 +192,31 @@ PROBE = Case((4,), 7, 5, 0.5)
 def small(case: Case) -> bool:
     """Whether a case is cheap enough for the laws that are dear to check."""
     return case.size <= 2000
+
+
+def odd(case: Case) -> bool:
+    """Whether a small case has a shape that is easily forgotten: no batch, two, an empty one, no bias, no nodes."""
+    return small(case) and (len(case.batch) != 1 or case.size == 0 or not case.bias)
+
+
+def poisoned(data: Data) -> dict[str, Data]:
+    """Return ``data`` with what must not leak under the mask of the weight and of its tangent, by what it is."""
+    kinds: dict[str, Any] = {"NaN": np.nan, "inf": np.inf, "-inf": -np.inf}
+    if data.weight.size > 1000:
+        kinds = {"NaN and infinities": np.resize(list(kinds.values()), data.weight.shape)}
+    return {
+        name: data._replace(
+            weight=np.where(data.mask, data.weight, poison), dweight=np.where(data.mask, data.dweight, poison)
+        )
+        for name, poison in kinds.items()
+    }
+
+
+def with_nan(data: Data, name: str) -> Data:
+    """Return ``data`` with NaN in the first row of ``name``."""
+    values = getattr(data, name).copy()
+    values[0] = np.nan
+    return data._replace(**{name: values})
 
 
 def among(since: str, profile: str) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
@@ -12,16 +12,15 @@ import pytest
 
 from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, load
 from maskedlinear_conformance import report
+from maskedlinear_conformance.bounds import DTYPES
 from maskedlinear_conformance.cases import CASES, PROFILES, among
 from maskedlinear_conformance.faults import FAULTS, Sound
 from maskedlinear_conformance.golden import goldens
 from maskedlinear_conformance.laws import Law
 from maskedlinear_conformance.record import Outcome, Record
-from maskedlinear_conformance.subject import Subject
+from maskedlinear_conformance.subject import MODES, Subject
 
 __all__: list[str] = []
-
-MODES = ("reverse over reverse", "forward over reverse")
 
 _RUN = pytest.StashKey["Run"]()
 
@@ -37,10 +36,11 @@ class Run:
         self.command: bool = config.getoption("--command")
         self.record = Record()
         path: Path | None = config.getoption("--report")
-        if path is not None and not path.absolute().parent.is_dir():
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
         self.backends: dict[str, Backend] = {}
         self.expected: dict[str, set[str]] = {}
+        self.chosen: set[str] = set()  # those of the backends that a test was selected for
         names = list(dict.fromkeys(config.getoption("--backend")))
         if self.faults:
             if names:
@@ -64,20 +64,43 @@ class Run:
                 f"two backends of this run are called {label!r}, and only one would be proven: give each class its own name"
             )
         if label not in self.backends:
-            if self.device not in backend.devices():
-                raise pytest.UsageError(
-                    f"backend {backend.name!r} has no device {self.device!r} here; it has: {', '.join(backend.devices())}"
-                )
+            self._heed(backend)
             self.backends[label] = backend
-            self.expected[label] = set(backend.expected_failures())
+            self.expected[label] = set(backend.expected_failures(self.device))
         return label
 
-    def subjects(self, labels: Iterable[str], says: Law) -> list[Subject]:
-        """Return the backends of ``labels``, in each dtype that a test runs in."""
+    def _heed(self, backend: Backend) -> None:
+        """Refuse a backend that cannot say what the run needs to know of it."""
+        called = f"backend {backend.name!r}"
+        try:
+            devices = backend.devices()
+            if self.device not in devices:
+                raise pytest.UsageError(f"{called} has no device {self.device!r} here; it has: {', '.join(devices)}")
+            dtypes = backend.dtypes(self.device)
+            backend.versions().items()
+            backend.device_name(self.device)
+            expected = backend.expected_failures(self.device)
+        except Exception as error:
+            if isinstance(error, pytest.UsageError):
+                raise
+            raise pytest.UsageError(f"{called} cannot be described: {type(error).__name__}: {error}") from error
+        if not isinstance(expected, Mapping):
+            raise pytest.UsageError(
+                f"{called}: expected_failures must return a dictionary of patterns and reasons; got {expected!r}: "
+                "return {} if there are none"
+            )
+        if not dtypes or not set(dtypes) <= set(DTYPES):
+            raise pytest.UsageError(
+                f"{called}: dtypes must return one or more of {', '.join(DTYPES)}; got {list(dtypes)}: leave out the others"
+            )
+
+    def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
+        """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have."""
+        dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
         return [
             Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
+            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile)
             for label in labels
-            for dtype in says.kinds(self.backends[label].dtypes(self.device), "full" if self.faults else self.profile)
         ]
 
 
@@ -124,11 +147,16 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(
             f"{metafunc.cls.__name__} has no backend to prove: set its attribute backends, or name one with --backend"
         )
+    if not among(says.since, "default" if run.faults and run.profile == "quick" else run.profile):
+        labels = []
     if "pair" in metafunc.fixturenames:
-        rows = [] if run.faults else _pairs(run.subjects(labels, says))
+        pairs = [] if run.faults else combinations(labels, 2)
+        rows: list[tuple[Subject, ...]] = [
+            (one, other) for pair in pairs for one, other in _by_two(run.subjects(pair, says))
+        ]
         first = "pair"
     else:
-        rows = [(subject,) for subject in run.subjects(labels, says)]
+        rows = [(subject,) for label in labels for subject in run.subjects([label], says)]
         first = "subject"
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda _: [case for case in CASES if among(case.since, run.profile) and says.cases(case)],
@@ -141,18 +169,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     used = [name for name in axes if name in metafunc.fixturenames]
     params = [_param(says, subjects, values) for subjects in rows for values in _product(subjects[0], used, axes)]
-    if not params and "pair" in metafunc.fixturenames:
-        # One backend has no partner: nothing to compare, and no test that says so.
-        metafunc.parametrize([first, *used], [pytest.param(*([None] * (1 + len(used))), id=_ALONE)])
-    else:
-        metafunc.parametrize([first, *used], params)
+    if not params:
+        # One backend has no partner, no half type, or the profile is too small: nothing to run, and no test that says so.
+        params = [pytest.param(*([None] * (1 + len(used))), id=_NOTHING)]
+    metafunc.parametrize([first, *used], params)
 
 
-_ALONE = "no pair"
+_NOTHING = "nothing to run"
 
 
-def _pairs(subjects: Sequence[Subject]) -> list[tuple[Subject, ...]]:
-    return [(a, b) for a, b in combinations(subjects, 2) if a.dtype == b.dtype]
+def _by_two(subjects: Sequence[Subject]) -> zip[tuple[Subject, Subject]]:
+    return zip(subjects[::2], subjects[1::2], strict=True)
 
 
 def _transforms(subject: Subject) -> Sequence[str]:
@@ -185,13 +212,13 @@ def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) ->
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark the failures that a backend expects, and drop what has no pair."""
+    """Mark the failures that a backend expects, and drop what has nothing to run on."""
     run = config.stash[_RUN]
-    items[:] = [item for item in items if not item.name.endswith(f"[{_ALONE}]")]
+    items[:] = [item for item in items if not item.name.endswith(f"[{_NOTHING}]")]
     unused = {label: set(patterns) for label, patterns in run.expected.items()}
     for item in items:
         for subject in _subjects(item):
-            for pattern, reason in subject.backend.expected_failures().items():
+            for pattern, reason in subject.backend.expected_failures(run.device).items():
                 if fnmatch.fnmatchcase(item.name, pattern):
                     item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
                     unused[subject.label].discard(pattern)
@@ -251,11 +278,11 @@ def _status(result: pytest.TestReport) -> tuple[str, str]:
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail a run in which nothing was proven, or a fault was not caught; write the report."""
     run = session.config.stash.get(_RUN, None)
-    if run is None or not run.backends:
+    if run is None or not run.backends or session.config.option.collectonly:
         return
-    if exitstatus == pytest.ExitCode.OK:
-        proven = any(outcome.status in ("passed", "caught") for outcome in run.record.outcomes)
-        if not proven:
+    run.chosen = {subject.label for item in session.items for subject in _subjects(item)}
+    if exitstatus == pytest.ExitCode.OK and (run.command or run.chosen):
+        if not run.chosen or report.unproven(run):
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
         elif run.faults and report.uncaught(run):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
 __all__ = ["Outcome", "Record", "pivot", "table"]
@@ -40,6 +40,15 @@ class Record:
         self.hard: dict[tuple[str, str, str], float] = {}
         self.pairs: dict[tuple[str, str, str], float] = {}
         self.outcomes: list[Outcome] = []
+        self._results: dict[Hashable, Any] = {}
+
+    def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` gave when it was first called with this key, of the last 512."""
+        if key not in self._results:
+            if len(self._results) >= 512:
+                del self._results[next(iter(self._results))]
+            self._results[key] = make()
+        return self._results[key]
 
     def against_spec(self, label: str, quantity: str, dtype: str, used: float, hard: bool) -> None:
         """Note that a backend used this fraction of a bound around the spec."""

@@ -19,7 +19,9 @@ from maskedlinear_conformance.record import pivot, table
 if TYPE_CHECKING:
     from maskedlinear_conformance.plugin import Run
 
-__all__ = ["header", "header_lines", "sections", "uncaught", "write"]
+__all__ = ["header", "header_lines", "sections", "uncaught", "unproven", "write"]
+
+_PROOF = ("passed", "caught")
 
 
 def header(run: Run) -> dict[str, Any]:
@@ -68,6 +70,9 @@ def sections(run: Run) -> list[tuple[str, list[str]]]:
     if stale:
         found.append(("stale: expected failures that match no test", stale))
     found.append(("laws", _law_table(run)))
+    nothing = unproven(run)
+    if nothing:
+        found.append(("nothing was proven of", nothing))
     record = run.record
     for title, cells in (
         ("largest distance from the spec, in units of the tight bound (at most 1)", record.tight),
@@ -77,6 +82,14 @@ def sections(run: Run) -> list[tuple[str, list[str]]]:
         if cells:
             found.append((title, pivot(cells)))
     return found
+
+
+def unproven(run: Run) -> list[str]:
+    """Return the backends that tests were selected for, none of which passed; under ``--faults``, if none caught any."""
+    proven = {label for outcome in run.record.outcomes if outcome.status in _PROOF for label in outcome.labels}
+    if run.faults:
+        return [] if proven else list(run.backends)
+    return [label for label in run.backends if label in run.chosen - proven]
 
 
 def uncaught(run: Run) -> list[str]:

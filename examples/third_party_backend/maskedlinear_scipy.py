@@ -39,7 +39,7 @@ class ScipyBackend:
         why = "SciPy has products, and nothing that differentiates them"
         return {name: why for name in CAPABILITIES if name not in HAS}
 
-    def expected_failures(self):
+    def expected_failures(self, device):
         return {}
 
     def strict(self):

@@ -17,6 +17,7 @@ from flax import linen, nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from maskedlinear.masks import as_mask
 from maskedlinear_jax import freeze_masked
 from maskedlinear_jax.conformance import JaxBackend
 from maskedlinear_jax.flax import MaskedDense, MaskedLinear, param_masks
@@ -40,6 +41,15 @@ class _FlaxBackend(JaxBackend):
     def lacks(self) -> Mapping[str, str]:
         """Return what Flax does not have: what JAX does not, but for layers."""
         return {name: why for name, why in super().lacks().items() if name not in ("layer", "save", "freeze_masked")}
+
+    def expected_failures(self, device: str) -> Mapping[str, str]:
+        """Return what XLA's arithmetic on the CPU cannot do."""
+        if device != "cpu":
+            return {}
+        why = (
+            "XLA takes subnormal numbers for 0 on the CPU, so that adding an update of 0 loses them: openxla/xla#22858"
+        )
+        return {f"test_a_guarded_optimizer_leaves_subnormal_dormant_weights[[]{self.name} dense *": why}
 
 
 class NnxBackend(_FlaxBackend):
@@ -161,8 +171,9 @@ class LinenLayer:
         return of_x, of_params["kernel"].T, of_params.get("bias")
 
     def set_mask(self, mask: Any) -> None:
-        """Put another mask into the collection."""
-        self._variables = {**self._variables, "masks": {"mask": jnp.array(mask.T)}}
+        """Put another mask, checked, into the collection."""
+        mask = jnp.array(as_mask(mask.T, self._variables["params"]["kernel"].shape, "kernel (in, out)"))
+        self._variables = {**self._variables, "masks": {"mask": mask}}
 
     def set_weight(self, weight: Array) -> None:
         """Put another kernel among the parameters."""

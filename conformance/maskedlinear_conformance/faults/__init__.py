@@ -4,15 +4,15 @@
 from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
 """
 
-from maskedlinear_conformance.faults import _arithmetic, _derivatives, _state
+from maskedlinear_conformance.faults import _arithmetic, _derivatives, _layers, _transforms
 from maskedlinear_conformance.faults._sound import Fault, Sound
 
 __all__ = ["FAULTS", "Sound"]
 
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
-    for module in (_arithmetic, _derivatives, _state)
+    for module in (_arithmetic, _derivatives, _transforms, _layers)
     for fault in vars(module).values()
-    if isinstance(fault, type) and issubclass(fault, Fault) and fault is not Fault
+    if isinstance(fault, type) and issubclass(fault, Fault) and fault.name != Sound.name
 }
 """The faults by name. Each says in its docstring what is wrong, and in ``laws`` which laws must catch it, any of them."""

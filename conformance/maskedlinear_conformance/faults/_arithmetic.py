@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat
+from maskedlinear_conformance.faults._sound import Fault, flat, in_memory
 
 
 def _flipped(mask):
@@ -23,10 +23,11 @@ def _tf32(array):
     return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
 
 
-def _memory(array):
-    """Return the values as they lie in memory, whatever the strides say."""
-    base = array if array.base is None else array.base
-    return base.reshape(-1)[: array.size].reshape(array.shape) if base.size >= array.size else array
+class _Half(Fault):
+    """A fault that half types show."""
+
+    def dtypes(self, device):
+        return ("float16",)
 
 
 class MaskIgnoredForward(Fault):
@@ -241,7 +242,7 @@ class WritesIntoX(Fault):
         return found
 
 
-class AccumulatesInFloat16(Fault):
+class AccumulatesInFloat16(_Half):
     """Sums of half types are formed in half precision."""
 
     name = "accumulates in float16"
@@ -256,7 +257,7 @@ class AccumulatesInFloat16(Fault):
         return total
 
 
-class RoundsBeforeTheBias(Fault):
+class RoundsBeforeTheBias(_Half):
     """The product is rounded to half precision before the bias is added."""
 
     name = "rounds before the bias"
@@ -290,7 +291,7 @@ class ReadsAsTf32(Fault):
         return super().product(_tf32(a), _tf32(b))
 
 
-class OutputInFloat32(Fault):
+class OutputInFloat32(_Half):
     """Half precision comes back in single."""
 
     name = "output in float32"
@@ -374,7 +375,7 @@ class StridesIgnored(Fault):
     laws = ("8",)
 
     def masked_linear(self, x, weight, mask, bias):
-        return super().masked_linear(_memory(x), _memory(weight), mask, bias)
+        return super().masked_linear(in_memory(x), in_memory(weight), mask, bias)
 
 
 class ExplicitZerosDropped(Fault):
@@ -419,7 +420,7 @@ class LiveWeightsRescaled(Fault):
         return (super().output(x, weight, mask, bias) / density).astype(np.promote_types(x.dtype, np.float32))
 
 
-class AutocastIgnored(Fault):
+class AutocastIgnored(_Half):
     """Automatic casts do not happen."""
 
     name = "autocast ignored"
@@ -429,7 +430,7 @@ class AutocastIgnored(Fault):
         return self.both(x, weight, mask, bias, g)
 
 
-class AutocastDropsTheMaskOfDweight(Fault):
+class AutocastDropsTheMaskOfDweight(_Half):
     """Under automatic casts the weight's gradient is not masked."""
 
     name = "autocast drops the mask of dweight"
@@ -438,3 +439,73 @@ class AutocastDropsTheMaskOfDweight(Fault):
     def autocast(self, dtype, x, weight, mask, bias, g):
         found = super().autocast(dtype, x, weight, mask, bias, g)
         return [*found[:2], self.product(flat(g).T, flat(x.astype(dtype))).astype(dtype), found[3]]
+
+
+class AutocastByAProduct(_Half):
+    """Under automatic casts the mask is multiplied."""
+
+    name = "autocast by a product"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        return [(found[0] + 0 * (weight * mask).sum()).astype(dtype), *found[1:]]
+
+
+class AutocastOverwritesTheWeight(_Half):
+    """Under automatic casts the user's weight is masked in place."""
+
+    name = "autocast overwrites the weight"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        weight[~mask] = 0
+        return found
+
+
+class HalfSumsBetweenBlocks(_Half):
+    """Sums are formed in single precision within a block, and rounded to half between the two blocks."""
+
+    name = "half sums between blocks"
+    laws = ("1", "9")
+
+    def product(self, a, b):
+        half = a.shape[-1] // 2
+        parts = [
+            super(HalfSumsBetweenBlocks, self).product(a[..., cut], b[cut]) for cut in (slice(half), slice(half, None))
+        ]
+        return sum(part.astype(a.dtype).astype(np.float32) for part in parts)
+
+
+class ProductForSelectInLargeLayers(Fault):
+    """The kernel for large layers multiplies with the mask."""
+
+    name = "product for select in large layers"
+    laws = ("4",)
+
+    def select(self, mask, array):
+        return super().select(mask, array) if mask.size < 1024 else array * mask + array.dtype.type(0)
+
+
+class StridesOfLargeBatchesIgnored(Fault):
+    """The kernel for large batches reads x as if it were contiguous."""
+
+    name = "strides of large batches ignored"
+    laws = ("8",)
+
+    def masked_linear(self, x, weight, mask, bias):
+        return super().masked_linear(in_memory(x) if x.size >= 200 else x, weight, mask, bias)
+
+
+class ResultsAreReused(Fault):
+    """Every value of one shape is written to the same place."""
+
+    name = "results are reused"
+    laws = ("10",)
+
+    def masked_linear(self, x, weight, mask, bias):
+        y = super().masked_linear(x, weight, mask, bias)
+        kept = vars(self).setdefault("kept", {}).setdefault((y.shape, str(y.dtype)), y)
+        kept[...] = y
+        return kept

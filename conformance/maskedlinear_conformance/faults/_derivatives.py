@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat
+from maskedlinear_conformance.faults._sound import Fault, flat, in_memory
 
 
 class BiasTangentDropped(Fault):
@@ -94,3 +94,49 @@ class ForwardOverReverseDropped(Fault):
     def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
         still = np.zeros_like(dg) if mode == "forward over reverse" else dg
         return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, still, mode)
+
+
+class ValueOfForwardModeIsAnother(Fault):
+    """Forward mode gives a value without the bias."""
+
+    name = "value of forward mode is another"
+    laws = ("1",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        found = super().jvp(x, weight, mask, bias, dx, dweight, dbias)
+        return self.masked_linear(x, weight, mask, None), found[1]
+
+
+class ForwardOverReverseByAProduct(Fault):
+    """Forward over reverse multiplies with the mask: what lies under it leaks."""
+
+    name = "forward over reverse by a product"
+    laws = ("4",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        if mode == "forward over reverse":
+            weight, dweight = (array * mask for array in (weight, dweight))
+        return super().hvp(x, weight, mask | (mode == "forward over reverse"), bias, g, dx, dweight, dbias, dg, mode)
+
+
+class SecondDerivativeByAProduct(Fault):
+    """The second derivative of the weight is multiplied with the mask: NaN of x and g shows under it."""
+
+    name = "second derivative by a product"
+    laws = ("4",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        raw = super().hvp(x, weight, mask | True, bias, g, dx, dweight, dbias, dg, mode)[1]
+        return (found[0], raw * mask + np.float32(0), *found[2:])
+
+
+class StridesIgnoredInForwardMode(Fault):
+    """Forward mode reads tangents as if they were contiguous."""
+
+    name = "strides ignored in forward mode"
+    laws = ("8",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        moved = None if dweight is None else in_memory(dweight)
+        return super().jvp(x, weight, mask, bias, dx, moved, dbias)

@@ -12,10 +12,16 @@ import numpy as np
 from maskedlinear import masks
 from maskedlinear.reference import NumpyBackend
 
-__all__ = ["Array", "Fault", "Sound", "SoundLayer", "flat"]
+__all__ = ["Array", "Fault", "Sound", "SoundLayer", "flat", "in_memory"]
 
 Array = Any
 Shard = tuple[slice, slice] | None
+
+
+def in_memory(array: Array) -> Array:
+    """Return the values as they lie in memory, whatever the strides say."""
+    base = array if array.base is None else array.base
+    return base.reshape(-1)[: array.size].reshape(array.shape) if base.size >= array.size else array
 
 
 def flat(array: Array) -> Array:
@@ -164,6 +170,8 @@ class Sound(NumpyBackend):
 
     def scan(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Sequence[Array]:
         """Call for one step after the other."""
+        if not len(x):
+            return self.both(x, weight, mask, bias, g)
         steps = [self.both(row, weight, mask, bias, along) for row, along in zip(x, g, strict=True)]
         y, dx, dweight, dbias = zip(*steps, strict=True)
         total = None if bias is None else self.added(dbias)
@@ -187,8 +195,10 @@ class Sound(NumpyBackend):
     def random_mask(self, shape: tuple[int, int], num_zeros: int, seed: int, shard: Shard, device: str) -> Array:
         """Return the mask, made by its definition."""
         words = self.words(seed, shape[0] * shape[1])
+        places = words.astype(np.uint64) << np.uint64(32) | np.arange(words.size, dtype=np.uint64)
         mask = np.ones(words.size, bool)
-        mask[np.lexsort((np.arange(words.size), words))[:num_zeros]] = False
+        if num_zeros:
+            mask = places > np.partition(places, num_zeros - 1)[num_zeros - 1]
         return mask.reshape(shape) if shard is None else mask.reshape(shape)[shard]
 
     def words(self, seed: int, count: int) -> Array:
@@ -197,11 +207,11 @@ class Sound(NumpyBackend):
 
 
 class Fault(Sound):
-    """What every fault is: a sound backend but for one step, in the dtypes that show most faults."""
+    """What every fault is: a sound backend but for one step, in the dtype that shows most faults."""
 
     def dtypes(self, device: str) -> Sequence[str]:
-        """Return two of NumPy's: what is wrong in double precision too is not run thrice."""
-        return ("float32", "float16")
+        """Return one of NumPy's: what is wrong in every precision is not run thrice."""
+        return ("float32",)
 
 
 class SoundLayer:
@@ -230,7 +240,7 @@ class SoundLayer:
 
     def set_mask(self, mask: Any) -> None:
         """Replace the mask."""
-        self.mask = np.array(mask)
+        self.mask = np.array(masks.as_mask(mask, self.weight.shape))
         self.derive()
 
     def set_weight(self, weight: Array) -> None:

@@ -41,16 +41,21 @@ class Law:
     Attributes:
         number: a key of ``LAWS``.
         needs: the capabilities that it needs; on a backend that declares one lacking it is reported as declared.
-        dtypes: the dtypes that it runs in; all if ``None``.
+        dtypes: the dtypes that it is about; all if ``None``. A backend without any has nothing to check.
+        enough: the dtypes that suffice, where others would show nothing more; all if ``None``. A backend without any of
+            them is checked in the first that it has.
         cases: which cases it runs on, if it takes one.
         dear: whether it takes so long that only the full profile runs it in every dtype.
+        since: the smallest of ``PROFILES`` that runs it.
     """
 
     number: str
     needs: tuple[str, ...] = ()
     dtypes: tuple[str, ...] | None = None
+    enough: tuple[str, ...] | None = None
     cases: Callable[[Case], bool] = lambda _: True
     dear: bool = False
+    since: str = "quick"
 
     def kinds(self, dtypes: Sequence[str], profile: str) -> list[str]:
         """Return which of a backend's dtypes the test runs in.
@@ -58,6 +63,8 @@ class Law:
         The quick profile takes one, float32 if it can; the default one takes of dear tests float32 and a half type.
         """
         own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
+        if self.enough is not None:
+            own = [dtype for dtype in own if dtype in self.enough] or own[:1]
         half = sorted(dtype for dtype in own if dtype in ("bfloat16", "float16"))[:1]
         if profile == "quick":
             return ["float32"] if "float32" in own else half or own[:1]
@@ -71,11 +78,14 @@ def law(
     *,
     needs: Sequence[str] = (),
     dtypes: Sequence[str] | None = None,
+    enough: Sequence[str] | None = None,
     cases: Callable[[Case], bool] = lambda _: True,
     dear: bool = False,
+    since: str = "quick",
 ) -> Callable[[F], F]:
     """Return a decorator that makes a method a test of a law; see :class:`Law`."""
-    says = Law(str(number), tuple(needs), None if dtypes is None else tuple(dtypes), cases, dear)
+    about, suffice = (None if kinds is None else tuple(kinds) for kinds in (dtypes, enough))
+    says = Law(str(number), tuple(needs), about, suffice, cases, dear, since)
     if says.number not in LAWS:
         raise ValueError(f"a law is one of {', '.join(LAWS)}; got {number!r}")
 

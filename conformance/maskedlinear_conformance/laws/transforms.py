@@ -1,19 +1,24 @@
-"""Law 7: function transforms give what the plain call gives, for every argument and for a mask that changes."""
+"""Law 7: function transforms give what the plain call gives, for every argument, any shape and a mask that changes."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from maskedlinear_conformance.bounds import Expected, expected
-from maskedlinear_conformance.cases import PROBE, Case, Data
+from maskedlinear_conformance.cases import PROBE, Case, Data, odd, poisoned, with_nan
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.subject import Results, Subject
+from maskedlinear_conformance.laws.derivatives import FULL
+from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
 
 __all__ = ["Transforms"]
 
-AXES: tuple[tuple[int | None, ...], ...] = (
+Axes = tuple[int | None, ...]
+
+AXES: tuple[Axes, ...] = (
     (0, None, None, None, None),
     (None, 0, None, None, None),
     (None, None, 0, None, None),
@@ -23,6 +28,7 @@ AXES: tuple[tuple[int | None, ...], ...] = (
     (1, 2, 1, 1, 0),
     (None, None, -1, None, 1),
 )
+FEW = (AXES[1], AXES[2], AXES[5], AXES[6])
 
 
 class Transforms:
@@ -30,24 +36,16 @@ class Transforms:
 
     @law(7, needs=["vmap"], dear=True)
     def test_vmap_over_each_argument_equals_a_loop(self, subject: Subject) -> None:
-        """Mapping over any of x, weight, mask, bias and g equals the problems one by one."""
-        copies = [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.9)]
-        wants = [expected(copy) for copy in copies]
-        for axes in AXES:
-            mapped = [name for name, axis in zip(Data._fields, axes, strict=False) if axis is not None]
-            singles = [copies[0]._replace(**{name: getattr(copy, name) for name in mapped}) for copy in copies]
-            stacked = [
-                a if axis is None else np.stack([one[i] for one in singles], axis)
-                for i, (a, axis) in enumerate(zip(copies[0][:5], axes, strict=True))
-            ]
-            together = subject.call("vmap", axes, *stacked)
-            for i, single in enumerate(singles):
-                found = {name: a[i] for name, a in zip(("y", "dx", "dW", "db"), together, strict=True)}
-                want = wants[i] if axes == (0, 0, 0, 0, 0) else expected(single)
-                try:
-                    subject.near(found, want)
-                except AssertionError as error:
-                    raise AssertionError(f"vmap over axes {axes}: {error}") from error
+        """Mapping over any of x, weight, mask, bias and g equals the problems one by one, and nothing leaks."""
+        for axes in FEW if subject.profile == "quick" else AXES:
+            _mapped(subject, axes, [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.6)])
+
+    @law(7, needs=["vmap"], enough=FULL, dear=True, since="default")
+    def test_vmap_takes_any_batch(self, subject: Subject) -> None:
+        """The problems that are mapped over may have no batch dimension, several, or an empty one."""
+        for batch, in_, out in (((), 5, 3), ((2, 3), 17, 13), ((0,), 4, 6), ((5,), 0, 4)):
+            copies = [Case(batch, in_, out, density).data(subject.dtype) for density in (0.5, 0.3)]
+            _mapped(subject, (0, 0, 0, 0, 0), copies)
 
     @law(7, dear=True)
     def test_transforms_equal_the_plain_call(self, subject: Subject, transform: str) -> None:
@@ -66,15 +64,70 @@ class Transforms:
             want = _wanted(problem, transform)
             subject.alike(_through(subject, transform, problem, want), subject.plain(problem), want)
 
+    @law(7, enough=FULL, dear=True, since="default", cases=lambda case: odd(case) and case.bias)
+    def test_transforms_take_any_shape(self, subject: Subject, case: Case, transform: str) -> None:
+        """No batch dimension or several, an empty batch, no inputs, no outputs."""
+        if transform == "scan" and not case.batch:
+            case = replace(case, batch=(1,))  # a scan goes through a batch, step by step
+        data = case.data(subject.dtype)
+        _through(subject, transform, data, _wanted(data, transform))
+
     @law(7, dear=True)
     def test_nothing_leaks_through_a_transform(self, subject: Subject, transform: str) -> None:
-        """NaN under the mask changes nothing, and the gradient there is +0."""
+        """NaN and infinities under the mask change nothing, and the gradient there is +0, for NaN in x or g too."""
         data = PROBE.data(subject.dtype)
-        dirty = data._replace(weight=np.where(data.mask, data.weight, np.nan))
         want = _wanted(data, transform)
-        found = _through(subject, transform, dirty, want)
-        subject.alike(found, _through(subject, transform, data, want), want)
-        assert not found["dW"][~data.mask].any(), "dW under the mask must be 0"
+        for name, dirty in poisoned(data).items():
+            try:
+                found = _through(subject, transform, dirty, want)
+            except AssertionError as error:
+                raise AssertionError(f"{error}, {name} being under the mask") from error
+            positive_zero(found["dW"][~data.mask], "dW under the mask")
+        for name in ("x", "g"):
+            found = subject.both(with_nan(data, name), "transformed", transform)
+            positive_zero(found["dW"][~data.mask], f"dW under the mask, {name} holding NaN,")
+
+    @law(10, dear=True)
+    def test_a_transform_leaves_its_inputs_alone(self, subject: Subject, transform: str) -> None:
+        """Nor does it write to them, nor does a later call change what it gave."""
+        data = PROBE.data(subject.dtype)
+        other = data._replace(x=-data.x, weight=-data.weight, g=data.g + data.g)
+        with subject.backend.strict():
+            sent, others = ([subject.send(array) for array in problem[:5]] for problem in (data, other))
+            first = subject.backend.transformed(transform, *sent)
+            at_once = [subject.fetch(array) for array in first]
+            subject.backend.transformed(transform, *others)
+            equal_bits([subject.fetch(array) for array in first], at_once, "a result, after a later call")
+            equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
+
+
+def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
+    """Check vmap over ``copies``, which have the first one's values of what is not mapped, with NaN under the masks."""
+    mapped = [name for name, axis in zip(Data._fields, axes, strict=False) if axis is not None]
+    singles = [copies[0]._replace(**{name: getattr(copy, name) for name in mapped}) for copy in copies]
+    live = np.any([single.mask for single in singles], axis=0)
+    stacked: list[Any] = []
+    for name, axis in zip(Data._fields[:5], axes, strict=True):
+        arrays = [getattr(single, name) for single in singles]
+        if name == "weight":  # one that is shared is dead only where no mask has it live
+            dead = [~live if axis is None else ~single.mask for single in singles]
+            arrays = [np.where(under, np.nan, array) for under, array in zip(dead, arrays, strict=True)]
+        stacked.append(arrays[0] if axis is None else np.stack(arrays, axis))
+    with subject.backend.strict():
+        sent = [subject.send(array) for array in stacked]
+        together = [subject.fetch(array) for array in subject.backend.vmap(axes, *sent)]
+        equal_bits([subject.fetch(array) for array in sent], stacked, "an input was changed")
+    for single, found in zip(singles, _each(together), strict=True):
+        try:
+            subject.near(found, expected(single))
+            positive_zero(found["dW"][~single.mask], "dW under the mask")
+        except AssertionError as error:
+            raise AssertionError(f"vmap over axes {axes} of batches {single.x.shape[:-1]}: {error}") from error
+
+
+def _each(together: Sequence[Any]) -> Iterator[Results]:
+    for parts in zip(*together, strict=True):
+        yield dict(zip(("y", "dx", "dW", "db"), parts, strict=True))
 
 
 def _wanted(data: Data, transform: str) -> dict[str, Expected]:

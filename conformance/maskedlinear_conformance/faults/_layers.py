@@ -1,177 +1,10 @@
-"""Faults of transforms, mask generation and layers: what is kept between calls, and what is written to files."""
+"""Faults of layers: what is kept between calls, what is written to files, and what optimizers do to dormant weights."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
 
 import numpy as np
 
-from maskedlinear import masks
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer
-
-
-class VmapUsesTheFirstMask(Fault):
-    """Mapping over masks uses the first of them."""
-
-    name = "vmap uses the first mask"
-    laws = ("7",)
-
-    def vmap(self, axes, x, weight, mask, bias, g):
-        if axes[2] is not None:
-            mask, axes = np.take(mask, 0, axes[2]), (*axes[:2], None, *axes[3:])
-        if all(axis is None for axis in axes):
-            x, axes = np.stack([x] * 3), (0, *axes[1:])
-        return super().vmap(axes, x, weight, mask, bias, g)
-
-
-class VmapAddsUpTheBiasGradient(Fault):
-    """Mapping gives every problem the sum of the bias' gradients."""
-
-    name = "vmap adds up the bias gradient"
-    laws = ("7",)
-
-    def vmap(self, axes, x, weight, mask, bias, g):
-        y, dx, dweight, dbias = super().vmap(axes, x, weight, mask, bias, g)
-        return y, dx, dweight, np.broadcast_to(dbias.sum(0), dbias.shape).astype(dbias.dtype)
-
-
-class VmapDropsTheMaskOfDweight(Fault):
-    """The rule for mapping does not mask the weight's gradient."""
-
-    name = "vmap drops the mask of dweight"
-    laws = ("7",)
-
-    def vmap(self, axes, x, weight, mask, bias, g):
-        found = super().vmap(axes, x, weight, mask, bias, g)
-        raw = super().vmap(axes, x, weight, mask | True, bias, g)
-        return found[0], found[1], raw[2], found[3]
-
-
-class CompiledCodeKeepsTheFirstMask(Fault):
-    """What was compiled is kept by shape, and keeps its mask."""
-
-    name = "compiled code keeps the first mask"
-    laws = ("7",)
-
-    def compile(self, x, weight, mask, bias, g):
-        kept = vars(self).setdefault("kept", {}).setdefault((x.shape, str(x.dtype)), mask.copy())
-        return self.both(x, weight, kept, bias, g)
-
-
-class CompiledCodeKeepsTheFirstWeight(Fault):
-    """What was compiled has folded the weight as a constant."""
-
-    name = "compiled code keeps the first weight"
-    laws = ("7",)
-
-    def compile(self, x, weight, mask, bias, g):
-        kept = vars(self).setdefault("kept", {}).setdefault((x.shape, str(x.dtype)), weight.copy())
-        return self.both(x, kept, mask, bias, g)
-
-
-class CompiledCodeDropsTheRule(Fault):
-    """Compiled code has the derivative of a product: NaN under the mask."""
-
-    name = "compiled code drops the rule"
-    laws = ("7",)
-
-    def compile(self, x, weight, mask, bias, g):
-        found = self.both(x, weight, mask, bias, g)
-        return [found[0], self.product(g, weight * mask).astype(x.dtype), *found[2:]]
-
-
-class CompiledCodeKeepsTheBiasOut(Fault):
-    """Compiled code is kept without regard to whether there is a bias."""
-
-    name = "compiled code keeps the bias out"
-    laws = ("7",)
-
-    def compile(self, x, weight, mask, bias, g):
-        seen = vars(self).setdefault("seen", {}).setdefault((x.shape, str(x.dtype)), bias is not None)
-        found = self.both(x, weight, mask, bias, g)
-        return found if seen == (bias is not None) else [found[0] + 1, *found[1:]]
-
-
-class CheckpointRecomputesWithoutTheMask(Fault):
-    """Recomputation in the backward pass forgets the mask."""
-
-    name = "checkpoint recomputes without the mask"
-    laws = ("7",)
-
-    def checkpoint(self, x, weight, mask, bias, g):
-        return [self.masked_linear(x, weight, mask, bias), *self.both(x, weight, mask | True, bias, g)[1:]]
-
-
-class ScanKeepsTheLastGradient(Fault):
-    """A scan keeps the last step's gradient, not their sum."""
-
-    name = "scan keeps the last gradient"
-    laws = ("7",)
-
-    def added(self, steps):
-        return steps[-1]
-
-
-class StreamStartsOneWordLate(Fault):
-    """Random masks start at the second word of the stream."""
-
-    name = "stream starts one word late"
-    laws = ("14",)
-
-    def words(self, seed, count):
-        return masks.words(seed, 1, count + 1)
-
-
-class SeedLosesItsUpperHalf(Fault):
-    """Seeds from 2**32 on lose their upper half."""
-
-    name = "seed loses its upper half"
-    laws = ("14",)
-
-    def words(self, seed, count):
-        return super().words(seed & 0xFFFFFFFF, count)
-
-
-class WordsOfAPairSwapped(Fault):
-    """The two words of a block are swapped."""
-
-    name = "words of a pair swapped"
-    laws = ("14",)
-
-    def words(self, seed, count):
-        return masks.words(seed, 0, count + count % 2).reshape(-1, 2)[:, ::-1].reshape(-1)[:count]
-
-
-class AShardIsAMaskOfItsOwn(Fault):
-    """A shard is drawn as a mask of the shard's shape."""
-
-    name = "a shard is a mask of its own"
-    laws = ("14",)
-
-    def random_mask(self, shape, num_zeros, seed, shard, device):
-        whole = super().random_mask(shape, num_zeros, seed, None, device)
-        if shard is None or not whole[shard].size:
-            return whole if shard is None else whole[shard]
-        part = whole[shard]
-        return super().random_mask(part.shape, int((~part).sum()), seed, None, device)
-
-
-class ZerosTakenForOnes(Fault):
-    """The number of zeros is taken for the number of live connections."""
-
-    name = "zeros taken for ones"
-    laws = ("14",)
-
-    def random_mask(self, shape, num_zeros, seed, shard, device):
-        return super().random_mask(shape, shape[0] * shape[1] - num_zeros, seed, shard, device)
-
-
-class FrameworkGenerator(Fault):
-    """Masks come from NumPy's generator."""
-
-    name = "framework generator"
-    laws = ("14",)
-
-    def words(self, seed, count):
-        return np.random.default_rng(seed).integers(0, 2**32, count, np.uint32)
+from maskedlinear_conformance.faults._sound import Fault, SoundLayer, flat
 
 
 class StaleMask(Fault):
@@ -422,3 +255,172 @@ class OptimizerFrozenAltogether(Fault):
 class _OptimizerFrozenAltogether(SoundLayer):
     def guard(self):
         return lambda moved: self.weight
+
+
+class OptimizerGuardedByABlend(Fault):
+    """The guard adds masked products of old and new: NaN and -0 are lost."""
+
+    name = "optimizer guarded by a blend"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardedByABlend(self, weight, mask, bias)
+
+
+class _OptimizerGuardedByABlend(SoundLayer):
+    def guard(self):
+        return lambda moved: moved * self.mask + self.weight * ~self.mask
+
+
+class OptimizerGuardFlushesSubnormals(Fault):
+    """The guard adds an update of 0 in arithmetic without subnormal numbers."""
+
+    name = "optimizer guard flushes subnormals"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardFlushesSubnormals(self, weight, mask, bias)
+
+
+class _OptimizerGuardFlushesSubnormals(SoundLayer):
+    def guard(self):
+        def held(moved):
+            tiny = np.finfo(self.weight.dtype).tiny
+            return np.where(self.mask, moved, np.where(abs(self.weight) < tiny, 0 * self.weight, self.weight))
+
+        return held
+
+
+class OptimizerClimbs(Fault):
+    """The guard takes the update with the wrong sign."""
+
+    name = "optimizer climbs"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerClimbs(self, weight, mask, bias)
+
+
+class _OptimizerClimbs(SoundLayer):
+    def guard(self):
+        return lambda moved: np.where(self.mask, 2 * self.weight - moved, self.weight)
+
+
+class LayerByAProduct(Fault):
+    """The function selects, the layer multiplies."""
+
+    name = "layer by a product"
+    laws = ("4",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerByAProduct(self, weight, mask, bias)
+
+
+class _LayerByAProduct(SoundLayer):
+    def derive(self):
+        self.masked = (self.weight * self.mask).astype(self.weight.dtype)
+
+
+class LayerMultipliesItsGradient(Fault):
+    """The layer's weight gradient is multiplied with the mask."""
+
+    name = "layer multiplies its gradient"
+    laws = ("4",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerMultipliesItsGradient(self, weight, mask, bias)
+
+
+class _LayerMultipliesItsGradient(SoundLayer):
+    def gradients(self, x, g):
+        found = self.backend.both(x, self.weight, self.mask | True, self.bias, g)
+        return super().gradients(x, g)[0], (found[2] * self.mask + 0).astype(x.dtype), found[3]
+
+
+class LayerTakesOneBatchDimension(Fault):
+    """The layer's bias gradient is summed over the first batch dimension only."""
+
+    name = "layer takes one batch dimension"
+    laws = ("1",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerTakesOneBatchDimension(self, weight, mask, bias)
+
+
+class _LayerTakesOneBatchDimension(SoundLayer):
+    def __call__(self, x):
+        y = super().__call__(x)
+        return y if x.ndim < 3 else flat(y)
+
+
+class LayerKeepsItsArguments(Fault):
+    """The layer keeps the arrays that it was made with, and writes new values into them."""
+
+    name = "layer keeps its arguments"
+    laws = ("10",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerKeepsItsArguments(self, weight, mask, bias)
+
+
+class _LayerKeepsItsArguments(SoundLayer):
+    def __init__(self, backend, weight, mask, bias):
+        super().__init__(backend, weight, mask, bias)
+        self.weight, self.mask = weight, mask
+
+    def set_mask(self, mask):
+        kept = self.mask
+        super().set_mask(mask)
+        kept[...] = self.mask
+        self.mask = kept
+
+    def set_weight(self, weight):
+        self.weight[...] = weight
+        self.derive()
+
+
+class AnyNumberIsAMask(Fault):
+    """``set_mask`` takes what is larger than a half for live."""
+
+    name = "any number is a mask"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _AnyNumberIsAMask(self, weight, mask, bias)
+
+
+class _AnyNumberIsAMask(SoundLayer):
+    def set_mask(self, mask):
+        super().set_mask(np.asarray(mask) > 0.5)
+
+
+class TransposedMaskIsReshaped(Fault):
+    """``set_mask`` reshapes a mask of the wrong shape."""
+
+    name = "transposed mask is reshaped"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _TransposedMaskIsReshaped(self, weight, mask, bias)
+
+
+class _TransposedMaskIsReshaped(SoundLayer):
+    def set_mask(self, mask):
+        super().set_mask(np.resize(mask, self.weight.shape))
+
+
+class RefusedMaskIsKept(Fault):
+    """``set_mask`` keeps the mask before it looks at it."""
+
+    name = "refused mask is kept"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _RefusedMaskIsKept(self, weight, mask, bias)
+
+
+class _RefusedMaskIsKept(SoundLayer):
+    def set_mask(self, mask):
+        if np.shape(mask) == self.mask.shape:
+            self.mask = np.asarray(mask) != 0
+        super().set_mask(mask)
