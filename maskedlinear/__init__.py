@@ -7,6 +7,6 @@ array-api-compat only. The layers live behind one face a framework: ``maskedline
 
 from maskedlinear import backends, masks, spec
 
-__all__ = ["__version__", "backends", "masks", "spec"]
+__all__ = ["__version__", "backends", "masks", "pattern", "spec"]
 
 __version__ = "0.1.0"

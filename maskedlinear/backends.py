@@ -44,12 +44,14 @@ CAPABILITIES: Mapping[str, str | None] = {
     "expression": "expression",
     "dense": "dense",
     "vmap": "vmap",
+    "vmap over the mask": "vmap",
     "compile": "transformed",
     "checkpoint": "transformed",
     "scan": "transformed",
     "autocast": "autocast",
     **dict.fromkeys(LAYOUTS),
     "layer": "layer",
+    "dormant weights": "layer",
     "save": "layer",
     "freeze_masked": "layer",
     "masks": "random_mask",
@@ -211,7 +213,11 @@ class Capable(Protocol):
 
 
 class Layer(Protocol):
-    """A layer as users have it: it keeps its weight and its mask, copies of what it was made with."""
+    """A layer as users have it: it keeps its weight and its mask, copies of what it was made with.
+
+    One that lacks ``"dormant weights"`` keeps the live weights only, and a mask that never changes: its state shows 0 under
+    the mask, it has no ``set_mask``, and no optimizer to guard.
+    """
 
     optimizers: Sequence[str]
 

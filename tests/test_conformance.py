@@ -99,10 +99,11 @@ def test_the_checks_that_laws_are_made_of() -> None:
 def test_registry() -> None:
     assert {"jax", "linen", "nnx", "numpy", "torch"} <= set(available())
     for name in ("numpy", "torch", "jax", "nnx", "linen"):
-        (backend,) = load(name)
-        assert isinstance(backend, Backend)
-        assert backend.name == name
-        assert "cpu" in backend.devices()
+        for backend in load(name):
+            assert isinstance(backend, Backend)
+            assert backend.name == name
+            assert "cpu" in backend.devices()
+    assert [backend.format for backend in load("torch")] == ["dense", "sparse"]
     with pytest.raises(BackendNotAvailableError, match=r"no backend named 'none' is registered; registered: .*torch"):
         load("none")
 
@@ -211,7 +212,7 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "backend torch dense: torch 2." in result.stdout
-    assert "lacks vmap, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
+    assert "lacks vmap, vmap over the mask, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
     sections = result.stdout.split("largest difference between backends, in units of the bound (at most 1)")
     assert len(sections) == 2, "the last table compares the backends"
     rows = [
@@ -222,7 +223,7 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     assert all(0 <= float(row[2]) <= 1 for row in rows)
     report = json.loads(path.read_text())
     assert report["exit_status"] == 0
-    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense"}
+    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense", "torch sparse"}
     assert report["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
     assert report["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
     assert report["laws"]["1"]["backends"]["torch dense"]["passed"] > 30

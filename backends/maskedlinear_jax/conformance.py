@@ -66,7 +66,7 @@ class JaxBackend:
     def lacks(self) -> Mapping[str, str]:
         """Return what JAX does not have."""
         functions = "these are functions; the layers are the backends nnx and linen"
-        none = dict.fromkeys(("layer", "save", "freeze_masked"), functions)
+        none = dict.fromkeys(("layer", "dormant weights", "save", "freeze_masked"), functions)
         return none | {"autocast": "JAX has no automatic casts"}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:

@@ -20,7 +20,19 @@ from torch.autograd import forward_ad
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
 
-__all__ = ["FLOATING", "aligned", "as_tensor", "check_dense", "mask_tensor", "masked_linear", "select", "whole"]
+__all__ = [
+    "FLOATING",
+    "aligned",
+    "as_tensor",
+    "autocast_arguments",
+    "check_dense",
+    "flat",
+    "is_grads_batched",
+    "mask_tensor",
+    "masked_linear",
+    "select",
+    "whole",
+]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
@@ -63,6 +75,23 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
         return F.linear(x, select(weight, mask), bias)
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
+    x, weight, bias = autocast_arguments(x, weight, bias, "weight")
+    if torch.compiler.is_compiling() or _nested_forward_mode():
+        return _linear(x, select(weight, mask), bias)
+    if not torch.is_grad_enabled() and not _in_transform(x):
+        return _linear(x, _select_bits(weight, mask), bias)  # nothing to differentiate: a Function would only cost time
+    return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def autocast_arguments(
+    x: Tensor, weight: Tensor, bias: Tensor | None, called: str
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Cast the arguments as autocast does, if it is on, and check that they belong together.
+
+    Raises:
+        TypeError: if their dtypes differ.
+        ValueError: if their devices do. ``called`` is what the message calls the weight.
+    """
     kind = weight.device.type
     if kind != "meta" and torch.is_autocast_enabled(kind):  # which refuses to answer for meta
         dtype = torch.get_autocast_dtype(kind)
@@ -71,14 +100,10 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and (tensor.dtype != weight.dtype or tensor.device != weight.device):
             raise (TypeError if tensor.dtype != weight.dtype else ValueError)(
-                f"x, weight and bias must have one dtype and one device; got {name} in {tensor.dtype} on {tensor.device} "
-                f"and weight in {weight.dtype} on {weight.device}: move one of them with .to(...)"
+                f"x, {called} and bias must have one dtype and one device; got {name} in {tensor.dtype} on {tensor.device} "
+                f"and {called} in {weight.dtype} on {weight.device}: move one of them with .to(...)"
             )
-    if torch.compiler.is_compiling() or _nested_forward_mode():
-        return _linear(x, select(weight, mask), bias)
-    if not torch.is_grad_enabled() and not _in_transform(x):
-        return _linear(x, _select_bits(weight, mask), bias)  # nothing to differentiate: a Function would only cost time
-    return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return x, weight, bias
 
 
 def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
@@ -172,9 +197,12 @@ def _is_tracing() -> bool:
 
 def _in_transform(tensor: Tensor) -> bool:
     """Whether a ``torch.func`` transform is on, or ``tensor`` is a batch of gradients (``is_grads_batched``)."""
-    if _peek is None or _is_batch is None:
-        return True
-    return _peek() is not None or bool(_is_batch(tensor))
+    return _peek is None or _peek() is not None or is_grads_batched(tensor)
+
+
+def is_grads_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a batch of gradients that ``torch.autograd.grad`` was asked for with ``is_grads_batched``."""
+    return _is_batch is None or bool(_is_batch(tensor))
 
 
 def _nested_forward_mode() -> bool:
@@ -199,10 +227,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None or x.dim() == 2 or x.itemsize > 2 or x.is_contiguous():
         return F.linear(x, weight, bias)
-    return F.linear(_flat(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(flat(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def _flat(tensor: Tensor) -> Tensor:
+def flat(tensor: Tensor) -> Tensor:
     """Merge all batch dimensions into one, of whatever size; ``reshape(-1, n)`` cannot when n is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -227,9 +255,9 @@ class _MaskedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             dx = g @ _select_bits(weight, mask)
         if ctx.needs_input_grad[1]:
-            dweight = _select_bits(_flat(g).mT @ _flat(x), mask)
+            dweight = _select_bits(flat(g).mT @ flat(x), mask)
         if ctx.needs_input_grad[3]:
-            dbias = _flat(g).sum(0)
+            dbias = flat(g).sum(0)
         return dx, dweight, None, dbias
 
     @staticmethod

@@ -6,7 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
-from maskedlinear_torch import MaskedLinear, freeze_masked, masked_linear
+from maskedlinear.pattern import Pattern
+from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked, masked_linear, sparse_linear
+from maskedlinear_torch._products import Indices
+from maskedlinear_torch._sparse import product
 
 __all__ = ["TorchBackend"]
 
@@ -26,10 +29,10 @@ Bias = Tensor | None
 
 
 class TorchBackend:
-    """``maskedlinear.torch.masked_linear`` in eager mode, and ``MaskedLinear``. See :mod:`maskedlinear.backends`."""
+    """The dense form in eager mode, and the sparse one. See :mod:`maskedlinear.backends`."""
 
     name = "torch"
-    formats = ("dense",)
+    formats = ("dense", "sparse")
 
     def __init__(self, format: str = "dense") -> None:
         self.format = format
@@ -56,6 +59,9 @@ class TorchBackend:
         lacks = {"scan": "torch has no stable scan", "read-only": "torch has no read-only tensors"}
         if not shutil.which("g++"):
             lacks["compile"] = "torch.compile needs a C++ compiler, and there is none here"
+        if self.format == "sparse":
+            lacks["vmap over the mask"] = "a pattern decides how many values there are"
+            lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
         return lacks
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
@@ -93,8 +99,17 @@ class TorchBackend:
         return np.array(host.numpy() if host.dtype is torch.bool else host.double().numpy())
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
-        """Return ``y``."""
-        return masked_linear(x, weight, mask, bias)
+        """Return ``y``; of the sparse form, with the mask's pattern and the weights at its connections."""
+        if self.format == "dense":
+            return masked_linear(x, weight, mask, bias)
+        pattern = self._prepared(mask)
+        return sparse_linear(x, _values(weight, pattern), pattern, bias)
+
+    def _prepared(self, mask: Any) -> Any:
+        """Return the mask; of the sparse form its pattern, which no transform can look for."""
+        if self.format == "dense" or isinstance(mask, Pattern):
+            return mask
+        return Pattern.from_mask(mask.cpu().numpy())
 
     def vjp(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor, wrt: Sequence[str]
@@ -113,7 +128,7 @@ class TorchBackend:
         dbias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return what ``torch.func.jvp`` gives."""
-        inputs = {"x": x, "weight": weight, "bias": bias}
+        inputs, mask = {"x": x, "weight": weight, "bias": bias}, self._prepared(mask)
         tangents = {
             name: tangent for name, tangent in zip(inputs, (dx, dweight, dbias), strict=True) if tangent is not None
         }
@@ -143,6 +158,7 @@ class TorchBackend:
         given = {"x": x, "weight": weight, "bias": bias, "g": g}
         directions = {"x": dx, "weight": dweight, "bias": dbias, "g": dg}
         names = [name for name, array in given.items() if array is not None]
+        mask = self._prepared(mask)
         if mode == "reverse over reverse":
             moving = {name: given[name].detach().requires_grad_() for name in names}  # type: ignore[union-attr]
             y = self.masked_linear(moving["x"], moving["weight"], mask, moving.get("bias"))
@@ -182,7 +198,7 @@ class TorchBackend:
         self, axes: Sequence[int | None], x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``torch.func.vmap`` of value and ``torch.func.vjp``."""
-        return tuple(torch.func.vmap(self._by_func, tuple(axes))(x, weight, mask, bias, g))  # type: ignore[return-value]
+        return tuple(torch.func.vmap(self._by_func, tuple(axes))(x, weight, self._prepared(mask), bias, g))  # type: ignore[return-value]
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
@@ -192,6 +208,7 @@ class TorchBackend:
         self, transform: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return value and gradients through ``transform``."""
+        mask = self._prepared(mask)
         if transform == "torch.func":
             found = self._by_func(x, weight, mask, bias, g)
             y, gradients = found[0], list(found[1:])
@@ -206,7 +223,7 @@ class TorchBackend:
 
             y, gradients = _gradients(kept, x, weight, mask, bias, g)
         else:
-            y, gradients = _gradients(self._compiled[transform], x, weight, mask, bias, g)
+            y, gradients = _gradients(partial(self._through, self._compiled[transform]), x, weight, mask, bias, g)
         return (y, *_all(gradients))
 
     @cached_property
@@ -214,10 +231,18 @@ class TorchBackend:
         config: Any = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its older name
         setattr(config, limit, max(getattr(config, limit), 64))  # one program for each shape and dtype
+        layer: Callable[..., Tensor] = masked_linear if self.format == "dense" else product
         return {
-            name: torch.compile(self.masked_linear, fullgraph=True, backend=backend)
+            name: torch.compile(layer, fullgraph=True, backend=backend)
             for name, backend in (("compile", "inductor"), ("aot_eager", "aot_eager"))
         }
+
+    def _through(self, compiled: Callable[..., Tensor], x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
+        """Call what was compiled, the pattern being made before: its size is data."""
+        if self.format == "dense":
+            return compiled(x, weight, mask, bias)
+        pattern = self._prepared(mask)
+        return compiled(x, _values(weight, pattern), Indices.of(pattern, x.device), pattern.shape[1], bias)
 
     def _by_func(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
         moving = [array for array in (x, weight, bias) if array is not None]
@@ -241,8 +266,16 @@ class TorchBackend:
         return (y, *_all(gradients))
 
     def layer(self, weight: Tensor, mask: Tensor, bias: Bias) -> TorchLayer:
-        """Return a ``MaskedLinear``."""
+        """Return a ``MaskedLinear`` or a ``SparseLinear``."""
         out, in_ = weight.shape
+        if self.format == "sparse":
+            pattern = self._prepared(mask)
+            sparse = SparseLinear(in_, out, bias is not None, pattern, device=weight.device, dtype=weight.dtype)
+            with torch.no_grad():
+                sparse.values.copy_(_values(weight, pattern))
+                if bias is not None and sparse.bias is not None:
+                    sparse.bias.copy_(bias)
+            return SparseTorchLayer(self, sparse)
         module = MaskedLinear(in_, out, bias=bias is not None, device=weight.device, dtype=weight.dtype)
         module.set_mask(mask)
         with torch.no_grad():
@@ -263,7 +296,7 @@ class TorchLayer:
 
     optimizers = ("sgd with momentum", "adamw")
 
-    def __init__(self, backend: TorchBackend, module: MaskedLinear) -> None:
+    def __init__(self, backend: TorchBackend, module: Any) -> None:
         self._backend, self._module = backend, module
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -318,6 +351,47 @@ class TorchLayer:
             made.step()
 
         return step
+
+
+class SparseTorchLayer(TorchLayer):
+    """A ``SparseLinear`` as :class:`maskedlinear.backends.Layer`."""
+
+    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return what ``backward`` leaves in ``.grad``, the values' laid out as a matrix."""
+        x = x.detach().requires_grad_()
+        self._module.zero_grad()
+        self(x).backward(g)
+        bias = self._module.bias
+        return _grad(x), self._matrix(_grad(self._module.values)), None if bias is None else _grad(bias)
+
+    def set_mask(self, mask: Any) -> None:
+        """Refuse: which connections there are is fixed."""
+        raise NotImplementedError("the pattern of a SparseLinear is fixed")
+
+    def set_weight(self, weight: Tensor) -> None:
+        """Write the live ones into the parameter."""
+        with torch.no_grad():
+            self._module.values.copy_(_values(weight, self._module.pattern))
+
+    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Return the state as NumPy arrays, the values laid out as a matrix."""
+        bias, send = self._module.bias, self._backend.asnumpy
+        mask = self._module.pattern.to_mask()
+        return send(self._matrix(self._module.values)), mask, None if bias is None else send(bias)
+
+    def _matrix(self, values: Tensor) -> Tensor:
+        pattern = self._module.pattern
+        matrix = values.detach().new_zeros(pattern.shape)
+        matrix[torch.tensor(pattern.rows, dtype=torch.int64), torch.tensor(pattern.indices, dtype=torch.int64)] = (
+            values.detach()
+        )
+        return matrix
+
+
+def _values(weight: Tensor, pattern: Pattern) -> Tensor:
+    """Return the weights at the connections, in the pattern's order."""
+    flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
+    return weight.reshape(-1).index_select(0, torch.tensor(flat, device=weight.device))
 
 
 def _gradients(

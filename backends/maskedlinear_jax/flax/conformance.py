@@ -40,7 +40,8 @@ class _FlaxBackend(JaxBackend):
 
     def lacks(self) -> Mapping[str, str]:
         """Return what Flax does not have: what JAX does not, but for layers."""
-        return {name: why for name, why in super().lacks().items() if name not in ("layer", "save", "freeze_masked")}
+        layers = ("layer", "dormant weights", "save", "freeze_masked")
+        return {name: why for name, why in super().lacks().items() if name not in layers}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
         """Return what XLA's arithmetic on the CPU cannot do."""

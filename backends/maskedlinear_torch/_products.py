@@ -1,0 +1,320 @@
+"""The three products of the sparse form: a closed set, in which the derivative of each is made of the other two.
+
+They work on matrices of features by batch, (in, batch) and (out, batch), because that is how sparse rows are walked fastest.
+"""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from maskedlinear.pattern import Pattern
+from maskedlinear_torch._functional import is_grads_batched
+
+__all__ = ["Indices", "Way", "sddmm", "spmm"]
+
+_CHUNK = 1 << 22  # numbers that the products without MKL gather at once
+
+
+class Way(NamedTuple):
+    """One way to walk a pattern: the compressed rows of a matrix, and where the values are, if not in its order."""
+
+    starts: Tensor
+    across: Tensor
+    order: Tensor | None
+
+
+class Indices(NamedTuple):
+    """A pattern on a device: int32 tensors, as in :class:`maskedlinear.pattern.Pattern` by rows and by columns."""
+
+    indptr: Tensor
+    indices: Tensor
+    starts: Tensor
+    outputs: Tensor
+    order: Tensor
+
+    @classmethod
+    def of(cls, pattern: Pattern, device: torch.device) -> Indices:
+        """Return the indices of ``pattern`` on ``device``, made once for each."""
+        made: Indices = pattern.derived(("torch", device), lambda: cls.new(pattern, device))
+        return made
+
+    @classmethod
+    def new(cls, pattern: Pattern, device: torch.device) -> Indices:
+        """Return tensors of the pattern's own."""
+        arrays = (pattern.indptr, pattern.indices, *pattern.by_column)
+        with torch.inference_mode(False):  # they outlive the call, and others may differentiate
+            return cls(*(torch.tensor(array, device=device) for array in arrays))
+
+    def way(self, transposed: bool) -> Way:
+        """Return the pattern by rows, or, transposed, by columns."""
+        if transposed:
+            return Way(self.starts, self.outputs, self.order)
+        return Way(self.indptr, self.indices, None)
+
+
+def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = False) -> Tensor:
+    """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
+
+    W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
+    return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
+    """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
+    if torch.compiler.is_compiling():
+        return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
+    return _Sddmm.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
+    rows, (depth, batch) = len(way.starts) - 1, right.shape
+    if not values.numel() or not batch:
+        return right.new_zeros(rows, batch)
+    if way.order is not None:
+        values = values.index_select(0, way.order)
+    if not _has_kernels(values, right):
+        return _spmm_plain(values, right, way)
+    matrix = _csr(way, values, depth)
+    with _no_autocast(right.device.type):
+        if batch == 1:  # a matrix times a vector takes less than half the time
+            return torch.mv(matrix, right.reshape(depth))[:, None]
+        product: Tensor = matrix @ right.contiguous()
+    return product
+
+
+def _sddmm(left: Tensor, right: Tensor, way: Way) -> Tensor:
+    depth, batch = right.shape
+    if not way.across.numel() or not batch:
+        return right.new_zeros(way.across.shape)
+    if not _has_kernels(left, right):
+        return _sddmm_plain(left, right, way)
+    matrix = _csr(way, right.new_zeros(way.across.shape), depth)
+    with _no_autocast(right.device.type):
+        sampled: Tensor = torch.sparse.sampled_addmm(matrix, left.contiguous(), right.contiguous().mT, beta=0)
+    return sampled.values()
+
+
+def _spmm_plain(values: Tensor, right: Tensor, way: Way) -> Tensor:
+    product = right.new_zeros(len(way.starts) - 1, right.shape[1])
+    rows = _rows(way)
+    for part in _parts(way, right.shape[1]):
+        # Not in place, which a batch of gradients refuses.
+        product = product.index_add(0, rows[part], values[part, None] * right.index_select(0, way.across[part]))
+    return product
+
+
+def _sddmm_plain(left: Tensor, right: Tensor, way: Way) -> Tensor:
+    rows = _rows(way)
+    parts = [
+        (left.index_select(0, rows[part]) * right.index_select(0, way.across[part])).sum(1)
+        for part in _parts(way, right.shape[1])
+    ]
+    return torch.cat(parts)
+
+
+def _rows(way: Way) -> Tensor:
+    counts = way.starts.diff()
+    return torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts)
+
+
+def _parts(way: Way, batch: int) -> list[slice]:
+    step = max(1, _CHUNK // batch)
+    return [slice(start, start + step) for start in range(0, way.across.numel(), step)]
+
+
+def _has_kernels(*operands: Tensor) -> bool:
+    """Whether torch multiplies compressed rows of these: on the CPU only where it is built with MKL, and no batches."""
+    there = operands[0].device.type == "cuda" or torch.backends.mkl.is_available()
+    return there and not any(is_grads_batched(operand) for operand in operands)
+
+
+def _no_autocast(kind: str) -> AbstractContextManager[Any]:
+    """Return a context without automatic casts: the arguments have their dtypes already, and there are no narrow kernels."""
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+
+
+def _csr(way: Way, values: Tensor, depth: int) -> Tensor:
+    return torch.sparse_csr_tensor(way.starts, way.across, values, (len(way.starts) - 1, depth), check_invariants=False)
+
+
+def _silence() -> None:
+    """Have torch say once, unheard, that its compressed rows are in beta."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")
+
+
+_silence()
+
+
+class _Spmm(torch.autograd.Function):
+    """Arguments: values, right, the five of ``Indices``, and whether the product is the transposed one."""
+
+    @staticmethod
+    def forward(values: Tensor, right: Tensor, *rest: Any) -> Tensor:
+        return _spmm(values, right, Indices(*rest[:5]).way(rest[5]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+        ctx.transposed = inputs[7]
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        values, right, *rest = ctx.saved_tensors
+        pattern = Indices(*rest)
+        dvalues = dright = None
+        if ctx.needs_input_grad[0]:
+            dvalues = sddmm(right, g, pattern) if ctx.transposed else sddmm(g, right, pattern)
+        if ctx.needs_input_grad[1]:
+            dright = spmm(values, g, pattern, not ctx.transposed)
+        return dvalues, dright, *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx: Any, dvalues: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
+        values, right, *rest = ctx.saved_tensors
+        parts = [] if dvalues is None else [spmm(dvalues, right, Indices(*rest), ctx.transposed)]
+        if dright is not None:
+            parts.append(spmm(values, dright, Indices(*rest), ctx.transposed))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], values: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, int]:
+        pattern, transposed = Indices(*rest[:5]), rest[5]
+        _refuse_mapped(dims[2:7])
+        if dims[0] is None:  # one product, of all batches side by side
+            right = right.movedim(dims[1] or 0, 0)
+            copies, depth, batch = right.shape
+            product = spmm(values, right.movedim(1, 0).reshape(depth, copies * batch), pattern, transposed)
+            return product.reshape(product.shape[0], copies, batch), 1
+        one_by_one = [
+            spmm(values.select(dims[0], i), right if dims[1] is None else right.select(dims[1], i), pattern, transposed)
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(one_by_one), 0
+
+
+class _Sddmm(torch.autograd.Function):
+    """Arguments: left, right, and the five of ``Indices``."""
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor, *rest: Tensor) -> Tensor:
+        return _sddmm(left, right, Indices(*rest).way(False))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        left, right, *rest = ctx.saved_tensors
+        pattern = Indices(*rest)
+        dleft = spmm(g, right, pattern) if ctx.needs_input_grad[0] else None
+        dright = spmm(g, left, pattern, True) if ctx.needs_input_grad[1] else None
+        return dleft, dright, *(None,) * 5
+
+    @staticmethod
+    def jvp(ctx: Any, dleft: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
+        left, right, *rest = ctx.saved_tensors
+        parts = [] if dleft is None else [sddmm(dleft, right, Indices(*rest))]
+        if dright is not None:
+            parts.append(sddmm(left, dright, Indices(*rest)))
+        return sum(parts[1:], parts[0])
+
+    @staticmethod
+    def vmap(info: Any, dims: tuple[int | None, ...], left: Tensor, right: Tensor, *rest: Tensor) -> tuple[Tensor, int]:
+        _refuse_mapped(dims[2:])
+        one_by_one = [
+            sddmm(
+                left if dims[0] is None else left.select(dims[0], i),
+                right if dims[1] is None else right.select(dims[1], i),
+                Indices(*rest),
+            )
+            for i in range(info.batch_size)
+        ]
+        return torch.stack(one_by_one), 0
+
+
+def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
+    if any(dim is not None for dim in dims):
+        raise ValueError("a pattern cannot be mapped over by torch.vmap: its size is the size of the values")
+
+
+# Under torch.compile, which refuses a Function with a forward-mode rule: the same products, opaque to the compiler.
+
+
+@torch.library.custom_op("maskedlinear::spmm", mutates_args=())
+def _spmm_op(
+    values: Tensor,
+    right: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    starts: Tensor,
+    outputs: Tensor,
+    order: Tensor,
+    transposed: bool,
+) -> Tensor:
+    return _spmm(values, right, Indices(indptr, indices, starts, outputs, order).way(transposed))
+
+
+@_spmm_op.register_fake
+def _(
+    values: Tensor,
+    right: Tensor,
+    indptr: Tensor,
+    indices: Tensor,
+    starts: Tensor,
+    outputs: Tensor,
+    order: Tensor,
+    transposed: bool,
+) -> Tensor:
+    rows = (starts if transposed else indptr).shape[0] - 1
+    return right.new_empty(rows, right.shape[1])
+
+
+@torch.library.custom_op("maskedlinear::sddmm", mutates_args=())
+def _sddmm_op(
+    left: Tensor, right: Tensor, indptr: Tensor, indices: Tensor, starts: Tensor, outputs: Tensor, order: Tensor
+) -> Tensor:
+    return _sddmm(left, right, Way(indptr, indices, None))
+
+
+@_sddmm_op.register_fake
+def _(
+    left: Tensor, right: Tensor, indptr: Tensor, indices: Tensor, starts: Tensor, outputs: Tensor, order: Tensor
+) -> Tensor:
+    return right.new_empty(indices.shape)
+
+
+def _spmm_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:7])
+    ctx.transposed = inputs[7]
+
+
+def _spmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    values, right, *rest = ctx.saved_tensors
+    sides = (right, g) if ctx.transposed else (g, right)
+    dvalues = torch.ops.maskedlinear.sddmm(*sides, *rest) if ctx.needs_input_grad[0] else None
+    dright = torch.ops.maskedlinear.spmm(values, g, *rest, not ctx.transposed) if ctx.needs_input_grad[1] else None
+    return dvalues, dright, *(None,) * 6
+
+
+def _sddmm_backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    left, right, *rest = ctx.saved_tensors
+    dleft = torch.ops.maskedlinear.spmm(g, right, *rest, False) if ctx.needs_input_grad[0] else None
+    dright = torch.ops.maskedlinear.spmm(g, left, *rest, True) if ctx.needs_input_grad[1] else None
+    return dleft, dright, *(None,) * 5
+
+
+_spmm_op.register_autograd(_spmm_backward, setup_context=_spmm_saved)
+_sddmm_op.register_autograd(_sddmm_backward, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))

@@ -1,0 +1,71 @@
+"""``sparse_linear``: the masked linear layer with one value a connection, and no matrix of the layer's shape."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from maskedlinear.pattern import Pattern
+from maskedlinear.spec import check_floating, check_shapes
+from maskedlinear_torch._functional import FLOATING, autocast_arguments, flat
+from maskedlinear_torch._products import Indices, spmm
+
+__all__ = ["check_values", "product", "sparse_linear"]
+
+
+def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
+    """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
+
+    Differentiable any number of times, in reverse and in forward mode, under every ``torch.func`` transform (but for a map
+    over the pattern) and under ``torch.compile``. Time and memory grow with the connections and the batch. Half types are
+    computed in float32 and rounded once. NaN or infinity in x reaches only what it is connected to.
+
+    Args:
+        x: shape ``(..., in)``.
+        values: shape ``(connections,)``, in x's dtype and on its device, in the pattern's order.
+        pattern: the connections, of shape ``(out, in)``. Its indices move to x's device once, and stay there.
+        bias: shape ``(out,)`` or ``None``.
+
+    Returns:
+        Shape ``(..., out)``.
+
+    Raises:
+        ValueError: if shapes, devices, or the number of values do not belong together.
+        TypeError: if ``pattern`` is none, an argument is not a tensor, or dtypes are not floating or differ.
+    """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a maskedlinear.pattern.Pattern; got {type(pattern).__name__}: make one with "
+            "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
+        )
+    check_values(x, values, pattern.connections, bias)
+    return product(x, values, Indices.of(pattern, values.device), pattern.shape[1], bias)
+
+
+def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | None) -> None:
+    """Raise unless values has one entry a connection, and the arguments one floating dtype and one device."""
+    for name, tensor in (("x", x), ("values", values), ("bias", bias)):
+        if isinstance(tensor, Tensor):
+            check_floating(name, tensor.dtype, tensor.dtype in FLOATING)
+        elif tensor is not None or name != "bias":
+            raise TypeError(
+                f"{name} must be a torch.Tensor; got {type(tensor).__name__}: convert it with torch.as_tensor"
+            )
+    if tuple(values.shape) != (connections,):
+        raise ValueError(
+            f"values must have one entry for each of the pattern's {connections} connections; got shape "
+            f"{tuple(values.shape)}"
+        )
+
+
+def product(x: Tensor, values: Tensor, pattern: Indices, in_features: int, bias: Tensor | None) -> Tensor:
+    """Return y, for arguments whose values are checked already."""
+    out = len(pattern.indptr) - 1
+    check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
+    x, values, bias = autocast_arguments(x, values, bias, "values")
+    wide = torch.promote_types(x.dtype, torch.float32)
+    columns = spmm(values.to(wide), flat(x).mT.to(wide).contiguous(), pattern)
+    y = columns.mT.contiguous()
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype).reshape(*x.shape[:-1], out)

@@ -1,0 +1,337 @@
+"""``SparseLinear``: the masked layer with parameters for its live connections only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+import torch.fx
+from numpy.typing import ArrayLike
+from torch import Tensor, nn
+
+from maskedlinear.pattern import Pattern
+from maskedlinear_torch._functional import FLOATING
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._products import Indices
+from maskedlinear_torch._sparse import check_values, product
+
+__all__ = ["SparseLinear"]
+
+_PATTERN = Indices._fields
+_KEPT = ("indptr", "indices")  # the others are derived of them
+
+
+def _forward(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
+    check_values(x, values, len(values), bias)
+    return product(x, values, Indices(*pattern), in_features, bias)
+
+
+torch.fx.wrap("_forward")  # one node of a traced graph: the checks of its arguments cannot be traced
+
+
+class SparseLinear(nn.Module):
+    """A linear layer with one trainable value a connection: ``y = x · Wᵀ + bias``, W being 0 where there is none.
+
+    Parameters, gradients, optimizer state, files and time cost what the connections cost; no matrix of the layer's shape
+    is ever made. Which connections there are is fixed; :class:`MaskedLinear` is the form whose mask can change. Every
+    optimizer leaves what is not there alone, so none needs a guard.
+
+    ``state_dict`` has the keys ``values``, ``bias``, ``indptr`` and ``indices``, in the order of
+    :class:`maskedlinear.pattern.Pattern`. Loading one brings its own connections along, whatever those of the layer were.
+
+    Args:
+        in_features: the size of x's last dimension.
+        out_features: the size of y's last dimension.
+        bias: whether the layer has a bias, shape ``(out_features,)``.
+        mask: which connections there are: a :class:`maskedlinear.pattern.Pattern`, or an array of shape ``(out_features,
+            in_features)``, booleans or 0s and 1s. ``None`` has all of them, which is rarely worth it.
+        fan_in: what :meth:`reset_parameters` scales the values to: each row's ``"live"`` inputs, or the ``"full"`` number
+            of inputs, as ``nn.Linear`` does.
+        device: as in ``nn.Linear``.
+        dtype: as in ``nn.Linear``; a real floating dtype.
+
+    Shapes:
+        x ``(..., in_features)``; y ``(..., out_features)``.
+
+    Raises:
+        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1.
+        TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    indptr: Tensor
+    indices: Tensor
+    starts: Tensor
+    outputs: Tensor
+    order: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        mask: Any = None,
+        *,
+        fan_in: Literal["live", "full"] = "live",
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if dtype is not None and dtype not in FLOATING:
+            raise TypeError(
+                f"dtype must be a real floating-point dtype of torch (float64, float32, bfloat16 or float16); got {dtype!r}"
+            )
+        if fan_in not in ("live", "full"):
+            raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+        if hasattr(bias, "__len__"):
+            raise TypeError(f"bias must be True or False; got {type(bias).__name__}: a mask is passed as mask=...")
+        pattern = _pattern(mask, (out_features, in_features))
+        super().__init__()
+        self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
+        options: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(pattern.connections, **options))
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        self._pending: Pattern | None = None  # of a layer on the meta device, whose indices have no values
+        for name in _PATTERN:
+            self.register_buffer(name, None, persistent=name in _KEPT)
+        self._set_pattern(pattern)
+        self.reset_parameters()
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return y: shape ``(..., in)`` to ``(..., out)``."""
+        pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
+        return _forward(input, self.values, pattern, self.in_features, self.bias)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The connections; ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``."""
+        if self._pending is not None:
+            return self._pending
+        return Pattern(self.indptr.cpu().numpy(), self.indices.cpu().numpy(), self.in_features)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
+        size = self.in_features * self.out_features
+        return (size - self.values.numel()) / size if size else 0.0
+
+    def reset_parameters(self) -> None:
+        """Draw values and bias anew: from U(-1/√n, 1/√n), where a row has n live inputs, or with ``fan_in="full"`` all.
+
+        The range is nn.Linear's, with :class:`MaskedLinear`'s correction for sparse rows; the draws are fewer, so a
+        MaskedLinear made from the same seed holds other values. A row without connections draws its bias as nn.Linear does.
+        """
+        if self.values.is_meta:
+            return
+        if self._pending is not None:
+            self._set_pattern(self._pending)
+        with torch.no_grad():
+            live = self.indptr.diff()
+            counts = live if self.fan_in == "live" else torch.full_like(live, self.in_features)
+            counts = torch.where(live > 0, counts, self.in_features).clamp(min=1)
+            bound = counts.double().rsqrt().to(self.values.dtype)
+            self.values.uniform_(-1, 1).mul_(bound.repeat_interleave(live))
+            if self.bias is not None:
+                self.bias.uniform_(-1, 1).mul_(bound)
+
+    @classmethod
+    def from_masked(cls, layer: MaskedLinear) -> Self:
+        """Return the sparse form of a ``MaskedLinear``: its live weights and its bias, copied; what is dormant is left out.
+
+        Raises:
+            TypeError: if ``layer`` is no ``MaskedLinear``.
+        """
+        if not isinstance(layer, MaskedLinear):
+            raise TypeError(
+                f"from_masked takes a MaskedLinear; got {type(layer).__name__}: make one with "
+                "MaskedLinear.from_linear(layer, mask)"
+            )
+        with torch.no_grad():
+            made = cls._made(
+                Pattern.from_mask(layer.mask.cpu().numpy()),
+                layer.weight[layer.mask],
+                layer.bias,
+            )
+        made.fan_in = layer.fan_in
+        for name, parameter in made.named_parameters():
+            parameter.requires_grad_(getattr(layer, "weight" if name == "values" else name).requires_grad)
+        return made.train(layer.training)
+
+    @classmethod
+    def from_edges(
+        cls,
+        outputs: ArrayLike,
+        inputs: ArrayLike,
+        shape: tuple[int, int],
+        values: Tensor | None = None,
+        bias: Tensor | bool = True,
+        *,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> Self:
+        """Return a layer with the edges of a list, in any order.
+
+        Args:
+            outputs: shape ``(edges,)``: the output of each edge.
+            inputs: shape ``(edges,)``: its input.
+            shape: ``(out, in)``.
+            values: shape ``(edges,)``, edge by edge, copied; drawn if ``None``.
+            bias: shape ``(out,)``, copied; or whether there is one, of zeros where ``values`` are given.
+            device: as in ``nn.Linear``; where ``values`` are if ``None``.
+            dtype: as in ``nn.Linear``; that of ``values`` if ``None``.
+
+        Raises:
+            ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
+            TypeError: if indices are not whole numbers.
+        """
+        pattern, order = Pattern.from_edges(outputs, inputs, shape)
+        if values is None and isinstance(bias, bool):
+            return cls(pattern.shape[1], pattern.shape[0], bias, pattern, device=device, dtype=dtype)
+        if values is None:
+            raise ValueError(
+                "a bias that is given needs values that are given; got values=None: pass both, or bias=True"
+            )
+        if values.shape != order.shape:
+            raise ValueError(
+                f"values must have one entry for each of the {len(order)} edges; got {tuple(values.shape)}"
+            )
+        values = values.to(device=device, dtype=dtype)
+        if isinstance(bias, bool):
+            bias = values.new_zeros(pattern.shape[0]) if bias else None  # type: ignore[assignment]
+        return cls._made(pattern, values[torch.from_numpy(order).to(values.device)], bias)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, bias: ArrayLike | bool = True, **options: Any) -> Self:
+        """Return a layer whose W is a ``scipy.sparse`` matrix of shape ``(out, in)``; each stored entry is a connection.
+
+        Args:
+            matrix: a sparse matrix or array.
+            bias: shape ``(out,)``; or whether there is one, of zeros.
+            options: ``device`` and ``dtype``, as in ``nn.Linear``.
+
+        Raises:
+            ValueError: if an entry is stored twice, or ``bias`` has another length.
+            TypeError: if ``matrix`` is not sparse.
+        """
+        pattern, data = Pattern.from_scipy(matrix)
+        options = {"dtype": options.pop("dtype", None) or torch.get_default_dtype(), **options}
+        values = torch.tensor(np.asarray(data), **options)
+        if isinstance(bias, bool):
+            return cls._made(pattern, values, values.new_zeros(pattern.shape[0]) if bias else None)
+        return cls._made(pattern, values, torch.tensor(np.asarray(bias), **options))
+
+    def to_masked(self) -> MaskedLinear:
+        """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
+        layer = MaskedLinear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            fan_in=self.fan_in,
+            device=self.values.device,
+            dtype=self.values.dtype,
+        )
+        pattern = self.pattern
+        layer.set_mask(pattern.to_mask())
+        with torch.no_grad():
+            layer.weight.zero_()[layer.mask] = self.values
+            if self.bias is not None:
+                layer.bias.copy_(self.bias)
+        for name, parameter in self.named_parameters():
+            getattr(layer, "weight" if name == "values" else name).requires_grad_(parameter.requires_grad)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """Say the sizes, the number of connections and the sparsity."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, connections={self.values.numel()}, "
+            f"sparsity={self.sparsity:.4g}, bias={self.bias is not None}"
+        )
+
+    @classmethod
+    def _made(cls, pattern: Pattern, values: Tensor, bias: Tensor | None) -> Self:
+        """Return a layer with copies of these."""
+        out, in_ = pattern.shape
+        if bias is not None and bias.shape != (out,):
+            raise ValueError(f"bias must have shape ({out},), one entry an output; got {tuple(bias.shape)}")
+        layer: Self = nn.utils.skip_init(
+            cls, in_, out, bias is not None, pattern, device=values.device, dtype=values.dtype
+        )
+        layer._set_pattern(pattern)
+        with torch.no_grad():
+            layer.values.copy_(values)
+            if bias is not None and layer.bias is not None:
+                layer.bias.copy_(bias)
+        return layer
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        """Write the indices, where the values are."""
+        device = self.values.device
+        self._pending = pattern if device.type == "meta" else None
+        self._buffers.update(Indices.new(pattern, device)._asdict())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = None if self._pending is not None else {name: self._buffers[name] for name in _PATTERN}
+        pattern = self.pattern if before is not None and not self.values.is_meta else None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.values.is_meta:
+            self._pending = self._pending or pattern
+        elif before is not None and self.indices.dtype is not torch.int32:
+            # .type(dtype) converts every tensor of a module; .to, .half and .float leave whole numbers alone.
+            for name, kept in before.items():
+                self._buffers[name] = kept.to(self.values.device)  # type: ignore[union-attr]
+        return self
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        given = [state_dict.get(prefix + name) for name in ("indptr", "indices", "values")]
+        if all(isinstance(part, Tensor) for part in given):
+            try:
+                self._take(*given)  # type: ignore[arg-type]
+            except (ValueError, TypeError) as error:
+                error_msgs.append(f"{prefix}indices: {error}")
+                return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _take(self, indptr: Tensor, indices: Tensor, values: Tensor) -> None:
+        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape."""
+        if indices.is_meta:
+            return
+        pattern = Pattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
+        if pattern.shape[0] != self.out_features or values.shape != indices.shape:
+            raise ValueError(
+                f"a state must have {self.out_features} outputs, as the layer, and as many values as connections; got "
+                f"{pattern.shape[0]} outputs, {tuple(values.shape)} values and {pattern.connections} connections"
+            )
+        if self.values.shape != values.shape:
+            self.values.data = self.values.new_empty(values.shape)
+            self.values.grad = None
+        self._set_pattern(pattern)
+
+
+def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
+    if min(shape) < 0:
+        raise ValueError(f"a layer's sizes must not be negative; got in={shape[1]}, out={shape[0]}")
+    if mask is None:
+        out, in_ = shape
+        starts = np.arange(out + 1, dtype=np.int64) * in_
+        return Pattern(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
+    if isinstance(mask, Pattern):
+        pattern = mask
+    else:
+        pattern = Pattern.from_mask(mask.cpu().numpy() if isinstance(mask, Tensor) else mask)
+    if pattern.shape != shape:
+        fits = ", which is its transpose" if pattern.shape == shape[::-1] else ""
+        raise ValueError(f"a mask must have the layer's shape (out, in) = {shape}; got {pattern.shape}{fits}")
+    return pattern

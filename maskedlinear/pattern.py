@@ -1,0 +1,255 @@
+"""``Pattern``: which connections a sparse layer has, as indices, never as a matrix of the layer's shape.
+
+The order of the connections is fixed, row by row and by column within a row, so that the same values mean the same layer
+in every framework and in every file. A pattern is also kept by columns, because the transposed product walks it that way.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+from functools import cached_property
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from maskedlinear.masks import as_mask
+
+__all__ = ["Pattern"]
+
+Int32 = NDArray[np.int32]
+
+_LIMIT = np.iinfo(np.int32).max
+_BLOCK = 1 << 24  # entries of a mask that are looked at at once
+
+
+class Pattern:
+    """The live connections of a layer: compressed sparse rows of int32.
+
+    Connection k goes from input ``indices[k]`` to the output whose row holds k: row i has the connections
+    ``indptr[i]`` to ``indptr[i + 1] - 1``, by ascending input. Arrays cannot be written to.
+
+    Args:
+        indptr: shape ``(out + 1,)``: where each row starts, and the end of the last.
+        indices: shape ``(connections,)``: the input of each connection.
+        in_features: the number of inputs.
+
+    Raises:
+        ValueError: if ``indptr`` does not start at 0, fall nowhere and end at the number of connections; if an index is
+            no input, or a row's indices do not ascend (an edge is there twice, or the rows are unsorted); or if there are
+            more than 2³¹ - 1 connections, inputs or outputs. :meth:`from_edges` sorts.
+        TypeError: if indices are not whole numbers.
+    """
+
+    def __init__(self, indptr: ArrayLike, indices: ArrayLike, in_features: int) -> None:
+        self.indptr = _int32("indptr", indptr)
+        self.indices = _int32("indices", indices)
+        _check_size("inputs", in_features)
+        _check_size("outputs", len(self.indptr) - 1)
+        if len(self.indptr) == 0:
+            raise ValueError("indptr must have one entry more than there are outputs; got none")
+        self.shape = (len(self.indptr) - 1, int(in_features))
+        counts = np.diff(self.indptr)
+        if self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (counts < 0).any():
+            raise ValueError(
+                f"indptr must rise from 0 to the number of connections, {len(self.indices)}; "
+                f"got one from {self.indptr[0]} to {self.indptr[-1]}{', which falls' if (counts < 0).any() else ''}"
+            )
+        _check_range("input", self.indices, self.shape[1])
+        rises = np.diff(self.indices) > 0
+        starts = self.indptr[1:-1]
+        rises[starts[(starts > 0) & (starts < len(self.indices))] - 1] = True  # a new row may start anywhere
+        if not rises.all():
+            place = int(np.argmin(rises))
+            row = int(np.searchsorted(self.indptr, place, side="right")) - 1
+            raise ValueError(
+                f"the inputs of a row must ascend, each of them once; row {row} has {self.indices[place + 1]} after "
+                f"{self.indices[place]}: Pattern.from_edges sorts, and names duplicates"
+            )
+
+    @property
+    def connections(self) -> int:
+        """The number of live connections."""
+        return len(self.indices)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked connections, in [0, 1]; 0 for a layer of no size."""
+        size = self.shape[0] * self.shape[1]
+        return (size - self.connections) / size if size else 0.0
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the indices, by rows and by columns."""
+        out, in_ = self.shape
+        return 4 * (out + 1 + in_ + 1 + 3 * self.connections)
+
+    @cached_property
+    def rows(self) -> Int32:
+        """The output of each connection, shape ``(connections,)``."""
+        return _frozen(np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.indptr)))
+
+    @cached_property
+    def by_column(self) -> tuple[Int32, Int32, Int32]:
+        """The transposed pattern: ``(indptr (in + 1,), outputs (connections,), order (connections,))``.
+
+        ``order`` says which connection each of its entries is: the transposed values are ``values[order]``.
+        """
+        order = np.argsort(self.indices, kind="stable").astype(np.int32)
+        starts = np.zeros(self.shape[1] + 1, np.int32)
+        np.cumsum(np.bincount(self.indices, minlength=self.shape[1]), out=starts[1:])
+        return _frozen(starts), _frozen(self.rows[order]), _frozen(order)
+
+    @classmethod
+    def from_mask(cls, mask: Any) -> Self:
+        """Return the pattern of a mask, shape ``(out, in)``, booleans or 0s and 1s of any framework on the CPU.
+
+        Raises:
+            ValueError: if the mask is no matrix, or holds anything but 0 and 1.
+        """
+        mask = np.asarray(mask)
+        if mask.ndim != 2:
+            raise ValueError(f"a mask must have shape (out, in); got {mask.shape}")
+        mask = np.asarray(as_mask(mask, mask.shape))
+        out, in_ = mask.shape
+        _check_size("connections", int(np.count_nonzero(mask)))
+        block = max(1, _BLOCK // max(in_, 1))
+        parts = [np.nonzero(mask[start : start + block])[1].astype(np.int32) for start in range(0, out, block)]
+        indptr = np.zeros(out + 1, np.int32)
+        np.cumsum(np.count_nonzero(mask, axis=1), out=indptr[1:])
+        return cls(indptr, np.concatenate(parts) if parts else np.zeros(0, np.int32), in_)
+
+    @classmethod
+    def from_edges(
+        cls, outputs: ArrayLike, inputs: ArrayLike, shape: tuple[int, int]
+    ) -> tuple[Self, NDArray[np.int64]]:
+        """Return the pattern of a list of edges in any order, and where each of its connections was in the list.
+
+        Args:
+            outputs: shape ``(edges,)``: the output of each edge.
+            inputs: shape ``(edges,)``: its input.
+            shape: ``(out, in)``.
+
+        Returns:
+            The pattern, and ``order`` with shape ``(edges,)``: values given edge by edge are ``values[order]`` in the
+            pattern's order.
+
+        Raises:
+            ValueError: if the two differ in length, an edge is there twice, or one leaves the shape.
+            TypeError: if indices are not whole numbers.
+        """
+        _check_size("connections", math.prod(np.shape(outputs)))
+        to, of = _int64("outputs", outputs), _int64("inputs", inputs)
+        if to.shape != of.shape:
+            raise ValueError(
+                f"outputs and inputs must be equally long, an edge's two ends; got {len(to)} outputs and {len(of)} inputs"
+            )
+        out, in_ = (int(size) for size in shape)
+        _check_size("outputs", out)
+        _check_size("inputs", in_)
+        _check_range("output", to, out)
+        _check_range("input", of, in_)
+        order = np.lexsort((of, to))
+        to, of = to[order], of[order]
+        twice = (np.diff(to) == 0) & (np.diff(of) == 0)
+        if twice.any():
+            place = int(np.argmax(twice))
+            raise ValueError(
+                f"each edge must be there once; got the one from input {of[place]} to output {to[place]} more than once, "
+                f"and {int(twice.sum())} duplicates in all: add up their values and drop them first"
+            )
+        indptr = np.zeros(out + 1, np.int32)
+        np.cumsum(np.bincount(to, minlength=out), out=indptr[1:])
+        return cls(indptr, of, in_), order
+
+    @classmethod
+    def from_scipy(cls, matrix: Any) -> tuple[Self, NDArray[Any]]:
+        """Return the pattern of a ``scipy.sparse`` matrix or array of shape ``(out, in)``, and its values.
+
+        Every stored entry is a connection, one whose value is 0 too.
+
+        Raises:
+            ValueError: if an entry is stored twice.
+            TypeError: if ``matrix`` is not a sparse matrix.
+        """
+        if not hasattr(matrix, "tocoo"):
+            raise TypeError(
+                f"from_scipy takes a scipy.sparse matrix or array; got {type(matrix).__name__}: "
+                "a dense mask goes to Pattern.from_mask"
+            )
+        entries = matrix.tocoo()
+        pattern, order = cls.from_edges(entries.row, entries.col, entries.shape)
+        return pattern, np.asarray(entries.data)[order]
+
+    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` gave when it was first called with ``key``: what a framework derives of the pattern."""
+        kept: dict[Hashable, Any] = self.__dict__.setdefault("_derived", {})
+        if key not in kept:
+            kept[key] = make()
+        return kept[key]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is derived."""
+        return {name: getattr(self, name) for name in ("indptr", "indices", "shape")}
+
+    def to_mask(self) -> NDArray[np.bool_]:
+        """Return the mask, shape ``(out, in)``: a dense matrix, a byte an entry."""
+        mask = np.zeros(self.shape, bool)
+        mask[self.rows, self.indices] = True
+        return mask
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the other one has the same connections and shape."""
+        if not isinstance(other, Pattern):
+            return NotImplemented
+        same = self.shape == other.shape and self.connections == other.connections
+        return same and bool((self.indptr == other.indptr).all() and (self.indices == other.indices).all())
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        """Say the shape and the number of connections."""
+        out, in_ = self.shape
+        return f"Pattern({in_} -> {out}, {self.connections} connections, sparsity={self.sparsity:.4g})"
+
+
+def _frozen(array: Int32) -> Int32:
+    array.flags.writeable = False
+    return array
+
+
+def _int64(name: str, values: ArrayLike) -> NDArray[np.int64]:
+    array = np.asarray(values)
+    _check_size("connections", max(array.size - 1, 0))  # indptr has one entry more than it counts
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1:
+        raise ValueError(f"{name} must have one dimension; got shape {array.shape}")
+    if array.dtype.kind not in "iu":
+        raise TypeError(
+            f"{name} must be whole numbers; got an array of dtype {array.dtype}: convert it, if it holds any"
+        )
+    if array.dtype == np.uint64 and array.size and array.max() > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must be below 2**31; got {array.max()}")
+    return array.astype(np.int64)
+
+
+def _int32(name: str, values: ArrayLike) -> Int32:
+    array = np.asarray(values)
+    if array.dtype != np.int32 or array.ndim != 1:
+        array = _int64(name, values)
+        if array.size and (array.max() > _LIMIT or array.min() < -_LIMIT):
+            raise ValueError(f"{name} must be below 2**31; got one from {array.min()} to {array.max()}")
+    return _frozen(array.astype(np.int32))
+
+
+def _check_size(what: str, size: int) -> None:
+    if not 0 <= size <= _LIMIT:
+        raise ValueError(f"a pattern has 0 to 2**31 - 1 {what}, because its indices are int32; got {size}")
+
+
+def _check_range(what: str, indices: NDArray[Any], size: int) -> None:
+    if indices.size and (indices.min() < 0 or indices.max() >= size):
+        wrong = indices.min() if indices.min() < 0 else indices.max()
+        raise ValueError(f"an {what} must be one of the {size}, from 0 to {size - 1}; got {wrong}")

@@ -1,0 +1,352 @@
+"""The sparse form in PyTorch: the products, the function and ``SparseLinear``."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from torch import Tensor, nn
+
+from maskedlinear import masks
+from maskedlinear.pattern import Pattern
+from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
+from maskedlinear_torch import _products
+
+MASK = masks.random((6, 5), sparsity=0.5, seed=7)
+PATTERN = Pattern.from_mask(MASK)
+
+
+def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+    """Return x (4, 3, 5), the values and a bias."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((4, 3, 5), (PATTERN.connections,), (6,))
+    return tuple(  # type: ignore[return-value]
+        torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_(requires_grad)
+        for shape in shapes
+    )
+
+
+def matrix(values: Tensor) -> Tensor:
+    return values.new_zeros(6, 5).index_put((torch.tensor(MASK).nonzero(as_tuple=True)), values)
+
+
+def layer_and_x() -> tuple[SparseLinear, Tensor]:
+    torch.manual_seed(1)
+    return SparseLinear(5, 6, mask=MASK), torch.randn(4, 5)
+
+
+@pytest.fixture(params=["kernels", "plain"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The products by torch's kernels, and as they are where there are none, in several parts."""
+    if request.param == "plain":
+        monkeypatch.setattr(_products, "_has_kernels", lambda *_: False)
+        monkeypatch.setattr(_products, "_CHUNK", 40)
+
+
+@pytest.mark.usefixtures("products")
+def test_the_value_is_the_dense_forms() -> None:
+    x, values, bias = arguments()
+    for given in (bias, None):
+        y = sparse_linear(x, values, PATTERN, given)
+        torch.testing.assert_close(y, masked_linear(x, matrix(values), MASK, given))
+        assert y.is_contiguous(), "as nn.Linear's is, so that .view works"
+
+
+@pytest.mark.usefixtures("products")
+def test_derivatives_of_every_order_mode_and_batch() -> None:
+    def layer(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+        return sparse_linear(x, values, PATTERN, bias)
+
+    batched = {"check_batched_grad": True}
+    assert torch.autograd.gradcheck(
+        layer, arguments(), check_forward_ad=True, check_batched_forward_grad=True, **batched
+    )
+    assert torch.autograd.gradgradcheck(layer, arguments(), check_fwd_over_rev=True, check_rev_over_rev=True, **batched)
+
+
+def test_third_order_and_nested_forward_mode_stay_sparse() -> None:
+    x, values, bias = arguments(requires_grad=False)
+
+    def loss(values: Tensor) -> Tensor:
+        return sparse_linear(x, values, PATTERN, bias).pow(3).sum()
+
+    def dense(values: Tensor) -> Tensor:
+        return masked_linear(x, matrix(values), MASK, bias).pow(3).sum()
+
+    hessian = torch.func.hessian(loss)(values)
+    torch.testing.assert_close(hessian, torch.autograd.functional.hessian(dense, values))
+    torch.testing.assert_close(torch.func.jacfwd(torch.func.jacfwd(loss))(values), hessian)
+    third = torch.func.jacrev(torch.func.hessian(loss))(values)
+    torch.testing.assert_close(third, torch.func.jacrev(torch.func.jacrev(torch.func.jacrev(dense)))(values))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pattern": MASK}, TypeError, "pattern must be a maskedlinear.pattern.Pattern; got ndarray: make one with"),
+        (
+            {"values": torch.zeros(3)},
+            ValueError,
+            r"one entry for each of the pattern's 15 connections; got shape \(3,\)",
+        ),
+        ({"values": np.zeros(15)}, TypeError, "values must be a torch.Tensor; got ndarray"),
+        ({"values": torch.zeros(15, dtype=torch.int32)}, TypeError, "values"),
+        ({"x": torch.zeros(4, 6)}, ValueError, r"x"),
+        ({"bias": torch.zeros(5)}, ValueError, "bias"),
+        ({"bias": torch.zeros(6, dtype=torch.float64)}, TypeError, "x, values and bias must have one dtype"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change: Any, error: type[Exception], message: str) -> None:
+    given: Any = {"x": torch.zeros(4, 5), "values": torch.zeros(15), "pattern": PATTERN, "bias": None}
+    with pytest.raises(error, match=message):
+        sparse_linear(**(given | change))
+
+
+def test_a_map_over_the_pattern_is_refused() -> None:
+    indices = _products.Indices.of(PATTERN, torch.device("cpu"))
+    mapped = [torch.stack([index, index]) for index in indices]
+    with pytest.raises(ValueError, match=r"a pattern cannot be mapped over by torch.vmap"):
+        torch.func.vmap(
+            lambda *pattern: _products.spmm(torch.zeros(15), torch.zeros(5, 2), _products.Indices(*pattern))
+        )(*mapped)
+
+
+def test_a_pattern_that_inference_met_first_can_be_trained() -> None:
+    pattern = Pattern.from_mask(MASK)
+    x, values, bias = arguments()
+    with torch.inference_mode():
+        sparse_linear(x, values, pattern, bias)
+    sparse_linear(x, values, pattern, bias).sum().backward()
+    assert values.grad is not None
+
+
+def test_training_equals_that_of_the_dense_form() -> None:
+    torch.manual_seed(0)
+    dense = MaskedLinear(5, 6, mask=MASK).double()
+    sparse = SparseLinear.from_masked(dense)
+    x, target = torch.randn(32, 5).double(), torch.randn(32, 6).double()
+    for layer in (dense, sparse):
+        optimizer = torch.optim.Adam(layer.parameters(), lr=0.05)
+        for _ in range(20):
+            optimizer.zero_grad()
+            (layer(x) - target).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(sparse.values, dense.weight[dense.mask])
+    torch.testing.assert_close(sparse.bias, dense.bias)
+
+
+def test_forms_convert_without_loss() -> None:
+    masked = MaskedLinear(5, 6, mask=MASK, fan_in="full", dtype=torch.bfloat16).eval()
+    masked.bias.requires_grad_(False)
+    sparse = SparseLinear.from_masked(masked)
+    assert (sparse.training, sparse.values.requires_grad, sparse.bias.requires_grad) == (False, True, False)
+    assert sparse.pattern == PATTERN
+    assert torch.equal(sparse.values, masked.weight[masked.mask])
+    back = sparse.to_masked()
+    assert torch.equal(back.mask, masked.mask)
+    assert torch.equal(back.weight, masked.masked_weight)
+    assert torch.equal(back.bias, masked.bias)
+    assert (back.fan_in, back.training, back.bias.requires_grad) == ("full", False, False)
+    assert SparseLinear.from_masked(MaskedLinear(5, 6, bias=False, mask=MASK)).bias is None
+    with pytest.raises(TypeError, match="from_masked takes a MaskedLinear; got Linear: make one with"):
+        SparseLinear.from_masked(nn.Linear(5, 6))  # type: ignore[arg-type]
+
+
+def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
+    weight = rng.standard_normal((6, 5)) * MASK
+    to, of = np.nonzero(MASK)
+    shuffle = rng.permutation(len(to))
+    values = torch.tensor(weight[to, of][shuffle])
+    layer = SparseLinear.from_edges(to[shuffle], of[shuffle], (6, 5), values, torch.arange(6.0).double())
+    x = torch.randn(3, 5).double()
+    torch.testing.assert_close(layer(x), x @ torch.tensor(weight).T + torch.arange(6.0).double())
+    from_scipy = SparseLinear.from_scipy(scipy.sparse.csc_array(weight), bias=np.arange(6.0), dtype=torch.float64)
+    assert torch.equal(from_scipy.values, layer.values)
+    torch.testing.assert_close(from_scipy(x), layer(x))
+    assert SparseLinear.from_scipy(scipy.sparse.csc_array(weight)).values.dtype is torch.float32
+    assert torch.equal(SparseLinear.from_scipy(scipy.sparse.eye_array(2)).bias, torch.zeros(2))
+    drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, dtype=torch.float16)
+    assert (drawn.bias, drawn.values.dtype) == (None, torch.float16)
+    with pytest.raises(ValueError, match=r"one entry for each of the 15 edges; got \(3,\)"):
+        SparseLinear.from_edges(to, of, (6, 5), torch.zeros(3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\), one entry an output; got \(5,\)"):
+        SparseLinear.from_edges(to, of, (6, 5), values, torch.zeros(5))
+    with pytest.raises(ValueError, match="a bias that is given needs values that are given"):
+        SparseLinear.from_edges(to, of, (6, 5), bias=torch.zeros(6))
+
+
+def test_what_the_layer_refuses() -> None:
+    with pytest.raises(
+        ValueError, match=r"the layer's shape \(out, in\) = \(6, 5\); got \(5, 6\), which is its transpose"
+    ):
+        SparseLinear(5, 6, mask=MASK.T)
+    with pytest.raises(ValueError, match="0"):
+        SparseLinear(5, 6, mask=0.5 * MASK)
+    with pytest.raises(TypeError, match="a mask is passed as mask="):
+        SparseLinear(5, 6, MASK)
+    with pytest.raises(TypeError, match="must be a real floating-point dtype"):
+        SparseLinear(5, 6, dtype=torch.int8)
+    with pytest.raises(ValueError, match="must not be negative"):
+        SparseLinear(-5, 6)
+    with pytest.raises(ValueError, match="fan_in must be 'live' or 'full'"):
+        SparseLinear(5, 6, fan_in="half")  # type: ignore[arg-type]
+
+
+def test_the_draw_is_scaled_to_the_live_inputs_of_each_row() -> None:
+    mask = masks.random((400, 400), sparsity=0.9, seed=1)
+    mask[0] = False
+    torch.manual_seed(0)
+    for fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
+        layer = SparseLinear(400, 400, mask=mask, fan_in=fan_in)
+        rows = layer.pattern.rows
+        scaled = layer.values.detach().numpy() * np.sqrt(count[rows])
+        assert abs(scaled).max() <= 1.0001
+        assert scaled.std() == pytest.approx(1 / np.sqrt(3), rel=0.02)
+        assert abs(layer.bias[0]) <= 1 / 20
+
+
+def test_without_a_mask_every_connection_is_there() -> None:
+    layer = SparseLinear(5, 6)
+    assert layer.values.shape == (30,)
+    x = torch.randn(2, 5)
+    torch.testing.assert_close(layer(x), x @ layer.values.reshape(6, 5).T + layer.bias)
+    assert "connections=30, sparsity=0, bias=True" in repr(layer)
+
+
+def test_a_state_brings_its_connections_along() -> None:
+    layer, x = layer_and_x()
+    buffer = io.BytesIO()
+    torch.save(layer.state_dict(), buffer)
+    buffer.seek(0)
+    state = torch.load(buffer)
+    assert set(state) == {"values", "bias", "indptr", "indices"}
+    other = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.2, seed=2))
+    parameter = other.values
+    other(x).sum().backward()
+    other.load_state_dict(state)
+    assert other.values is parameter, "an optimizer that has it still has it"
+    assert other.values.grad is None
+    assert other.pattern == PATTERN
+    assert torch.equal(other(x), layer(x))
+    assigned = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.2, seed=2), device="meta")
+    assigned.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"indices": torch.zeros(15, dtype=torch.int32)}, "the inputs of a row must ascend"),
+        ({"values": torch.zeros(3)}, r"as many values as connections; got 6 outputs, \(3,\) values and 15 connections"),
+        ({"indptr": torch.tensor([0, 15])}, "the inputs of a row must ascend|must have 6 outputs"),
+        ({"indices": torch.zeros(15)}, "indices must be whole numbers"),
+    ],
+)
+def test_a_state_that_is_no_pattern_is_refused_and_leaves_the_layer_alone(change: Any, message: str) -> None:
+    layer, x = layer_and_x()
+    before = layer(x)
+    with pytest.raises(RuntimeError, match=message):
+        layer.load_state_dict(layer.state_dict() | change)
+    assert torch.equal(layer(x), before)
+
+
+def test_the_layer_moves_and_copies_as_a_module_does() -> None:
+    layer, x = layer_and_x()
+    y = layer(x)
+    assert torch.equal(copy.deepcopy(layer)(x), y)
+    half = copy.deepcopy(layer).half()
+    assert (half.indices.dtype, half.values.dtype, half(x.half()).dtype) == (torch.int32, torch.float16, torch.float16)
+    typed = copy.deepcopy(layer).type(torch.bfloat16)
+    assert typed.pattern == PATTERN
+    assert {typed.indptr.dtype, typed.indices.dtype, typed.order.dtype} == {torch.int32}
+    there = copy.deepcopy(layer).to("meta")
+    assert there.pattern == PATTERN
+    back = there.to_empty(device="cpu")
+    back.reset_parameters()
+    assert back.pattern == PATTERN
+    assert back(x).isfinite().all()
+    meta = SparseLinear(5, 6, mask=MASK, device="meta")
+    meta = meta.to_empty(device="cpu")
+    meta.load_state_dict(layer.state_dict())
+    assert torch.equal(meta(x), y)
+    empty = torch.func.functional_call(layer, {"values": torch.zeros(15)}, (x,))
+    assert torch.equal(empty, layer.bias.expand(4, 6))
+
+
+def test_parameters_gradients_and_optimizer_state_cost_what_the_connections_cost() -> None:
+    size = 1000
+    layer = SparseLinear(size, size, mask=masks.random((size, size), sparsity=0.99, seed=0))
+    optimizer = torch.optim.Adam(layer.parameters())
+    layer(torch.randn(8, size)).sum().backward()
+    optimizer.step()
+    kept = [*layer.parameters(), *(p.grad for p in layer.parameters()), *layer.buffers()]
+    kept += [part for state in optimizer.state.values() for part in state.values()]
+    assert sum(part.nbytes for part in kept) <= 0.03 * 16 * size**2
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compiles_without_a_graph_break(dynamic: bool) -> None:
+    layer, x = layer_and_x()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (x, torch.randn(7, 5), torch.randn(2, 3, 5)):
+        batch = batch.requires_grad_()
+        found, wanted = compiled(batch), layer(batch)
+        torch.testing.assert_close(found, wanted)
+        inputs = (batch, *layer.parameters())
+        for one, other in zip(
+            torch.autograd.grad(found.square().sum(), inputs),
+            torch.autograd.grad(wanted.square().sum(), inputs),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, other)
+
+
+def test_the_products_are_sound_custom_operators() -> None:
+    indices = _products.Indices.of(PATTERN, torch.device("cpu"))
+    values = torch.randn(15, dtype=torch.float64, requires_grad=True)
+    left, right = (torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (6, 5))
+    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, right, *indices, False))
+    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, left, *indices, True))
+    torch.library.opcheck(torch.ops.maskedlinear.sddmm.default, (left, right, *indices))
+
+
+def test_exports_and_traces_symbolically() -> None:
+    layer, x = layer_and_x()
+    exported = torch.export.export(layer, (x,))
+    torch.testing.assert_close(exported.module()(x), layer(x))
+    graph = torch.fx.symbolic_trace(nn.Sequential(layer, nn.ReLU()))
+    torch.testing.assert_close(graph(x), layer(x).relu())
+
+
+HUGE = """
+import io, resource, torch
+from maskedlinear.torch import SparseLinear
+def used(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.manual_seed(0)
+size, edges = 100_000, 1_000_000
+before = used()
+flat = torch.randint(size * size, (edges,)).unique()
+layer = SparseLinear.from_edges(flat // size, flat % size, (size, size))
+optimizer = torch.optim.Adam(layer.parameters())
+x, first = torch.randn(64, size), None
+for _ in range(3):
+    optimizer.zero_grad()
+    loss = (layer(x) - 1).square().mean()
+    loss.backward()
+    optimizer.step()
+    first = first or loss.item()
+torch.save(layer.state_dict(), io.BytesIO())
+assert loss.item() < first
+print(used() - before)
+"""
+
+
+def test_a_layer_whose_matrix_would_fill_40_gigabytes_trains_in_one() -> None:
+    result = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
+    assert int(result.stdout) < 2**30
