@@ -1,10 +1,10 @@
-"""The masked linear layer for Flax: ``MaskedLinear`` for nnx, ``MaskedDense`` for linen. Needs the extra ``flax``."""
+"""The masked linear layer for Flax: for nnx in two forms, for linen ``MaskedDense``. Needs the extra ``flax``."""
 
 from maskedlinear._extras import missing_framework
 
 try:
-    from maskedlinear_jax.flax import Mask, MaskedDense, MaskedLinear, param_masks
+    from maskedlinear_jax.flax import Connections, Mask, MaskedDense, MaskedLinear, SparseLinear, param_masks
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.flax", "flax", "jax", "jaxlib", "optax", "flax") from error
 
-__all__ = ["Mask", "MaskedDense", "MaskedLinear", "param_masks"]
+__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "param_masks"]

@@ -45,7 +45,9 @@ class NumpyBackend:
     def lacks(self) -> Mapping[str, str]:
         """Return what NumPy does not have."""
         none = dict.fromkeys(("expression",), "NumPy does not differentiate")
-        none |= dict.fromkeys(("vmap", "vmap over the mask", "compile", "checkpoint", "scan"), "NumPy has no function transforms")
+        none |= dict.fromkeys(
+            ("vmap", "vmap over the mask", "compile", "checkpoint", "scan"), "NumPy has no function transforms"
+        )
         none |= dict.fromkeys(("dense", "layer", "dormant weights", "save", "freeze_masked"), "NumPy has no layers")
         return none | {"autocast": "NumPy has no automatic casts"}
 

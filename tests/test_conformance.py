@@ -212,7 +212,9 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "backend torch dense: torch 2." in result.stdout
-    assert "lacks vmap, vmap over the mask, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
+    assert (
+        "lacks vmap, vmap over the mask, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
+    )
     sections = result.stdout.split("largest difference between backends, in units of the bound (at most 1)")
     assert len(sections) == 2, "the last table compares the backends"
     rows = [

@@ -10,5 +10,6 @@ if jax.__version_info__ < (0, 6):
 
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked
+from maskedlinear_jax._sparse import sparse_linear
 
-__all__ = ["freeze_masked", "masked_linear"]
+__all__ = ["freeze_masked", "masked_linear", "sparse_linear"]

@@ -17,8 +17,9 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear import masks
+from maskedlinear.pattern import Pattern
 from maskedlinear.reference import laid_out
-from maskedlinear_jax import masked_linear
+from maskedlinear_jax import masked_linear, sparse_linear
 
 __all__ = ["JaxBackend"]
 
@@ -27,10 +28,10 @@ Op = Callable[..., Array]
 
 
 class JaxBackend:
-    """``maskedlinear.jax.masked_linear`` under ``jax.jit``: what users run. See :mod:`maskedlinear.backends`."""
+    """``masked_linear`` or ``sparse_linear`` under ``jax.jit``: what users run. See :mod:`maskedlinear.backends`."""
 
     name = "jax"
-    formats: Sequence[str] = ("dense",)
+    formats: Sequence[str] = ("dense", "sparse")
 
     def __init__(self, format: str = "dense") -> None:
         self.format = format
@@ -43,9 +44,15 @@ class JaxBackend:
         self._transformed = cache(self._make_transformed)
         self._mapped = cache(lambda axes: jax.jit(jax.vmap(partial(_value_and_gradients, self.op), axes)))
 
-    def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
-        """Return ``y``: what a backend for layers replaces."""
+    def op(self, x: Array, weight: Array, mask: Any, bias: Bias, forward_mode: bool = False) -> Array:
+        """Return ``y``: what a backend for layers replaces. Of the sparse form the mask is a pattern."""
+        if self.format == "sparse":
+            return sparse_linear(x, weight[rows_of(mask), mask.indices], mask, bias)
         return masked_linear(x, weight, mask, bias, forward_mode=forward_mode)
+
+    def _prepared(self, mask: Any) -> Any:
+        """Return the mask; of the sparse form its pattern, whose size no transform can know."""
+        return mask if self.format == "dense" else Pattern.from_mask(np.asarray(mask))
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of jax and jaxlib."""
@@ -67,6 +74,8 @@ class JaxBackend:
         """Return what JAX does not have."""
         functions = "these are functions; the layers are the backends nnx and linen"
         none = dict.fromkeys(("layer", "dormant weights", "save", "freeze_masked"), functions)
+        if self.format == "sparse":
+            none |= {"vmap over the mask": "a pattern decides how many values there are"}
         return none | {"autocast": "JAX has no automatic casts"}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
@@ -92,11 +101,11 @@ class JaxBackend:
 
     def masked_linear(self, x: Array, weight: Array, mask: Array, bias: Bias) -> Array:
         """Return ``y``."""
-        return self.value(x, weight, mask, bias)  # type: ignore[no-any-return]
+        return self.value(x, weight, self._prepared(mask), bias)  # type: ignore[no-any-return]
 
     def vjp(self, x: Array, weight: Array, mask: Array, bias: Bias, g: Array, wrt: Sequence[str]) -> Sequence[Array]:
         """Return what ``jax.vjp`` gives through the default rule."""
-        return self._vjp(x, weight, mask, bias, g, wrt=tuple(wrt))[1:]  # type: ignore[no-any-return]
+        return self._vjp(x, weight, self._prepared(mask), bias, g, wrt=tuple(wrt))[1:]  # type: ignore[no-any-return]
 
     def jvp(
         self,
@@ -109,7 +118,7 @@ class JaxBackend:
         dbias: Array | None,
     ) -> tuple[Array, Array]:
         """Return what ``jax.jvp`` gives through the door to forward mode."""
-        return self._jvp(x, weight, mask, bias, dx, dweight, dbias)  # type: ignore[no-any-return]
+        return self._jvp(x, weight, self._prepared(mask), bias, dx, dweight, dbias)  # type: ignore[no-any-return]
 
     def hvp(
         self,
@@ -125,7 +134,7 @@ class JaxBackend:
         mode: str,
     ) -> tuple[Array, Array, Array | None, Array]:
         """Differentiate the gradients once more, by ``jax.vjp`` or ``jax.jvp``, through the default rule."""
-        found = self._hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode=mode)
+        found = self._hvp(x, weight, self._prepared(mask), bias, g, dx, dweight, dbias, dg, mode=mode)
         return found["x"], found["weight"], found.get("bias"), found["g"]
 
     def expression(
@@ -143,7 +152,7 @@ class JaxBackend:
         self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
     ) -> tuple[Array, Array, Array, Array]:
         """Return ``jax.vmap`` of value and gradients."""
-        return self._mapped(tuple(axes))(x, weight, mask, bias, g)  # type: ignore[no-any-return]
+        return self._mapped(tuple(axes))(x, weight, self._prepared(mask), bias, g)  # type: ignore[no-any-return]
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``forward mode`` is the second door, in reverse."""
@@ -153,7 +162,7 @@ class JaxBackend:
         self, transform: str, x: Array, weight: Array, mask: Array, bias: Bias, g: Array
     ) -> tuple[Array, Array, Array, Array | None]:
         """Return value and gradients through ``transform``."""
-        y, dx, dweight, dbias = _padded(self._transformed(transform)(x, weight, mask, bias, g))
+        y, dx, dweight, dbias = _padded(self._transformed(transform)(x, weight, self._prepared(mask), bias, g))
         return y, dx, dweight, dbias
 
     def _make_transformed(self, transform: str) -> Callable[..., Any]:
@@ -174,6 +183,12 @@ class JaxBackend:
     ) -> Array:
         """Return ``masks.random`` as an array."""
         return _placed(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), device)
+
+
+def rows_of(pattern: Pattern) -> Array:
+    """The output of each connection of a pattern that may be traced."""
+    counts = jnp.diff(pattern.indptr)
+    return jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(pattern.indices))
 
 
 def _device(device: str) -> Any:

@@ -18,9 +18,11 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear.masks import as_mask
+from maskedlinear.pattern import Pattern
 from maskedlinear_jax import freeze_masked
-from maskedlinear_jax.conformance import JaxBackend
-from maskedlinear_jax.flax import MaskedDense, MaskedLinear, param_masks
+from maskedlinear_jax._products import Indices
+from maskedlinear_jax.conformance import JaxBackend, rows_of
+from maskedlinear_jax.flax import MaskedDense, MaskedLinear, SparseLinear, param_masks
 
 __all__ = ["LinenBackend", "NnxBackend"]
 
@@ -41,7 +43,10 @@ class _FlaxBackend(JaxBackend):
     def lacks(self) -> Mapping[str, str]:
         """Return what Flax does not have: what JAX does not, but for layers."""
         layers = ("layer", "dormant weights", "save", "freeze_masked")
-        return {name: why for name, why in super().lacks().items() if name not in layers}
+        lacks = {name: why for name, why in super().lacks().items() if name not in layers}
+        if self.format == "sparse":
+            lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
+        return lacks
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
         """Return what XLA's arithmetic on the CPU cannot do."""
@@ -58,8 +63,10 @@ class NnxBackend(_FlaxBackend):
 
     name = "nnx"
 
-    def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
+    def op(self, x: Array, weight: Array, mask: Any, bias: Bias, forward_mode: bool = False) -> Array:
         """Return ``y`` of a layer with these values."""
+        if self.format == "sparse":
+            return _nnx_sparse(weight, mask, bias)(x)
         return _nnx_layer(weight, mask, bias, forward_mode)(x)
 
     def dense(self, x: Array, weight: Array, bias: Bias) -> Array:
@@ -68,7 +75,9 @@ class NnxBackend(_FlaxBackend):
         return y
 
     def layer(self, weight: Array, mask: Array, bias: Bias) -> NnxLayer:
-        """Return a ``MaskedLinear``."""
+        """Return a ``MaskedLinear`` or a ``SparseLinear``."""
+        if self.format == "sparse":
+            return SparseNnxLayer(self, _nnx_sparse(weight, self._prepared(mask), bias))
         return NnxLayer(self, _nnx_layer(weight, mask, bias))
 
 
@@ -77,7 +86,7 @@ class NnxLayer:
 
     optimizers = tuple(OPTIMIZERS)
 
-    def __init__(self, backend: NnxBackend, module: MaskedLinear) -> None:
+    def __init__(self, backend: NnxBackend, module: Any) -> None:
         self._backend, self._module = backend, module
 
     def __call__(self, x: Array) -> Array:
@@ -125,10 +134,45 @@ class NnxLayer:
         return lambda x, g: update(self._module, made, x, g)
 
 
+class SparseNnxLayer(NnxLayer):
+    """A ``SparseLinear`` as :class:`maskedlinear.backends.Layer`."""
+
+    def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
+        """Return what ``nnx.grad`` gives, the values' laid out as a matrix."""
+        of_layer, of_x = _nnx_gradients(self._module, x, g)
+        return of_x, self._matrix(of_layer["values"][...]), of_layer["bias"][...] if "bias" in of_layer else None
+
+    def set_mask(self, mask: Any) -> None:
+        """Refuse: which connections there are is fixed."""
+        raise NotImplementedError("the pattern of a SparseLinear is fixed")
+
+    def set_weight(self, weight: Array) -> None:
+        """Write the live ones into the parameter."""
+        pattern = self._module.pattern
+        self._module.values[...] = weight[pattern.rows, pattern.indices]
+
+    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+        """Return the state as NumPy arrays, the values laid out as a matrix."""
+        layer, send = self._module, self._backend.asnumpy
+        bias = None if layer.bias is None else send(layer.bias[...])
+        return send(self._matrix(layer.values[...])), layer.pattern.to_mask(), bias
+
+    def load(self, path: Path) -> None:
+        """Load the state of a layer that may have had other connections: its shapes are those of the file."""
+        state = nnx.state(self._module)
+        nnx.replace_by_pure_dict(state, _load(path, None))
+        nnx.update(self._module, state)
+
+    def _matrix(self, values: Array) -> Array:
+        pattern = self._module.pattern
+        return jnp.zeros(pattern.shape, values.dtype).at[pattern.rows, pattern.indices].set(values)
+
+
 class LinenBackend(_FlaxBackend):
     """``maskedlinear.flax.MaskedDense``."""
 
     name = "linen"
+    formats = ("dense",)
 
     def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
         """Return ``y`` of a layer with these values."""
@@ -222,6 +266,25 @@ def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = Fals
     return layer
 
 
+def _nnx_sparse(weight: Array, pattern: Pattern, bias: Bias) -> SparseLinear:
+    """Return a layer with these values, the pattern being traced perhaps."""
+    graph, state = _nnx_sparse_made(pattern.shape, bias is not None, weight.dtype)
+    state = jax.tree.map(lambda leaf: leaf, state)
+    parts = {"values": weight[rows_of(pattern), pattern.indices], **Indices.of(pattern)._asdict()}
+    nnx.replace_by_pure_dict(state, parts | ({} if bias is None else {"bias": bias}))
+    layer: SparseLinear = nnx.merge(graph, state)
+    return layer
+
+
+@cache
+def _nnx_sparse_made(shape: tuple[int, int], bias: bool, dtype: Any) -> Any:
+    out, in_ = shape
+    with jax.ensure_compile_time_eval():
+        empty = Pattern(np.zeros(out + 1, np.int32), np.zeros(0, np.int32), in_)
+        options = {"use_bias": bias, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
+        return nnx.split(SparseLinear(in_, out, mask=empty, **options))
+
+
 def _nnx_fill(kind: Any, weight: Array, bias: Bias, more: Mapping[str, Array] | None = None, **options: Any) -> Any:
     graph, state = _nnx_made(kind, weight.shape, bias is not None, weight.dtype, **options)
     state = jax.tree.map(lambda leaf: leaf, state)  # a copy, which belongs to this trace
@@ -266,4 +329,5 @@ def _load(path: Path, like: Any) -> Any:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
-        return checkpointer.restore(path / "state", jax.tree.map(np.zeros_like, like))
+        target = None if like is None else jax.tree.map(np.zeros_like, like)
+        return checkpointer.restore(path / "state", target)

@@ -1,0 +1,218 @@
+"""The three products of the sparse form, as JAX primitives: a closed set, each made of the other two when differentiated.
+
+As primitives they have every mode of differentiation, of any order, and vmap; a custom rule would refuse forward mode, and
+JAX's own sparse products are differentiated through a dense matrix (https://github.com/jax-ml/jax/issues/14623). They work
+on matrices of features by batch, (in, batch) and (out, batch).
+"""
+
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import sparse
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from maskedlinear.pattern import Pattern
+
+__all__ = ["Indices", "sddmm", "spmm"]
+
+_CHUNK = 1 << 20  # numbers that a product gathers at once
+_FEW = 4  # up to so many columns, gathering beats the product of compressed rows
+
+
+class Indices(NamedTuple):
+    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.Pattern`."""
+
+    indptr: Array
+    indices: Array
+    starts: Array
+    outputs: Array
+    order: Array
+
+    @classmethod
+    def of(cls, pattern: Pattern) -> Indices:
+        """Return the indices of ``pattern``, which may be traced."""
+        return cls(*(jnp.asarray(array) for array in (pattern.indptr, pattern.indices, *pattern.by_column)))
+
+
+def _flatten(pattern: Pattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    return (pattern.indptr, pattern.indices, *pattern.by_column), pattern.shape
+
+
+def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> Pattern:
+    pattern = object.__new__(Pattern)  # leaves may be traced, or no arrays at all
+    pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[1], shape
+    vars(pattern)["by_column"] = tuple(leaves[2:])
+    return pattern
+
+
+jax.tree_util.register_pytree_node(Pattern, _flatten, _unflatten)
+
+
+def spmm(values: Array, right: Array, pattern: Indices, transposed: bool = False) -> Array:
+    """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
+
+    W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
+    """
+    return _spmm_p.bind(values, right, *pattern, transposed=transposed)
+
+
+def sddmm(left: Array, right: Array, pattern: Indices) -> Array:
+    """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
+    return _sddmm_p.bind(left, right, *pattern)
+
+
+def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, rows: bool) -> Array:
+    """The product, by JAX's kernel for compressed rows if ``rows``, or by gathering."""
+    pattern = Indices(*rest)
+    starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
+    depth, batch = right.shape
+    count = starts.shape[0] - 1
+    if not values.size or not batch or not count:
+        return jnp.zeros((count, batch), right.dtype)
+    if transposed:
+        values = values[pattern.order]
+    if rows and batch > _FEW:
+        matrix = sparse.BCSR((values, across, starts), shape=(count, depth), indices_sorted=True, unique_indices=True)
+        return matrix @ right
+    of = _rows(starts, across.size)
+    return _in_parts(
+        lambda total, part: total.at[part[0]].add(part[2][:, None] * right[part[1]], indices_are_sorted=True),
+        jnp.zeros((count, batch), right.dtype),
+        (of, across, values),
+        batch,
+    )
+
+
+def _sddmm(left: Array, right: Array, *rest: Array) -> Array:
+    pattern = Indices(*rest)
+    size, batch = pattern.indices.size, right.shape[1]
+    if not size or not batch:
+        return jnp.zeros(size, right.dtype)
+    step = max(1, min(size, _CHUNK // batch))
+    padding = -size % step
+    ends = [jnp.pad(end, (0, padding)).reshape(-1, step) for end in (_rows(pattern.indptr, size), pattern.indices)]
+    return lax.map(lambda part: (left[part[0]] * right[part[1]]).sum(1), ends).reshape(-1)[:size]
+
+
+def _rows(starts: Array, size: int) -> Array:
+    """Return the row of each entry of compressed rows."""
+    marks = jnp.zeros(size + 1, jnp.int32).at[starts[1:-1]].add(1)
+    return jnp.cumsum(marks[:size], dtype=jnp.int32)
+
+
+def _in_parts(add: Any, total: Array, entries: tuple[Array, ...], batch: int) -> Array:
+    """Add up entries part by part, so that no more than ``_CHUNK`` numbers are gathered at once."""
+    size = entries[0].size
+    step = max(1, min(size, _CHUNK // batch))
+    whole = size // step * step
+    parts = [entry[:whole].reshape(-1, step) for entry in entries]
+    total = lax.scan(lambda total, part: (add(total, part), None), total, parts)[0]
+    return add(total, [entry[whole:] for entry in entries]) if whole < size else total
+
+
+def _spmm_shape(values: Any, right: Any, *rest: Any, transposed: bool) -> Any:
+    starts = Indices(*rest).starts if transposed else Indices(*rest).indptr
+    return right.update(shape=(starts.shape[0] - 1, right.shape[1]), weak_type=False)
+
+
+def _sddmm_shape(left: Any, right: Any, *rest: Any) -> Any:
+    return right.update(shape=Indices(*rest).indices.shape, weak_type=False)
+
+
+def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
+    values, right, *rest = primals
+    pattern = Indices(*rest)
+    moved = [
+        spmm(*sides, pattern, transposed)
+        for tangent, sides in zip(tangents, ((tangents[0], right), (values, tangents[1])), strict=False)
+        if not isinstance(tangent, ad.Zero)
+    ]
+    y = spmm(values, right, pattern, transposed)
+    return y, sum(moved[1:], moved[0])
+
+
+def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: bool) -> list[Any]:
+    pattern = Indices(*rest)
+    if ad.is_undefined_primal(values):
+        if isinstance(g, ad.Zero):
+            return [ad.Zero(values.aval), None, *(None,) * 5]
+        return [sddmm(right, g, pattern) if transposed else sddmm(g, right, pattern), None, *(None,) * 5]
+    if isinstance(g, ad.Zero):
+        return [None, ad.Zero(right.aval), *(None,) * 5]
+    return [None, spmm(values, g, pattern, not transposed), *(None,) * 5]
+
+
+def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    left, right, *rest = primals
+    pattern = Indices(*rest)
+    moved = [
+        sddmm(*sides, pattern)
+        for tangent, sides in zip(tangents, ((tangents[0], right), (left, tangents[1])), strict=False)
+        if not isinstance(tangent, ad.Zero)
+    ]
+    return sddmm(left, right, pattern), sum(moved[1:], moved[0])
+
+
+def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:
+    pattern = Indices(*rest)
+    if ad.is_undefined_primal(left):
+        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 5]
+    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 5]
+
+
+def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, int]:
+    values, right, *rest = arguments
+    _refuse_mapped(dims[2:])
+    pattern = Indices(*rest)
+    if dims[0] is None:  # one product, of all batches side by side
+        right = jnp.moveaxis(right, dims[1], 1)
+        product = spmm(values, right.reshape(right.shape[0], -1), pattern, transposed)
+        return product.reshape(product.shape[0], *right.shape[1:]), 1
+    return _one_by_one(lambda one, other: spmm(one, other, pattern, transposed), arguments[:2], dims[:2])
+
+
+def _sddmm_batch(arguments: Any, dims: Any) -> tuple[Array, int]:
+    _refuse_mapped(dims[2:])
+    return _one_by_one(lambda one, other: sddmm(one, other, Indices(*arguments[2:])), arguments[:2], dims[:2])
+
+
+def _one_by_one(function: Any, arguments: Any, dims: Any) -> tuple[Array, int]:
+    mapped = {i: jnp.moveaxis(arguments[i], dim, 0) for i, dim in enumerate(dims) if dim is not None}
+    return lax.map(lambda parts: function(*(parts.get(i, arguments[i]) for i in range(2))), mapped), 0
+
+
+def _refuse_mapped(dims: Any) -> None:
+    if any(dim is not None for dim in dims):
+        raise ValueError("a pattern cannot be mapped over by jax.vmap: its size is the size of the values")
+
+
+def _primitive(name: str, shape: Any, jvp: Any, transpose: Any, batch: Any) -> Primitive:
+    primitive = Primitive(name)
+    primitive.def_abstract_eval(shape)
+    ad.primitive_jvps[primitive] = jvp
+    ad.primitive_transposes[primitive] = transpose
+    batching.primitive_batchers[primitive] = batch
+    return primitive
+
+
+def _eager(primitive: Primitive, **static: Any) -> None:
+    """Run the primitive outside of transforms: compiled on its own."""
+    compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
+    primitive.def_impl(compiled)
+
+
+_spmm_p = _primitive("masked_spmm", _spmm_shape, _spmm_jvp, _spmm_transpose, _spmm_batch)
+_sddmm_p = _primitive("masked_sddmm", _sddmm_shape, _sddmm_jvp, _sddmm_transpose, _sddmm_batch)
+_eager(_spmm_p, transposed=None)
+_eager(_sddmm_p)
+mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=False), multiple_results=False))
+mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=True), multiple_results=False), platform="cpu")
+mlir.register_lowering(_sddmm_p, mlir.lower_fun(_sddmm, multiple_results=False))

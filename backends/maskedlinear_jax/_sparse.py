@@ -1,0 +1,70 @@
+"""``sparse_linear``: the masked linear layer with one value a connection, and no matrix of the layer's shape."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from maskedlinear.pattern import Pattern
+from maskedlinear.spec import check_floating, check_shapes
+from maskedlinear_jax._functional import as_array
+from maskedlinear_jax._products import Indices, spmm
+
+__all__ = ["product", "sparse_linear"]
+
+
+def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: ArrayLike | None = None) -> Array:
+    """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
+
+    Works under ``jit``, ``vmap`` (but not over the pattern), ``checkpoint`` and ``scan``, and in every mode of
+    differentiation, of any order. Time and memory grow with the connections and the batch. Half types are computed in
+    float32 and rounded once. NaN or infinity in x reaches only what it is connected to.
+
+    A pattern is a tree of arrays: pass it to a jitted function as an argument. One that the function closes over becomes
+    a constant of the program, which XLA takes long to compile. ``jax.device_put(pattern)`` moves it to a device once.
+
+    Args:
+        x: shape ``(..., in)``.
+        values: shape ``(connections,)``, in the pattern's order.
+        pattern: the connections, of shape ``(out, in)``.
+        bias: shape ``(out,)`` or ``None``.
+
+    Returns:
+        Shape ``(..., out)``, in the arguments' common dtype.
+
+    Raises:
+        ValueError: if shapes, or the number of values, do not belong together.
+        TypeError: if ``pattern`` is none, an argument is not an array, or its dtype is not real floating-point.
+    """
+    if not isinstance(pattern, Pattern):
+        raise TypeError(
+            f"pattern must be a maskedlinear.pattern.Pattern; got {type(pattern).__name__}: make one with "
+            "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
+        )
+    return product(x, values, Indices.of(pattern), pattern.shape[1], bias)
+
+
+def product(x: ArrayLike, values: ArrayLike, pattern: Indices, in_features: int, bias: ArrayLike | None) -> Array:
+    """Return y, for the indices of a pattern."""
+    x, values = as_array("x", x), as_array("values", values)
+    bias = None if bias is None else as_array("bias", bias)
+    named = {"x": x, "values": values} | ({} if bias is None else {"bias": bias})
+    for name, array in named.items():
+        check_floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
+    if values.shape != pattern.indices.shape:
+        raise ValueError(
+            f"values must have one entry for each of the pattern's {pattern.indices.size} connections; got shape "
+            f"{values.shape}"
+        )
+    out = pattern.indptr.shape[0] - 1
+    check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
+    dtype = jnp.result_type(*named.values())
+    wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
+    columns = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide).T
+    y = spmm(values.astype(dtype).astype(wide), columns, pattern).T
+    if bias is not None:
+        y = y + bias.astype(dtype).astype(wide)
+    return y.astype(dtype).reshape(*x.shape[:-1], out)

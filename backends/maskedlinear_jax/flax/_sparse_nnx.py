@@ -1,0 +1,252 @@
+"""``SparseLinear`` for nnx: the masked layer with parameters for its live connections only."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import Array
+from jax.typing import ArrayLike
+
+from maskedlinear.pattern import Pattern
+from maskedlinear_jax._functional import as_array
+from maskedlinear_jax._products import Indices
+from maskedlinear_jax._sparse import product
+from maskedlinear_jax.flax._nnx import MaskedLinear, check_options
+
+__all__ = ["Connections", "SparseLinear"]
+
+
+class Connections(nnx.Variable[Array]):
+    """The indices of a sparse layer: in its state and its checkpoints, and no parameters."""
+
+
+class SparseLinear(nnx.Module):
+    """A linear layer with one trainable value a connection: ``y = x · W + bias``, W being 0 where there is none.
+
+    Parameters, gradients, optimizer state and time cost what the connections cost; no matrix of the layer's shape is ever
+    made. Which connections there are is fixed; :class:`MaskedLinear` is the form whose mask can change. Every optimizer
+    leaves what is not there alone, so none needs a guard. Half types are computed in float32.
+
+    Args:
+        in_features: the size of the input's last dimension.
+        out_features: the size of the output's last dimension.
+        mask: which connections there are: a :class:`maskedlinear.pattern.Pattern` of shape ``(out_features,
+            in_features)``, or an array of shape ``(in_features, out_features)``, as every mask of a Flax layer, booleans or
+            0s and 1s. ``None`` has all of them, which is rarely worth it.
+        use_bias: whether the layer has a bias, shape ``(out_features,)``.
+        dtype: the dtype to compute in; that of the parameters and the input if ``None``.
+        param_dtype: the dtype of the parameters.
+        kernel_init: draws the values. It is asked for a kernel of one column, shape ``(connections, 1)``, whose fan-in is
+            put right afterwards: each output's values are scaled by √(connections / live inputs), or with
+            ``fan_in="full"`` by √(connections / in_features).
+        bias_init: draws the bias.
+        fan_in: see ``kernel_init``.
+        rngs: as in ``nnx.Linear``.
+
+    Shapes:
+        inputs ``(..., in_features)``; output ``(..., out_features)``.
+
+    Raises:
+        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1.
+        TypeError: if ``param_dtype`` is not real floating-point.
+    """
+
+    indptr: Connections
+    indices: Connections
+    starts: Connections
+    outputs: Connections
+    order: Connections
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        mask: Any = None,
+        use_bias: bool = True,
+        dtype: Any = None,
+        param_dtype: Any = jnp.float32,
+        kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 - as in nnx.Linear
+        bias_init: Any = nnx.initializers.zeros_init(),  # noqa: B008
+        fan_in: Literal["live", "full"] = "live",
+        rngs: nnx.Rngs,
+    ) -> None:
+        if in_features < 0 or out_features < 0:
+            raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
+        check_options(fan_in, param_dtype)
+        pattern = _pattern(mask, (out_features, in_features))
+        self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
+        self.dtype, self.param_dtype = dtype, param_dtype
+        size, live = pattern.connections, np.diff(pattern.indptr)
+        values = jnp.zeros(0, param_dtype)
+        if size:
+            of_each = live[pattern.rows] if fan_in == "live" else in_features
+            drawn = kernel_init(rngs.params(), (size, 1), param_dtype)[:, 0]
+            values = drawn * jnp.asarray(np.sqrt(size / of_each), param_dtype)
+        self.values = nnx.Param(values)
+        self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
+        self._set_pattern(pattern)
+
+    def __call__(self, inputs: Array) -> Array:
+        """Apply the layer: shape ``(..., in)`` to ``(..., out)``."""
+        bias = None if self.bias is None else self.bias[...]
+        inputs, values, bias = dtypes.promote_dtype(
+            (as_array("inputs", inputs), self.values[...], bias), dtype=self.dtype
+        )
+        return product(inputs, values, self._indices(), self.in_features, bias)
+
+    @property
+    def pattern(self) -> Pattern:
+        """The connections, (out, in); ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``."""
+        return Pattern(np.asarray(self.indptr[...]), np.asarray(self.indices[...]), self.in_features)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
+        size = self.in_features * self.out_features
+        return (size - self.values[...].size) / size if size else 0.0
+
+    @classmethod
+    def from_masked(cls, layer: MaskedLinear) -> Self:
+        """Return the sparse form of a ``MaskedLinear``: its live weights and its bias, copied; what is dormant is left out.
+
+        Raises:
+            TypeError: if ``layer`` is no ``MaskedLinear``.
+        """
+        if not isinstance(layer, MaskedLinear):
+            raise TypeError(
+                f"from_masked takes a MaskedLinear; got {type(layer).__name__}: make one with "
+                "MaskedLinear.from_linear(layer, mask)"
+            )
+        pattern = Pattern.from_mask(np.asarray(layer.mask[...]).T)
+        values = layer.kernel[...][pattern.indices, pattern.rows]
+        made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
+        made.dtype, made.fan_in = layer.dtype, layer.fan_in
+        return made
+
+    @classmethod
+    def from_edges(
+        cls,
+        outputs: ArrayLike,
+        inputs: ArrayLike,
+        shape: tuple[int, int],
+        values: ArrayLike | None = None,
+        bias: ArrayLike | bool = True,
+        **options: Any,
+    ) -> Self:
+        """Return a layer with the edges of a list, in any order.
+
+        Args:
+            outputs: shape ``(edges,)``: the output of each edge.
+            inputs: shape ``(edges,)``: its input.
+            shape: ``(out, in)``, as that of a pattern.
+            values: shape ``(edges,)``, edge by edge; drawn if ``None``.
+            bias: shape ``(out,)``; or whether there is one, of zeros where ``values`` are given.
+            options: those of the class; ``rngs`` where values are drawn, ``param_dtype`` and ``dtype``.
+
+        Raises:
+            ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
+            TypeError: if indices are not whole numbers.
+        """
+        pattern, order = Pattern.from_edges(np.asarray(outputs), np.asarray(inputs), shape)
+        if values is None:
+            if not isinstance(bias, bool):
+                raise ValueError(
+                    "a bias that is given needs values that are given; got values=None: pass both, or bias=True"
+                )
+            return cls(pattern.shape[1], pattern.shape[0], mask=pattern, use_bias=bias, **options)
+        given = as_array("values", values)
+        if given.shape != order.shape:
+            raise ValueError(f"values must have one entry for each of the {len(order)} edges; got {given.shape}")
+        return cls._made(pattern, given[order], bias, **options)
+
+    @classmethod
+    def from_scipy(cls, matrix: Any, bias: ArrayLike | bool = True, **options: Any) -> Self:
+        """Return a layer whose W is the transpose of a ``scipy.sparse`` matrix of shape ``(out, in)``.
+
+        Each stored entry is a connection.
+
+        Args:
+            matrix: a sparse matrix or array.
+            bias: shape ``(out,)``; or whether there is one, of zeros.
+            options: ``param_dtype`` and ``dtype``, as those of the class.
+
+        Raises:
+            ValueError: if an entry is stored twice, or ``bias`` has another length.
+            TypeError: if ``matrix`` is not sparse.
+        """
+        pattern, data = Pattern.from_scipy(matrix)
+        return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
+
+    def to_masked(self) -> MaskedLinear:
+        """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
+        pattern, bias = self.pattern, None if self.bias is None else self.bias[...]
+        layer = MaskedLinear(
+            self.in_features,
+            self.out_features,
+            mask=pattern.to_mask().T,
+            fan_in=self.fan_in,
+            use_bias=bias is not None,
+            dtype=self.dtype,
+            param_dtype=self.values[...].dtype,
+            kernel_init=nnx.initializers.zeros,
+            rngs=nnx.Rngs(0),
+        )
+        layer.kernel[...] = layer.kernel[...].at[pattern.indices, pattern.rows].set(self.values[...])
+        if layer.bias is not None and bias is not None:
+            layer.bias[...] = bias
+        return layer
+
+    @classmethod
+    def _made(cls, pattern: Pattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
+        """Return a layer with these values."""
+        out, in_ = pattern.shape
+        dtype = options.pop("param_dtype", values.dtype)
+        if isinstance(bias, bool):
+            bias = jnp.zeros(out, dtype) if bias else None
+        given = None if bias is None else as_array("bias", bias)
+        if given is not None and given.shape != (out,):
+            raise ValueError(f"bias must have shape ({out},), one entry an output; got {given.shape}")
+        zeros = nnx.initializers.zeros
+        layer = cls(
+            in_,
+            out,
+            mask=pattern,
+            use_bias=given is not None,
+            param_dtype=dtype,
+            kernel_init=zeros,
+            bias_init=zeros,
+            **({"rngs": nnx.Rngs(0)} | options),
+        )
+        layer.values[...] = jnp.array(values, dtype)
+        if layer.bias is not None and given is not None:
+            layer.bias[...] = jnp.array(given, dtype)
+        return layer
+
+    def _set_pattern(self, pattern: Pattern) -> None:
+        for name, array in Indices.of(pattern)._asdict().items():
+            setattr(self, name, Connections(array))
+
+    def _indices(self) -> Indices:
+        return Indices(self.indptr[...], self.indices[...], self.starts[...], self.outputs[...], self.order[...])
+
+
+def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
+    out, in_ = shape
+    if mask is None:
+        starts = np.arange(out + 1, dtype=np.int64) * in_
+        return Pattern(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
+    if isinstance(mask, Pattern):
+        if mask.shape != shape:
+            fits = ", which is its transpose" if mask.shape == shape[::-1] else ""
+            raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {mask.shape}{fits}")
+        return mask
+    mask = np.asarray(mask)
+    if mask.shape != (in_, out):
+        fits = ", which is its transpose: pass mask.T" if mask.shape == shape else ""
+        raise ValueError(f"a mask must have the kernel's shape (in, out) = {(in_, out)}; got {mask.shape}{fits}")
+    return Pattern.from_mask(mask.T)
