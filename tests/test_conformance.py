@@ -225,7 +225,7 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     assert all(0 <= float(row[2]) <= 1 for row in rows)
     report = json.loads(path.read_text())
     assert report["exit_status"] == 0
-    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense", "torch sparse"}
+    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense"}
     assert report["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
     assert report["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
     assert report["laws"]["1"]["backends"]["torch dense"]["passed"] > 30
@@ -246,6 +246,10 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
         (["--backend", "numpy", "-k", "nothing_of_this_name"], "deselected"),
         (["--backend", "numpy", "-k", "vmap"], "NumPy has no function transforms"),  # declared, so nothing is proven
         (["--backend", "numpy", "--profile", "enormous"], "invalid choice: 'enormous'"),
+        (
+            ["--backend", "torch", "--format", "coo"],
+            "backend 'torch' has none of the formats coo; it has: dense, sparse",
+        ),
         (["--faults", "--backend", "numpy"], "--faults brings its own backends"),
         (["--backend", "numpy", "--report", "/no/such/folder/r.json"], "must be a file in a folder that exists"),
         (["--backend", "numpy", "--report", "/tmp"], "--report must be a file in a folder that exists; got /tmp"),
@@ -348,6 +352,11 @@ def test_expected_failures_are_reported_and_strict(
 def test_each_format_is_run_as_a_backend_of_its_own(tmp_path: Path) -> None:
     distribution(tmp_path, HEAD + "    formats = ('dense', 'csr')\n")
     result = suite("--backend", "other", "--profile", "quick", "-k", "each_other or gradients_equal", path=tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert "the quick profile leaves out other csr: --format names them" in result.stdout
+    assert "other dense - other csr" not in result.stdout
+    both = ("--backend", "other", "--profile", "quick", "--format", "csr", "--format", "dense")
+    result = suite(*both, "-k", "each_other or gradients_equal", path=tmp_path)
     assert result.returncode == 0, result.stdout
     assert "other dense - other csr" in result.stdout
 

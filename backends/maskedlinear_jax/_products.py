@@ -24,6 +24,7 @@ from maskedlinear.pattern import Pattern
 __all__ = ["Indices", "sddmm", "spmm"]
 
 _CHUNK = 1 << 20  # numbers that a product gathers at once
+_BLOCK = 128  # rows that a product in blocks multiplies at once
 _FEW = 4  # up to so many columns, gathering beats the product of compressed rows
 
 
@@ -31,6 +32,7 @@ class Indices(NamedTuple):
     """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.Pattern`."""
 
     indptr: Array
+    rows: Array
     indices: Array
     starts: Array
     outputs: Array
@@ -39,17 +41,17 @@ class Indices(NamedTuple):
     @classmethod
     def of(cls, pattern: Pattern) -> Indices:
         """Return the indices of ``pattern``, which may be traced."""
-        return cls(*(jnp.asarray(array) for array in (pattern.indptr, pattern.indices, *pattern.by_column)))
+        return cls(*(jnp.asarray(array) for array in _flatten(pattern)[0]))
 
 
 def _flatten(pattern: Pattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    return (pattern.indptr, pattern.indices, *pattern.by_column), pattern.shape
+    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.by_column), pattern.shape
 
 
 def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> Pattern:
     pattern = object.__new__(Pattern)  # leaves may be traced, or no arrays at all
-    pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[1], shape
-    vars(pattern)["by_column"] = tuple(leaves[2:])
+    pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[2], shape
+    vars(pattern).update(rows=leaves[1], by_column=tuple(leaves[3:]))
     return pattern
 
 
@@ -82,7 +84,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, rows: boo
     if rows and batch > _FEW:
         matrix = sparse.BCSR((values, across, starts), shape=(count, depth), indices_sorted=True, unique_indices=True)
         return matrix @ right
-    of = _rows(starts, across.size)
+    of = pattern.indices[pattern.order] if transposed else pattern.rows
     return _in_parts(
         lambda total, part: total.at[part[0]].add(part[2][:, None] * right[part[1]], indices_are_sorted=True),
         jnp.zeros((count, batch), right.dtype),
@@ -91,28 +93,58 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, rows: boo
     )
 
 
-def _sddmm(left: Array, right: Array, *rest: Array) -> Array:
+def _sddmm(left: Array, right: Array, *rest: Array, blocks: bool) -> Array:
+    """The sampled product, by gathering, or if ``blocks`` block by block where that takes less time."""
     pattern = Indices(*rest)
     size, batch = pattern.indices.size, right.shape[1]
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
-    step = max(1, min(size, _CHUNK // batch))
-    padding = -size % step
-    ends = [jnp.pad(end, (0, padding)).reshape(-1, step) for end in (_rows(pattern.indptr, size), pattern.indices)]
-    return lax.map(lambda part: (left[part[0]] * right[part[1]]).sum(1), ends).reshape(-1)[:size]
+    # Nanoseconds, measured on two cores with AVX-512: a dot product of gathered rows, and a product of the whole block.
+    if blocks and size * (0.26 * batch + 16) > 0.0105 * left.shape[0] * right.size:
+        return _sddmm_in_blocks(left, right, pattern)
+
+    def dot(ends: tuple[Array, Array]) -> Array:
+        return (left[ends[0]] * right[ends[1]]).sum(1)
+
+    ends, step = (pattern.rows, pattern.indices), max(1, _CHUNK // batch)
+    if size <= step:
+        return dot(ends)
+    parts = tuple(jnp.pad(end, (0, -size % step)).reshape(-1, step) for end in ends)
+    return lax.map(dot, parts).reshape(-1)[:size]
 
 
-def _rows(starts: Array, size: int) -> Array:
-    """Return the row of each entry of compressed rows."""
-    marks = jnp.zeros(size + 1, jnp.int32).at[starts[1:-1]].add(1)
-    return jnp.cumsum(marks[:size], dtype=jnp.int32)
+def _sddmm_in_blocks(left: Array, right: Array, pattern: Indices) -> Array:
+    """Multiply some rows at a time in full, and take from each block what the pattern asks for: no more is ever there.
+
+    A step takes the rows from that of the next connection on, and as many connections as are in them, up to a number
+    that suits the average; what it writes too much, later steps overwrite. So it is right for any pattern.
+    """
+    size, out = pattern.indices.size, left.shape[0]
+    height = min(_BLOCK, out)
+    most = min(size, max(1, 3 * size * height // (2 * out)))
+    padded = jnp.pad(left, ((0, height), (0, 0)))
+    rows = jnp.pad(pattern.rows, (0, most), constant_values=out + height)
+    across = jnp.pad(pattern.indices, (0, most))
+
+    def step(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        start, total = state
+        first = rows[start]
+        block = lax.dynamic_slice_in_dim(padded, first, height) @ right.T
+        of = lax.dynamic_slice_in_dim(rows, start, most) - first
+        there = block[jnp.minimum(of, height - 1), lax.dynamic_slice_in_dim(across, start, most)]
+        return start + (of < height).sum(dtype=jnp.int32), lax.dynamic_update_slice_in_dim(total, there, start, 0)
+
+    first = (jnp.int32(0), jnp.zeros(size + most, right.dtype))
+    return lax.while_loop(lambda state: state[0] < size, step, first)[1][:size]
 
 
 def _in_parts(add: Any, total: Array, entries: tuple[Array, ...], batch: int) -> Array:
     """Add up entries part by part, so that no more than ``_CHUNK`` numbers are gathered at once."""
     size = entries[0].size
-    step = max(1, min(size, _CHUNK // batch))
+    step = max(1, _CHUNK // batch)
     whole = size // step * step
+    if not whole:
+        return add(total, entries)
     parts = [entry[:whole].reshape(-1, step) for entry in entries]
     total = lax.scan(lambda total, part: (add(total, part), None), total, parts)[0]
     return add(total, [entry[whole:] for entry in entries]) if whole < size else total
@@ -143,11 +175,11 @@ def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: boo
     pattern = Indices(*rest)
     if ad.is_undefined_primal(values):
         if isinstance(g, ad.Zero):
-            return [ad.Zero(values.aval), None, *(None,) * 5]
-        return [sddmm(right, g, pattern) if transposed else sddmm(g, right, pattern), None, *(None,) * 5]
+            return [ad.Zero(values.aval), None, *(None,) * 6]
+        return [sddmm(right, g, pattern) if transposed else sddmm(g, right, pattern), None, *(None,) * 6]
     if isinstance(g, ad.Zero):
-        return [None, ad.Zero(right.aval), *(None,) * 5]
-    return [None, spmm(values, g, pattern, not transposed), *(None,) * 5]
+        return [None, ad.Zero(right.aval), *(None,) * 6]
+    return [None, spmm(values, g, pattern, not transposed), *(None,) * 6]
 
 
 def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
@@ -164,8 +196,8 @@ def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
 def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:
     pattern = Indices(*rest)
     if ad.is_undefined_primal(left):
-        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 5]
-    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 5]
+        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 6]
+    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 6]
 
 
 def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, int]:
@@ -215,4 +247,5 @@ _eager(_spmm_p, transposed=None)
 _eager(_sddmm_p)
 mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=False), multiple_results=False))
 mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=True), multiple_results=False), platform="cpu")
-mlir.register_lowering(_sddmm_p, mlir.lower_fun(_sddmm, multiple_results=False))
+mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, blocks=False), multiple_results=False))
+mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, blocks=True), multiple_results=False), platform="cpu")

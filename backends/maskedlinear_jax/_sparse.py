@@ -66,5 +66,5 @@ def product(x: ArrayLike, values: ArrayLike, pattern: Indices, in_features: int,
     columns = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide).T
     y = spmm(values.astype(dtype).astype(wide), columns, pattern).T
     if bias is not None:
-        y = y + bias.astype(dtype).astype(wide)
+        y = y + bias.astype(dtype).astype(wide)[None]
     return y.astype(dtype).reshape(*x.shape[:-1], out)

@@ -47,7 +47,7 @@ class JaxBackend:
     def op(self, x: Array, weight: Array, mask: Any, bias: Bias, forward_mode: bool = False) -> Array:
         """Return ``y``: what a backend for layers replaces. Of the sparse form the mask is a pattern."""
         if self.format == "sparse":
-            return sparse_linear(x, weight[rows_of(mask), mask.indices], mask, bias)
+            return sparse_linear(x, weight[mask.rows, mask.indices], mask, bias)
         return masked_linear(x, weight, mask, bias, forward_mode=forward_mode)
 
     def _prepared(self, mask: Any) -> Any:
@@ -183,12 +183,6 @@ class JaxBackend:
     ) -> Array:
         """Return ``masks.random`` as an array."""
         return _placed(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), device)
-
-
-def rows_of(pattern: Pattern) -> Array:
-    """The output of each connection of a pattern that may be traced."""
-    counts = jnp.diff(pattern.indptr)
-    return jnp.repeat(jnp.arange(len(counts)), counts, total_repeat_length=len(pattern.indices))
 
 
 def _device(device: str) -> Any:

@@ -49,10 +49,24 @@ class Run:
                 self.add(made)
         elif self.command and not names:
             raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
+        self.left_out: list[str] = []  # formats, by the quick profile
+        chosen: list[str] = config.getoption("--format")
         for name in names:
             try:
-                for backend in load(name):
-                    self.add(backend)
+                loaded = load(name)
+                missing = set(chosen) - {backend.format for backend in loaded}
+                if missing == set(chosen) != set():
+                    raise pytest.UsageError(
+                        f"backend {name!r} has none of the formats {', '.join(sorted(missing))}; it has: "
+                        f"{', '.join(backend.format for backend in loaded)}"
+                    )
+                for backend in loaded:
+                    if chosen and backend.format not in chosen:
+                        continue
+                    if self.profile == "quick" and not chosen and backend is not loaded[0]:
+                        self.left_out.append(f"{backend.name} {backend.format}")
+                    else:
+                        self.add(backend)
             except (BackendNotAvailableError, TypeError) as error:
                 raise pytest.UsageError(str(error)) from error
 
@@ -96,10 +110,11 @@ class Run:
 
     def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
         """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have."""
+        further = any(self.backends[label].format != self.backends[label].formats[0] for label in labels)
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
         return [
             Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
-            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile)
+            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile, further=further)
             for label in labels
         ]
 
@@ -113,6 +128,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=[],
         metavar="NAME",
         help=f"a backend to prove, in all its formats; once for each. Registered: {', '.join(available())}",
+    )
+    group.addoption(
+        "--format",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="only this format of the backends named; once for each (default: all; with --profile quick each one's first)",
     )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")

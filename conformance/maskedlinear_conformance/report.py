@@ -32,6 +32,7 @@ def header(run: Run) -> dict[str, Any]:
         "device": run.device,
         "profile": run.profile,
         "golden vectors": golden.SHA256,
+        "left out by the quick profile": run.left_out,
         "backends": {
             label: {
                 "versions": dict(backend.versions()),
@@ -58,6 +59,10 @@ def header_lines(head: dict[str, Any]) -> list[str]:
         for reason in dict.fromkeys(about["lacks"].values()):
             lacking = [name for name, why in about["lacks"].items() if why == reason]
             lines.append(f"  lacks {', '.join(lacking)}: {reason}")
+    if head["left out by the quick profile"]:
+        lines.append(
+            f"the quick profile leaves out {', '.join(head['left out by the quick profile'])}: --format names them"
+        )
     return lines + ([f"and {len(head['backends']) - 8} more backends"] if len(head["backends"]) > 8 else [])
 
 

@@ -56,6 +56,7 @@ class SparseLinear(nnx.Module):
     """
 
     indptr: Connections
+    rows: Connections
     indices: Connections
     starts: Connections
     outputs: Connections
@@ -232,7 +233,7 @@ class SparseLinear(nnx.Module):
             setattr(self, name, Connections(array))
 
     def _indices(self) -> Indices:
-        return Indices(self.indptr[...], self.indices[...], self.starts[...], self.outputs[...], self.order[...])
+        return Indices(*(getattr(self, name)[...] for name in Indices._fields))
 
 
 def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:

@@ -1,0 +1,234 @@
+"""The sparse form in JAX: the products, the function and nnx's ``SparseLinear``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import scipy.sparse
+from flax import nnx
+from jax import Array
+from jax.test_util import check_grads
+
+from maskedlinear import masks
+from maskedlinear.flax import Connections, MaskedLinear, SparseLinear
+from maskedlinear.jax import masked_linear, sparse_linear
+from maskedlinear.pattern import Pattern
+from maskedlinear_jax import _products
+
+MASK = masks.random((6, 5), sparsity=0.5, seed=7)
+PATTERN = Pattern.from_mask(MASK)
+X64 = pytest.mark.usefixtures("strict_jax")
+
+
+def arguments(rng: np.random.Generator) -> tuple[Array, Array, Array]:
+    """Return x (4, 3, 5), the values and a bias, in float64."""
+    return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in ((4, 3, 5), (PATTERN.connections,), (6,)))  # type: ignore[return-value]
+
+
+def sparse(x: Array, values: Array, bias: Array) -> Array:
+    return sparse_linear(x, values, PATTERN, bias)
+
+
+def dense(x: Array, values: Array, bias: Array) -> Array:
+    weight = jnp.zeros((6, 5), values.dtype).at[PATTERN.rows, PATTERN.indices].set(values)
+    return masked_linear(x, weight, MASK, bias, forward_mode=True)
+
+
+@X64
+def test_the_value_and_every_derivative_are_the_dense_forms(rng: np.random.Generator) -> None:
+    given = arguments(rng)
+    np.testing.assert_allclose(sparse(*given), dense(*given))
+    check_grads(sparse, given, order=3)
+    for transform in (jax.jacfwd, jax.jacrev, jax.hessian):
+        for i in range(3):
+            np.testing.assert_allclose(transform(sparse, i)(*given), transform(dense, i)(*given), atol=1e-12)
+
+
+@X64
+def test_maps_over_everything_but_the_pattern(rng: np.random.Generator) -> None:
+    many = [jnp.stack(parts) for parts in zip(*(arguments(rng) for _ in range(3)), strict=True)]
+    loop = jnp.stack([dense(*(part[i] for part in many)) for i in range(3)])
+    np.testing.assert_allclose(jax.vmap(sparse)(*many), loop)
+    once = [part[0] for part in many]
+    for i in range(3):
+        axes = [0 if j == i else None for j in range(3)]
+        mixed = [many[j] if j == i else once[j] for j in range(3)]
+        np.testing.assert_allclose(jax.vmap(sparse, axes)(*mixed), jax.vmap(dense, axes)(*mixed))
+        by = [jax.vmap(jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), i), axes)(*mixed) for f in (sparse, dense)]
+        np.testing.assert_allclose(*by)
+    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PATTERN)
+    with pytest.raises(ValueError, match=r"a pattern cannot be mapped over by jax\.vmap"):
+        jax.vmap(lambda pattern: sparse_linear(once[0], once[1], pattern))(stacked)
+
+
+@X64
+def test_a_pattern_is_an_argument_of_a_jitted_function(rng: np.random.Generator) -> None:
+    x, values, bias = arguments(rng)
+    compiled = jax.jit(sparse_linear)
+    for pattern in (PATTERN, jax.device_put(PATTERN)):
+        np.testing.assert_allclose(compiled(x, values, pattern, bias), sparse(x, values, bias))
+    assert isinstance(jax.device_put(PATTERN).indices, Array)
+    other, _ = Pattern.from_edges(PATTERN.rows, (PATTERN.indices + 1) % 5, (6, 5))
+    compiled(x, values, other, bias)
+    assert compiled._cache_size() <= 2, "another pattern of the same size is no new program"
+
+
+@X64
+@pytest.mark.parametrize("transform", [jax.checkpoint, partial(jax.jit, static_argnums=())])
+def test_transforms(transform: Any, rng: np.random.Generator) -> None:
+    given = arguments(rng)
+    np.testing.assert_allclose(
+        jax.grad(lambda v: (transform(sparse)(given[0], v, given[2]) ** 2).sum())(given[1]),
+        jax.grad(lambda v: (dense(given[0], v, given[2]) ** 2).sum())(given[1]),
+    )
+
+
+SKEWED = np.zeros((300, 40), bool)
+SKEWED[7], SKEWED[200:202], SKEWED[299, 3] = True, True, True
+SHAPES = {
+    "even": masks.random((300, 40), sparsity=0.4),
+    "skewed": SKEWED,
+    "one": SKEWED & (np.arange(300) == 299)[:, None],
+}
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("way", ["gathered", "in parts", "in blocks", "few"])
+def test_each_way_to_a_product_gives_it(
+    name: str, way: str, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if way == "in parts":
+        monkeypatch.setattr(_products, "_CHUNK", 1000)
+    mask, batch = SHAPES[name], 3 if way == "few" else 9
+    pattern = Pattern.from_mask(mask)
+    indices = _products.Indices.of(pattern)
+    values = jnp.asarray(rng.standard_normal(pattern.connections), jnp.float32)
+    left, right = (jnp.asarray(rng.standard_normal((size, batch)), jnp.float32) for size in mask.shape)
+    matrix = np.zeros(mask.shape)
+    matrix[mask] = values
+    for transposed, side in ((False, right), (True, left)):
+        got = _products._spmm(values, side, *indices, transposed=transposed, rows=way == "few")
+        np.testing.assert_allclose(got, (matrix.T if transposed else matrix) @ side, atol=1e-4)
+    wanted = (left @ right.T)[mask]
+    if way == "in blocks":
+        got = jax.jit(_products._sddmm_in_blocks)(left, right, indices)
+    else:
+        got = _products._sddmm(left, right, *indices, blocks=False)
+    np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"pattern": MASK}, TypeError, "pattern must be a maskedlinear.pattern.Pattern; got ndarray: make one with"),
+        ({"values": jnp.zeros(3)}, ValueError, r"one entry for each of the pattern's 15 connections; got shape \(3,\)"),
+        ({"values": "no"}, TypeError, "values must be an array of numbers; got str"),
+        ({"values": jnp.zeros(15, int)}, TypeError, "values"),
+        ({"x": jnp.zeros((4, 6))}, ValueError, "x"),
+        ({"bias": jnp.zeros(5)}, ValueError, "bias"),
+    ],
+)
+def test_what_does_not_belong_together_is_refused(change: Any, error: type[Exception], message: str) -> None:
+    given: Any = {"x": jnp.zeros((4, 5)), "values": jnp.zeros(15), "pattern": PATTERN, "bias": None}
+    with pytest.raises(error, match=message):
+        sparse_linear(**(given | change))
+
+
+def test_training_equals_that_of_the_dense_form(rng: np.random.Generator) -> None:
+    masked = MaskedLinear(5, 6, mask=MASK.T, rngs=nnx.Rngs(0))
+    layers = (masked, SparseLinear.from_masked(masked))
+    x, target = (jnp.asarray(rng.standard_normal((32, size)), jnp.float32) for size in (5, 6))
+
+    @nnx.jit
+    def step(layer: Any, optimizer: Any) -> None:
+        optimizer.update(layer, nnx.grad(lambda layer: ((layer(x) - target) ** 2).mean())(layer))
+
+    for layer in layers:
+        optimizer = nnx.Optimizer(layer, optax.adam(0.05), wrt=nnx.Param)
+        for _ in range(20):
+            step(layer, optimizer)
+    np.testing.assert_allclose(layers[1].values[...], masked.kernel[...].T[MASK], rtol=1e-4, atol=1e-5)
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], nnx.Param))) == {"values", "bias"}
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], Connections))) == set(_products.Indices._fields)
+
+
+def test_forms_convert_without_loss() -> None:
+    masked = MaskedLinear(5, 6, mask=MASK.T, param_dtype=jnp.bfloat16, fan_in="full", rngs=nnx.Rngs(0))
+    layer = SparseLinear.from_masked(masked)
+    assert layer.pattern == PATTERN
+    back = layer.to_masked()
+    np.testing.assert_array_equal(back.kernel[...], masked.masked_kernel)
+    np.testing.assert_array_equal(back.mask[...], masked.mask[...])
+    assert (back.fan_in, back.kernel[...].dtype) == ("full", jnp.bfloat16)
+    assert layer.sparsity == 0.5
+    with pytest.raises(TypeError, match="from_masked takes a MaskedLinear; got Linear: make one with"):
+        SparseLinear.from_masked(nnx.Linear(5, 6, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
+
+
+def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
+    weight = (rng.standard_normal((6, 5)) * MASK).astype(np.float32)
+    to, of = np.nonzero(MASK)
+    shuffle = rng.permutation(len(to))
+    layer = SparseLinear.from_edges(to[shuffle], of[shuffle], (6, 5), weight[to, of][shuffle], np.arange(6.0))
+    x = jnp.asarray(rng.standard_normal((3, 5)), jnp.float32)
+    np.testing.assert_allclose(layer(x), x @ weight.T + np.arange(6), rtol=1e-5, atol=1e-6)
+    other = SparseLinear.from_scipy(scipy.sparse.csc_array(weight), bias=np.arange(6.0))
+    np.testing.assert_array_equal(other(x), layer(x))
+    drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, rngs=nnx.Rngs(0))
+    assert drawn.bias is None
+    with pytest.raises(ValueError, match=r"one entry for each of the 15 edges; got \(3,\)"):
+        SparseLinear.from_edges(to, of, (6, 5), jnp.zeros(3))
+    with pytest.raises(ValueError, match=r"bias must have shape \(6,\), one entry an output; got \(5,\)"):
+        SparseLinear.from_edges(to, of, (6, 5), weight[to, of], jnp.zeros(5))
+    with pytest.raises(ValueError, match="a bias that is given needs values that are given"):
+        SparseLinear.from_edges(to, of, (6, 5), bias=jnp.zeros(6), rngs=nnx.Rngs(0))
+
+
+def test_what_the_layer_refuses() -> None:
+    with pytest.raises(
+        ValueError, match=r"the kernel's shape \(in, out\) = \(5, 6\); got \(6, 5\), which is its transpose"
+    ):
+        SparseLinear(5, 6, mask=MASK, rngs=nnx.Rngs(0))
+    with pytest.raises(
+        ValueError, match=r"the layer's shape \(out, in\) = \(5, 6\); got \(6, 5\), which is its transpose"
+    ):
+        SparseLinear(6, 5, mask=PATTERN, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="fan_in"):
+        SparseLinear(5, 6, fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="must not be negative"):
+        SparseLinear(-5, 6, rngs=nnx.Rngs(0))
+
+
+def test_the_draw_is_scaled_to_the_live_inputs_of_each_output() -> None:
+    mask = masks.random((400, 400), sparsity=0.9, seed=1)
+    for fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
+        layer = SparseLinear(400, 400, mask=mask.T, fan_in=fan_in, rngs=nnx.Rngs(0))
+        scaled = np.asarray(layer.values[...]) * np.sqrt(count[layer.pattern.rows])
+        assert scaled.std() == pytest.approx(1, rel=0.02)
+    assert SparseLinear(5, 6, rngs=nnx.Rngs(0)).values.shape == (30,)
+
+
+def test_abstract_and_split_layers() -> None:
+    layer = SparseLinear(5, 6, mask=MASK.T, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(layer)
+    x = jnp.ones((2, 5))
+    np.testing.assert_array_equal(nnx.merge(graph, state)(x), layer(x))
+    half = SparseLinear(5, 6, mask=MASK.T, dtype=jnp.float16, rngs=nnx.Rngs(0))
+    assert half(x).dtype == jnp.float16
+
+
+def test_a_large_layer_costs_what_its_connections_cost(rng: np.random.Generator) -> None:
+    size, count = 100_000, 200_000
+    flat = np.unique(rng.integers(0, size * size, count))
+    layer = SparseLinear.from_edges(flat // size, flat % size, (size, size), rngs=nnx.Rngs(0))
+    compiled = jax.jit(
+        lambda values, pattern, x: jax.grad(lambda v: (sparse_linear(x, v, pattern) ** 2).sum())(values)
+    ).lower(layer.values[...], jax.device_put(layer.pattern), jnp.ones((4, size)))
+    memory = compiled.compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 64 * 2**20
