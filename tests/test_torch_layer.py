@@ -18,9 +18,18 @@ from torch import nn
 
 from maskedlinear import masks
 from maskedlinear.torch import MaskedLinear, masked_linear
+from maskedlinear_torch import _functional
 
 MASK = masks.random((5, 7), sparsity=0.5, seed=1)
 LIVE = torch.asarray(MASK)
+
+
+@pytest.fixture(autouse=True, params=["rules", "expression"])
+def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Small layers take the expression; here they take the rules of large ones, too."""
+    if request.param == "rules":
+        monkeypatch.setattr(_functional, "_SMALL", 0)
+    return str(request.param)
 
 
 @pytest.fixture

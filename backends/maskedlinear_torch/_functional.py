@@ -1,9 +1,10 @@
 """``masked_linear`` as a function, with its own backward and forward-mode rules.
 
 The rules save x, the weight and the mask, and no masked copy of the weight: a copy saved as an intermediate would cost
-memory and break second order. Under ``torch.compile`` and ``torch.export`` the plain expression stands in, whose automatic
-derivatives are the same: Dynamo refuses a Function that has a forward-mode rule (https://github.com/pytorch/pytorch/issues/180284)
-and drops such rules inside compiled ``torch.func`` transforms (https://github.com/pytorch/pytorch/issues/192985).
+memory and break second order. Small layers go without the rules: a Function takes longer than their products. Under
+``torch.compile`` and ``torch.export`` the plain expression stands in, whose automatic derivatives are the same: Dynamo
+refuses a Function that has a forward-mode rule (https://github.com/pytorch/pytorch/issues/180284) and drops such rules
+inside compiled ``torch.func`` transforms (https://github.com/pytorch/pytorch/issues/192985).
 """
 
 from __future__ import annotations
@@ -19,13 +20,16 @@ from torch.autograd import forward_ad
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
+from maskedlinear_torch._kept import Kept, mask_in_place, masked_by_bits
 
 __all__ = [
     "FLOATING",
     "aligned",
     "as_tensor",
     "autocast_arguments",
+    "can_skip_checks",
     "check_dense",
+    "checked_linear",
     "flat",
     "is_grads_batched",
     "mask_tensor",
@@ -35,7 +39,7 @@ __all__ = [
 ]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_SMALL = 1 << 14  # weights up to which a Function costs more than its rules save
 
 # Private, for want of a public way to ask which torch.func transforms are on: a torch that renames it still imports.
 _peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
@@ -78,9 +82,18 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
     x, weight, bias = autocast_arguments(x, weight, bias, "weight")
     if torch.compiler.is_compiling() or _nested_forward_mode():
         return _linear(x, select(weight, mask), bias)
-    if not torch.is_grad_enabled() and not _in_transform(x):
-        return _linear(x, _select_bits(weight, mask), bias)  # nothing to differentiate: a Function would only cost time
-    return _MaskedLinear.apply(x, weight, mask, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return checked_linear(x, weight, mask, bias, None)
+
+
+def checked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
+    """Return y for arguments that are checked; a layer hands in what it keeps of its masked weight."""
+    if weight.numel() <= _SMALL and weight.itemsize > 2:
+        return F.linear(x, select(weight, mask), bias)
+    if torch.is_grad_enabled() or _in_transform(x):
+        return _MaskedLinear.apply(x, weight, mask, bias, kept)  # type: ignore[no-any-return, no-untyped-call]
+    # Nothing to differentiate: a Function would only cost time.
+    masked = kept.at_rest(weight, mask) if kept is not None and _can_keep(weight, mask) else _select_bits(weight, mask)
+    return _linear(x, masked, bias)
 
 
 def autocast_arguments(
@@ -104,6 +117,23 @@ def autocast_arguments(
                 f"and {called} in {weight.dtype} on {weight.device}: move one of them with .to(...)"
             )
     return x, weight, bias
+
+
+def can_skip_checks(x: Any, weight: Tensor, mask: Tensor) -> bool:
+    """Whether a layer's input fits its parameters, which fit each other, and nothing looks on but autograd."""
+    return (
+        type(x) is Tensor
+        and not _is_tracing()
+        and type(weight) is torch.nn.Parameter
+        and type(mask) is Tensor
+        and x.dtype is weight.dtype
+        and x.device == weight.device == mask.device
+        and x.dim() > 0
+        and x.shape[-1] == weight.shape[-1]
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(weight.device.type if not weight.is_meta else "cpu")
+        and not _in_transform(x)
+    )
 
 
 def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
@@ -156,22 +186,18 @@ def select(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def _select_bits(tensor: Tensor, mask: Tensor) -> Tensor:
-    """:func:`select` where nothing differentiates it; on the CPU several times as fast as ``torch.where``.
+    """:func:`select`, several times as fast where nothing differentiates it."""
+    return masked_by_bits(tensor, mask) if _is_plain(tensor) and tensor.device.type == "cpu" else select(tensor, mask)
 
-    A logical AND of the tensor's bits with all ones or all zeros, which lets no NaN through either.
-    """
-    if (
-        tensor.device.type != "cpu"
-        or type(tensor) not in (Tensor, torch.nn.Parameter)  # a DTensor, for one
-        or torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or _in_transform(tensor)
-    ):
-        return select(tensor, mask)
-    whole_numbers = _BITS[tensor.itemsize]
-    bits = torch.empty(tensor.shape, dtype=whole_numbers, device=tensor.device)
-    torch.mul(mask.view(torch.int8), -1, out=bits)
-    return bits.bitwise_and_(tensor.view(whole_numbers)).view(tensor.dtype)
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is an ordinary one, a DTensor being none, and nothing differentiates what is made of it."""
+    return (
+        type(tensor) in (Tensor, torch.nn.Parameter)
+        and not torch.is_grad_enabled()
+        and forward_ad._current_level < 0
+        and not _in_transform(tensor)
+    )
 
 
 def aligned(tensor: Tensor, like: Tensor) -> Tensor:
@@ -235,33 +261,52 @@ def flat(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
+def _can_keep(weight: Tensor, mask: Tensor) -> bool:
+    """Whether the masked weight of these may be kept: ordinary tensors, of which autograd counts the versions."""
+    return (
+        not weight.is_meta
+        and _is_plain(weight)
+        and weight.is_contiguous()
+        and mask.is_contiguous()
+        and not weight.is_inference()
+        and not mask.is_inference()
+    )
+
+
 class _MaskedLinear(torch.autograd.Function):
-    """The rules. Arguments: x, weight, mask, bias or ``None``."""
+    """The rules. Arguments: x, weight, mask, bias or ``None``, and what a layer keeps, or ``None``."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
+        if kept is not None and _can_keep(weight, mask):
+            return _linear(x, kept.derive(weight, mask), bias)
         return _linear(x, _select_bits(weight, mask), bias)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None], output: Tensor) -> None:
-        x, weight, mask, _ = inputs
-        ctx.save_for_backward(x, weight, mask)
-        ctx.save_for_forward(x, weight, mask)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.kept = inputs[4]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask = ctx.saved_tensors
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
-            dx = g @ _select_bits(weight, mask)
+            masked = ctx.kept.of(weight, mask) if ctx.kept is not None and _can_keep(weight, mask) else None
+            dx = g @ (_select_bits(weight, mask) if masked is None else masked)
         if ctx.needs_input_grad[1]:
-            dweight = _select_bits(flat(g).mT @ flat(x), mask)
+            dweight = flat(g).mT @ flat(x)
+            if _is_plain(dweight) and dweight.device.type == "cpu":
+                mask_in_place(dweight, mask)
+            else:
+                dweight = select(dweight, mask)
         if ctx.needs_input_grad[3]:
             dbias = flat(g).sum(0)
-        return dx, dweight, None, dbias
+        return dx, dweight, None, dbias, None
 
     @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None) -> Tensor:
+    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None, __: None) -> Tensor:
         x, weight, mask = ctx.saved_tensors
         # A sum of two products: half types form it in float32, so that it is rounded once.
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -282,14 +327,15 @@ class _MaskedLinear(torch.autograd.Function):
         weight: Tensor,
         mask: Tensor,
         bias: Tensor | None,
+        kept: Kept | None,
     ) -> tuple[Tensor, int]:
         # torch's own rule for a linear layer rounds a half type before the bias is added, and again after.
         def front(tensor: Tensor, dim: int | None) -> Tensor:
             return tensor if dim is None else tensor.movedim(dim, 0)
 
         x, weight, mask = (front(t, dim) for t, dim in zip((x, weight, mask), in_dims[:3], strict=True))
-        if in_dims[1:] == (None, None, None):  # one more batch dimension
-            return _MaskedLinear.apply(x, weight, mask, bias), 0  # type: ignore[no-untyped-call]
+        if in_dims[1:4] == (None, None, None):  # one more batch dimension
+            return _MaskedLinear.apply(x, weight, mask, bias, kept), 0  # type: ignore[no-untyped-call]
         copies: int = info.batch_size
         x = x if in_dims[0] is not None else x.expand(copies, *x.shape)
         masked = select(weight, mask).expand(copies, *weight.shape[-2:])

@@ -12,7 +12,18 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from maskedlinear.masks import as_mask
-from maskedlinear_torch._functional import FLOATING, aligned, as_tensor, check_dense, masked_linear, select, whole
+from maskedlinear_torch._functional import (
+    FLOATING,
+    aligned,
+    as_tensor,
+    can_skip_checks,
+    check_dense,
+    checked_linear,
+    masked_linear,
+    select,
+    whole,
+)
+from maskedlinear_torch._kept import Kept
 
 __all__ = ["MaskedLinear"]
 
@@ -25,6 +36,11 @@ class MaskedLinear(nn.Linear):
     The whole weight matrix is kept. A masked connection takes no part in the forward or the backward pass, keeps its
     stored weight, and comes back when the mask brings it back. ``state_dict`` has the keys ``weight``, ``bias`` and
     ``mask``; the state of a plain ``nn.Linear`` loads too and leaves the mask as it is.
+
+    A layer on the CPU with more than 16384 weights keeps its masked weight from one call to the next, as much memory again
+    as the weight: training writes it anew at every call, inference only once weight or mask have changed, as autograd
+    counts. Changes that it does not count, through ``.data`` or a NumPy view, are noticed where they change most of the
+    weight; ``weight.data[0, 0] = 1`` is not, until the layer is trained or the weight changed in another way.
 
     Optimizers move a weight whose gradient is zero (momentum, weight decay): guard them with
     :func:`maskedlinear.torch.freeze_masked`. ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` read the
@@ -81,6 +97,7 @@ class MaskedLinear(nn.Linear):
             raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.fan_in = fan_in
+        self._kept = Kept()
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
         # A layer on the meta device has no values: the mask waits here until reset_parameters can write it.
         self._pending_mask = (
@@ -92,6 +109,8 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``masked_linear(input, weight, mask, bias)``: shape ``(..., in)`` to ``(..., out)``."""
+        if can_skip_checks(input, self.weight, self.mask):
+            return checked_linear(input, self.weight, self.mask, self.bias, self._kept)
         return masked_linear(input, self.weight, self.mask, self.bias)
 
     def set_mask(self, mask: Any) -> None:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked, masked_linear, sparse_linear
+from maskedlinear_torch import MaskedLinear, SparseLinear, _functional, freeze_masked, masked_linear, sparse_linear
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse import product
 
@@ -70,15 +70,20 @@ class TorchBackend:
 
     @contextmanager
     def strict(self) -> Iterator[None]:
-        """Turn TF32 and reductions in half precision off."""
-        matmul = torch.backends.cuda.matmul
+        """Turn TF32 and reductions in half precision off, and have small layers take the rules of large ones.
+
+        They take the plain expression, which law 2 compares the rules with.
+        """
+        matmul, small = torch.backends.cuda.matmul, _functional._SMALL
         precision = torch.get_float32_matmul_precision()
         half, brain = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
         try:
+            _functional._SMALL = 0
             torch.set_float32_matmul_precision("highest")
             matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
             yield
         finally:
+            _functional._SMALL = small
             torch.set_float32_matmul_precision(precision)
             matmul.allow_fp16_reduced_precision_reduction = half
             matmul.allow_bf16_reduced_precision_reduction = brain

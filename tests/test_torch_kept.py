@@ -1,0 +1,208 @@
+"""What a layer keeps of its masked weight: never stale, whatever happens to weight and mask, and no more than it must."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear, freeze_masked, masked_linear
+from maskedlinear_torch import _functional, _kept
+
+MASKS = [masks.random((6, 5), sparsity=0.5, seed=seed) for seed in (1, 2)]
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the masked weight of small layers, too."""
+    monkeypatch.setattr(_functional, "_SMALL", 0)
+
+
+@pytest.fixture
+def layer() -> MaskedLinear:
+    torch.manual_seed(0)
+    return MaskedLinear(5, 6, mask=MASKS[0])
+
+
+def plain(layer: MaskedLinear, x: Tensor = X) -> Tensor:
+    return nn.functional.linear(x, torch.where(layer.mask, layer.weight, 0), layer.bias)
+
+
+def check(layer: MaskedLinear) -> None:
+    """The layer gives what its weight and mask say: in inference, in training, and their gradients."""
+    with torch.no_grad():
+        assert torch.equal(layer(X), plain(layer))
+    with torch.inference_mode():
+        assert torch.equal(layer(X), plain(layer))
+    x = X.clone().requires_grad_()
+    inputs = [x, layer.weight, layer.bias]
+    found, wanted = (torch.autograd.grad(f(x).square().sum(), inputs) for f in (layer, lambda x: plain(layer, x)))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    with torch.no_grad():
+        assert torch.equal(layer(X), plain(layer))
+
+
+def stepped(layer: MaskedLinear) -> None:
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9)
+    freeze_masked(optimizer, layer)
+    layer(X).square().sum().backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def in_place(layer: MaskedLinear) -> None:
+    layer.weight[2, 3] += 1
+
+
+def data_swapped(layer: MaskedLinear) -> None:
+    layer.weight.data = torch.randn(6, 5)
+
+
+def data_averaged(layer: MaskedLinear) -> None:
+    layer.weight.data.mul_(0.9).add_(0.1)
+
+
+def by_numpy(layer: MaskedLinear) -> None:
+    layer.weight.detach().numpy()[:] = 1
+
+
+def reassigned(layer: MaskedLinear) -> None:
+    layer.weight = nn.Parameter(torch.randn(6, 5))
+
+
+CHANGES: list[Callable[[MaskedLinear], Any]] = [
+    stepped,
+    in_place,
+    data_swapped,
+    data_averaged,
+    by_numpy,
+    reassigned,
+    lambda layer: layer.set_mask(MASKS[1]),
+    lambda layer: layer.mask.logical_not_(),
+    lambda layer: layer.load_state_dict(MaskedLinear(5, 6, mask=MASKS[1]).state_dict()),
+    lambda layer: layer.load_state_dict(MaskedLinear(5, 6, mask=MASKS[1]).state_dict(), assign=True),
+    lambda layer: layer.reset_parameters(),
+    lambda layer: layer.eval(),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: getattr(change, "__name__", "change"))
+def test_nothing_is_stale_after_a_change(layer: MaskedLinear, change: Callable[[MaskedLinear], Any]) -> None:
+    check(layer)
+    change(layer)
+    check(layer)
+    change(layer)
+    with torch.no_grad():
+        assert torch.equal(layer(X), plain(layer)), "in inference, without a training call before"
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_keeps_its_own(layer: MaskedLinear, copied: Callable[[MaskedLinear], MaskedLinear]) -> None:
+    check(layer)
+    other = copied(layer)
+    in_place(other)
+    check(other)
+    check(layer)
+    assert set(layer.state_dict()) == {"weight", "bias", "mask"}
+
+
+def test_dtypes_follow_the_layer(layer: MaskedLinear) -> None:
+    check(layer)
+    for dtype in (torch.float64, torch.float32):
+        layer.to(dtype)
+        with torch.no_grad():
+            assert torch.equal(layer(X.to(dtype)), plain(layer, X.to(dtype)))
+
+
+def test_inference_derives_once_until_something_changes(layer: MaskedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Tensor] = []
+    derive = _kept.masked_by_bits
+    monkeypatch.setattr(_kept, "masked_by_bits", lambda *a: (made.append(a[0]), derive(*a))[1])
+    with torch.no_grad():
+        for _ in range(3):
+            layer(X)
+        assert len(made) == 1
+        layer.weight[0, 0] = 3
+        layer(X)
+        layer.set_mask(MASKS[1])
+        for _ in range(2):
+            layer(X)
+    assert len(made) == 3
+
+
+def test_training_writes_to_the_same_memory(layer: MaskedLinear) -> None:
+    places = set()
+    for _ in range(3):
+        stepped(layer)
+        places.add(layer._kept.masked.data_ptr())  # type: ignore[union-attr]
+    assert len(places) == 1
+    with torch.no_grad():
+        layer(X)
+    held = layer._kept.masked
+    stepped(layer)
+    assert layer._kept.masked is not held, "what inference may still be reading is not written to"
+
+
+def test_two_weights_of_one_layer_in_one_graph(layer: MaskedLinear) -> None:
+    others = [torch.randn(6, 5, requires_grad=True) for _ in range(2)]
+    x = X.clone().requires_grad_()
+    outputs = [torch.func.functional_call(layer, {"weight": weight}, (x,)) for weight in others]
+    for weight, y in zip(others, outputs, strict=True):
+        found = torch.autograd.grad(y.sum(), (x, weight), retain_graph=True)
+        wanted = torch.autograd.grad(masked_linear(x, weight, MASKS[0], layer.bias).sum(), (x, weight))
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_a_weight_changed_between_forward_and_backward_is_an_error_as_in_every_layer(layer: MaskedLinear) -> None:
+    y = layer(X)
+    in_place(layer)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+def test_second_order_through_a_layer(layer: MaskedLinear) -> None:
+    x = X.double().requires_grad_()
+    layer = layer.double()
+    assert torch.autograd.gradgradcheck(lambda x: layer(x), (x,))
+    y = torch.func.jvp(layer, (x.detach(),), (x.detach(),))[1]
+    torch.testing.assert_close(y, nn.functional.linear(x, layer.masked_weight))
+
+
+def test_weights_made_in_inference_mode_are_not_kept() -> None:
+    with torch.inference_mode():
+        layer = MaskedLinear(5, 6, mask=MASKS[0])
+        assert torch.equal(layer(X), plain(layer))
+        layer.weight.mul_(2)
+        assert torch.equal(layer(X), plain(layer))
+
+
+def test_threads_do_not_write_to_each_others_memory(layer: MaskedLinear) -> None:
+    layer(X)
+    before = layer._kept.masked
+    thread = threading.Thread(target=lambda: layer(X))
+    thread.start()
+    thread.join()
+    assert layer._kept.masked is not before
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_masking_in_place_gives_positive_zero_in_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kept, "_BLOCK", 12)
+    mask = torch.tensor(MASKS[0])
+    matrix = torch.full((6, 5), float("nan"), dtype=dtype)
+    matrix[mask] = -1.5
+    found = _kept.mask_in_place(matrix.clone(), mask)
+    assert torch.equal(found, torch.where(mask, matrix, 0))
+    assert not found[~mask].signbit().any()
+    assert torch.equal(_kept.masked_by_bits(matrix, mask), found)
+    assert _kept.mask_in_place(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool)).shape == (3, 0)
