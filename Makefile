@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: demo test lint conformance clean
+.PHONY: demo test lint conformance bench clean
 
 demo: .venv/installed
 	$(BIN)/maskedlinear demo
@@ -15,6 +15,9 @@ lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: .venv/installed
+	$(BIN)/maskedlinear bench --out benchmarks/results
 
 conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax --backend nnx --backend linen

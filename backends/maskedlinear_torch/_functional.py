@@ -31,7 +31,9 @@ __all__ = [
     "check_dense",
     "checked_linear",
     "flat",
+    "in_transform",
     "is_grads_batched",
+    "is_plain",
     "mask_tensor",
     "masked_linear",
     "select",
@@ -89,8 +91,9 @@ def checked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None,
     """Return y for arguments that are checked; a layer hands in what it keeps of its masked weight."""
     if weight.numel() <= _SMALL and weight.itemsize > 2:
         return F.linear(x, select(weight, mask), bias)
-    if torch.is_grad_enabled() or _in_transform(x):
-        return _MaskedLinear.apply(x, weight, mask, bias, kept)  # type: ignore[no-any-return, no-untyped-call]
+    if torch.is_grad_enabled() or in_transform(x):
+        rule = _MaskedLinearInTransform if in_transform(x) else _MaskedLinear
+        return rule.apply(x, weight, mask, bias, kept)  # type: ignore[no-any-return, no-untyped-call]
     # Nothing to differentiate: a Function would only cost time.
     masked = kept.at_rest(weight, mask) if kept is not None and _can_keep(weight, mask) else _select_bits(weight, mask)
     return _linear(x, masked, bias)
@@ -132,7 +135,7 @@ def can_skip_checks(x: Any, weight: Tensor, mask: Tensor) -> bool:
         and x.shape[-1] == weight.shape[-1]
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(weight.device.type if not weight.is_meta else "cpu")
-        and not _in_transform(x)
+        and not in_transform(x)
     )
 
 
@@ -187,16 +190,16 @@ def select(tensor: Tensor, mask: Tensor) -> Tensor:
 
 def _select_bits(tensor: Tensor, mask: Tensor) -> Tensor:
     """:func:`select`, several times as fast where nothing differentiates it."""
-    return masked_by_bits(tensor, mask) if _is_plain(tensor) and tensor.device.type == "cpu" else select(tensor, mask)
+    return masked_by_bits(tensor, mask) if is_plain(tensor) and tensor.device.type == "cpu" else select(tensor, mask)
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
     """Whether ``tensor`` is an ordinary one, a DTensor being none, and nothing differentiates what is made of it."""
     return (
         type(tensor) in (Tensor, torch.nn.Parameter)
         and not torch.is_grad_enabled()
         and forward_ad._current_level < 0
-        and not _in_transform(tensor)
+        and not in_transform(tensor)
     )
 
 
@@ -221,7 +224,7 @@ def _is_tracing() -> bool:
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 
 
-def _in_transform(tensor: Tensor) -> bool:
+def in_transform(tensor: Tensor) -> bool:
     """Whether a ``torch.func`` transform is on, or ``tensor`` is a batch of gradients (``is_grads_batched``)."""
     return _peek is None or _peek() is not None or is_grads_batched(tensor)
 
@@ -265,7 +268,7 @@ def _can_keep(weight: Tensor, mask: Tensor) -> bool:
     """Whether the masked weight of these may be kept: ordinary tensors, of which autograd counts the versions."""
     return (
         not weight.is_meta
-        and _is_plain(weight)
+        and is_plain(weight)
         and weight.is_contiguous()
         and mask.is_contiguous()
         and not weight.is_inference()
@@ -277,16 +280,9 @@ class _MaskedLinear(torch.autograd.Function):
     """The rules. Arguments: x, weight, mask, bias or ``None``, and what a layer keeps, or ``None``."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
-        if kept is not None and _can_keep(weight, mask):
-            return _linear(x, kept.derive(weight, mask), bias)
-        return _linear(x, _select_bits(weight, mask), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
-        ctx.kept = inputs[4]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _MaskedLinearInTransform.setup_context(ctx, inputs, inputs[0])
+        return _MaskedLinearInTransform.forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -297,7 +293,7 @@ class _MaskedLinear(torch.autograd.Function):
             dx = g @ (_select_bits(weight, mask) if masked is None else masked)
         if ctx.needs_input_grad[1]:
             dweight = flat(g).mT @ flat(x)
-            if _is_plain(dweight) and dweight.device.type == "cpu":
+            if is_plain(dweight) and dweight.device.type == "cpu":
                 mask_in_place(dweight, mask)
             else:
                 dweight = select(dweight, mask)
@@ -319,6 +315,22 @@ class _MaskedLinear(torch.autograd.Function):
             dy = dy + dbias.to(wide)
         return dy.to(x.dtype)
 
+
+class _MaskedLinearInTransform(_MaskedLinear):
+    """The same for ``torch.func``, which needs the two steps apart; apart, they take far longer to call."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
+        if kept is not None and _can_keep(weight, mask):
+            return _linear(x, kept.derive(weight, mask), bias)
+        return _linear(x, _select_bits(weight, mask), bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:3])
+        ctx.save_for_forward(*inputs[:3])
+        ctx.kept = inputs[4]
+
     @staticmethod
     def vmap(
         info: Any,
@@ -335,7 +347,7 @@ class _MaskedLinear(torch.autograd.Function):
 
         x, weight, mask = (front(t, dim) for t, dim in zip((x, weight, mask), in_dims[:3], strict=True))
         if in_dims[1:4] == (None, None, None):  # one more batch dimension
-            return _MaskedLinear.apply(x, weight, mask, bias, kept), 0  # type: ignore[no-untyped-call]
+            return _MaskedLinearInTransform.apply(x, weight, mask, bias, kept), 0  # type: ignore[no-untyped-call]
         copies: int = info.batch_size
         x = x if in_dims[0] is not None else x.expand(copies, *x.shape)
         masked = select(weight, mask).expand(copies, *weight.shape[-2:])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch._functional import is_grads_batched
+from maskedlinear_torch._functional import in_transform, is_grads_batched, is_plain
 
 __all__ = ["Indices", "Way", "sddmm", "spmm"]
 
@@ -64,14 +64,20 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
     """
     if torch.compiler.is_compiling():
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
-    return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
+    if is_plain(values) and is_plain(right):
+        return _spmm(values, right, pattern.way(transposed))
+    rule = _SpmmInTransform if in_transform(right) else _Spmm
+    return rule.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
     """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
     if torch.compiler.is_compiling():
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
-    return _Sddmm.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
+    if is_plain(left) and is_plain(right):
+        return _sddmm(left, right, pattern.way(False))
+    rule = _SddmmInTransform if in_transform(right) else _Sddmm
+    return rule.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
@@ -159,14 +165,9 @@ class _Spmm(torch.autograd.Function):
     """Arguments: values, right, the five of ``Indices``, and whether the product is the transposed one."""
 
     @staticmethod
-    def forward(values: Tensor, right: Tensor, *rest: Any) -> Tensor:
-        return _spmm(values, right, Indices(*rest[:5]).way(rest[5]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.save_for_forward(*inputs[:7])
-        ctx.transposed = inputs[7]
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _SpmmInTransform.setup_context(ctx, inputs, inputs[0])
+        return _SpmmInTransform.forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -186,6 +187,20 @@ class _Spmm(torch.autograd.Function):
         if dright is not None:
             parts.append(spmm(values, dright, Indices(*rest), ctx.transposed))
         return sum(parts[1:], parts[0])
+
+
+class _SpmmInTransform(_Spmm):
+    """The same for ``torch.func``, which needs the two steps apart; apart, they take far longer to call."""
+
+    @staticmethod
+    def forward(values: Tensor, right: Tensor, *rest: Any) -> Tensor:
+        return _spmm(values, right, Indices(*rest[:5]).way(rest[5]))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+        ctx.transposed = inputs[7]
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], values: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -207,13 +222,9 @@ class _Sddmm(torch.autograd.Function):
     """Arguments: left, right, and the five of ``Indices``."""
 
     @staticmethod
-    def forward(left: Tensor, right: Tensor, *rest: Tensor) -> Tensor:
-        return _sddmm(left, right, Indices(*rest).way(False))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        _SddmmInTransform.setup_context(ctx, inputs, inputs[0])
+        return _SddmmInTransform.forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -230,6 +241,19 @@ class _Sddmm(torch.autograd.Function):
         if dright is not None:
             parts.append(sddmm(left, dright, Indices(*rest)))
         return sum(parts[1:], parts[0])
+
+
+class _SddmmInTransform(_Sddmm):
+    """The same for ``torch.func``."""
+
+    @staticmethod
+    def forward(left: Tensor, right: Tensor, *rest: Tensor) -> Tensor:
+        return _sddmm(left, right, Indices(*rest).way(False))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], left: Tensor, right: Tensor, *rest: Tensor) -> tuple[Tensor, int]:

@@ -1,0 +1,77 @@
+"""What is timed: shapes, batches, densities, by the question that they answer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskedlinear.pattern import Pattern
+
+__all__ = ["SETS", "Case", "cases"]
+
+SETS = ("layers", "density", "batch", "width")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and its batch.
+
+    Attributes:
+        of: which of ``SETS`` it belongs to.
+        in_features: the number of inputs.
+        out_features: the number of outputs.
+        batch: the number of rows of x.
+        connections: how many there are.
+    """
+
+    of: str
+    in_features: int
+    out_features: int
+    batch: int
+    connections: int
+
+    @property
+    def density(self) -> float:
+        """The fraction of connections that are there, in [0, 1]."""
+        return self.connections / (self.in_features * self.out_features)
+
+    def __str__(self) -> str:
+        """Name the case, for tables."""
+        return f"{self.in_features} -> {self.out_features}, batch {self.batch}, {self.density:.3g} live"
+
+    def pattern(self) -> Pattern:
+        """Return connections at random places, always the same."""
+        generator = np.random.default_rng(0)
+        size = self.in_features * self.out_features
+        drawn: NDArray[np.int64] = np.zeros(0, np.int64)
+        while len(drawn) < self.connections:
+            drawn = np.unique(np.concatenate([drawn, generator.integers(0, size, self.connections - len(drawn))]))
+        return Pattern.from_edges(
+            drawn // self.in_features, drawn % self.in_features, (self.out_features, self.in_features)
+        )[0]
+
+
+def cases(chosen: tuple[str, ...] = SETS) -> list[Case]:
+    """Return the cases of the sets named."""
+
+    def square(of: str, width: int, batch: int, density: float) -> Case:
+        return Case(of, width, width, batch, round(density * width * width))
+
+    found = {
+        # The ones that claims are made of; 11876 -> 2233 with 46,939 connections is Reactome's wiring of genes to pathways.
+        "layers": [
+            Case("layers", 64, 32, 64, 205),
+            square("layers", 2048, 256, 0.1),
+            square("layers", 2048, 256, 0.01),
+            square("layers", 4096, 32, 0.01),
+            Case("layers", 11876, 2233, 128, 46_939),
+            Case("layers", 768, 3072, 1, 235_930),
+        ],
+        "density": [square("density", 4096, 32, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)]
+        + [square("density", 2048, 256, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)],
+        "batch": [square("batch", 2048, batch, 0.03) for batch in (1, 4, 16, 64, 256, 1024)],
+        "width": [square("width", width, 32, 0.01) for width in (256, 512, 1024, 2048, 4096, 8192)],
+    }
+    return [case for name in chosen for case in found[name]]

@@ -1,0 +1,68 @@
+"""Run the measurements, print tables, write ``results.json`` and plots."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["run_bench", "tables"]
+
+
+def run_bench(frameworks: Sequence[str], sets: Sequence[str], out: Path) -> int:
+    """Time each framework in a process of its own; print the tables, and write ``results.json`` and plots into ``out``."""
+    results: dict[str, Any] = {"machine": machine(), "versions": {}, "rows": []}
+    for framework in frameworks:
+        command = [sys.executable, "-m", "maskedlinear.bench.measure", framework, *sets]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                row = json.loads(line)
+                if "description" in row:
+                    results["versions"] |= row["description"]
+                    continue
+                results["rows"].append(row)
+                print("\n".join(tables([row])), flush=True)
+        if process.returncode:
+            print(f"maskedlinear bench: {framework} failed", file=sys.stderr)
+            return 1
+    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    from maskedlinear.bench.plots import draw
+
+    pictures = draw(results["rows"], out)
+    print(f"Written to {out}: {', '.join(['results.json', *pictures])}")
+    return 0
+
+
+def machine() -> dict[str, Any]:
+    """Return what the times depend on."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = info.read_text(encoding="utf-8").splitlines()
+        names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+        name = names[0] if names else name
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.system(), "python": platform.python_version()}
+
+
+def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return a line for each case, kind of call and layer: ms, the ratio to the dense layer, its range, and what is kept."""
+    lines = []
+    for row in rows:
+        lines.append(
+            f"{row['framework']}: {row['in']} -> {row['out']}, batch {row['batch']}, "
+            f"{row['connections']} connections ({100 * row['density']:.3g} %)"
+        )
+        for what, by_layer in row["times"].items():
+            for name, found in by_layer.items():
+                kept = f"  keeps {row['kept_bytes'][name] / 2**20:8.2f} MiB" if what == "step" else ""
+                lines.append(
+                    f"  {what:20} {name:21} {found['ms']:10.3f} ms  {found['ratio']:6.3f} "
+                    f"({found['lowest']:.3f} - {found['highest']:.3f}){kept}"
+                )
+    return lines

@@ -1,0 +1,150 @@
+"""The layers that are timed in JAX, each as a jitted training step and as an inference."""
+
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.experimental import sparse
+
+from maskedlinear.bench.cases import Case
+from maskedlinear.jax import masked_linear, sparse_linear
+
+__all__ = ["BASE", "calls", "description", "kept"]
+
+BASE = "jnp dense"
+
+Layer = tuple[Callable[..., Array], Any, Any]  # y of (parameters, x, fixed), the parameters, and what is fixed
+
+
+def description() -> dict[str, str]:
+    """Return what ran."""
+    found = {"jax": jax.__version__, "optax": optax.__version__}
+    if find_spec("brainevent"):
+        import brainevent
+
+        found["brainevent"] = brainevent.__version__
+    return found
+
+
+def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
+    pattern = case.pattern()
+    generator = np.random.default_rng(0)
+    shape, bias = (case.out_features, case.in_features), np.zeros(case.out_features, np.float32)
+
+    def drawn(*size: int) -> Array:
+        return jnp.asarray(generator.standard_normal(size) / np.sqrt(case.in_features), jnp.float32)
+
+    def dense(params: Any, x: Array, _: Any) -> Array:
+        return x @ params["weight"].T + params["bias"]
+
+    def masked(params: Any, x: Array, mask: Array) -> Array:
+        return masked_linear(x, params["weight"], mask, params["bias"])
+
+    def by_connections(params: Any, x: Array, pattern: Any) -> Array:
+        return sparse_linear(x, params["values"], pattern, params["bias"])
+
+    def bcoo(params: Any, x: Array, indices: Array) -> Array:
+        matrix = sparse.BCOO((params["values"], indices), shape=shape, indices_sorted=True, unique_indices=True)
+        return (matrix @ x.T).T + params["bias"]
+
+    def product(params: Any, x: Array, mask: Array) -> Array:
+        return x @ (params["weight"] * mask).T + params["bias"]
+
+    def weights() -> Any:
+        return {"weight": drawn(*shape), "bias": jnp.asarray(bias)}
+
+    def values() -> Any:
+        return {"values": drawn(pattern.connections), "bias": jnp.asarray(bias)}
+
+    found: dict[str, Callable[[], Layer]] = {
+        BASE: lambda: (dense, weights(), ()),
+        "masked_linear": lambda: (masked, weights(), jnp.asarray(pattern.to_mask())),
+        "sparse_linear": lambda: (by_connections, values(), jax.device_put(pattern)),
+    }
+    if case.of == "layers":
+        found["weight * mask"] = lambda: (product, weights(), jnp.asarray(pattern.to_mask(), jnp.float32))
+        if case.density < 0.05:  # a step of denser ones takes seconds
+            places = np.stack([pattern.rows, pattern.indices], 1)
+            found["BCOO"] = lambda: (bcoo, values(), jnp.asarray(places))
+            if find_spec("brainevent"):
+                found["brainevent"] = lambda: (_brainevent(shape), values(), (pattern.indices, pattern.indptr))
+    return found
+
+
+def _brainevent(shape: tuple[int, int]) -> Callable[..., Array]:
+    import brainevent
+
+    def layer(params: Any, x: Array, places: Any) -> Array:
+        matrix = brainevent.CSR((params["values"], *map(jnp.asarray, places)), shape=shape)
+        return (matrix @ x.T).T + params["bias"]
+
+    return layer
+
+
+def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference."""
+    generator = np.random.default_rng(1)
+    x, g = (
+        jnp.asarray(generator.standard_normal((case.batch, size)), jnp.float32)
+        for size in (case.in_features, case.out_features)
+    )
+    found: dict[str, dict[str, Callable[[], Any]]] = {"step": {}, "inference": {}}
+    if case.of == "layers":
+        found["forward + backward"] = {}
+    for name, make in _layers(case).items():
+        layer, params, fixed = make()
+        found["step"][name] = _step(layer, params, fixed, x, g)
+        found["inference"][name] = partial(_block, partial(jax.jit(layer), params, x, fixed))
+        if case.of == "layers":
+            found["forward + backward"][name] = partial(
+                _block, partial(jax.jit(partial(_gradients, layer)), params, x, fixed, g)
+            )
+    return found
+
+
+def kept(case: Case) -> dict[str, int]:
+    """Return the bytes that training keeps from step to step: parameters, gradients, Adam's state, masks and indices."""
+    found = {}
+    for name, make in _layers(case).items():
+        _, params, fixed = make()
+        leaves = jax.tree.leaves((params, params, optax.adam(1e-3).init(params), fixed))
+        found[name] = sum(leaf.nbytes for leaf in leaves)
+    return found
+
+
+def _block(call: Callable[[], Any]) -> Any:
+    return jax.block_until_ready(call())
+
+
+def _gradients(layer: Callable[..., Array], params: Any, x: Array, fixed: Any, g: Array) -> Any:
+    y, pull = jax.vjp(lambda params, x: layer(params, x, fixed), params, x)
+    return y, pull(g)
+
+
+def _step(layer: Callable[..., Array], params: Any, fixed: Any, x: Array, g: Array) -> Callable[[], None]:
+    optimizer = optax.adam(1e-3)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update(params: Any, state: Any, fixed: Any, x: Array) -> Any:
+        y, (gradients, dx) = _gradients(layer, params, x, fixed, g)
+        updates, state = optimizer.update(gradients, state)
+        return optax.apply_updates(params, updates), state, y, dx
+
+    now = [params, optimizer.init(params)]
+
+    def step() -> None:
+        params, state, y, dx = update(*now, fixed, x)
+        now[:] = jax.block_until_ready((params, state))
+        jax.block_until_ready((y, dx))
+
+    return step

@@ -1,0 +1,92 @@
+"""The pictures: time against density, with the dense line and where the sparse form crosses it; memory against density."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+__all__ = ["crossover", "draw"]
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt
+
+_DENSE = {"torch": "nn.Linear", "jax": "jnp dense"}
+_MASKED = {"torch": "MaskedLinear", "jax": "masked_linear"}
+_SPARSE = {"torch": "SparseLinear", "jax": "sparse_linear"}
+_NAMES = {"torch": "PyTorch", "jax": "JAX"}
+
+
+def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
+    """Draw what ``rows`` have; return the names of the files."""
+    swept = [row for row in rows if row["set"] == "density"]
+    if not swept:
+        return []
+    _times(swept, out / "time.png")
+    _memory(swept, out / "memory.png")
+    return ["time.png", "memory.png"]
+
+
+def crossover(densities: Sequence[float], sparse: Sequence[float], dense: Sequence[float]) -> float | None:
+    """Return the density at which the sparse form takes as long as the dense one, between points on log axes."""
+    above = np.log(np.asarray(sparse) / np.asarray(dense))
+    for i in range(len(above) - 1):
+        if above[i] < 0 <= above[i + 1]:
+            share = -above[i] / (above[i + 1] - above[i])
+            first, last = np.log(densities[i]), np.log(densities[i + 1])
+            return float(np.exp(first + share * (last - first)))
+    return None
+
+
+def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, int], list[dict[str, Any]]]:
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["density"]):
+        groups.setdefault((row["framework"], row["in"], row["batch"]), []).append(row)
+    return dict(sorted(groups.items()))
+
+
+def _times(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    groups = _groups(rows)
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 4.2), sharey=True, squeeze=False)
+    for axis, ((framework, width, batch), group) in zip(axes[0], groups.items(), strict=True):
+        densities = [100 * row["density"] for row in group]
+        taken = {
+            name: [row["times"]["step"][name]["ms"] for row in group]
+            for name in (_DENSE[framework], _MASKED[framework], _SPARSE[framework])
+        }
+        for (name, times), style in zip(taken.items(), ("k--", "C0s-", "C1o-"), strict=True):
+            axis.loglog(densities, times, style, label=name, markersize=4)
+        found = crossover(densities, taken[_SPARSE[framework]], taken[_DENSE[framework]])
+        if found is not None:
+            axis.axvline(found, color="gray", linewidth=0.8)
+            axis.annotate(f"{found:.0f} %", (found, axis.get_ylim()[0]), xytext=(3, 4), textcoords="offset points")
+        axis.set_title(f"{_NAMES[framework]}, {width} × {width}, batch {batch}", fontsize=10)
+        axis.set_xlabel("connections that are there, %")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("training step, ms")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    groups = {key: group for key, group in _groups(rows).items() if key[1] == max(row["in"] for row in rows)}
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 4.2), sharey=True, squeeze=False)
+    for axis, ((framework, width, _), group) in zip(axes[0], groups.items(), strict=True):
+        densities = [100 * row["density"] for row in group]
+        for names, style in ((_DENSE, "k--"), (_MASKED, "C0s-"), (_SPARSE, "C1o-")):
+            kept = [row["kept_bytes"][names[framework]] / 2**20 for row in group]
+            axis.loglog(densities, kept, style, label=names[framework], markersize=4)
+        axis.set_title(f"{_NAMES[framework]}, {width} × {width}", fontsize=10)
+        axis.set_xlabel("connections that are there, %")
+        axis.grid(True, which="major", alpha=0.3)
+        axis.legend(fontsize=8)
+    axes[0][0].set_ylabel("parameters, gradients, Adam's state, masks, indices: MiB")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,106 @@
+"""The layers that are timed in PyTorch, each as a training step and as an inference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812 - torch's own idiom
+from torch.nn.utils import prune
+
+from maskedlinear.bench.cases import Case
+from maskedlinear.torch import MaskedLinear, SparseLinear
+
+__all__ = ["BASE", "calls", "description", "kept"]
+
+BASE = "nn.Linear"
+
+
+class _ProductMask(nn.Linear):
+    """The recipe that many copied: ``weight * mask``, with the mask as floats."""
+
+    mask: Tensor
+
+    def __init__(self, in_features: int, out_features: int, mask: Tensor) -> None:
+        super().__init__(in_features, out_features)
+        self.register_buffer("mask", mask.float())
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.linear(input, self.weight * self.mask, self.bias)
+
+
+def description() -> dict[str, str]:
+    """Return what ran."""
+    return {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
+
+
+def _layers(case: Case) -> dict[str, Callable[[], nn.Module]]:
+    in_, out, pattern = case.in_features, case.out_features, case.pattern()
+
+    def mask() -> Tensor:
+        return torch.from_numpy(pattern.to_mask())
+
+    found: dict[str, Callable[[], nn.Module]] = {
+        BASE: lambda: nn.Linear(in_, out),
+        "MaskedLinear": lambda: MaskedLinear(in_, out, mask=mask()),
+        "SparseLinear": lambda: SparseLinear(in_, out, mask=pattern),
+    }
+    if case.of == "layers":
+        found["weight * mask"] = lambda: _ProductMask(in_, out, mask())
+        found["torch.nn.utils.prune"] = lambda: prune.custom_from_mask(nn.Linear(in_, out), "weight", mask())
+    return found
+
+
+def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference."""
+    x, g = torch.randn(case.batch, case.in_features), torch.randn(case.batch, case.out_features)
+    found: dict[str, dict[str, Callable[[], Any]]] = {"step": {}, "inference": {}}
+    if case.of == "layers":
+        found |= {"forward + backward": {}, "step, unfused Adam": {}}
+    for name, make in _layers(case).items():
+        layer = make()
+        found["step"][name] = _step(layer, x, g, torch.optim.Adam(layer.parameters(), fused=True))
+        found["inference"][name] = _inference(layer, x)
+        if case.of == "layers":
+            found["forward + backward"][name] = _step(layer, x, g, None)
+            found["step, unfused Adam"][name] = _step(layer, x, g, torch.optim.Adam(layer.parameters()))
+    return found
+
+
+def kept(case: Case) -> dict[str, int]:
+    """Return the bytes that training keeps from step to step: parameters, gradients, Adam's state, masks and indices."""
+    found = {}
+    for name, make in _layers(case).items():
+        layer = make()
+        optimizer = torch.optim.Adam(layer.parameters(), fused=True)
+        x, g = torch.randn(case.batch, case.in_features), torch.randn(case.batch, case.out_features)
+        _step(layer, x, g, optimizer)()
+        tensors = [*layer.parameters(), *layer.buffers()]
+        tensors += [p.grad for p in layer.parameters() if p.grad is not None]
+        tensors += [part for state in optimizer.state.values() for part in state.values()]
+        masked = layer._kept.masked if isinstance(layer, MaskedLinear) else None
+        found[name] = sum(t.nbytes for t in tensors) + (0 if masked is None else masked.nbytes)
+    return found
+
+
+def _step(layer: nn.Module, x: Tensor, g: Tensor, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
+    x = x.clone().requires_grad_()  # as below another layer
+
+    def step() -> None:
+        layer.zero_grad()
+        x.grad = None
+        layer(x).backward(g)
+        if optimizer is not None:
+            optimizer.step()
+
+    return step
+
+
+def _inference(layer: nn.Module, x: Tensor) -> Callable[[], None]:
+    @torch.inference_mode()
+    def inference() -> None:
+        layer(x)
+
+    return inference
