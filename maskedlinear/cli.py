@@ -89,8 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     bench = commands.add_parser(
         "bench",
         help="time both forms of the layer against what people use otherwise",
-        description="Time training steps and inference of both forms, in each framework in a process of its own, against the "
-        "framework's dense layer and other ways to mask it. Prints a table; writes results.json and plots into a folder. "
+        description="Time training steps and inference of both forms, in each framework in a process of its own, against "
+        "the framework's dense layer and other ways to mask it. Prints a table; writes results.json and plots into a folder. "
         "All of it takes about twenty minutes on two cores, which nothing else should use meanwhile.",
     )
     bench.set_defaults(run=_bench)

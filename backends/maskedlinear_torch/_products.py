@@ -172,7 +172,7 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, right, *rest = ctx.saved_tensors
-        pattern = Indices(*rest)
+        pattern, g = Indices(*rest), g.contiguous()  # once for both products
         dvalues = dright = None
         if ctx.needs_input_grad[0]:
             dvalues = sddmm(right, g, pattern) if ctx.transposed else sddmm(g, right, pattern)

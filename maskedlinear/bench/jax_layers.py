@@ -30,7 +30,7 @@ def description() -> dict[str, str]:
     """Return what ran."""
     found = {"jax": jax.__version__, "optax": optax.__version__}
     if find_spec("brainevent"):
-        import brainevent
+        import brainevent  # type: ignore[import-not-found]
 
         found["brainevent"] = brainevent.__version__
     return found
@@ -140,6 +140,7 @@ def _step(layer: Callable[..., Array], params: Any, fixed: Any, x: Array, g: Arr
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(params, updates), state, y, dx
 
+    params = jax.tree.map(jnp.array, params)  # a copy, which is given away
     now = [params, optimizer.init(params)]
 
     def step() -> None:
