@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         "bench",
         help="time both forms of the layer against what people use otherwise",
         description="Time training steps and inference of both forms, in each framework in a process of its own, against "
-        "the framework's dense layer and other ways to mask it. Prints a table; writes results.json and plots into a folder. "
+        "the framework's dense layer and other ways to mask it. Prints a table; writes results and plots into a folder. "
         "All of it takes about twenty minutes on two cores, which nothing else should use meanwhile.",
     )
     bench.set_defaults(run=_bench)

@@ -150,7 +150,7 @@ class Pattern:
         _check_size("inputs", in_)
         _check_range("output", to, out)
         _check_range("input", of, in_)
-        order = np.lexsort((of, to))
+        order = np.argsort(to * in_ + of, kind="stable")
         to, of = to[order], of[order]
         twice = (np.diff(to) == 0) & (np.diff(of) == 0)
         if twice.any():

@@ -115,6 +115,26 @@ def test_a_copy_keeps_its_own(layer: MaskedLinear, copied: Callable[[MaskedLinea
     assert set(layer.state_dict()) == {"weight", "bias", "mask"}
 
 
+def test_a_change_of_the_few_live_weights_alone_is_noticed() -> None:
+    mask = torch.zeros(600, 500, dtype=torch.bool)
+    mask[17, 3] = mask[400, 499] = True
+    layer = MaskedLinear(500, 600, mask=mask)
+    x = torch.randn(2, 500)
+    with torch.no_grad():
+        layer(x)
+        layer.weight.data[mask] += 1
+        assert torch.equal(layer(x), plain(layer, x))
+
+
+def test_weights_that_processes_share_are_not_kept(layer: MaskedLinear) -> None:
+    layer.share_memory()
+    with torch.no_grad():
+        layer(X)
+        layer.weight.detach().numpy()[0, 0] = 5  # as another process may
+        assert torch.equal(layer(X), plain(layer))
+    assert layer._kept.masked is None
+
+
 def test_dtypes_follow_the_layer(layer: MaskedLinear) -> None:
     check(layer)
     for dtype in (torch.float64, torch.float32):

@@ -271,6 +271,7 @@ def _can_keep(weight: Tensor, mask: Tensor) -> bool:
         and is_plain(weight)
         and weight.is_contiguous()
         and mask.is_contiguous()
+        and not weight.is_shared()
         and not weight.is_inference()
         and not mask.is_inference()
     )

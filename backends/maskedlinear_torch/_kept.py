@@ -22,12 +22,14 @@ class Kept:
 
     In training it is derived at every call, into the same memory. In inference it stays as long as weight and mask have
     the versions that autograd counts. Edits that it does not count, through ``.data`` or a NumPy view, are looked for in a
-    sample of the weight: what changes all of it, as an average of models does, is noticed; a single entry may not be.
+    sample of the live weights: what changes all of them, as an average of models does, is noticed; a single one may not
+    be. Weights in memory that processes share, which others may write to, are not kept at all.
     """
 
     def __init__(self) -> None:
         self.key: Key | None = None
         self.masked: Tensor | None = None
+        self._places: tuple[tuple[int, int], Tensor] | None = None  # of the sample, for a mask and its version
         self._sample: Tensor | None = None
         self._shared = False  # whether someone may be reading it
         self._owner = 0
@@ -49,7 +51,7 @@ class Kept:
 
     def at_rest(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the masked weight for inference, derived only if weight or mask have changed."""
-        masked, sample = self.of(weight, mask), _sample(weight)
+        masked, sample = self.of(weight, mask), self._look(weight, mask)
         if masked is None or self._sample is None or not torch.equal(self._sample, sample):
             masked = masked_by_bits(weight, mask)
             self.key = None
@@ -57,6 +59,13 @@ class Kept:
             self.key = _key(weight, mask)
         self._shared = True
         return masked
+
+    def _look(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """Return the sample of the weight as it is now."""
+        key = (mask.data_ptr(), mask._version)
+        if self._places is None or self._places[0] != key:
+            self._places = key, _some_live(mask)
+        return weight.detach().view(-1).index_select(0, self._places[1]).view(torch.uint8)
 
     def __deepcopy__(self, _: Any) -> Kept:
         """A copied layer derives its own."""
@@ -107,6 +116,11 @@ def _like(kept: Tensor | None, weight: Tensor) -> bool:
     )
 
 
-def _sample(weight: Tensor) -> Tensor:
-    flat = weight.detach().view(-1)
-    return flat[:: max(1, flat.numel() // _SAMPLES)].clone().view(torch.uint8)
+def _some_live(mask: Tensor) -> Tensor:
+    """Return some live places of a mask, spread over all of it."""
+    flat = mask.view(-1)
+    tried = torch.arange(min(flat.numel(), 1024 * _SAMPLES), device=flat.device) * 2654435761 % max(flat.numel(), 1)
+    live = tried[flat[tried]]
+    if len(live) < _SAMPLES:
+        live = flat.nonzero().view(-1)
+    return live[:: max(1, len(live) // _SAMPLES)]

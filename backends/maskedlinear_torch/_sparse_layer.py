@@ -272,15 +272,13 @@ class SparseLinear(nn.Module):
         self._buffers.update(Indices.new(pattern, device)._asdict())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = None if self._pending is not None else {name: self._buffers[name] for name in _PATTERN}
-        pattern = self.pattern if before is not None and not self.values.is_meta else None
+        before = Indices(self.indptr, self.indices, self.starts, self.outputs, self.order)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.values.is_meta:
-            self._pending = self._pending or pattern
-        elif before is not None and self.indices.dtype is not torch.int32:
+        if self._pending is None and self.values.is_meta and not before.indices.is_meta:
+            self._pending = Pattern(before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features)
+        elif self.indices.dtype is not torch.int32:
             # .type(dtype) converts every tensor of a module; .to, .half and .float leave whole numbers alone.
-            for name, kept in before.items():
-                self._buffers[name] = kept.to(self.values.device)  # type: ignore[union-attr]
+            self._buffers.update({name: kept.to(self.values.device) for name, kept in before._asdict().items()})
         return self
 
     def _load_from_state_dict(

@@ -38,6 +38,8 @@ class Run:
         path: Path | None = config.getoption("--report")
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
+        self.further: set[str] = set()  # those that are a backend's further formats, and were not asked for
+        self.left_out: list[str] = []  # the same, by the quick profile
         self.backends: dict[str, Backend] = {}
         self.expected: dict[str, set[str]] = {}
         self.chosen: set[str] = set()  # those of the backends that a test was selected for
@@ -49,7 +51,6 @@ class Run:
                 self.add(made)
         elif self.command and not names:
             raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
-        self.left_out: list[str] = []  # formats, by the quick profile
         chosen: list[str] = config.getoption("--format")
         for name in names:
             try:
@@ -63,10 +64,12 @@ class Run:
                 for backend in loaded:
                     if chosen and backend.format not in chosen:
                         continue
-                    if self.profile == "quick" and not chosen and backend is not loaded[0]:
+                    further = not chosen and backend is not loaded[0]
+                    if further and self.profile == "quick":
                         self.left_out.append(f"{backend.name} {backend.format}")
-                    else:
-                        self.add(backend)
+                        continue
+                    label = self.add(backend)
+                    self.further |= {label} if further else set()
             except (BackendNotAvailableError, TypeError) as error:
                 raise pytest.UsageError(str(error)) from error
 
@@ -110,13 +113,19 @@ class Run:
 
     def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
         """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have."""
-        further = any(self.backends[label].format != self.backends[label].formats[0] for label in labels)
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
+        profile = self.profile_of(labels)
+        if not among(says.since, "default" if self.faults and profile == "quick" else profile):
+            return []
         return [
-            Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
-            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile, further=further)
+            Subject(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
+            for dtype in says.kinds(dtypes, "full" if self.faults else profile)
             for label in labels
         ]
+
+    def profile_of(self, labels: Sequence[str]) -> str:
+        """Return how much of these runs: of a backend's further formats, unless they were asked for, a profile less."""
+        return PROFILES[PROFILES.index(self.profile) - 1] if self.further & set(labels) else self.profile
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -134,7 +143,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="only this format of the backends named; once for each (default: all; with --profile quick each one's first)",
+        help="only this format of the backends named; once for each (default: each one's first, and the others in a profile "
+        "less; quick leaves them out)",
     )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")
@@ -169,8 +179,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(
             f"{metafunc.cls.__name__} has no backend to prove: set its attribute backends, or name one with --backend"
         )
-    if not among(says.since, "default" if run.faults and run.profile == "quick" else run.profile):
-        labels = []
     if "pair" in metafunc.fixturenames:
         pairs = [] if run.faults else combinations(labels, 2)
         rows: list[tuple[Subject, ...]] = [
@@ -181,12 +189,12 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         rows = [(subject,) for label in labels for subject in run.subjects([label], says)]
         first = "subject"
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
-        "case": lambda _: [case for case in CASES if among(case.since, run.profile) and says.cases(case)],
+        "case": lambda subject: [case for case in CASES if among(case.since, subject.profile) and says.cases(case)],
         "mode": lambda _: MODES,
         "layout": lambda _: LAYOUTS,
         "transform": _transforms,
         "golden": lambda subject: [
-            golden for golden in goldens() if among(golden.since, run.profile) and golden.exact_in(subject.dtype)
+            golden for golden in goldens() if among(golden.since, subject.profile) and golden.exact_in(subject.dtype)
         ],
     }
     used = [name for name in axes if name in metafunc.fixturenames]

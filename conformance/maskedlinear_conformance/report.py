@@ -35,6 +35,7 @@ def header(run: Run) -> dict[str, Any]:
         "left out by the quick profile": run.left_out,
         "backends": {
             label: {
+                "profile": run.profile_of([label]),
                 "versions": dict(backend.versions()),
                 "runs on": backend.device_name(run.device),
                 "dtypes": list(backend.dtypes(run.device)),
@@ -55,6 +56,10 @@ def header_lines(head: dict[str, Any]) -> list[str]:
     for label, about in list(head["backends"].items())[:8]:
         versions = ", ".join(f"{library} {version}" for library, version in about["versions"].items())
         lines.append(f"backend {label}: {versions}; on {about['runs on']}; {', '.join(about['dtypes'])}")
+        if about["profile"] != head["profile"]:
+            lines.append(
+                f"  runs the {about['profile']} profile, as a further format; --format {label.split()[-1]} runs more"
+            )
         lines.append(f"  has {', '.join(about['capabilities']) or 'no more than it must'}")
         for reason in dict.fromkeys(about["lacks"].values()):
             lacking = [name for name, why in about["lacks"].items() if why == reason]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from maskedlinear.pattern import Pattern
 
@@ -45,12 +44,9 @@ class Case:
         """Return connections at random places, always the same."""
         generator = np.random.default_rng(0)
         size = self.in_features * self.out_features
-        drawn: NDArray[np.int64] = np.zeros(0, np.int64)
-        while len(drawn) < self.connections:
-            drawn = np.unique(np.concatenate([drawn, generator.integers(0, size, self.connections - len(drawn))]))
-        return Pattern.from_edges(
-            drawn // self.in_features, drawn % self.in_features, (self.out_features, self.in_features)
-        )[0]
+        drawn = np.sort(generator.choice(size, self.connections, replace=False))
+        starts = np.searchsorted(drawn, np.arange(self.out_features + 1) * self.in_features)
+        return Pattern(starts, drawn % self.in_features, self.in_features)
 
 
 def cases(chosen: tuple[str, ...] = SETS) -> list[Case]:

@@ -14,7 +14,7 @@ from maskedlinear.bench.cases import cases
 
 __all__ = ["main", "ratios"]
 
-ROUNDS, BLOCK = 7, 5
+ROUNDS, BLOCK = 5, 5
 SHORTEST = 0.02  # seconds that a block takes at least
 
 

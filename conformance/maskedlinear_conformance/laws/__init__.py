@@ -57,11 +57,10 @@ class Law:
     dear: bool = False
     since: str = "quick"
 
-    def kinds(self, dtypes: Sequence[str], profile: str, *, further: bool = False) -> list[str]:
+    def kinds(self, dtypes: Sequence[str], profile: str) -> list[str]:
         """Return which of a backend's dtypes the test runs in.
 
-        The quick profile takes one, float32 if it can; the default one takes float32 and a half type of dear tests, and of
-        every test where it is about a ``further`` format than the backend's first.
+        The quick profile takes one, float32 if it can; the default one takes of dear tests float32 and a half type.
         """
         own = [dtype for dtype in dtypes if self.dtypes is None or dtype in self.dtypes]
         if self.enough is not None:
@@ -69,7 +68,7 @@ class Law:
         half = sorted(dtype for dtype in own if dtype in ("bfloat16", "float16"))[:1]
         if profile == "quick":
             return ["float32"] if "float32" in own else half or own[:1]
-        if profile == "default" and (self.dear or further):
+        if profile == "default" and self.dear:
             return [dtype for dtype in own if dtype in ("float32", *half)] or own[:1]
         return own
 
