@@ -86,7 +86,7 @@ def _memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("connections that are there, %")
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("parameters, gradients, Adam's state, masks, indices: MiB")
+    axes[0][0].set_ylabel("kept from step to step, MiB")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
