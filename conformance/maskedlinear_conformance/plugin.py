@@ -38,8 +38,7 @@ class Run:
         path: Path | None = config.getoption("--report")
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
-        self.further: set[str] = set()  # those that are a backend's further formats, and were not asked for
-        self.left_out: list[str] = []  # the same, by the quick profile
+        self.left_out: list[str] = []  # further formats than a backend's first, which only full runs unasked
         self.backends: dict[str, Backend] = {}
         self.expected: dict[str, set[str]] = {}
         self.chosen: set[str] = set()  # those of the backends that a test was selected for
@@ -64,12 +63,10 @@ class Run:
                 for backend in loaded:
                     if chosen and backend.format not in chosen:
                         continue
-                    further = not chosen and backend is not loaded[0]
-                    if further and self.profile == "quick":
+                    if not chosen and backend is not loaded[0] and self.profile != "full":
                         self.left_out.append(f"{backend.name} {backend.format}")
-                        continue
-                    label = self.add(backend)
-                    self.further |= {label} if further else set()
+                    else:
+                        self.add(backend)
             except (BackendNotAvailableError, TypeError) as error:
                 raise pytest.UsageError(str(error)) from error
 
@@ -114,18 +111,13 @@ class Run:
     def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
         """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have."""
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
-        profile = self.profile_of(labels)
-        if not among(says.since, "default" if self.faults and profile == "quick" else profile):
+        if not among(says.since, "default" if self.faults and self.profile == "quick" else self.profile):
             return []
         return [
-            Subject(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
-            for dtype in says.kinds(dtypes, "full" if self.faults else profile)
+            Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
+            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile)
             for label in labels
         ]
-
-    def profile_of(self, labels: Sequence[str]) -> str:
-        """Return how much of these runs: of a backend's further formats, unless they were asked for, a profile less."""
-        return PROFILES[PROFILES.index(self.profile) - 1] if self.further & set(labels) else self.profile
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -143,8 +135,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="only this format of the backends named; once for each (default: each one's first, and the others in a profile "
-        "less; quick leaves them out)",
+        help="only this format of the backends named; once for each (default: each one's first; with --profile full, all)",
     )
     group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
     group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")

@@ -32,10 +32,9 @@ def header(run: Run) -> dict[str, Any]:
         "device": run.device,
         "profile": run.profile,
         "golden vectors": golden.SHA256,
-        "left out by the quick profile": run.left_out,
+        "left out": run.left_out,
         "backends": {
             label: {
-                "profile": run.profile_of([label]),
                 "versions": dict(backend.versions()),
                 "runs on": backend.device_name(run.device),
                 "dtypes": list(backend.dtypes(run.device)),
@@ -56,18 +55,12 @@ def header_lines(head: dict[str, Any]) -> list[str]:
     for label, about in list(head["backends"].items())[:8]:
         versions = ", ".join(f"{library} {version}" for library, version in about["versions"].items())
         lines.append(f"backend {label}: {versions}; on {about['runs on']}; {', '.join(about['dtypes'])}")
-        if about["profile"] != head["profile"]:
-            lines.append(
-                f"  runs the {about['profile']} profile, as a further format; --format {label.split()[-1]} runs more"
-            )
         lines.append(f"  has {', '.join(about['capabilities']) or 'no more than it must'}")
         for reason in dict.fromkeys(about["lacks"].values()):
             lacking = [name for name, why in about["lacks"].items() if why == reason]
             lines.append(f"  lacks {', '.join(lacking)}: {reason}")
-    if head["left out by the quick profile"]:
-        lines.append(
-            f"the quick profile leaves out {', '.join(head['left out by the quick profile'])}: --format names them"
-        )
+    if head["left out"]:
+        lines.append(_left_out(head["left out"]))
     return lines + ([f"and {len(head['backends']) - 8} more backends"] if len(head["backends"]) > 8 else [])
 
 
@@ -79,7 +72,7 @@ def sections(run: Run) -> list[tuple[str, list[str]]]:
     stale = _stale(run)
     if stale:
         found.append(("stale: expected failures that match no test", stale))
-    found.append(("laws", _law_table(run)))
+    found.append(("laws", _law_table(run) + [_left_out(run.left_out)] * bool(run.left_out)))
     nothing = unproven(run)
     if nothing:
         found.append(("nothing was proven of", nothing))
@@ -137,6 +130,10 @@ def write(run: Run, path: Path, status: int) -> None:
 def _finite(value: float) -> float | str:
     """JSON has no infinity."""
     return value if math.isfinite(value) else str(value)
+
+
+def _left_out(formats: list[str]) -> str:
+    return f"left out: {', '.join(formats)}; --format runs them, and so does --profile full"
 
 
 def _not_built() -> dict[str, str]:
