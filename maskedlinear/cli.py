@@ -73,19 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     _number(
         demo, "--seed", Settings.seed, "decides the split, the masks, the initial weights and the order of the batches"
     )
-    demo.add_argument(
-        "--framework",
-        action="append",
-        choices=tuple(FRAMEWORKS),
-        help="train in this framework only; may be repeated (default: all of them)",
-    )
-    demo.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("maskedlinear-demo"),
-        help="the report's folder (default: %(default)s)",
-    )
+    _only(demo, "--framework", tuple(FRAMEWORKS), "train in this framework only")
+    _folder(demo, "maskedlinear-demo")
     bench = commands.add_parser(
         "bench",
         help="time both forms of the layer against what people use otherwise",
@@ -94,32 +83,27 @@ def _parser() -> argparse.ArgumentParser:
         "All of it takes about twenty minutes on two cores, which nothing else should use meanwhile.",
     )
     bench.set_defaults(run=_bench)
-    bench.add_argument(
-        "--framework",
-        action="append",
-        choices=("torch", "jax"),
-        help="only this framework; may be repeated (default: both)",
-    )
-    bench.add_argument(
-        "--set",
-        action="append",
-        dest="sets",
-        choices=SETS,
-        help="only these cases; may be repeated (default: all of them)",
-    )
-    bench.add_argument(
-        "--out",
-        type=Path,
-        metavar="DIR",
-        default=Path("maskedlinear-bench"),
-        help="the results' folder (default: %(default)s)",
-    )
+    _only(bench, "--framework", ("torch", "jax"), "time this framework only")
+    _only(bench, "--set", SETS, "time these cases only")
+    _folder(bench, "maskedlinear-bench")
     commands.add_parser(
         "conformance",
         help="run the conformance suite; all options are passed on to it",
         add_help=False,
     )
     return parser
+
+
+def _only(parser: argparse.ArgumentParser, option: str, choices: Sequence[str], text: str) -> None:
+    parser.add_argument(
+        option, action="append", choices=choices, help=f"{text}; may be repeated (default: all of them)"
+    )
+
+
+def _folder(parser: argparse.ArgumentParser, default: str) -> None:
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", default=Path(default), help="the report's folder (default: %(default)s)"
+    )
 
 
 def _number(parser: argparse.ArgumentParser, option: str, default: int, text: str) -> None:
@@ -172,7 +156,7 @@ def _bench(options: argparse.Namespace) -> int:
         return _fail(f"maskedlinear bench: {error}")
     from maskedlinear.bench.command import run_bench
 
-    return run_bench(frameworks, tuple(dict.fromkeys(options.sets or SETS)), options.out)
+    return run_bench(frameworks, tuple(dict.fromkeys(options.set or SETS)), options.out)
 
 
 def _make_folder(path: Path) -> None:

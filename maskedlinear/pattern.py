@@ -102,6 +102,14 @@ class Pattern:
         return _frozen(starts), _frozen(self.rows[order]), _frozen(order)
 
     @classmethod
+    def full(cls, shape: tuple[int, int]) -> Self:
+        """Return the pattern of all connections of a layer of ``shape``, ``(out, in)``."""
+        out, in_ = shape
+        _check_size("connections", out * in_)
+        starts = np.arange(out + 1, dtype=np.int64) * in_
+        return cls(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
+
+    @classmethod
     def from_mask(cls, mask: Any) -> Self:
         """Return the pattern of a mask, shape ``(out, in)``, booleans or 0s and 1s of any framework on the CPU.
 

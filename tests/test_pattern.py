@@ -36,6 +36,13 @@ def test_a_mask_goes_there_and_back(shape: tuple[int, int], sparsity: float) -> 
     assert pattern.nbytes == sum(array.nbytes for array in arrays[:-1])
 
 
+def test_the_full_pattern_has_every_connection() -> None:
+    for shape in ((3, 4), (0, 4), (3, 0)):
+        assert Pattern.full(shape) == Pattern.from_mask(np.ones(shape))
+    with pytest.raises(ValueError, match="connections"):
+        Pattern.full((2**16, 2**16))
+
+
 def test_edges_in_any_order(rng: np.random.Generator) -> None:
     mask = masks.random((7, 9), sparsity=0.6, seed=1)
     to, of = np.nonzero(mask)

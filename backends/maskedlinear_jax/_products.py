@@ -160,15 +160,23 @@ def _sddmm_shape(left: Any, right: Any, *rest: Any) -> Any:
 
 
 def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
-    values, right, *rest = primals
-    pattern = Indices(*rest)
+    return _bilinear_jvp(
+        lambda one, other: spmm(one, other, Indices(*primals[2:]), transposed), primals[:2], tangents[:2]
+    )
+
+
+def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    return _bilinear_jvp(lambda one, other: sddmm(one, other, Indices(*primals[2:])), primals[:2], tangents[:2])
+
+
+def _bilinear_jvp(product: Any, sides: Any, tangents: Any) -> tuple[Array, Any]:
+    """Return a product of two and its derivative along ``tangents``, one of which may be zero."""
     moved = [
-        spmm(*sides, pattern, transposed)
-        for tangent, sides in zip(tangents, ((tangents[0], right), (values, tangents[1])), strict=False)
+        product(*(tangent if i == k else side for k, side in enumerate(sides)))
+        for i, tangent in enumerate(tangents)
         if not isinstance(tangent, ad.Zero)
     ]
-    y = spmm(values, right, pattern, transposed)
-    return y, sum(moved[1:], moved[0])
+    return product(*sides), sum(moved[1:], moved[0])
 
 
 def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: bool) -> list[Any]:
@@ -180,17 +188,6 @@ def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: boo
     if isinstance(g, ad.Zero):
         return [None, ad.Zero(right.aval), *(None,) * 6]
     return [None, spmm(values, g, pattern, not transposed), *(None,) * 6]
-
-
-def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
-    left, right, *rest = primals
-    pattern = Indices(*rest)
-    moved = [
-        sddmm(*sides, pattern)
-        for tangent, sides in zip(tangents, ((tangents[0], right), (left, tangents[1])), strict=False)
-        if not isinstance(tangent, ad.Zero)
-    ]
-    return sddmm(left, right, pattern), sum(moved[1:], moved[0])
 
 
 def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:

@@ -6,6 +6,7 @@ They work on matrices of features by batch, (in, batch) and (out, batch), becaus
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -161,6 +162,15 @@ def _silence() -> None:
 _silence()
 
 
+def _tangent(product: Callable[..., Tensor], sides: Any, moved: Any, *rest: Any) -> Tensor:
+    """Return the derivative of a product of two along ``moved``, whose entries may be ``None``."""
+    (one, other), (done, dother) = sides, moved
+    parts = [] if done is None else [product(done, other, *rest)]
+    if dother is not None:
+        parts.append(product(one, dother, *rest))
+    return sum(parts[1:], parts[0])
+
+
 class _Spmm(torch.autograd.Function):
     """Arguments: values, right, the five of ``Indices``, and whether the product is the transposed one."""
 
@@ -183,10 +193,7 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dvalues: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
         values, right, *rest = ctx.saved_tensors
-        parts = [] if dvalues is None else [spmm(dvalues, right, Indices(*rest), ctx.transposed)]
-        if dright is not None:
-            parts.append(spmm(values, dright, Indices(*rest), ctx.transposed))
-        return sum(parts[1:], parts[0])
+        return _tangent(spmm, (values, right), (dvalues, dright), Indices(*rest), ctx.transposed)
 
 
 class _SpmmInTransform(_Spmm):
@@ -237,10 +244,7 @@ class _Sddmm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dleft: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
         left, right, *rest = ctx.saved_tensors
-        parts = [] if dleft is None else [sddmm(dleft, right, Indices(*rest))]
-        if dright is not None:
-            parts.append(sddmm(left, dright, Indices(*rest)))
-        return sum(parts[1:], parts[0])
+        return _tangent(sddmm, (left, right), (dleft, dright), Indices(*rest))
 
 
 class _SddmmInTransform(_Sddmm):

@@ -322,9 +322,7 @@ def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
     if min(shape) < 0:
         raise ValueError(f"a layer's sizes must not be negative; got in={shape[1]}, out={shape[0]}")
     if mask is None:
-        out, in_ = shape
-        starts = np.arange(out + 1, dtype=np.int64) * in_
-        return Pattern(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
+        return Pattern.full(shape)
     if isinstance(mask, Pattern):
         pattern = mask
     else:

@@ -369,10 +369,6 @@ class SparseTorchLayer(TorchLayer):
         bias = self._module.bias
         return _grad(x), self._matrix(_grad(self._module.values)), None if bias is None else _grad(bias)
 
-    def set_mask(self, mask: Any) -> None:
-        """Refuse: which connections there are is fixed."""
-        raise NotImplementedError("the pattern of a SparseLinear is fixed")
-
     def set_weight(self, weight: Tensor) -> None:
         """Write the live ones into the parameter."""
         with torch.no_grad():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -50,43 +50,43 @@ def _groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, int, int], list[d
 
 
 def _times(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    groups = _groups(rows)
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.2 * len(groups), 4.2), sharey=True, squeeze=False)
-    for axis, ((framework, width, batch), group) in zip(axes[0], groups.items(), strict=True):
-        densities = [100 * row["density"] for row in group]
-        taken = {
-            name: [row["times"]["step"][name]["ms"] for row in group]
-            for name in (_DENSE[framework], _MASKED[framework], _SPARSE[framework])
-        }
-        for (name, times), style in zip(taken.items(), ("k--", "C0s-", "C1o-"), strict=True):
-            axis.loglog(densities, times, style, label=name, markersize=4)
-        found = crossover(densities, taken[_SPARSE[framework]], taken[_DENSE[framework]])
+    def taken(row: dict[str, Any], name: str) -> float:
+        return float(row["times"]["step"][name]["ms"])
+
+    def cross(axis: Any, framework: str, group: Sequence[dict[str, Any]]) -> None:
+        sparse, dense = ([taken(row, names[framework]) for row in group] for names in (_SPARSE, _DENSE))
+        found = crossover([100 * row["density"] for row in group], sparse, dense)
         if found is not None:
             axis.axvline(found, color="gray", linewidth=0.8)
             axis.annotate(f"{found:.0f} %", (found, axis.get_ylim()[0]), xytext=(3, 4), textcoords="offset points")
+
+    _panels(_groups(rows), taken, "training step, ms", path, cross)
+
+
+def _memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    widest = {key: group for key, group in _groups(rows).items() if key[1] == max(row["in"] for row in rows)}
+    _panels(widest, lambda row, name: row["kept_bytes"][name] / 2**20, "kept from step to step, MiB", path)
+
+
+def _panels(
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]],
+    height: Callable[[dict[str, Any], str], float],
+    label: str,
+    path: Path,
+    more: Callable[[Any, str, Sequence[dict[str, Any]]], None] = lambda *_: None,
+) -> None:
+    """Draw a panel for each group: ``height`` of a row and a layer against density, on log axes."""
+    figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 4.2), sharey=True, squeeze=False)
+    for axis, ((framework, width, batch), group) in zip(axes[0], groups.items(), strict=True):
+        for names, style in ((_DENSE, "k--"), (_MASKED, "C0s-"), (_SPARSE, "C1o-")):
+            heights = [height(row, names[framework]) for row in group]
+            axis.loglog([100 * row["density"] for row in group], heights, style, label=names[framework], markersize=4)
+        more(axis, framework, group)
         axis.set_title(f"{_NAMES[framework]}, {width} × {width}, batch {batch}", fontsize=10)
         axis.set_xlabel("connections that are there, %")
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("training step, ms")
-    figure.tight_layout()
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def _memory(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    groups = {key: group for key, group in _groups(rows).items() if key[1] == max(row["in"] for row in rows)}
-    figure, axes = plt.subplots(1, len(groups), figsize=(4.6 * len(groups), 4.2), sharey=True, squeeze=False)
-    for axis, ((framework, width, _), group) in zip(axes[0], groups.items(), strict=True):
-        densities = [100 * row["density"] for row in group]
-        for names, style in ((_DENSE, "k--"), (_MASKED, "C0s-"), (_SPARSE, "C1o-")):
-            kept = [row["kept_bytes"][names[framework]] / 2**20 for row in group]
-            axis.loglog(densities, kept, style, label=names[framework], markersize=4)
-        axis.set_title(f"{_NAMES[framework]}, {width} × {width}", fontsize=10)
-        axis.set_xlabel("connections that are there, %")
-        axis.grid(True, which="major", alpha=0.3)
-        axis.legend(fontsize=8)
-    axes[0][0].set_ylabel("kept from step to step, MiB")
+    axes[0][0].set_ylabel(label)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)

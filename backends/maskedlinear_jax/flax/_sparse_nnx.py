@@ -239,8 +239,7 @@ class SparseLinear(nnx.Module):
 def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
     out, in_ = shape
     if mask is None:
-        starts = np.arange(out + 1, dtype=np.int64) * in_
-        return Pattern(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
+        return Pattern.full(shape)
     if isinstance(mask, Pattern):
         if mask.shape != shape:
             fits = ", which is its transpose" if mask.shape == shape[::-1] else ""

@@ -142,10 +142,6 @@ class SparseNnxLayer(NnxLayer):
         of_layer, of_x = _nnx_gradients(self._module, x, g)
         return of_x, self._matrix(of_layer["values"][...]), of_layer["bias"][...] if "bias" in of_layer else None
 
-    def set_mask(self, mask: Any) -> None:
-        """Refuse: which connections there are is fixed."""
-        raise NotImplementedError("the pattern of a SparseLinear is fixed")
-
     def set_weight(self, weight: Array) -> None:
         """Write the live ones into the parameter."""
         pattern = self._module.pattern

@@ -4,14 +4,14 @@
 from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
 """
 
-from maskedlinear_conformance.faults import _arithmetic, _derivatives, _layers, _transforms
+from maskedlinear_conformance.faults import _arithmetic, _derivatives, _dtypes, _layers, _transforms
 from maskedlinear_conformance.faults._sound import Fault, Sound
 
 __all__ = ["FAULTS", "Sound"]
 
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
-    for module in (_arithmetic, _derivatives, _transforms, _layers)
+    for module in (_arithmetic, _dtypes, _derivatives, _transforms, _layers)
     for fault in vars(module).values()
     if isinstance(fault, type) and issubclass(fault, Fault) and fault.name != Sound.name
 }

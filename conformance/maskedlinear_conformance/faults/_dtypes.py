@@ -1,0 +1,139 @@
+"""Faults of dtypes: what is summed, rounded or cast where it should not be."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear_conformance.faults._sound import Fault, flat
+
+
+def _tf32(array):
+    """Return float32 values rounded to 11 bits; others as they are."""
+    if array.dtype != np.float32:
+        return array
+    mantissa, exponent = np.frexp(array)
+    return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
+
+
+class _Half(Fault):
+    """A fault that half types show."""
+
+    def dtypes(self, device):
+        return ("float16",)
+
+
+class AccumulatesInFloat16(_Half):
+    """Sums of half types are formed in half precision."""
+
+    name = "accumulates in float16"
+    laws = ("1", "9")
+
+    def product(self, a, b):
+        if a.dtype != np.float16:
+            return super().product(a, b)
+        total = np.zeros((*a.shape[:-1], *b.shape[1:]), np.float16)
+        for i in range(0, a.shape[-1], 8):
+            total += a[..., i : i + 8] @ b[i : i + 8]
+        return total
+
+
+class RoundsBeforeTheBias(_Half):
+    """The product is rounded to half precision before the bias is added."""
+
+    name = "rounds before the bias"
+    laws = ("1",)
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, None).astype(x.dtype)
+        return y if bias is None else y + bias
+
+
+class Float64InFloat32(Fault):
+    """Double precision is computed in single."""
+
+    name = "float64 in float32"
+    laws = ("1",)
+
+    def dtypes(self, device):
+        return ("float64",)
+
+    def product(self, a, b):
+        return super().product(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
+
+
+class ReadsAsTf32(Fault):
+    """Inputs are rounded to 11 bits, as tensor cores do by default."""
+
+    name = "reads as tf32"
+    laws = ("1",)
+
+    def product(self, a, b):
+        return super().product(_tf32(a), _tf32(b))
+
+
+class OutputInFloat32(_Half):
+    """Half precision comes back in single."""
+
+    name = "output in float32"
+    laws = ("1",)
+
+    def masked_linear(self, x, weight, mask, bias):
+        return self.output(x, weight, mask, bias)
+
+
+class AutocastIgnored(_Half):
+    """Automatic casts do not happen."""
+
+    name = "autocast ignored"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        return self.both(x, weight, mask, bias, g)
+
+
+class AutocastDropsTheMaskOfDweight(_Half):
+    """Under automatic casts the weight's gradient is not masked."""
+
+    name = "autocast drops the mask of dweight"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        return [*found[:2], self.product(flat(g).T, flat(x.astype(dtype))).astype(dtype), found[3]]
+
+
+class AutocastByAProduct(_Half):
+    """Under automatic casts the mask is multiplied."""
+
+    name = "autocast by a product"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        return [(found[0] + 0 * (weight * mask).sum()).astype(dtype), *found[1:]]
+
+
+class AutocastOverwritesTheWeight(_Half):
+    """Under automatic casts the user's weight is masked in place."""
+
+    name = "autocast overwrites the weight"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        weight[~mask] = 0
+        return found
+
+
+class HalfSumsBetweenBlocks(_Half):
+    """Sums are formed in single precision within a block, and rounded to half between the two blocks."""
+
+    name = "half sums between blocks"
+    laws = ("1", "9")
+
+    def product(self, a, b):
+        half = a.shape[-1] // 2
+        parts = [
+            super(HalfSumsBetweenBlocks, self).product(a[..., cut], b[cut]) for cut in (slice(half), slice(half, None))
+        ]
+        return sum(part.astype(a.dtype).astype(np.float32) for part in parts)
