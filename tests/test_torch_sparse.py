@@ -142,6 +142,47 @@ def test_training_equals_that_of_the_dense_form() -> None:
     torch.testing.assert_close(sparse.bias, dense.bias)
 
 
+def test_inference_on_one_row_sees_every_change() -> None:
+    layer = SparseLinear(5, 6, mask=MASK)
+    other, x = SparseLinear(5, 6, mask=~MASK), torch.randn(5)
+
+    @torch.no_grad()
+    def check(layer: SparseLinear, x: Tensor) -> None:
+        for shaped in (x, x[None], x[None, None]):
+            y = layer(shaped)
+            torch.testing.assert_close(y, layer.to_masked().to_linear()(shaped))
+            assert y.shape == (*shaped.shape[:-1], 6)
+
+    check(layer, x)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.5)
+    layer(x).square().sum().backward()
+    check(layer, x)
+    optimizer.step()
+    check(layer, x)
+    layer.values.data[0] = 7.0
+    check(layer, x)
+    layer.values.data = torch.randn(PATTERN.connections)
+    check(layer, x)
+    layer.load_state_dict(other.state_dict())
+    check(layer, x)
+    check(copy.deepcopy(layer), x)
+    check(layer.double(), x.double())
+    check(SparseLinear(5, 6, bias=False, mask=MASK), x)
+    with torch.inference_mode():
+        check(other, x)
+    other(x).sum().backward()
+    with torch.no_grad(), pytest.raises(TypeError, match="one dtype"):
+        other(x.double())
+    with torch.no_grad(), pytest.raises(ValueError, match="number of inputs"):
+        other(torch.zeros(5, 1))
+    with torch.no_grad(), torch.autocast("cpu"):
+        assert other(x).dtype is torch.bfloat16
+    with torch.no_grad(), torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones(5))
+        tangent = torch.autograd.forward_ad.unpack_dual(other(dual)).tangent
+        torch.testing.assert_close(tangent, other.to_masked().masked_weight.sum(1))
+
+
 def test_forms_convert_without_loss() -> None:
     masked = MaskedLinear(5, 6, mask=MASK, fan_in="full", dtype=torch.bfloat16).eval()
     masked.bias.requires_grad_(False)

@@ -32,20 +32,25 @@ __all__ = [
     "checked_linear",
     "flat",
     "in_transform",
+    "is_autocast_on",
     "is_grads_batched",
     "is_plain",
+    "is_tracing",
     "mask_tensor",
     "masked_linear",
     "select",
+    "small_linear",
     "whole",
 ]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _SMALL = 1 << 14  # weights up to which a Function costs more than its rules save
+_ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in torch.where; a number takes longer
 
 # Private, for want of a public way to ask which torch.func transforms are on: a torch that renames it still imports.
 _peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
 _is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+is_autocast_on = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
@@ -77,7 +82,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
             raise TypeError(
                 f"{name} must be a torch.Tensor; got {type(tensor).__name__}: convert it with torch.as_tensor"
             )
-    if _is_tracing() and isinstance(mask, Tensor) and mask.dtype is torch.bool:  # shapes are no numbers there
+    if is_tracing() and isinstance(mask, Tensor) and mask.dtype is torch.bool:  # shapes are no numbers there
         return F.linear(x, select(weight, mask), bias)
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
@@ -97,6 +102,21 @@ def checked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None,
     # Nothing to differentiate: a Function would only cost time.
     masked = kept.at_rest(weight, mask) if kept is not None and _can_keep(weight, mask) else _select_bits(weight, mask)
     return _linear(x, masked, bias)
+
+
+def small_linear(x: Any, size: int, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor | None:
+    """Return y for a layer's own parameters and mask if ``size`` is small, and else ``None``, for the checks to see why.
+
+    The plain expression is right under every transform, and torch refuses by itself what does not belong together; so
+    nothing is checked, which would take as long as the masking.
+    """
+    small = size <= _SMALL and type(x) is Tensor and type(weight) is torch.nn.Parameter and weight.itemsize > 2
+    if not small or is_autocast_on() or torch.compiler.is_compiling():
+        return None
+    try:
+        return F.linear(x, torch.where(mask, weight, _ZERO), bias)
+    except RuntimeError:
+        return None
 
 
 def autocast_arguments(
@@ -122,19 +142,22 @@ def autocast_arguments(
     return x, weight, bias
 
 
-def can_skip_checks(x: Any, weight: Tensor, mask: Tensor) -> bool:
-    """Whether a layer's input fits its parameters, which fit each other, and nothing looks on but autograd."""
+def can_skip_checks(x: Any, in_features: int, weight: Tensor, mask: Tensor) -> bool:
+    """Whether a layer's input fits its parameters, which fit each other, and nothing looks on but autograd.
+
+    Read at every call: the order and the forms are those that take the least time.
+    """
+    if type(x) is not Tensor or type(weight) is not torch.nn.Parameter or type(mask) is not Tensor or is_tracing():
+        return False
+    device = x.device
     return (
-        type(x) is Tensor
-        and not _is_tracing()
-        and type(weight) is torch.nn.Parameter
-        and type(mask) is Tensor
-        and x.dtype is weight.dtype
-        and x.device == weight.device == mask.device
+        x.dtype is weight.dtype
         and x.dim() > 0
-        and x.shape[-1] == weight.shape[-1]
+        and x.shape[-1] == in_features
+        and device == weight.device == mask.device
         and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(weight.device.type if not weight.is_meta else "cpu")
+        and device.type != "meta"
+        and not torch.is_autocast_enabled(device.type)
         and not in_transform(x)
     )
 
@@ -219,7 +242,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
-def _is_tracing() -> bool:
+def is_tracing() -> bool:
     """Whether ``torch.jit.trace`` records: it cannot save a Function."""
     return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
 

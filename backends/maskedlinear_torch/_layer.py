@@ -21,6 +21,7 @@ from maskedlinear_torch._functional import (
     checked_linear,
     masked_linear,
     select,
+    small_linear,
     whole,
 )
 from maskedlinear_torch._kept import Kept
@@ -109,9 +110,13 @@ class MaskedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return ``masked_linear(input, weight, mask, bias)``: shape ``(..., in)`` to ``(..., out)``."""
-        if can_skip_checks(input, self.weight, self.mask):
-            return checked_linear(input, self.weight, self.mask, self.bias, self._kept)
-        return masked_linear(input, self.weight, self.mask, self.bias)
+        weight, mask, bias = self.weight, self.mask, self.bias  # each look-up takes its time
+        y = small_linear(input, self.in_features * self.out_features, weight, mask, bias)
+        if y is not None:
+            return y
+        if can_skip_checks(input, self.in_features, weight, mask):
+            return checked_linear(input, weight, mask, bias, self._kept)
+        return masked_linear(input, weight, mask, bias)
 
     def set_mask(self, mask: Any) -> None:
         """Copy ``mask`` into the layer's own; it holds from the next call on.

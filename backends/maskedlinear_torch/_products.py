@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch._functional import in_transform, is_grads_batched, is_plain
+from maskedlinear_torch._functional import in_transform, is_autocast_on, is_grads_batched, is_plain, is_tracing
 
-__all__ = ["Indices", "Way", "sddmm", "spmm"]
+__all__ = ["Indices", "Matrix", "Way", "sddmm", "spmm"]
 
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
 
@@ -56,6 +57,55 @@ class Indices(NamedTuple):
         if transposed:
             return Way(self.starts, self.outputs, self.order)
         return Way(self.indptr, self.indices, None)
+
+
+def may_be_one_row(x: Any, in_features: int) -> bool:
+    """Whether x is an ordinary tensor of one row, and nothing changes what its product is."""
+    return (
+        type(x) is Tensor
+        and not torch.compiler.is_compiling()
+        and not is_tracing()
+        and not in_transform(x)
+        and x.numel() == in_features
+        and x.shape[-1:] == (in_features,)
+        and not is_autocast_on()
+    )
+
+
+class Matrix:
+    """W of one layer in compressed rows, made once: it shares the memory of its values, so it is never out of date.
+
+    For a product with one row of x, in inference: making the matrix takes a good part of the time that the product takes.
+    """
+
+    def __init__(self) -> None:
+        self._made: tuple[int, Tensor, Tensor] | None = None
+
+    def times(self, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor | None:
+        """Return y for x with one row, or ``None`` where that is not the way, or something does not belong together."""
+        if type(values) is not torch.nn.Parameter or forward_ad._current_level >= 0:
+            return None
+        place, made = values.data_ptr(), self._made
+        if made is None or made[0] != place or made[1] is not indices:
+            if not values.numel() or values.itemsize < 4 or not _has_kernels(x):
+                return None
+            with torch.inference_mode(False), torch.no_grad():  # it outlives the call
+                matrix = _csr(Way(indptr, indices, None), values.detach(), x.numel())
+            self._made = made = place, indices, matrix
+        vector = x if x.dim() == 1 else x.reshape(-1)
+        try:
+            y = torch.mv(made[2], vector) if bias is None else torch.addmv(bias, made[2], vector)
+        except RuntimeError:  # torch refuses what does not belong together; the checks say it better
+            return None
+        return y if x.dim() == 1 else y.view(*x.shape[:-1], len(y))
+
+    def __deepcopy__(self, _: Any) -> Matrix:
+        """A copied layer makes its own."""
+        return Matrix()
+
+    def __reduce__(self) -> tuple[type[Matrix], tuple[()]]:
+        """So does one that was saved."""
+        return Matrix, ()
 
 
 def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = False) -> Tensor:

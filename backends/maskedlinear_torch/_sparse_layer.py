@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch._functional import FLOATING
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._products import Indices
+from maskedlinear_torch._products import Indices, Matrix, may_be_one_row
 from maskedlinear_torch._sparse import check_values, product
 
 __all__ = ["SparseLinear"]
@@ -93,6 +93,7 @@ class SparseLinear(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(pattern.connections, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
+        self._matrix = Matrix()
         self._pending: Pattern | None = None  # of a layer on the meta device, whose indices have no values
         for name in _PATTERN:
             self.register_buffer(name, None, persistent=name in _KEPT)
@@ -101,6 +102,10 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y: shape ``(..., in)`` to ``(..., out)``."""
+        if not torch.is_grad_enabled() and may_be_one_row(input, self.in_features):
+            y = self._matrix.times(input, self.values, self.indptr, self.indices, self.bias)
+            if y is not None:
+                return y
         pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
         return _forward(input, self.values, pattern, self.in_features, self.bias)
 
