@@ -119,8 +119,22 @@ def test_each_way_to_a_product_gives_it(
     if way == "in blocks":
         got = jax.jit(_products._sddmm_in_blocks)(left, right, indices)
     else:
-        got = _products._sddmm(left, right, *indices, blocks=False)
+        got = _products._sddmm(left, right, *indices, cpu=way == "in parts")
     np.testing.assert_allclose(got, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("batch", [16, 48, 17])
+def test_a_batch_of_whole_blocks_gives_what_any_other_does(batch: int, rng: np.random.Generator) -> None:
+    pattern = Pattern.from_mask(MASK)
+    values, x, g = (
+        jnp.asarray(rng.standard_normal(shape)) for shape in ((pattern.connections,), (batch, 5), (batch, 6))
+    )
+    matrix = jnp.zeros(MASK.shape).at[pattern.rows, pattern.indices].set(values)
+    y, pull = jax.vjp(lambda values, x: sparse_linear(x, values, pattern), values, x)
+    np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-5, atol=1e-5)
+    dvalues, dx = pull(g)
+    np.testing.assert_allclose(dvalues, (g.T @ x)[MASK], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx, g @ matrix, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -93,18 +93,21 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, rows: boo
     )
 
 
-def _sddmm(left: Array, right: Array, *rest: Array, blocks: bool) -> Array:
-    """The sampled product, by gathering, or if ``blocks`` block by block where that takes less time."""
+def _sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
+    """The sampled product, by gathering, or on the CPU block by block where that takes less time."""
     pattern = Indices(*rest)
     size, batch = pattern.indices.size, right.shape[1]
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
-    # Nanoseconds, measured on two cores with AVX-512: a dot product of gathered rows, and a product of the whole block.
-    if blocks and size * (0.26 * batch + 16) > 0.0105 * left.shape[0] * right.size:
+    # Nanoseconds, measured on two cores with AVX-512.
+    gathering, in_blocks = size * (0.075 * batch + 8), left.shape[0] * (0.01 * right.size + 50_000 / _BLOCK) + 5 * size
+    if cpu and gathering > in_blocks:
         return _sddmm_in_blocks(left, right, pattern)
 
     def dot(ends: tuple[Array, Array]) -> Array:
-        return (left[ends[0]] * right[ends[1]]).sum(1)
+        products = left[ends[0]] * right[ends[1]]
+        # On the CPU, XLA adds up a row one number at a time, and a product with ones many; elsewhere that might be TF32.
+        return products @ jnp.ones(batch, right.dtype) if cpu else products.sum(1)
 
     ends, step = (pattern.rows, pattern.indices), max(1, _CHUNK // batch)
     if size <= step:
@@ -244,5 +247,5 @@ _eager(_spmm_p, transposed=None)
 _eager(_sddmm_p)
 mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=False), multiple_results=False))
 mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, rows=True), multiple_results=False), platform="cpu")
-mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, blocks=False), multiple_results=False))
-mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, blocks=True), multiple_results=False), platform="cpu")
+mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, cpu=False), multiple_results=False))
+mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, cpu=True), multiple_results=False), platform="cpu")

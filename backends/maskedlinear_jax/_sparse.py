@@ -15,6 +15,8 @@ from maskedlinear_jax._products import Indices, spmm
 
 __all__ = ["product", "sparse_linear"]
 
+_LANES = 16
+
 
 def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: ArrayLike | None = None) -> Array:
     """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
@@ -63,8 +65,25 @@ def product(x: ArrayLike, values: ArrayLike, pattern: Indices, in_features: int,
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     dtype = jnp.result_type(*named.values())
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    columns = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide).T
-    y = spmm(values.astype(dtype).astype(wide), columns, pattern).T
+    rows = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide)
+    y = _from_columns(spmm(values.astype(dtype).astype(wide), _to_columns(rows), pattern))
     if bias is not None:
         y = y + bias.astype(dtype).astype(wide)[None]
     return y.astype(dtype).reshape(*x.shape[:-1], out)
+
+
+# x.T and back, by way of blocks: XLA takes a plain transpose for a matter of layout, and copies once for each reader.
+
+
+def _to_columns(rows: Array) -> Array:
+    batch, features = rows.shape
+    if not batch or batch % _LANES:
+        return rows.T
+    return rows.reshape(batch // _LANES, _LANES, features).transpose(2, 0, 1).reshape(features, batch)
+
+
+def _from_columns(columns: Array) -> Array:
+    features, batch = columns.shape
+    if not batch or batch % _LANES:
+        return columns.T
+    return columns.reshape(features, batch // _LANES, _LANES).transpose(1, 2, 0).reshape(batch, features)
