@@ -85,6 +85,14 @@ def _parser() -> argparse.ArgumentParser:
     bench.set_defaults(run=_bench)
     _only(bench, "--framework", ("torch", "jax"), "time this framework only")
     _only(bench, "--set", SETS, "time these cases only")
+    bench.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
+    bench.add_argument(
+        "--costs",
+        type=Path,
+        metavar="FILE",
+        help="instead, measure what compress(..., costs=Costs.load(FILE)) chooses by, in the one framework named with "
+        "--framework; some five minutes",
+    )
     _folder(bench, "maskedlinear-bench")
     commands.add_parser(
         "conformance",
@@ -141,7 +149,11 @@ def _demo(options: argparse.Namespace) -> int:
 
 def _bench(options: argparse.Namespace) -> int:
     frameworks = tuple(dict.fromkeys(options.framework or ("torch", "jax")))
-    needed = {"matplotlib": "matplotlib"}
+    if options.costs is not None and len(frameworks) != 1:
+        return _fail(
+            "maskedlinear bench: --costs measures one framework; got none or several: name it with --framework"
+        )
+    needed = {} if options.costs is not None else {"matplotlib": "matplotlib"}
     needed |= {"torch": "torch"} if "torch" in frameworks else {}
     needed |= {"jax": "jax", "optax": "optax"} if "jax" in frameworks else {}
     missing = [name for module, name in needed.items() if find_spec(module) is None]
@@ -151,12 +163,17 @@ def _bench(options: argparse.Namespace) -> int:
             'Install it with: pip install "maskedlinear[all]"'
         )
     try:
-        _make_folder(options.out)
+        _make_folder(options.out if options.costs is None else options.costs.parent)
     except ValueError as error:
         return _fail(f"maskedlinear bench: {error}")
+    if options.costs is not None:
+        from maskedlinear.bench.costs import measure_costs
+
+        measure_costs(frameworks[0], options.costs, options.device)
+        return 0
     from maskedlinear.bench.command import run_bench
 
-    return run_bench(frameworks, tuple(dict.fromkeys(options.set or SETS)), options.out)
+    return run_bench(frameworks, tuple(dict.fromkeys(options.set or SETS)), options.device, options.out)
 
 
 def _make_folder(path: Path) -> None:

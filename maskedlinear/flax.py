@@ -3,8 +3,17 @@
 from maskedlinear._extras import missing_framework
 
 try:
-    from maskedlinear_jax.flax import Connections, Mask, MaskedDense, MaskedLinear, SparseLinear, param_masks
+    from maskedlinear_jax.flax import (
+        Connections,
+        Mask,
+        MaskedDense,
+        MaskedLinear,
+        SparseLinear,
+        compress,
+        expand,
+        param_masks,
+    )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.flax", "flax", "jax", "jaxlib", "optax", "flax") from error
 
-__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "param_masks"]
+__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "compress", "expand", "param_masks"]

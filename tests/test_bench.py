@@ -9,11 +9,13 @@ import pytest
 
 from maskedlinear.bench import SETS, cases, jax_layers, measure, torch_layers
 from maskedlinear.bench.cases import Case
-from maskedlinear.bench.command import machine, tables
+from maskedlinear.bench.command import choices, machine, tables
+from maskedlinear.bench.costs import measure_costs
+from maskedlinear.bench.peak import peak
 from maskedlinear.bench.plots import crossover, draw
 from maskedlinear.cli import main
 
-TINY = [Case(of, 32, 16, 4, count) for of, count in (("layers", 50), ("density", 20), ("density", 200))]
+TINY = [Case(of, 32, 16, 4, count) for of, count in (("layers", 50), ("density", 20), ("density", 200), ("choice", 9))]
 
 
 @pytest.mark.parametrize("framework", ["torch", "jax"])
@@ -23,11 +25,15 @@ def test_every_layer_is_measured_and_shown(
     monkeypatch.setattr(measure, "cases", lambda _: TINY)
     monkeypatch.setattr(measure, "ROUNDS", 2)
     monkeypatch.setattr(measure, "SHORTEST", 0.0)
-    measure.main([framework, "layers"])
-    first, *rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    measure.main([framework, "cpu", "layers"])
+    first, *rows, choice = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert framework in first["description"]
     base = {"torch": torch_layers, "jax": jax_layers}[framework].BASE
     assert len(rows) == 3
+    found = choices([choice], framework, "cpu")
+    assert found["choices"] == 2
+    assert 1 <= found["mean"] <= found["worst"]
+    assert choices(rows, framework, "cpu") == {}
     for row in rows:
         assert {"step", "inference"} <= set(row["times"])
         for by_layer in row["times"].values():
@@ -43,6 +49,21 @@ def test_every_layer_is_measured_and_shown(
     assert draw(rows[:1], tmp_path) == []
 
 
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_costs_are_measured_and_written(framework: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(measure, "ROUNDS", 2)
+    monkeypatch.setattr(measure, "SHORTEST", 0.0)
+    costs = measure_costs(framework, tmp_path / "costs.json", "cpu", (8, 16), (1, 2, 4), (0.1, 0.5))
+    assert (costs.framework, costs.device, costs.widths) == (framework, "cpu", (8, 16))
+    assert framework in costs.machine
+
+
+def test_the_most_memory_of_a_layer_grows_with_what_it_keeps() -> None:
+    case = Case("peak", 1024, 1024, 4, 1000)
+    dense, sparse = (peak("torch", "cpu", name, case) for name in ("nn.Linear", "SparseLinear"))
+    assert dense > 16 * 1024 * 1024 > sparse
+
+
 def test_cases_have_as_many_connections_as_they_say() -> None:
     assert {case.of for case in cases()} == set(SETS)
     for case in cases(("layers",)):
@@ -55,6 +76,11 @@ def test_where_the_sparse_form_crosses_the_dense_one() -> None:
     assert crossover([0.1, 1, 10], [1, 10, 100], [10, 10, 10]) == pytest.approx(1)
     assert crossover([1, 100], [1, 100], [10, 10]) == pytest.approx(10)
     assert crossover([1, 10], [1, 2], [10, 10]) is None
+
+
+def test_costs_are_of_one_framework(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["bench", "--costs", str(tmp_path / "costs.json")]) == 2
+    assert "--costs measures one framework" in capsys.readouterr().err
 
 
 def test_the_machine_is_described_without_its_name() -> None:

@@ -77,13 +77,15 @@ def product(x: ArrayLike, values: ArrayLike, pattern: Indices, in_features: int,
 
 def _to_columns(rows: Array) -> Array:
     batch, features = rows.shape
-    if not batch or batch % _LANES:
+    lanes = math.gcd(batch, _LANES)
+    if lanes < 2 or not rows.size:
         return rows.T
-    return rows.reshape(batch // _LANES, _LANES, features).transpose(2, 0, 1).reshape(features, batch)
+    return rows.reshape(batch // lanes, lanes, features).transpose(2, 0, 1).reshape(features, batch)
 
 
 def _from_columns(columns: Array) -> Array:
     features, batch = columns.shape
-    if not batch or batch % _LANES:
+    lanes = math.gcd(batch, _LANES)
+    if lanes < 2 or not columns.size:
         return columns.T
-    return columns.reshape(features, batch // _LANES, _LANES).transpose(1, 2, 0).reshape(batch, features)
+    return columns.reshape(features, batch // lanes, lanes).transpose(1, 2, 0).reshape(batch, features)

@@ -10,8 +10,9 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
 
 from maskedlinear_torch._functional import masked_linear
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["MaskedLinear", "SparseLinear", "freeze_masked", "masked_linear", "sparse_linear"]
+__all__ = ["MaskedLinear", "SparseLinear", "compress", "expand", "freeze_masked", "masked_linear", "sparse_linear"]

@@ -10,7 +10,8 @@ from maskedlinear.pattern import Pattern
 
 __all__ = ["SETS", "Case", "cases"]
 
-SETS = ("layers", "density", "batch", "width")
+SETS = ("layers", "density", "batch", "width", "choice", "peak")
+_CHOICES = 40
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,25 @@ def cases(chosen: tuple[str, ...] = SETS) -> list[Case]:
         "density": [square("density", 4096, 32, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)]
         + [square("density", 2048, 256, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)],
         "batch": [square("batch", 2048, batch, 0.03) for batch in (1, 4, 16, 64, 256, 1024)],
-        "width": [square("width", width, 32, 0.01) for width in (256, 512, 1024, 2048, 4096, 8192)],
+        "width": [square("width", width, 32, 0.01) for width in (256, 512, 1024, 2048, 4096, 8192, 16384)],
+        "choice": _drawn(_CHOICES),
+        "peak": [
+            *(square("peak", 4096, 32, d) for d in (0.01, 0.1)),
+            Case("peak", 100_000, 100_000, 64, 1_000_000),
+        ],
     }
     return [case for name in chosen for case in found[name]]
+
+
+def _drawn(count: int) -> list[Case]:
+    """Return layers of any shape, batch and density, always the same, to see whether ``compress`` chooses well."""
+    generator = np.random.default_rng(7)
+
+    def between(low: float, high: float) -> float:
+        return float(np.exp(generator.uniform(np.log(low), np.log(high))))
+
+    found = []
+    for _ in range(count):
+        in_, out, batch = int(between(48, 4096)), int(between(48, 4096)), int(between(1, 700))
+        found.append(Case("choice", in_, out, batch, max(1, round(between(0.005, 0.6) * in_ * out))))
+    return found

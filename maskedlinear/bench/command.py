@@ -5,20 +5,23 @@ from __future__ import annotations
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-__all__ = ["run_bench", "tables"]
+from maskedlinear.costs import Costs, Layer, choose
+
+__all__ = ["choices", "machine", "run_bench", "tables"]
 
 
-def run_bench(frameworks: Sequence[str], sets: Sequence[str], out: Path) -> int:
+def run_bench(frameworks: Sequence[str], sets: Sequence[str], device: str, out: Path) -> int:
     """Time each framework in a process of its own; print the tables, and write ``results.json`` and plots into ``out``."""
     results: dict[str, Any] = {"machine": machine(), "versions": {}, "rows": []}
     for framework in frameworks:
-        command = [sys.executable, "-m", "maskedlinear.bench.measure", framework, *sets]
+        command = [sys.executable, "-m", "maskedlinear.bench.measure", framework, device, *sets]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             for line in process.stdout:
@@ -31,6 +34,10 @@ def run_bench(frameworks: Sequence[str], sets: Sequence[str], out: Path) -> int:
         if process.returncode:
             print(f"maskedlinear bench: {framework} failed", file=sys.stderr)
             return 1
+    for framework in frameworks:
+        results["choices"] = results.get("choices", {}) | {framework: choices(results["rows"], framework, device)}
+        if results["choices"][framework]:
+            print(f"{framework}: {results['choices'][framework]}")
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     from maskedlinear.bench.plots import draw
 
@@ -58,11 +65,34 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
             f"{row['framework']}: {row['in']} -> {row['out']}, batch {row['batch']}, "
             f"{row['connections']} connections ({100 * row['density']:.3g} %)"
         )
-        for what, by_layer in row["times"].items():
+        for name, size in row.get("peak_bytes", {}).items():
+            lines.append(f"  at most above the imports {name:21} {size / 2**20:10.1f} MiB")
+        for what, by_layer in row.get("times", {}).items():
             for name, found in by_layer.items():
-                kept = f"  keeps {row['kept_bytes'][name] / 2**20:8.2f} MiB" if what == "step" else ""
+                size = row.get("kept_bytes", {}).get(name)
+                kept = f"  keeps {size / 2**20:8.2f} MiB" if what == "step" and size is not None else ""
                 lines.append(
                     f"  {what:20} {name:21} {found['ms']:10.3f} ms  {found['ratio']:6.3f} "
                     f"({found['lowest']:.3f} - {found['highest']:.3f}){kept}"
                 )
     return lines
+
+
+def choices(rows: Sequence[dict[str, Any]], framework: str, device: str) -> dict[str, float]:
+    """Return how well ``compress`` would choose for the layers of the set "choice": times relative to the better form's."""
+    drawn = [row for row in rows if row["framework"] == framework and row["set"] == "choice"]
+    if not drawn:
+        return {}
+    costs, slower = Costs.shipped(framework, device), []
+    for row in drawn:
+        layer = Layer("", row["out"], row["in"], row["connections"], 4, "dense")
+        for what, times in row["times"].items():
+            form = choose(layer, "auto", row["batch"], what == "step", costs).form
+            sparse = next(found["ratio"] for name, found in times.items() if name.lower().startswith("sparse"))
+            slower.append(max(1.0, sparse if form == "sparse" else 1 / sparse))
+    return {
+        "choices": len(slower),
+        "within 1.1": sum(ratio <= 1.1 for ratio in slower),
+        "mean": statistics.mean(slower),
+        "worst": max(slower),
+    }

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -19,9 +19,9 @@ from jax.experimental import sparse
 from maskedlinear.bench.cases import Case
 from maskedlinear.jax import masked_linear, sparse_linear
 
-__all__ = ["BASE", "calls", "description", "kept"]
+__all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
 
-BASE = "jnp dense"
+BASE, DENSE, SPARSE = "jnp dense", "masked_linear", "sparse_linear"
 
 Layer = tuple[Callable[..., Array], Any, Any]  # y of (parameters, x, fixed), the parameters, and what is fixed
 
@@ -33,6 +33,18 @@ def description() -> dict[str, str]:
         import brainevent  # type: ignore[import-not-found]
 
         found["brainevent"] = brainevent.__version__
+    return found
+
+
+def device_of(device: str) -> str:
+    """Return where JAX computes, which its own settings decide; ``device`` is only checked.
+
+    Raises:
+        ValueError: if JAX computes elsewhere.
+    """
+    found = jax.default_backend()
+    if (device == "cpu") != (found == "cpu"):
+        raise ValueError(f"JAX computes on {found!r}; got device {device!r}: set JAX_PLATFORMS")
     return found
 
 
@@ -68,8 +80,8 @@ def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
 
     found: dict[str, Callable[[], Layer]] = {
         BASE: lambda: (dense, weights(), ()),
-        "masked_linear": lambda: (masked, weights(), jnp.asarray(pattern.to_mask())),
-        "sparse_linear": lambda: (by_connections, values(), jax.device_put(pattern)),
+        DENSE: lambda: (masked, weights(), jnp.asarray(pattern.to_mask())),
+        SPARSE: lambda: (by_connections, values(), jax.device_put(pattern)),
     }
     if case.of == "layers":
         found["weight * mask"] = lambda: (product, weights(), jnp.asarray(pattern.to_mask(), jnp.float32))
@@ -91,8 +103,12 @@ def _brainevent(shape: tuple[int, int]) -> Callable[..., Array]:
     return layer
 
 
-def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference."""
+def calls(case: Case, device: str = "cpu", only: Sequence[str] = ()) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference.
+
+    ``only`` names layers; all of them if it is empty.
+    """
+    device_of(device)
     generator = np.random.default_rng(1)
     x, g = (
         jnp.asarray(generator.standard_normal((case.batch, size)), jnp.float32)
@@ -102,6 +118,8 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
     if case.of == "layers":
         found["forward + backward"] = {}
     for name, make in _layers(case).items():
+        if only and name not in only:
+            continue
         layer, params, fixed = make()
         found["step"][name] = _step(layer, params, fixed, x, g)
         found["inference"][name] = partial(_block, partial(jax.jit(layer), params, x, fixed))
@@ -112,7 +130,7 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
     return found
 
 
-def kept(case: Case) -> dict[str, int]:
+def kept(case: Case, device: str = "cpu") -> dict[str, int]:
     """Return the bytes that training keeps from step to step: parameters, gradients, Adam's state, masks and indices."""
     found = {}
     for name, make in _layers(case).items():

@@ -10,22 +10,27 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from maskedlinear.bench.cases import cases
+from maskedlinear.bench.cases import Case, cases
+from maskedlinear.bench.peak import peak
 
 __all__ = ["main", "ratios"]
 
 ROUNDS, BLOCK = 5, 5
+_LARGEST = 1 << 28  # weights of a layer whose dense form is tried
 SHORTEST = 0.02  # seconds that a block takes at least
 
 
-def ratios(calls: dict[str, Callable[[], Any]], base: str) -> dict[str, dict[str, float]]:
-    """Return for each call its median time in ms, and its ratio to ``base`` in the same round: median, lowest, highest."""
+def ratios(calls: dict[str, Callable[[], Any]], base: str, block: int = BLOCK) -> dict[str, dict[str, float]]:
+    """Return for each call its median time in ms, and its ratio to ``base`` in the same round: median, lowest, highest.
+
+    A round calls each of them ``block`` times, or more often if that takes less than ``SHORTEST``.
+    """
     repeats = {}
     for name, call in calls.items():
         call()  # compiles
         start = time.perf_counter()
         call()
-        repeats[name] = max(BLOCK, round(SHORTEST / max(time.perf_counter() - start, 1e-7)))
+        repeats[name] = max(block, round(SHORTEST / max(time.perf_counter() - start, 1e-7)))
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(ROUNDS):
         for name, call in calls.items():
@@ -46,12 +51,12 @@ def ratios(calls: dict[str, Callable[[], Any]], base: str) -> dict[str, dict[str
 
 
 def main(argv: Sequence[str]) -> None:
-    """Write a line of JSON for the framework, and one for each case; ``argv`` is the framework and the sets of cases."""
-    framework, *chosen = argv
+    """Write a line of JSON for the framework, and one for each case; ``argv``: framework, device, and the sets of cases."""
+    framework, device, *chosen = argv
     layers = importlib.import_module(f"maskedlinear.bench.{framework}_layers")
-    print(json.dumps({"description": layers.description()}), flush=True)
+    description = layers.description() | {f"{framework} device": layers.device_of(device)}
+    print(json.dumps({"description": description}), flush=True)
     for case in cases(tuple(chosen)):
-        found = {what: ratios(by_layer, layers.BASE) for what, by_layer in layers.calls(case).items()}
         row = {
             "framework": framework,
             "set": case.of,
@@ -60,10 +65,22 @@ def main(argv: Sequence[str]) -> None:
             "batch": case.batch,
             "connections": case.connections,
             "density": case.density,
-            "times": found,
-            "kept_bytes": layers.kept(case),
         }
-        print(json.dumps(row), flush=True)
+        print(json.dumps(row | _measured(layers, framework, device, case)), flush=True)
+
+
+def _measured(layers: Any, framework: str, device: str, case: Case) -> dict[str, Any]:
+    if case.of == "peak":
+        large = case.in_features * case.out_features > _LARGEST
+        names = (layers.SPARSE,) if large else (layers.BASE, layers.DENSE, layers.SPARSE)
+        return {"peak_bytes": {name: peak(framework, device, name, case) for name in names}}
+    if case.of == "choice":
+        return {"times": _times(layers, device, case, layers.DENSE, (layers.DENSE, layers.SPARSE))}
+    return {"times": _times(layers, device, case, layers.BASE, ()), "kept_bytes": layers.kept(case, device)}
+
+
+def _times(layers: Any, device: str, case: Case, base: str, only: tuple[str, ...]) -> dict[str, Any]:
+    return {what: ratios(by_layer, base) for what, by_layer in layers.calls(case, device, only).items()}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch.nn.utils import prune
 from maskedlinear.bench.cases import Case
 from maskedlinear.torch import MaskedLinear, SparseLinear
 
-__all__ = ["BASE", "calls", "description", "kept"]
+__all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
 
-BASE = "nn.Linear"
+BASE, DENSE, SPARSE = "nn.Linear", "MaskedLinear", "SparseLinear"
 
 
 class _ProductMask(nn.Linear):
@@ -36,6 +36,11 @@ def description() -> dict[str, str]:
     return {"torch": torch.__version__, "threads": str(torch.get_num_threads())}
 
 
+def device_of(device: str) -> str:
+    """Return what torch calls a device of this name; whether there is one shows when it is used."""
+    return torch.device(device).type
+
+
 def _layers(case: Case) -> dict[str, Callable[[], nn.Module]]:
     in_, out, pattern = case.in_features, case.out_features, case.pattern()
 
@@ -44,8 +49,8 @@ def _layers(case: Case) -> dict[str, Callable[[], nn.Module]]:
 
     found: dict[str, Callable[[], nn.Module]] = {
         BASE: lambda: nn.Linear(in_, out),
-        "MaskedLinear": lambda: MaskedLinear(in_, out, mask=mask()),
-        "SparseLinear": lambda: SparseLinear(in_, out, mask=pattern),
+        DENSE: lambda: MaskedLinear(in_, out, mask=mask()),
+        SPARSE: lambda: SparseLinear(in_, out, mask=pattern),
     }
     if case.of == "layers":
         found["weight * mask"] = lambda: _ProductMask(in_, out, mask())
@@ -53,14 +58,19 @@ def _layers(case: Case) -> dict[str, Callable[[], nn.Module]]:
     return found
 
 
-def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
-    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference."""
-    x, g = torch.randn(case.batch, case.in_features), torch.randn(case.batch, case.out_features)
+def calls(case: Case, device: str = "cpu", only: Sequence[str] = ()) -> dict[str, dict[str, Callable[[], Any]]]:
+    """Return the calls to time, by what they are and by layer: whole steps with Adam, forward + backward, and inference.
+
+    ``only`` names layers; all of them if it is empty.
+    """
+    x, g = (torch.randn(case.batch, size, device=device) for size in (case.in_features, case.out_features))
     found: dict[str, dict[str, Callable[[], Any]]] = {"step": {}, "inference": {}}
     if case.of == "layers":
         found |= {"forward + backward": {}, "step, unfused Adam": {}}
     for name, make in _layers(case).items():
-        layer = make()
+        if only and name not in only:
+            continue
+        layer = make().to(device)
         found["step"][name] = _step(layer, x, g, torch.optim.Adam(layer.parameters(), fused=True))
         found["inference"][name] = _inference(layer, x)
         if case.of == "layers":
@@ -69,13 +79,13 @@ def calls(case: Case) -> dict[str, dict[str, Callable[[], Any]]]:
     return found
 
 
-def kept(case: Case) -> dict[str, int]:
+def kept(case: Case, device: str = "cpu") -> dict[str, int]:
     """Return the bytes that training keeps from step to step: parameters, gradients, Adam's state, masks and indices."""
     found = {}
     for name, make in _layers(case).items():
-        layer = make()
+        layer = make().to(device)
         optimizer = torch.optim.Adam(layer.parameters(), fused=True)
-        x, g = torch.randn(case.batch, case.in_features), torch.randn(case.batch, case.out_features)
+        x, g = (torch.randn(case.batch, size, device=device) for size in (case.in_features, case.out_features))
         _step(layer, x, g, optimizer)()
         tensors = [*layer.parameters(), *layer.buffers()]
         tensors += [p.grad for p in layer.parameters() if p.grad is not None]
@@ -94,6 +104,7 @@ def _step(layer: nn.Module, x: Tensor, g: Tensor, optimizer: torch.optim.Optimiz
         layer(x).backward(g)
         if optimizer is not None:
             optimizer.step()
+        _wait(x)
 
     return step
 
@@ -102,5 +113,11 @@ def _inference(layer: nn.Module, x: Tensor) -> Callable[[], None]:
     @torch.inference_mode()
     def inference() -> None:
         layer(x)
+        _wait(x)
 
     return inference
+
+
+def _wait(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()

@@ -6,7 +6,8 @@ given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``:
 
 from maskedlinear_jax.flax._kernel import Mask, param_masks
 from maskedlinear_jax.flax._linen import MaskedDense
+from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import Connections, SparseLinear
 
-__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "param_masks"]
+__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "compress", "expand", "param_masks"]

@@ -1,0 +1,153 @@
+"""``compress`` and ``expand`` for nnx: the masked layers of a whole model, exchanged for those of the other form."""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.nnx.nn import dtypes
+from jax import lax
+
+from maskedlinear.costs import Costs, Format, Layer, choose, table
+from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+
+__all__ = ["compress", "expand"]
+
+Model = TypeVar("Model")
+
+_OPTIONS = {
+    "dot_general": lax.dot_general,
+    "promote_dtype": dtypes.promote_dtype,
+    "precision": None,
+    "preferred_element_type": None,
+}
+
+
+def compress(
+    model: Model,
+    format: Format = "auto",
+    *,
+    batch: int = 128,
+    training: bool = True,
+    costs: Costs | None = None,
+    explain: bool = False,
+) -> Model:
+    """Give each masked layer of an nnx model the form that is faster, in place, and return the model.
+
+    A layer used in several places is exchanged in all of them. Live weights, biases and dtypes are kept; dormant weights
+    are lost where a layer becomes sparse. The exchanged layers have new parameters: make the ``nnx.Optimizer`` afterwards.
+
+    These keep their form, and ``explain`` says why: subclasses, layers with options of their own (``precision``,
+    ``dot_general``, ...), stacks of layers, kernels that are sharded or shared between layers, and abstract layers.
+
+    Args:
+        model: any nnx module, or a list, tuple or dict of them; a ``MaskedLinear`` or ``SparseLinear`` itself is not
+            changed, and its new form returned.
+        format: ``"auto"`` for the faster form; or ``"sparse"`` or ``"dense"`` for all layers.
+        batch: the rows of x in a call, all batch dimensions together.
+        training: whether a jitted training step should be fast (forward, backward, Adam), or an inference.
+        costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
+            float32 on the CPU.
+        explain: print for each layer what was chosen and why: bytes, FLOPs, expected time.
+
+    Raises:
+        ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
+            if there are no costs for the device. The model is left as it was.
+    """
+    layers = _masked_layers(model)
+    if format == "auto" and costs is None and any(not facts.fixed for _, facts in layers.values()):
+        costs = Costs.shipped("jax", jax.default_backend())
+    choices = [choose(facts, format, batch, training, costs) for _, facts in layers.values()]
+    made: dict[int, Any] = {}
+    for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
+        if choice.form != facts.form:
+            made[key] = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+    model = _exchanged(model, made, set())
+    if explain:
+        print(table(choices, batch, training))
+    return model
+
+
+def expand(model: Model) -> Model:
+    """Turn each ``SparseLinear`` of a model into a ``MaskedLinear`` with the same outputs, in place; return the model.
+
+    The form whose masks can change. As with :func:`compress`, the layers have new parameters.
+
+    Raises:
+        ValueError: if a layer must keep its form; the model is left as it was.
+    """
+    return compress(model, "dense")
+
+
+def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
+    """Return the masked layers of a model, and what a choice needs to know of them."""
+    owners: dict[int, set[int]] = {}
+    modules = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
+    for _, module in modules:
+        for variable in vars(module).values():
+            if isinstance(variable, nnx.Variable):
+                owners.setdefault(id(variable), set()).add(id(module))
+    found: dict[int, tuple[Any, Layer]] = {}
+    for path, module in modules:
+        if isinstance(module, MaskedLinear | SparseLinear):
+            shared = any(len(owners[id(v)]) > 1 for v in vars(module).values() if isinstance(v, nnx.Variable))
+            found[id(module)] = module, _facts(".".join(map(str, path)), module, shared)
+    return found
+
+
+def _facts(name: str, layer: Any, shared: bool) -> Layer:
+    dense = isinstance(layer, MaskedLinear)
+    weight = (layer.kernel if dense else layer.values).get_value()
+    fixed, live = _why_fixed(layer, weight, shared), weight.size
+    if dense and not fixed:
+        live = int(layer.mask.get_value().sum())
+    form = "dense" if dense else "sparse"
+    return Layer(name, layer.out_features, layer.in_features, live, weight.dtype.itemsize, form, fixed)
+
+
+def _why_fixed(layer: Any, weight: Any, shared: bool) -> str:
+    if type(layer) not in (MaskedLinear, SparseLinear):
+        return f"it is a {type(layer).__name__}, whose call may be its own"
+    if shared:
+        return "it shares parameters with another layer"
+    if not isinstance(weight, jax.Array):
+        return "it has no values yet"
+    if isinstance(layer, SparseLinear):
+        return ""
+    if weight.ndim != 2:
+        return "it is a stack of layers"
+    named = [name for name, usual in _OPTIONS.items() if getattr(layer, name) is not usual]
+    if named:
+        return f"the sparse form has no {' or '.join(named)}"
+    if any("sharding" in name and value for name, value in layer.kernel.get_metadata().items() if "eager" not in name):
+        return "its kernel is sharded"
+    return ""
+
+
+def _exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
+    """Return ``node`` with all layers that ``made`` has a new form of exchanged, in place where it can change."""
+    if id(node) in made:
+        return made[id(node)]
+    if isinstance(node, tuple):
+        parts = [_exchanged(part, made, seen) for part in node]
+        if all(new is old for new, old in zip(parts, node, strict=True)):
+            return node
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    if not isinstance(node, nnx.Pytree | list | dict) or isinstance(node, nnx.Variable) or id(node) in seen:
+        return node
+    seen.add(id(node))
+    if isinstance(node, nnx.List | list):
+        children: list[tuple[Any, Any]] = list(enumerate(node))
+    else:
+        children = list((node if isinstance(node, dict) else vars(node)).items())
+    for name, child in children:
+        new = child if str(name).startswith("_pytree") else _exchanged(child, made, seen)
+        if new is child:
+            continue
+        if isinstance(node, list | dict | nnx.List):
+            node[name] = new
+        else:
+            setattr(node, name, nnx.data(new))
+    return node

@@ -1,0 +1,163 @@
+"""``compress`` and ``expand``: the masked layers of a whole model, exchanged for those of the other form."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.nn.parameter import UninitializedParameter
+
+from maskedlinear.costs import Choice, Costs, Format, Layer, choose, table
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._sparse_layer import SparseLinear
+
+__all__ = ["compress", "expand"]
+
+_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def compress(
+    model: nn.Module,
+    format: Format = "auto",
+    *,
+    batch: int = 128,
+    training: bool = True,
+    costs: Costs | None = None,
+    explain: bool = False,
+) -> nn.Module:
+    """Give each masked layer of a model the form that is faster, in place, and return the model.
+
+    A layer used in several places is exchanged in all of them. Live weights, biases, device, dtype, ``requires_grad``,
+    training state and hooks are kept; dormant weights are lost where a layer becomes sparse. The exchanged layers have new
+    parameters: make the optimizer afterwards.
+
+    These keep their form, and ``explain`` says why: subclasses and parametrized layers, weights shared between layers,
+    sharded and meta tensors, and layers of modules that read weights past ``forward`` (``nn.MultiheadAttention``,
+    ``nn.TransformerEncoderLayer``).
+
+    Args:
+        model: any module; a ``MaskedLinear`` or ``SparseLinear`` itself is not changed, and its new form returned.
+        format: ``"auto"`` for the faster form; or ``"sparse"`` or ``"dense"`` for all layers.
+        batch: the rows of x in a call, all batch dimensions together.
+        training: whether a training step should be fast (forward, backward, Adam), or an inference.
+        costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
+            float32 on the CPU.
+        explain: print for each layer what was chosen and why: bytes, FLOPs, expected time.
+
+    Raises:
+        ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
+            if there are no costs for its device. The model is left as it was.
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"compress takes a torch.nn.Module; got {type(model).__name__}")
+    layers = _masked_layers(model)
+    known: dict[str, Costs] = {}
+    choices = []
+    for layer, facts in layers.values():
+        device = layer.bias.device if layer.bias is not None else next(layer.parameters()).device
+        if format == "auto" and not facts.fixed and costs is None and device.type not in known:
+            known[device.type] = Costs.shipped("torch", device.type)
+        choices.append(choose(facts, format, batch, training, costs or known.get(device.type)))
+    model = _exchange(model, layers, choices)
+    if explain:
+        print(table(choices, batch, training))
+    return model
+
+
+def expand(model: nn.Module) -> nn.Module:
+    """Turn each ``SparseLinear`` of a model into a ``MaskedLinear`` with the same outputs, in place; return the model.
+
+    The form whose masks can change. As with :func:`compress`, the layers have new parameters.
+
+    Raises:
+        ValueError: if a layer must keep its form; the model is left as it was.
+        TypeError: if ``model`` is no module.
+    """
+    return compress(model, "dense")
+
+
+def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLinear, Layer]]:
+    """Return the masked layers of a model, and what a choice needs to know of them."""
+    owners: dict[int, set[int]] = {}
+    readers: set[int] = set()
+    for module in model.modules():
+        for parameter in module._parameters.values():
+            owners.setdefault(id(parameter), set()).add(id(module))
+        if isinstance(module, _READ_WEIGHTS):
+            readers |= {id(child) for child in module.children()}
+    found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLinear | SparseLinear):
+            weight = module._parameters.get("weight" if isinstance(module, MaskedLinear) else "values")
+            shared = any(len(owners[id(own)]) > 1 for own in module._parameters.values() if own is not None)
+            fixed = _why_fixed(module, weight, shared, id(module) in readers)
+            found[id(module)] = module, _facts(name, module, fixed)
+    return found
+
+
+def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
+    if type(module) not in (MaskedLinear, SparseLinear) or weight is None:
+        return f"it is a {type(module).__name__} whose weight or forward is its own"
+    if shared:
+        return "it shares parameters with another layer"
+    if read:
+        return "the module around it reads its weight"
+    if weight.is_meta or isinstance(weight, UninitializedParameter):
+        return "it has no values yet"
+    if hasattr(weight, "device_mesh"):
+        return "its weight is sharded"
+    return ""
+
+
+def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
+    if isinstance(layer, SparseLinear):
+        return Layer(
+            name,
+            layer.out_features,
+            layer.in_features,
+            layer.values.numel(),
+            layer.values.itemsize,
+            "sparse",
+            fixed,
+        )
+    live = 0 if layer.mask.is_meta else int(layer.mask.sum())
+    return Layer(name, layer.out_features, layer.in_features, live, layer.weight.itemsize, "dense", fixed)
+
+
+def _exchange(
+    model: nn.Module, layers: dict[int, tuple[MaskedLinear | SparseLinear, Layer]], choices: list[Choice]
+) -> nn.Module:
+    made: dict[int, nn.Module] = {}
+    for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
+        if choice.form != facts.form:
+            new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+            made[key] = _dressed(new, layer)
+    for parent, name in list(_places(model, made)):
+        parent._modules[name] = made[id(parent._modules[name])]
+    return made.get(id(model), model)
+
+
+def _places(model: nn.Module, made: dict[int, nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    for parent in model.modules():
+        yield from ((parent, name) for name, child in parent._modules.items() if id(child) in made)
+
+
+def _dressed(new: nn.Module, old: nn.Module) -> nn.Module:
+    """Give ``new`` the hooks of ``old``, and what a user has written on it."""
+    for name in _HOOKS:
+        new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
+    for name, value in vars(old).items():
+        if name not in vars(new) and not name.startswith("_"):
+            setattr(new, name, value)
+    return new

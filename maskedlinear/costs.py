@@ -1,0 +1,263 @@
+"""Which form of a layer is faster: expected times, from times measured on a machine, and the choice made of them.
+
+The one place that decides between the dense and the sparse form; front ends ask it, and exchange the layers.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["Choice", "Costs", "Format", "Layer", "choose", "table"]
+
+Format = Literal["auto", "dense", "sparse"]
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What the costs of a layer depend on.
+
+    Attributes:
+        name: what it is called in its model.
+        out_features: the number of outputs.
+        in_features: the number of inputs.
+        connections: how many are live.
+        itemsize: the bytes of one weight.
+        fixed: why the layer must keep its form, or nothing.
+        form: the form that it has.
+    """
+
+    name: str
+    out_features: int
+    in_features: int
+    connections: int
+    itemsize: int
+    form: str
+    fixed: str = ""
+
+    @property
+    def size(self) -> int:
+        """The number of connections that there could be."""
+        return self.out_features * self.in_features
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a layer, and why.
+
+    Attributes:
+        layer: the layer.
+        form: ``"dense"`` or ``"sparse"``.
+        why: the reason, in words.
+        seconds: the expected time of a call in each form; empty where none was asked for.
+    """
+
+    layer: Layer
+    form: str
+    why: str
+    seconds: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Times of both forms of square layers on one machine, from which those of other layers are read off.
+
+    Between batches and between densities a time is taken to grow in a straight line, between widths as a power. A layer
+    that is not square is read off at the width √(in · out). Beyond the widest layer, the largest batch and the highest
+    density the last line goes on; below the smallest width the time stays.
+
+    ``maskedlinear bench --costs FILE`` measures them. The package brings those of one machine for PyTorch and JAX on the
+    CPU.
+
+    Attributes:
+        framework: ``"torch"`` or ``"jax"``.
+        device: ``"cpu"``, ``"cuda"``, ...
+        machine: what they were measured on, in words.
+        widths: ascending.
+        batches: ascending, from 1 on.
+        densities: fractions of live connections, ascending.
+        dense: seconds, shape (2, widths, batches): of a training step (forward, backward, Adam) and of an inference.
+        sparse: the same for each density, shape (2, widths, batches, densities).
+    """
+
+    framework: str
+    device: str
+    machine: str
+    widths: tuple[int, ...]
+    batches: tuple[int, ...]
+    densities: tuple[float, ...]
+    dense: NDArray[np.float64]
+    sparse: NDArray[np.float64]
+
+    def __post_init__(self) -> None:
+        """Check what a file may have brought.
+
+        Raises:
+            ValueError: if shapes do not belong together, or a time is not positive.
+        """
+        shape = (2, len(self.widths), len(self.batches))
+        shapes = (self.dense.shape, self.sparse.shape)
+        if shapes != (shape, (*shape, len(self.densities))) or min(shape[1], len(self.densities)) < 2 or shape[2] < 3:
+            raise ValueError(
+                f"costs must have times for each of at least 2 widths, 3 batches and 2 densities; got shapes {shapes} for "
+                f"{shape[1]} widths, {shape[2]} batches and {len(self.densities)} densities: measure them anew"
+            )
+        for axis in (self.widths, self.batches, self.densities):
+            if any(one >= other for one, other in pairwise(axis)):
+                raise ValueError(f"costs must have ascending widths, batches and densities; got {axis}")
+        if self.batches[0] != 1 or not all((times > 0).all() for times in (self.dense, self.sparse)):
+            raise ValueError("costs must have batch 1, and times above 0: measure them anew")
+
+    def seconds(self, form: str, layer: Layer, batch: int, training: bool) -> float:
+        """Return the expected seconds of a step (``training``) or an inference of ``layer`` on ``batch`` rows of x."""
+        kind, width = 0 if training else 1, max(math.sqrt(layer.size), self.widths[0])
+        if form == "dense":
+            return self._at(self.dense[kind], width, batch)
+        density = layer.connections / layer.size if layer.size else 0.0
+        times = np.maximum(_line(self.densities, self.sparse[kind], density), self.sparse[kind].min())
+        return self._at(times, width, batch)
+
+    def _at(self, times: NDArray[np.float64], width: float, batch: int) -> float:
+        """Return the time at a width and a batch, of times with shape (widths, batches)."""
+        several = np.maximum(_line(self.batches[1:], times[:, 1:], batch), times.min())
+        by_width = times[:, 0] if batch == 1 else several  # one row has kernels of its own
+        return math.exp(_line(np.log(self.widths), np.log(by_width), math.log(width)))
+
+    def save(self, path: str | Path) -> None:
+        """Write a JSON file."""
+        fields = {
+            "version": _VERSION,
+            "framework": self.framework,
+            "device": self.device,
+            "machine": self.machine,
+            "widths": self.widths,
+            "batches": self.batches,
+            "densities": self.densities,
+            "microseconds": {
+                name: np.vectorize(lambda second: float(f"{second * 1e6:.4g}"))(times).tolist()
+                for name, times in (("dense", self.dense), ("sparse", self.sparse))
+            },
+        }
+        Path(path).write_text(json.dumps(fields) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a file that :meth:`save` or ``maskedlinear bench --costs`` wrote.
+
+        Raises:
+            ValueError: if it holds anything else.
+        """
+        return cls._read(Path(path).read_text(encoding="utf-8"), str(path))
+
+    @classmethod
+    def shipped(cls, framework: str, device: str) -> Self:
+        """Return the costs that the package brings.
+
+        Raises:
+            ValueError: if it brings none for the device.
+        """
+        file = resources.files("maskedlinear") / "data" / f"costs_{framework}_{device}.json"
+        if not file.is_file():
+            raise ValueError(
+                f"there are no costs for {framework} on {device!r} in the package: measure them once, with maskedlinear "
+                f"bench --framework {framework} --costs FILE, and pass costs=Costs.load(FILE); or say format='sparse'"
+            )
+        return cls._read(file.read_text(encoding="utf-8"), file.name)
+
+    @classmethod
+    def _read(cls, text: str, name: str) -> Self:
+        try:
+            found = json.loads(text)
+            if found["version"] != _VERSION:
+                raise ValueError(f"version {found['version']}")
+            dense, sparse = (np.asarray(found["microseconds"][form], np.float64) / 1e6 for form in ("dense", "sparse"))
+            widths, batches, densities = (tuple(found[axis]) for axis in ("widths", "batches", "densities"))
+            return cls(found["framework"], found["device"], found["machine"], widths, batches, densities, dense, sparse)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{name} must be a file of costs, version {_VERSION}, as maskedlinear bench --costs writes it; "
+                f"got one that cannot be read ({error})"
+            ) from error
+
+
+def choose(layer: Layer, format: Format, batch: int, training: bool, costs: Costs | None) -> Choice:
+    """Return the form for ``layer``: the faster one for ``"auto"``, which needs ``costs``, or the one asked for.
+
+    Raises:
+        ValueError: if ``format`` is none of the three, ``batch`` is not positive, or a layer that must keep its form is
+            asked to change it.
+    """
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}; got {format!r}")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be the rows of x in a call, a whole number from 1 on; got {batch!r}")
+    if format != "auto":
+        if layer.fixed and format != layer.form:
+            raise ValueError(f"{layer.name or 'the layer'} cannot become {format}: {layer.fixed}")
+        return Choice(layer, format, "asked for", {})
+    if costs is None and not layer.fixed:
+        raise ValueError("format='auto' needs costs")
+    seconds = {f: costs.seconds(f, layer, batch, training) for f in ("dense", "sparse")} if costs is not None else {}
+    if layer.fixed:
+        return Choice(layer, layer.form, layer.fixed, seconds)
+    form = min(seconds, key=lambda form: seconds[form])
+    slower = "sparse" if form == "dense" else "dense"
+    return Choice(layer, form, f"{slower} would take {seconds[slower] / seconds[form]:.2g} times as long", seconds)
+
+
+def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
+    """Return the choices as lines of text: connections, bytes and FLOPs in each form, expected times, and why.
+
+    Bytes are those of what training keeps (weights, gradients, two moments of Adam, masks and indices), or in inference of
+    weights, masks and indices. FLOPs are 2 a connection and row of x for each product: 3 in training, 1 in inference.
+    """
+    what = "a training step" if training else "an inference"
+    lines = [f"{what[0].upper()}{what[1:]} on {batch} rows of x; dense / sparse"]
+    head = ("layer", "in -> out", "live", "form", "MiB", "MFLOP", "expected ms", "why")
+    rows = [head]
+    for choice in choices:
+        layer = choice.layer
+        products = 6 * batch if training else 2 * batch
+        flops = (products * layer.size, products * layer.connections)
+        seconds = [f"{choice.seconds[form] * 1e3:.3g}" if choice.seconds else "-" for form in ("dense", "sparse")]
+        rows.append(
+            (
+                layer.name or "(the model)",
+                f"{layer.in_features} -> {layer.out_features}",
+                f"{layer.connections} ({100 * layer.connections / max(layer.size, 1):.3g} %)",
+                choice.form,
+                " / ".join(f"{size / 2**20:.3g}" for size in _bytes(layer, training)),
+                " / ".join(f"{count / 1e6:.3g}" for count in flops),
+                " / ".join(seconds),
+                choice.why,
+            )
+        )
+    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    if not choices:
+        lines.append("no masked layers")
+    return "\n".join(lines)
+
+
+def _bytes(layer: Layer, training: bool) -> tuple[int, int]:
+    copies = 4 if training else 1
+    indices = 4 * (3 * layer.connections + layer.in_features + layer.out_features + 2)
+    return layer.size * (copies * layer.itemsize + 1), layer.connections * copies * layer.itemsize + indices
+
+
+def _line(axis: Any, values: NDArray[np.float64], at: float) -> Any:
+    """Interpolate ``values`` along their last axis in straight lines, of which the first and the last one go on."""
+    place = int(np.clip(np.searchsorted(axis, at) - 1, 0, len(axis) - 2))
+    share = (at - axis[place]) / (axis[place + 1] - axis[place])
+    return (1 - share) * values[..., place] + share * values[..., place + 1]

@@ -1,0 +1,147 @@
+"""The choice between the two forms: expected times, the choice made of them, and the table that explains it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from maskedlinear.costs import Costs, Layer, choose, table
+
+WIDTHS, BATCHES, DENSITIES = (64, 256, 1024), (1, 8, 128), (0.01, 0.1, 0.5)
+
+
+def made(dense_rate: float = 1e-9, sparse_rate: float = 5e-9, fixed: float = 1e-6) -> Costs:
+    """Costs of a machine on which a time is a number of products times a rate, and one row costs half."""
+    width, batch = np.meshgrid(WIDTHS, BATCHES, indexing="ij")
+    batch = np.where(batch == 1, 0.5, batch)
+    products = np.stack([3.0 * width**2 * batch, 1.0 * width**2 * batch])
+    density = np.asarray(DENSITIES)
+    return Costs(
+        "torch",
+        "cpu",
+        "none",
+        WIDTHS,
+        BATCHES,
+        DENSITIES,
+        products * dense_rate,
+        fixed + products[..., None] * density * sparse_rate,
+    )
+
+
+def layer(out: int = 256, in_: int = 256, density: float = 0.1, **changed: Any) -> Layer:
+    return replace(Layer("layer", out, in_, round(density * out * in_), 4, "dense"), **changed)
+
+
+def test_expected_times_are_the_measured_ones_and_lie_between_them() -> None:
+    costs = made(fixed=1e-12)
+    for batch in (1, 8, 128):
+        rows = 0.5 if batch == 1 else batch
+        for width in (64, 128, 256, 700, 1024, 4096):
+            expected = 3e-9 * width**2 * rows
+            assert costs.seconds("dense", layer(width, width), batch, True) == pytest.approx(expected, rel=1e-6)
+            assert costs.seconds("dense", layer(width, width), batch, False) == pytest.approx(expected / 3, rel=1e-6)
+            for density in (0.01, 0.03, 0.1, 0.3, 0.8):
+                sparse = costs.seconds("sparse", layer(width, width, density), batch, True)
+                assert sparse == pytest.approx(5 * density * expected, rel=1e-2)
+    assert costs.seconds("dense", layer(256, 256), 64, True) == pytest.approx(3e-9 * 256**2 * 64)
+    assert costs.seconds("dense", layer(256, 256), 512, True) == pytest.approx(3e-9 * 256**2 * 512)
+    assert costs.seconds("dense", layer(128, 512), 8, True) == pytest.approx(3e-9 * 256**2 * 8)
+
+
+def test_no_time_is_below_the_shortest_that_was_measured() -> None:
+    costs = made()
+    for batch in (1, 2, 4096):
+        for out, in_ in ((0, 5), (5, 0), (1, 1), (100_000, 100_000)):
+            for connections in (0, min(1, out * in_), out * in_):
+                small = replace(layer(out, in_, 0.0), connections=connections)
+                for form in ("dense", "sparse"):
+                    times = costs.dense if form == "dense" else costs.sparse
+                    for training in (True, False):
+                        assert costs.seconds(form, small, batch, training) >= times.min() * (1 - 1e-9)
+
+
+def test_auto_takes_the_faster_form_and_says_by_how_much() -> None:
+    costs = made()
+    assert choose(layer(density=0.05), "auto", 8, True, costs).form == "sparse"
+    few = choose(layer(density=0.5), "auto", 8, True, costs)
+    assert (few.form, few.why) == ("dense", "sparse would take 2.5 times as long")
+    assert choose(layer(density=0.5), "sparse", 8, True, None).form == "sparse"
+    fixed = layer(density=0.01, fixed="it is shared")
+    assert (choose(fixed, "auto", 8, True, costs).form, choose(fixed, "auto", 8, True, costs).why) == (
+        "dense",
+        "it is shared",
+    )
+    assert choose(fixed, "dense", 8, True, None).form == "dense"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((layer(), "csr", 8, True, None), "format must be one of 'auto', 'dense', 'sparse'; got 'csr'"),
+        ((layer(), "auto", 0, True, made()), "batch must be the rows of x in a call, a whole number from 1 on; got 0"),
+        ((layer(), "auto", 2.0, True, made()), r"got 2\.0"),
+        ((layer(), "auto", True, True, made()), "got True"),
+        ((layer(fixed="it is shared"), "sparse", 8, True, None), "layer cannot become sparse: it is shared"),
+        ((layer(), "auto", 8, True, None), "needs costs"),
+    ],
+)
+def test_what_cannot_be_chosen_is_refused(arguments: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        choose(*arguments)
+
+
+def test_the_table_counts_bytes_and_flops() -> None:
+    choices = [choose(layer(density=0.25), "auto", 8, True, made()), choose(layer(), "dense", 8, True, None)]
+    lines = table(choices, 8, True).splitlines()
+    assert lines[0] == "A training step on 8 rows of x; dense / sparse"
+    connections = 256 * 256 // 4
+    dense_bytes, sparse_bytes = 17 * 256 * 256, 16 * connections + 4 * (3 * connections + 514)
+    assert f"{dense_bytes / 2**20:.3g} / {sparse_bytes / 2**20:.3g}" in lines[2]
+    assert f"{6 * 8 * 256 * 256 / 1e6:.3g} / {6 * 8 * connections / 1e6:.3g}" in lines[2]
+    assert "- / -" in lines[3]
+    assert lines[3].endswith("asked for")
+    assert table([], 8, False).splitlines()[-1] == "no masked layers"
+
+
+def test_a_file_brings_the_costs_back(tmp_path: Path) -> None:
+    costs = made()
+    costs.save(tmp_path / "costs.json")
+    read = Costs.load(tmp_path / "costs.json")
+    assert (read.framework, read.widths, read.densities) == ("torch", WIDTHS, DENSITIES)
+    np.testing.assert_allclose(read.sparse, costs.sparse, rtol=1e-3)
+
+
+@pytest.mark.parametrize("framework", ["torch", "jax"])
+def test_the_package_brings_costs_for_the_cpu(framework: str) -> None:
+    costs = Costs.shipped(framework, "cpu")
+    wide = layer(2048, 2048, 0.01)
+    assert choose(wide, "auto", 256, True, costs).form == "sparse"
+    assert choose(layer(2048, 2048, 0.9), "auto", 256, True, costs).form == "dense"
+    with pytest.raises(ValueError, match="there are no costs for jax on 'tpu' in the package: measure them once"):
+        Costs.shipped("jax", "tpu")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, "version 2"),
+        ({"widths": [64, 64, 1024]}, "ascending"),
+        ({"widths": [64, 256]}, "shapes"),
+        ({"batches": [2, 8, 128]}, "batch 1"),
+        ({"microseconds": {}}, "'dense'"),
+        ({"microseconds": None}, "cannot be read"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_holds_something_else_is_refused(tmp_path: Path, change: Any, message: str) -> None:
+    path = tmp_path / "costs.json"
+    made().save(path)
+    found = None if change is None else json.loads(path.read_text(encoding="utf-8")) | change
+    path.write_text(json.dumps(found), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        Costs.load(path)

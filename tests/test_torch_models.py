@@ -1,0 +1,156 @@
+"""``compress`` and ``expand`` on PyTorch models: what is exchanged, what is kept, and what must stay as it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from maskedlinear import masks
+from maskedlinear.costs import Costs
+from maskedlinear.torch import MaskedLinear, SparseLinear, compress, expand
+
+SPARSE = masks.random((512, 512), sparsity=0.99, seed=0)
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        MaskedLinear(64, 512, mask=masks.random((512, 64), sparsity=0.2, seed=0)),
+        nn.ReLU(),
+        nn.Sequential(MaskedLinear(512, 512, mask=SPARSE), nn.ReLU()),
+        nn.Linear(512, 8),
+    )
+
+
+def forms(model: nn.Module) -> list[str]:
+    return [type(module).__name__ for module in model.modules() if hasattr(module, "in_features")]
+
+
+def test_each_layer_gets_the_faster_form_and_the_outputs_stay() -> None:
+    model, x = network(), torch.randn(4, 64)
+    before = model(x)
+    assert compress(model) is model
+    assert forms(model) == ["MaskedLinear", "SparseLinear", "Linear"]
+    torch.testing.assert_close(model(x), before)
+    assert compress(model, "sparse") is model
+    assert forms(model) == ["SparseLinear", "SparseLinear", "Linear"]
+    torch.testing.assert_close(model(x), before)
+    assert compress(model) is model, "which brings the first one back to the dense form"
+    assert forms(model) == ["MaskedLinear", "SparseLinear", "Linear"]
+    assert expand(model) is model
+    assert forms(model) == ["MaskedLinear", "MaskedLinear", "Linear"]
+    torch.testing.assert_close(model(x), before)
+    assert torch.equal(model[2][0].mask, torch.tensor(SPARSE))  # type: ignore[index, union-attr]
+
+
+def test_explain_says_for_each_layer_what_and_why(capsys: pytest.CaptureFixture[str]) -> None:
+    compress(network(), batch=32, training=False, explain=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "An inference on 32 rows of x; dense / sparse"
+    assert [line.split()[0] for line in lines[1:]] == ["layer", "0", "2.0"]
+    assert "64 -> 512" in lines[2]
+    assert "dense" in lines[2]
+    assert "times as long" in lines[3]
+
+
+def test_a_layer_itself_is_returned_in_its_new_form() -> None:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    made = compress(layer)
+    assert isinstance(made, SparseLinear)
+    assert isinstance(expand(made), MaskedLinear)
+    assert compress(nn.ReLU(), explain=False).__class__ is nn.ReLU
+
+
+def test_what_a_layer_carries_is_kept() -> None:
+    layer = MaskedLinear(512, 512, mask=SPARSE, dtype=torch.float64)
+    layer.eval()
+    layer.bias.requires_grad_(False)
+    calls: list[str] = []
+    handle = layer.register_forward_hook(lambda *_: calls.append("hook"))
+    layer.note = "mine"  # type: ignore[assignment]
+    model = nn.ModuleDict({"one": layer, "again": layer})
+    compress(model, "sparse")
+    made: Any = model["one"]
+    assert made is model["again"]
+    assert (made.training, made.note, made.values.dtype) == (False, "mine", torch.float64)
+    assert made.values.requires_grad
+    assert not made.bias.requires_grad
+    made(torch.zeros(2, 512, dtype=torch.float64))
+    assert calls == ["hook"]
+    handle.remove()
+    made(torch.zeros(2, 512, dtype=torch.float64))
+    assert calls == ["hook"]
+
+
+class Doubled(MaskedLinear):
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+def tied() -> nn.Module:
+    one, other = MaskedLinear(512, 512, mask=SPARSE), MaskedLinear(512, 512, mask=SPARSE)
+    other.weight = one.weight
+    return nn.Sequential(one, other)
+
+
+def parametrized() -> nn.Module:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    torch.nn.utils.parametrizations.weight_norm(layer)
+    return nn.Sequential(layer)
+
+
+def read() -> nn.Module:
+    encoder = nn.TransformerEncoderLayer(512, 2, 512)
+    encoder.linear1 = MaskedLinear(512, 512, mask=SPARSE)
+    return encoder
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: nn.Sequential(Doubled(512, 512, mask=SPARSE)), "it is a Doubled whose weight or forward is its own"),
+        (tied, "it shares parameters with another layer"),
+        (parametrized, "whose weight or forward is its own"),
+        (read, "the module around it reads its weight"),
+        (lambda: nn.Sequential(MaskedLinear(512, 512, mask=SPARSE, device="meta")), "it has no values yet"),
+    ],
+)
+def test_a_layer_that_cannot_change_keeps_its_form(make: Any, why: str, capsys: pytest.CaptureFixture[str]) -> None:
+    model = make()
+    layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
+    compress(model, explain=True)
+    assert [module for module in model.modules() if isinstance(module, MaskedLinear)] == layers
+    assert why in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"cannot become sparse: .*{why}"):
+        compress(model, "sparse")
+
+
+def test_a_refusal_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(MaskedLinear(512, 512, mask=SPARSE), Doubled(512, 512, mask=SPARSE))
+    with pytest.raises(ValueError, match="1 cannot become sparse"):
+        compress(model, "sparse")
+    assert forms(model) == ["MaskedLinear", "Doubled"]
+    with pytest.raises(ValueError, match="format must be one of"):
+        compress(model, "csr")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"compress takes a torch\.nn\.Module; got list"):
+        compress([model])  # type: ignore[arg-type]
+
+
+def test_costs_of_ones_own_decide() -> None:
+    costs = Costs.shipped("torch", "cpu")
+    slow = Costs("torch", "cpu", "", costs.widths, costs.batches, costs.densities, costs.dense, costs.sparse * 1e6)
+    assert forms(compress(network(), costs=slow)) == ["MaskedLinear", "MaskedLinear", "Linear"]
+
+
+def test_a_compressed_model_trains_as_before() -> None:
+    x, one, other = torch.randn(16, 64), network(), compress(network(), "sparse")
+    for model in (one, other):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+    torch.testing.assert_close(one(x), other(x))
