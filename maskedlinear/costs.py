@@ -17,6 +17,8 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._table import lines
+
 __all__ = ["Choice", "Costs", "Format", "Layer", "choose", "table"]
 
 Format = Literal["auto", "dense", "sparse"]
@@ -223,7 +225,6 @@ def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
     weights, masks and indices. FLOPs are 2 a connection and row of x for each product: 3 in training, 1 in inference.
     """
     what = "a training step" if training else "an inference"
-    lines = [f"{what[0].upper()}{what[1:]} on {batch} rows of x; dense / sparse"]
     head = ("layer", "in -> out", "live", "form", "MiB", "MFLOP", "expected ms", "why")
     rows = [head]
     for choice in choices:
@@ -243,11 +244,8 @@ def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
                 choice.why,
             )
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
-    lines += ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    if not choices:
-        lines.append("no masked layers")
-    return "\n".join(lines)
+    none = [] if choices else ["no masked layers"]
+    return "\n".join([f"{what[0].upper()}{what[1:]} on {batch} rows of x; dense / sparse", *lines(rows), *none])
 
 
 def _bytes(layer: Layer, training: bool) -> tuple[int, int]:

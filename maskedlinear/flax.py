@@ -11,9 +11,30 @@ try:
         SparseLinear,
         compress,
         expand,
+        mask_model,
+        masks_of,
         param_masks,
+        prune_model,
+        report,
+        set_masks,
+        unmask_model,
     )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.flax", "flax", "jax", "jaxlib", "optax", "flax") from error
 
-__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "compress", "expand", "param_masks"]
+__all__ = [
+    "Connections",
+    "Mask",
+    "MaskedDense",
+    "MaskedLinear",
+    "SparseLinear",
+    "compress",
+    "expand",
+    "mask_model",
+    "masks_of",
+    "param_masks",
+    "prune_model",
+    "report",
+    "set_masks",
+    "unmask_model",
+]

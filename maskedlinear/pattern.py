@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from maskedlinear.masks import as_mask
+from maskedlinear._check import as_mask
 
 __all__ = ["Pattern"]
 

@@ -9,10 +9,30 @@ try:
         compress,
         expand,
         freeze_masked,
+        mask_model,
         masked_linear,
+        masks_of,
+        prune_model,
+        report,
+        set_masks,
         sparse_linear,
+        unmask_model,
     )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.torch", "torch", "torch") from error
 
-__all__ = ["MaskedLinear", "SparseLinear", "compress", "expand", "freeze_masked", "masked_linear", "sparse_linear"]
+__all__ = [
+    "MaskedLinear",
+    "SparseLinear",
+    "compress",
+    "expand",
+    "freeze_masked",
+    "mask_model",
+    "masked_linear",
+    "masks_of",
+    "prune_model",
+    "report",
+    "set_masks",
+    "sparse_linear",
+    "unmask_model",
+]

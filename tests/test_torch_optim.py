@@ -43,18 +43,88 @@ def train(layer: MaskedLinear, optimizer: torch.optim.Optimizer, x: torch.Tensor
         optimizer.step()
 
 
-@pytest.mark.parametrize("make", [momentum, adamw])
-def test_freeze_masked_keeps_dormant_weights(layer: MaskedLinear, x: torch.Tensor, make: Any) -> None:
+def lbfgs(parameters: Any) -> torch.optim.Optimizer:
+    class Closed(torch.optim.LBFGS):
+        """One evaluation a step, of the gradient that is there."""
+
+        def step(self, closure: Any = None) -> Any:
+            return super().step(lambda: torch.zeros(()))
+
+    return Closed(parameters, lr=0.1)
+
+
+OPTIMIZERS: dict[str, Any] = {
+    "momentum": momentum,
+    "LBFGS": lbfgs,
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, weight_decay=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.1, weight_decay=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, weight_decay=0.1, initial_accumulator_value=0.2),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, amsgrad=True),
+    "Adam, fused": lambda p: torch.optim.Adam(p, lr=0.1, weight_decay=0.1, fused=True),
+    "AdamW": adamw,
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1, weight_decay=0.1),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.1, weight_decay=0.1, momentum=0.9, centered=True),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.1),
+}
+if hasattr(torch.optim, "Muon"):
+    OPTIMIZERS["Muon"] = lambda p: torch.optim.Muon([one for one in p if one.dim() == 2], lr=0.1, weight_decay=0.1)
+
+
+def test_every_optimizer_of_torch_is_tried() -> None:
+    shipped = {
+        name
+        for name, kind in vars(torch.optim).items()
+        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
+    }
+    tried = {name.split(",")[0] for name in OPTIMIZERS} | {"SGD"}
+    assert shipped - tried == {"SparseAdam"}, "which takes sparse gradients, that no masked layer has"
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in OPTIMIZERS if name not in ("LBFGS", "Adafactor", "ASGD")]
+)  # no state a weight
+def test_a_revived_weight_starts_clean(layer: MaskedLinear, x: torch.Tensor, name: str) -> None:
+    model = nn.Sequential(layer)
+    optimizer = freeze_masked(OPTIMIZERS[name](model.parameters()), model)
+    train(layer, optimizer, x)
+    kept = {
+        key: part
+        for key, part in optimizer.state[layer.weight].items()
+        if isinstance(part, torch.Tensor) and part.shape == (5, 7)
+    }
+    clean = {key: {"step_size": 0.1, "sum": 0.2}.get(key, 0.0) for key in kept}
+    dirty = [key for key, part in kept.items() if (part != clean[key])[LIVE].any()]
+    assert dirty
+    layer.set_mask(~LIVE)  # each entry's mask changes
+    layer.weight.grad = torch.zeros(5, 7)
+    for group in optimizer.param_groups:
+        group["lr"] *= 1 if name == "Rprop" else 0
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    for key, part in kept.items():
+        assert (part - clean[key]).abs().max() <= 1e-8, (
+            f"{key}: a step without a gradient leaves clean what starts clean"
+        )
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_freeze_masked_keeps_dormant_weights(layer: MaskedLinear, x: torch.Tensor, name: str) -> None:
+    make = OPTIMIZERS[name]
     loose = copy.deepcopy(layer)
     start = layer.weight.detach().clone()
     train(loose, make(loose.parameters()), x)
-    assert (loose.weight != start)[~LIVE].all(), "without the guard they move"
+    if name not in ("LBFGS", "Rprop"):  # which have no weight decay
+        assert (loose.weight != start)[~LIVE].all(), "without the guard they move"
     model = nn.Sequential(layer)
     optimizer = make(model.parameters())
     assert freeze_masked(optimizer, model) is optimizer
     train(layer, optimizer, x)
     assert torch.equal(layer.weight[~LIVE], start[~LIVE])
-    assert torch.equal(layer.weight[LIVE], loose.weight[LIVE]), "the live ones train as ever"
+    if name not in ("Adafactor", "Muon"):  # which scale by the whole weight
+        assert torch.equal(layer.weight[LIVE], loose.weight[LIVE]), "the live ones train as ever"
     layer.set_mask(~LIVE)
     held = layer.weight.detach().clone()
     train(layer, optimizer, x)

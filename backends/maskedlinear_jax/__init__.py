@@ -11,5 +11,6 @@ if jax.__version_info__ < (0, 6):
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked
 from maskedlinear_jax._sparse import sparse_linear
+from maskedlinear_jax._tree import apply_masks, prune_tree
 
-__all__ = ["freeze_masked", "masked_linear", "sparse_linear"]
+__all__ = ["apply_masks", "freeze_masked", "masked_linear", "prune_tree", "sparse_linear"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,9 @@ def freeze_masked(
     Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
     ``flax.training.train_state.TrainState``.
 
+    Where a mask has changed since the last step, the state that optax keeps for the weight is made new, so that a revived
+    weight starts clean; the guard's own state holds the masks of the last step for that, a byte a parameter.
+
     Args:
         inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes after the guard is not
             guarded.
@@ -48,15 +51,53 @@ def freeze_masked(
     guarded = optax.with_extra_args_support(inner)
     always = masks
 
-    def update(updates: Any, state: Any, params: Any = None, *, masks: Any = None, **extra: Any) -> tuple[Any, Any]:
+    def init(params: Any) -> FrozenState:
+        return FrozenState(guarded.init(params), jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params))
+
+    def update(
+        updates: Any, state: FrozenState, params: Any = None, *, masks: Any = None, **extra: Any
+    ) -> tuple[Any, FrozenState]:
         if masks is None:
             masks = _always(always, params)
         if masks is None:
             raise ValueError("freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks)")
-        updates, state = guarded.update(updates, state, params, **extra)
-        return jax.tree_util.tree_map_with_path(_held, updates, _like(updates, masks)), state
+        masks = _like(updates, masks)
+        live = jax.tree_util.tree_map_with_path(_live, updates, masks)
+        anew = _anew(inner, state, live, updates if params is None else params)
+        updates, kept = guarded.update(updates, anew, params, **extra)
+        return jax.tree_util.tree_map_with_path(_held, updates, masks), FrozenState(kept, live)
 
-    return optax.GradientTransformationExtraArgs(guarded.init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class FrozenState(NamedTuple):
+    """The state of a guarded transformation.
+
+    Attributes:
+        inner: the state of the transformation itself.
+        live: a tree like the parameters': what was live at the last step.
+    """
+
+    inner: Any
+    live: Any
+
+
+def _anew(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
+    """Return the inner state, made new for each entry whose mask is not that of the last step."""
+    changed = jax.tree.map(jnp.not_equal, state.live, live)
+    like: Any = jax.tree.structure(live)
+
+    def is_like(node: Any) -> bool:
+        return bool(like == jax.tree.structure(node))
+
+    def renew(kept: Any, fresh: Any, where: Array) -> Any:
+        fits = jnp.shape(kept) == where.shape  # factored moments are of rows and columns
+        return jnp.where(where, fresh, kept) if fits else kept
+
+    def renewed(kept: Any, fresh: Any) -> Any:
+        return jax.tree.map(renew, kept, fresh, changed) if is_like(kept) else kept
+
+    return jax.tree.map(renewed, state.inner, inner.init(params), is_leaf=is_like)
 
 
 def _always(masks: Any, params: Any) -> Any:
@@ -78,16 +119,21 @@ def _like(updates: Any, masks: Any) -> Any:
         ) from error
 
 
-def _held(path: Any, value: Any, mask: Any) -> Array:
+def _live(path: Any, value: Any, mask: Any) -> Array:
+    """Return what is live of a parameter, as booleans of its shape."""
     name = f"parameter {jax.tree_util.keystr(path)}"
     update = as_array(f"the update of {name}", value)
     if mask is True:
-        return update
+        return jnp.ones_like(update, dtype=bool)
     if mask is None or mask is False:
         raise ValueError(f"the mask of {name} must be an array, or True where there is none; got {mask}")
     try:
-        live = boolean_mask(mask, update.shape, name)
+        return boolean_mask(mask, update.shape, name)
     except ValueError as error:
         raise ValueError(f"the mask of {name}: {error}") from error
+
+
+def _held(path: Any, value: Any, mask: Any) -> Array:
+    live, update = _live(path, value, mask), jnp.asarray(value)
     # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
-    return jnp.where(live, update, jnp.asarray(-0.0, update.dtype))
+    return update if mask is True else jnp.where(live, update, jnp.asarray(-0.0, update.dtype))

@@ -14,5 +14,20 @@ from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
 
-__all__ = ["MaskedLinear", "SparseLinear", "compress", "expand", "freeze_masked", "masked_linear", "sparse_linear"]
+__all__ = [
+    "MaskedLinear",
+    "SparseLinear",
+    "compress",
+    "expand",
+    "freeze_masked",
+    "mask_model",
+    "masked_linear",
+    "masks_of",
+    "prune_model",
+    "report",
+    "set_masks",
+    "sparse_linear",
+    "unmask_model",
+]

@@ -217,6 +217,61 @@ class MaskedLinear(nn.Linear):
         _copy_parameters(linear, layer)
         return layer
 
+    @classmethod
+    def adopt(cls, linear: nn.Linear, mask: Any = None) -> Self:
+        """Turn an ``nn.Linear`` into a masked layer: the same object, with the same parameters, hooks and state.
+
+        Args:
+            linear: an ``nn.Linear``, no subclass, whose weight is a parameter.
+            mask: shape ``(out, in)``, booleans or 0s and 1s; ``None`` is the full mask.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+            TypeError: if ``linear`` is anything else.
+        """
+        if type(linear) is not nn.Linear or "weight" not in linear._parameters:
+            raise TypeError(
+                f"adopt takes a plain nn.Linear whose weight is a parameter; got {type(linear).__name__}: a copy is made by "
+                "MaskedLinear.from_linear"
+            )
+        if mask is not None and not isinstance(mask, Tensor):
+            mask = as_tensor(as_mask(mask, linear.weight.shape))
+        linear.__class__ = cls
+        layer: Self = linear  # type: ignore[assignment]
+        layer.fan_in, layer._kept = "live", Kept()
+        layer.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool, requires_grad=False))
+        shape = linear.weight.shape
+        layer._pending_mask = torch.ones(shape, dtype=torch.bool, device="cpu") if linear.weight.is_meta else None
+        if mask is not None:
+            try:
+                layer.set_mask(mask)
+            except ValueError:
+                layer._plain()
+                raise
+        return layer
+
+    def release(self) -> nn.Linear:
+        """Turn this layer into a plain ``nn.Linear`` with the same outputs: the same object, whose masked weights become 0.
+
+        Raises:
+            TypeError: if this is a subclass, or the weight is computed.
+        """
+        if type(self) is not MaskedLinear or "weight" not in self._parameters:
+            raise TypeError(
+                f"release turns a plain MaskedLinear into an nn.Linear; got {type(self).__name__}: to_linear makes a copy"
+            )
+        if not self.weight.is_meta:
+            with torch.no_grad():
+                self.weight.copy_(select(self.weight, aligned(self.mask, self.weight)))
+        return self._plain()
+
+    def _plain(self) -> nn.Linear:
+        for name in ("mask", "fan_in", "_kept", "_pending_mask"):
+            delattr(self, name)
+        linear: nn.Linear = self
+        linear.__class__ = nn.Linear
+        return linear
+
     def to_linear(self) -> nn.Linear:
         """Return a plain ``nn.Linear`` with the same outputs: a copy, whose masked weights are 0."""
         linear: nn.Linear = skip_init(

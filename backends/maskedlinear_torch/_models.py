@@ -12,7 +12,7 @@ from maskedlinear.costs import Choice, Costs, Format, Layer, choose, table
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["compress", "expand"]
+__all__ = ["compress", "expand", "readers_of_weights"]
 
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _HOOKS = (
@@ -87,15 +87,18 @@ def expand(model: nn.Module) -> nn.Module:
     return compress(model, "dense")
 
 
+def readers_of_weights(model: nn.Module) -> set[int]:
+    """Return the identities of layers whose weight the module around them reads past ``forward``."""
+    return {id(child) for module in model.modules() if isinstance(module, _READ_WEIGHTS) for child in module.children()}
+
+
 def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLinear, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
     owners: dict[int, set[int]] = {}
-    readers: set[int] = set()
+    readers = readers_of_weights(model)
     for module in model.modules():
         for parameter in module._parameters.values():
             owners.setdefault(id(parameter), set()).add(id(module))
-        if isinstance(module, _READ_WEIGHTS):
-            readers |= {id(child) for child in module.children()}
     found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear | SparseLinear):

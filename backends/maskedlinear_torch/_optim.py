@@ -9,12 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskedlinear_torch._functional import aligned
+from maskedlinear_torch._functional import aligned, whole
 from maskedlinear_torch._layer import MaskedLinear
 
 __all__ = ["freeze_masked"]
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
+Known = tuple[tuple[tuple[int, int], ...], Tensor]  # the versions of masks, and what was live by them
 
 
 def freeze_masked(optimizer: O, model: nn.Module) -> O:
@@ -23,8 +24,12 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     Momentum, Adam's moments and weight decay move weights whose gradient is zero. The guard copies the weights of masked
     layers that the optimizer holds before a step, and puts the dormant entries back after it, by the masks that hold at
     that moment, also if the step raises an error. A weight that several layers share is dormant where none of them uses
-    it. It costs one copy of those weights while a step runs. A copied optimizer (``copy.deepcopy``) loses its guard:
-    guard it again.
+    it. Where a mask has changed since the last step, what the optimizer remembers of the weight is made new (momentum,
+    moments, ...), so that a revived weight starts clean; what it keeps for whole rows and columns (``Adafactor``) stays, and
+    ``LBFGS``, which remembers all weights together, forgets everything.
+
+    It costs one copy of those weights while a step runs, and a copy of their masks. A copied optimizer (``copy.deepcopy``)
+    loses its guard: guard it again.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
@@ -45,7 +50,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
         )
     if not any(isinstance(module, MaskedLinear) for module in model.modules()):
         raise ValueError("freeze_masked guards MaskedLinear layers, and this model has none")
-    _users(model)
+    known: dict[int, Known] = {}
+    for layers in _users(model):
+        _start_anew(optimizer, layers, known)
     step = optimizer.step
 
     # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's
@@ -53,7 +60,11 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        saved = [layers[0].weight for layers in _users(model) if id(layers[0].weight) in held]
+        users = [layers for layers in _users(model) if id(layers[0].weight) in held]
+        saved = [layers[0].weight for layers in users]
+        with torch.no_grad():
+            for layers in users:
+                _start_anew(self, layers, known)
         before = {id(weight): weight.detach().clone() for weight in saved}
         try:
             return step(*args, **kwargs)
@@ -94,3 +105,30 @@ def _live(layers: list[MaskedLinear], weight: Tensor) -> Tensor:
     for layer in layers[1:]:
         mask = mask | layer.mask
     return aligned(mask, weight)
+
+
+def _start_anew(optimizer: torch.optim.Optimizer, layers: list[MaskedLinear], known: dict[int, Known]) -> None:
+    """Make the state of those entries of a weight new whose mask is not the one that is ``known`` from the last step."""
+    weight = layers[0].weight
+    versions = tuple((layer.mask.data_ptr(), layer.mask._version) for layer in layers)
+    last = known.get(id(weight))
+    if last is not None and last[0] == versions:
+        return
+    live = whole(_live(layers, weight))
+    known[id(weight)] = versions, live.clone()
+    if last is None or last[1].shape != live.shape:
+        return
+    changed = aligned(last[1].to(live.device) != live, weight)
+    group = next(group for group in optimizer.param_groups if any(one is weight for one in group["params"]))
+    for name, kept in optimizer.state.get(weight, {}).items():
+        if isinstance(kept, Tensor) and kept.shape == weight.shape:
+            kept.copy_(torch.where(changed, _fresh(name, group), kept))
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+
+
+def _fresh(name: str, group: dict[str, Any]) -> float:
+    """Return what an optimizer of torch starts this part of its state with."""
+    if name == "step_size":  # Rprop
+        return float(group["lr"])
+    return float(group.get("initial_accumulator_value", 0.0)) if name == "sum" else 0.0  # Adagrad

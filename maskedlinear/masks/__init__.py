@@ -5,8 +5,27 @@ connection. The random masks are the same bit for bit on every machine and in ev
 project's own generator, ``mask_v1``, and never from a framework's.
 """
 
-from maskedlinear.masks._check import as_mask
+from maskedlinear._check import as_mask
+from maskedlinear.masks._autoregressive import autoregressive, factored
+from maskedlinear.masks._distribution import erdos_renyi
 from maskedlinear.masks._random import ALGORITHM, bernoulli, random
+from maskedlinear.masks._structured import blocks, fan_in, n_m, receptive_field
 from maskedlinear.masks._threefry import threefry2x32, words
+from maskedlinear.masks._wiring import Wiring
 
-__all__ = ["ALGORITHM", "as_mask", "bernoulli", "random", "threefry2x32", "words"]
+__all__ = [
+    "ALGORITHM",
+    "Wiring",
+    "as_mask",
+    "autoregressive",
+    "bernoulli",
+    "blocks",
+    "erdos_renyi",
+    "factored",
+    "fan_in",
+    "n_m",
+    "random",
+    "receptive_field",
+    "threefry2x32",
+    "words",
+]

@@ -57,10 +57,10 @@ def random(
         ValueError: if a value is out of its range, or both or neither of ``sparsity`` and ``num_zeros`` are given.
         TypeError: if a size, ``num_zeros`` or the seed is not an integer.
     """
-    shape = _checked_shape(shape)
+    shape = checked_shape(shape)
     size = math.prod(shape)
-    seed = _checked_seed(seed)
-    zeros = _checked_zeros(size, sparsity, num_zeros)
+    seed = checked_seed(seed)
+    zeros = checked_zeros(size, sparsity, num_zeros)
     rows, columns = _checked_shard(shape, shard)
 
     # The k-th smallest of n uniform words lies close to k/n of their range. One pass clears every word below a narrow
@@ -121,14 +121,14 @@ def bernoulli(
         ValueError: if a value is out of its range, or both or neither of ``sparsity`` and ``threshold`` are given.
         TypeError: if a size, the threshold or the seed is not an integer.
     """
-    shape = _checked_shape(shape)
-    seed = _checked_seed(seed)
+    shape = checked_shape(shape)
+    seed = checked_seed(seed)
     if (sparsity is None) == (threshold is None):
         raise ValueError(f"give exactly one of sparsity and threshold; got sparsity={sparsity}, threshold={threshold}")
     if sparsity is not None:
-        keep = math.floor((1 - _checked_fraction(sparsity)) * _WORDS)
+        keep = math.floor((1 - checked_fraction(sparsity)) * _WORDS)
     else:
-        keep = _integer("threshold", threshold)
+        keep = integer("threshold", threshold)
         if not 0 <= keep <= _WORDS:
             raise ValueError(f"threshold must be in [0, 2**32]; got {threshold}")
     rows, columns = _checked_shard(shape, shard)
@@ -166,29 +166,29 @@ def _size(rows: slice, columns: slice) -> tuple[int, int]:
     return rows.stop - rows.start, columns.stop - columns.start
 
 
-def _integer(name: str, value: object) -> int:
+def integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     return int(value)
 
 
-def _checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
+def checked_shape(shape: tuple[int, int]) -> tuple[int, int]:
     if not isinstance(shape, tuple | list) or len(shape) != 2:
         raise ValueError(f"a mask's shape must be (out, in); got {shape!r}")
-    out, in_ = (_integer("a size", n) for n in shape)
+    out, in_ = (integer("a size", n) for n in shape)
     if out < 0 or in_ < 0:
         raise ValueError(f"a mask's sizes (out, in) must not be negative; got ({out}, {in_})")
     return out, in_
 
 
-def _checked_seed(seed: int) -> int:
-    seed = _integer("seed", seed)
+def checked_seed(seed: int) -> int:
+    seed = integer("seed", seed)
     if not 0 <= seed < 1 << 64:
         raise ValueError(f"seed must be in [0, 2**64); got {seed}")
     return seed
 
 
-def _checked_fraction(sparsity: Sparsity) -> Fraction:
+def checked_fraction(sparsity: Sparsity) -> Fraction:
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Decimal):
         raise TypeError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
     if math.isnan(sparsity) or not 0 <= sparsity <= 1:  # a Decimal NaN cannot be compared
@@ -196,12 +196,12 @@ def _checked_fraction(sparsity: Sparsity) -> Fraction:
     return Fraction(str(sparsity))
 
 
-def _checked_zeros(size: int, sparsity: Sparsity | None, num_zeros: int | None) -> int:
+def checked_zeros(size: int, sparsity: Sparsity | None, num_zeros: int | None) -> int:
     if (sparsity is None) == (num_zeros is None):
         raise ValueError(f"give exactly one of sparsity and num_zeros; got sparsity={sparsity}, num_zeros={num_zeros}")
     if sparsity is not None:
-        return math.floor(_checked_fraction(sparsity) * size)
-    zeros = _integer("num_zeros", num_zeros)
+        return math.floor(checked_fraction(sparsity) * size)
+    zeros = integer("num_zeros", num_zeros)
     if not 0 <= zeros <= size:
         raise ValueError(f"num_zeros must be from 0 to the mask's size, {size}; got {zeros}")
     return zeros

@@ -9,5 +9,21 @@ from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import Connections, SparseLinear
+from maskedlinear_jax.flax._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
 
-__all__ = ["Connections", "Mask", "MaskedDense", "MaskedLinear", "SparseLinear", "compress", "expand", "param_masks"]
+__all__ = [
+    "Connections",
+    "Mask",
+    "MaskedDense",
+    "MaskedLinear",
+    "SparseLinear",
+    "compress",
+    "expand",
+    "mask_model",
+    "masks_of",
+    "param_masks",
+    "prune_model",
+    "report",
+    "set_masks",
+    "unmask_model",
+]

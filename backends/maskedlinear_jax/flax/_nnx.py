@@ -148,6 +148,47 @@ class MaskedLinear(nnx.Linear):
         layer.mask = Mask(jnp.array(chosen), **_sharding(layer.kernel))
         return layer
 
+    @classmethod
+    def adopt(cls, linear: nnx.Linear, mask: Any = None) -> Self:
+        """Turn an ``nnx.Linear`` into a masked layer: the same object, with the same parameters and options.
+
+        Args:
+            linear: an ``nnx.Linear``, no subclass.
+            mask: the kernel's shape, ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
+
+        Raises:
+            ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
+            TypeError: if ``linear`` is anything else.
+        """
+        if type(linear) is not nnx.Linear:
+            raise TypeError(
+                f"adopt takes a plain nnx.Linear; got {type(linear).__name__}: a copy is made by MaskedLinear.from_linear"
+            )
+        shape = _value(linear.kernel).shape
+        chosen = jnp.ones(shape, bool) if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
+        linear.__class__ = cls
+        layer: Self = linear  # type: ignore[assignment]
+        layer.fan_in, layer.forward_mode = "live", False
+        layer.mask = Mask(chosen, **_sharding(layer.kernel))
+        return layer
+
+    def release(self) -> nnx.Linear:
+        """Turn this layer into a plain ``nnx.Linear`` with the same outputs: the same object, whose masked weights become 0.
+
+        Raises:
+            TypeError: if this is a subclass.
+        """
+        if type(self) is not MaskedLinear:
+            raise TypeError(
+                f"release turns a plain MaskedLinear into an nnx.Linear; got {type(self).__name__}: to_linear makes a copy"
+            )
+        self.kernel[...] = self.masked_kernel
+        for name in ("mask", "fan_in", "forward_mode"):
+            delattr(self, name)
+        linear: nnx.Linear = self
+        linear.__class__ = nnx.Linear
+        return linear
+
     def to_linear(self) -> nnx.Linear:
         """Return a plain ``nnx.Linear`` with the same outputs: a copy, whose masked weights are 0."""
         linear = nnx.Linear(self.in_features, self.out_features, rngs=nnx.Rngs(0), **_options(self))

@@ -1,0 +1,201 @@
+"""Whole nnx models: their linear layers masked in place and back, pruned, their masks read and set, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from maskedlinear import pruning
+from maskedlinear.pruning._layers import Include, Score, check_known, is_meant, score_layers
+from maskedlinear.reports import Report, Row
+from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax.flax._kernel import PARAMETER
+from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+
+__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
+
+Masks = Mapping[str, Any]
+Model = TypeVar("Model")
+
+
+def mask_model(model: Model, masks: Masks | None = None, *, include: Include = None) -> Model:
+    """Turn linear layers of an nnx model into :class:`MaskedLinear`, in place, and return the model.
+
+    The layers stay the same objects with the same parameters: shared layers and kernels and options are kept, and with full
+    masks every output. Make the ``nnx.Optimizer`` afterwards or before: the parameters are the same. Each ``nnx.Linear``
+    with a kernel of two dimensions is meant, wherever it is nested; subclasses and stacks of layers are left out.
+
+    Args:
+        model: any nnx module, or a list, tuple or dict of them; a single ``nnx.Linear`` too.
+        masks: a mask for each layer by name (its path, with dots between), of the kernel's shape ``(in, out)``, booleans or
+            0s and 1s; without ``include`` only these layers are turned. Layers without one get the full mask.
+        include: which layers: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
+            layer.
+
+    Raises:
+        ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
+            but 0 and 1; if a pattern means no layer. The model is left as it was.
+    """
+    masks = dict(masks or {})
+    possible = {
+        name: layer
+        for name, layer in _layers(model, nnx.Linear).items()
+        if type(layer) is nnx.Linear and _is_flat(layer)
+    }
+    check_known("masks", masks, list(possible))
+    meant = (lambda name, _: name in masks) if masks and include is None else include
+    chosen = {name: layer for name, layer in possible.items() if name in masks or is_meant(name, layer, meant)}
+    if not chosen:
+        raise ValueError(f"there is no linear layer to mask: include={include!r} means none of {list(possible)}")
+    made = {name: _checked(masks[name], layer, name) for name, layer in chosen.items() if name in masks}
+    for name, layer in chosen.items():
+        MaskedLinear.adopt(layer, made.get(name))
+    return model
+
+
+def unmask_model(model: Model, *, include: Include = None) -> Model:
+    """Turn :class:`MaskedLinear` layers back into ``nnx.Linear``, in place, with the same outputs; return the model.
+
+    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`.
+
+    Args:
+        model: any nnx module.
+        include: which layers, as in :func:`mask_model`.
+
+    Raises:
+        ValueError: if layers that share a kernel mask it differently; the model is left as it was.
+    """
+    users: dict[int, tuple[str, MaskedLinear]] = {}
+    layers = _layers(model, MaskedLinear)
+    for name, layer in layers.items():
+        other_name, other = users.setdefault(id(layer.kernel), (name, layer))
+        if not bool((layer.mask[...] == other.mask[...]).all()):
+            raise ValueError(
+                f"{other_name} and {name} share a kernel and mask it differently, so that no dense kernel gives the outputs "
+                "of both: give them one mask first"
+            )
+    for name, layer in layers.items():
+        if type(layer) is MaskedLinear and is_meant(name, layer, include):
+            layer.release()
+    return model
+
+
+def masks_of(model: Any) -> dict[str, Array]:
+    """Return the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
+    return {name: layer.mask[...] for name, layer in _layers(model, MaskedLinear).items()}
+
+
+def set_masks(model: Any, masks: Masks) -> None:
+    """Set the masks of layers, by name; no weight changes, so an earlier mask brings the earlier outputs back.
+
+    Args:
+        model: any nnx module.
+        masks: by name, shape ``(in, out)``, booleans or 0s and 1s; other layers keep theirs.
+
+    Raises:
+        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; the model is
+            left as it was.
+    """
+    layers = _layers(model, MaskedLinear)
+    check_known("masks", masks, list(layers))
+    checked = {name: _checked(mask, layers[name], name) for name, mask in masks.items()}
+    for name, mask in checked.items():
+        layers[name].set_mask(mask)
+
+
+def prune_model(
+    model: Any,
+    sparsity: float,
+    *,
+    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    scope: pruning.Scope = "global",
+    include: Include = None,
+    block: tuple[int, int] | None = None,
+    gradients: Any = None,
+    seed: int = 0,
+    empty: Any = "refuse",
+) -> dict[str, Array]:
+    """Prune the masked layers of an nnx model to a sparsity, beyond what is masked already.
+
+    Kernels are read as ``(out, in)``, so that PyTorch's layers of the same weights get the same masks, transposed.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
+        sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
+        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), or a function of
+            weight and gradient, both ``(out, in)``, that returns scores of their shape.
+        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
+        include: which layers, as in :func:`mask_model`.
+        block: prune whole blocks of ``(outputs, inputs)``.
+        gradients: what ``nnx.grad`` returned for the model.
+        seed: for ``"random"``.
+        empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+
+    Returns:
+        The masks before, for :func:`set_masks`.
+
+    Raises:
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
+            model is left as it was.
+    """
+    layers = {name: layer for name, layer in _layers(model, MaskedLinear).items() if is_meant(name, layer, include)}
+    if not layers:
+        raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
+    weights = {name: layer.kernel[...].T for name, layer in layers.items()}
+    found = {} if gradients is None else _by_name(gradients)
+    scores = score_layers(score, weights, {name: found[name].T for name in layers if name in found}, seed)
+    before = {name: layer.mask[...] for name, layer in layers.items()}
+    made = pruning.prune(
+        scores,
+        sparsity=sparsity,
+        masks={name: mask.T for name, mask in before.items()},
+        scope=scope,
+        block=block,
+        empty=empty,
+    )
+    for name, layer in layers.items():
+        layer.set_mask(made[name].T)
+    return before
+
+
+def report(model: Any) -> Report:
+    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
+    rows = []
+    for name, layer in _layers(model, (MaskedLinear, SparseLinear)).items():
+        nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
+        if isinstance(layer, SparseLinear):
+            rows.append(Row.of_pattern(name, layer.pattern, nbytes))
+        else:
+            rows.append(Row.of_mask(name, np.asarray(layer.mask[...]).T, nbytes))
+    return Report(rows)
+
+
+def _layers(model: Any, kind: Any) -> dict[str, Any]:
+    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
+
+
+def _is_flat(layer: nnx.Linear) -> bool:
+    return len(layer.kernel.get_value().shape) == 2
+
+
+def _by_name(gradients: Any) -> dict[str, Array]:
+    """Return the gradients of kernels by the names of their layers."""
+    state = nnx.to_flat_state(gradients)
+    return {
+        ".".join(map(str, path[:-1])): leaf[...] if isinstance(leaf, nnx.Variable) else jnp.asarray(leaf)
+        for path, leaf in state
+        if path[-1] == "kernel"
+    }
+
+
+def _checked(mask: Any, layer: nnx.Linear, name: str) -> Array:
+    try:
+        return jnp.array(boolean_mask(mask, layer.kernel.get_value().shape, PARAMETER))
+    except ValueError as error:
+        raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error

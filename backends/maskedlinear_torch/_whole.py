@@ -1,0 +1,196 @@
+"""Whole models: their linear layers masked in place and back, pruned, their masks read and set, and a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskedlinear import pruning
+from maskedlinear.masks import as_mask
+from maskedlinear.pruning._layers import Include, Score, check_known, is_meant, score_layers
+from maskedlinear.reports import Report, Row
+from maskedlinear_torch._functional import as_tensor, check_dense, whole
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._models import readers_of_weights
+from maskedlinear_torch._sparse_layer import SparseLinear
+
+__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
+
+Masks = Mapping[str, Any]
+
+
+def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include = None) -> nn.Module:
+    """Turn linear layers of a model into :class:`MaskedLinear`, in place, and return the model.
+
+    The layers stay the same objects with the same parameters: shared layers and weights, hooks, device, dtype, training
+    state, gradients and an optimizer that holds them are kept, and with full masks every output. Each ``nn.Linear`` is
+    meant, wherever it is nested; subclasses of it and layers of modules that read weights past ``forward``
+    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``) are left out.
+
+    Args:
+        model: any module, a single ``nn.Linear`` too.
+        masks: a mask for each layer by name, shape ``(out, in)``, booleans or 0s and 1s; without ``include`` only these
+            layers are turned. Layers without one get the full mask.
+        include: which layers: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
+            layer.
+
+    Raises:
+        ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
+            but 0 and 1; if a pattern means no layer. The model is left as it was.
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
+    masks = dict(masks or {})
+    readers = readers_of_weights(model)
+    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    possible = {
+        name: layer
+        for name, layer in linear.items()
+        if type(layer) is nn.Linear and id(layer) not in readers and "weight" in layer._parameters
+    }
+    check_known("masks", masks, list(possible))
+    meant = (lambda name, _: name in masks) if masks and include is None else include
+    chosen = {name: layer for name, layer in possible.items() if name in masks or is_meant(name, layer, meant)}
+    if not chosen:
+        raise ValueError(
+            f"there is no linear layer to mask: include={include!r} means none of {list(possible)}"
+            if possible
+            else f"there is no linear layer to mask in {type(model).__name__}"
+        )
+    made = {name: _checked(masks[name], layer.weight, name) for name, layer in chosen.items() if name in masks}
+    for name, layer in chosen.items():
+        MaskedLinear.adopt(layer, made.get(name))
+    return model
+
+
+def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
+    """Turn :class:`MaskedLinear` layers back into ``nn.Linear``, in place, with the same outputs; return the model.
+
+    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`.
+
+    Args:
+        model: any module.
+        include: which layers, as in :func:`mask_model`.
+
+    Raises:
+        ValueError: if layers that share a weight mask it differently; the model is left as it was.
+        TypeError: if ``model`` is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
+    chosen = [
+        (name, layer)
+        for name, layer in _masked(model).items()
+        if type(layer) is MaskedLinear and is_meant(name, layer, include)
+    ]
+    users: dict[int, tuple[str, MaskedLinear]] = {}
+    for name, layer in _masked(model).items():
+        other_name, other = users.setdefault(id(layer.weight), (name, layer))
+        if not torch.equal(whole(layer.mask), whole(other.mask)):
+            raise ValueError(
+                f"{other_name} and {name} share a weight and mask it differently, so that no dense weight gives the outputs "
+                "of both: give them one mask first"
+            )
+    for _, layer in chosen:
+        layer.release()
+    return model
+
+
+def masks_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
+    return {name: layer.mask.clone() for name, layer in _masked(model).items()}
+
+
+def set_masks(model: nn.Module, masks: Masks) -> None:
+    """Set the masks of layers, by name; no weight changes, so an earlier mask brings the earlier outputs back.
+
+    Args:
+        model: any module.
+        masks: by name, shape ``(out, in)``, booleans or 0s and 1s; other layers keep theirs.
+
+    Raises:
+        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; the model is
+            left as it was.
+    """
+    layers = _masked(model)
+    check_known("masks", masks, list(layers))
+    checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
+    for name, mask in checked.items():
+        layers[name].set_mask(mask)
+
+
+def prune_model(
+    model: nn.Module,
+    sparsity: float,
+    *,
+    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    scope: pruning.Scope = "global",
+    include: Include = None,
+    block: tuple[int, int] | None = None,
+    seed: int = 0,
+    empty: Any = "refuse",
+) -> dict[str, Tensor]:
+    """Prune the masked layers of a model to a sparsity, beyond what is masked already.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
+        sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
+        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``), or a function of
+            weight and gradient that returns scores of their shape.
+        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
+        include: which layers, as in :func:`mask_model`.
+        block: prune whole blocks of ``(outputs, inputs)``.
+        seed: for ``"random"``.
+        empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+
+    Returns:
+        The masks before, for :func:`set_masks`.
+
+    Raises:
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
+            model is left as it was.
+    """
+    layers = {name: layer for name, layer in _masked(model).items() if is_meant(name, layer, include)}
+    if not layers:
+        raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
+    weights = {name: whole(layer.weight.detach()) for name, layer in layers.items()}
+    gradients = {name: layer.weight.grad for name, layer in layers.items()}
+    scores = score_layers(score, weights, gradients, seed)
+    before = {name: layer.mask.clone() for name, layer in layers.items()}
+    made = pruning.prune(
+        scores, sparsity=sparsity, masks={k: whole(m) for k, m in before.items()}, scope=scope, block=block, empty=empty
+    )
+    for name, layer in layers.items():
+        layer.set_mask(made[name])
+    return before
+
+
+def report(model: nn.Module) -> Report:
+    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
+    rows = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, MaskedLinear | SparseLinear):
+            tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            if isinstance(layer, SparseLinear):
+                rows.append(Row.of_pattern(name, layer.pattern, nbytes))
+            else:
+                rows.append(Row.of_mask(name, whole(layer.mask).cpu().numpy(), nbytes))
+    return Report(rows)
+
+
+def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
+    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+
+
+def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:
+    if isinstance(mask, Tensor):
+        check_dense(mask)
+    try:
+        return as_tensor(as_mask(whole(mask) if isinstance(mask, Tensor) else mask, weight.shape))
+    except ValueError as error:
+        raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error

@@ -1,0 +1,219 @@
+"""Masks from scores: exact counts, ties broken by place, the same from every framework's arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from maskedlinear._check import as_mask
+from maskedlinear.masks._distribution import erdos_renyi
+from maskedlinear.masks._random import Sparsity, checked_fraction, checked_zeros
+from maskedlinear.masks._structured import check_blocks, check_groups
+from maskedlinear.pruning._arrays import Scores, as_numpy, named, unnamed
+from maskedlinear.pruning._select import clear_smallest, first_nan
+
+__all__ = ["Scope", "n_m", "prune", "threshold"]
+
+Mask = NDArray[np.bool_]
+Scope = Literal["global", "layer", "erdos_renyi"]
+
+
+def prune(
+    scores: Scores,
+    *,
+    sparsity: Sparsity | None = None,
+    num_zeros: int | None = None,
+    masks: Any = None,
+    scope: Scope = "global",
+    block: tuple[int, int] | None = None,
+    empty: Literal["refuse", "allow"] = "refuse",
+) -> Any:
+    """Return masks from which the connections of the lowest scores are gone: exactly as many as asked for.
+
+    Of equal scores the one in the earlier layer goes first, and in a layer the one of the smaller flat index.
+
+    Args:
+        scores: shape ``(out, in)``: one array, a mapping of names to arrays, or a sequence of them, in the order of layers.
+        sparsity: the fraction of zeros in the new masks, in [0, 1]: ``floor(sparsity * size)`` of them, taken as in
+            :func:`maskedlinear.masks.random`. Of each layer or of all together, by ``scope``.
+        num_zeros: the number of zeros instead; with ``scope="layer"`` in each layer. Give exactly one of the two.
+        masks: the masks so far, in the same form as ``scores``: what is masked stays so, and counts. Full if ``None``.
+        scope: ``"global"`` compares the scores of all layers; ``"layer"`` prunes each to the same sparsity;
+            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi`.
+        block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
+            far must be of whole blocks.
+        empty: whether a layer may lose its last connection.
+
+    Returns:
+        Boolean NumPy arrays of the scores' shapes, in the form of ``scores``.
+
+    Raises:
+        ValueError: if a fraction or number is out of its range; if scores hold NaN or are of an empty list; if a mask does
+            not fit; if there are more zeros already than asked for; or if a layer would lose its last connection.
+        TypeError: if scores are not arrays of real numbers.
+    """
+    layers = named(scores, as_numpy)
+    if not layers:
+        raise ValueError("there must be scores of at least one layer; got none")
+    if scope not in ("global", "layer", "erdos_renyi"):
+        raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
+    if empty not in ("refuse", "allow"):
+        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
+    before = masks_so_far(masks, scores, layers)
+    if block is not None:
+        layers, before = _of_blocks(layers, before, block)
+    keys = _comparable(layers)
+    found = {name: mask.copy() for name, mask in before.items()}
+    for names, zeros in _shares(layers, sparsity, num_zeros, scope):
+        masked = sum(int(found[name].size - np.count_nonzero(found[name])) for name in names)
+        if zeros < masked:
+            raise ValueError(
+                f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
+                "for at least as many, or pass no masks"
+            )
+        clear_smallest([keys[name] for name in names], [found[name] for name in names], zeros - masked)
+    if empty == "refuse":
+        _refuse_empty(before, found)
+    if block is not None:
+        found = {name: np.repeat(np.repeat(mask, block[0], axis=0), block[1], axis=1) for name, mask in found.items()}
+    return unnamed(found, scores)
+
+
+def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal["refuse", "allow"] = "refuse") -> Any:
+    """Return masks of the connections whose score is ``least`` or more.
+
+    Args:
+        scores: as :func:`prune` takes them.
+        least: the lowest score that stays; not NaN.
+        masks: the masks so far; what is masked stays so.
+        empty: whether a layer may lose its last connection.
+
+    Raises:
+        ValueError: as by :func:`prune`.
+        TypeError: if scores are not arrays of real numbers.
+    """
+    layers = named(scores, as_numpy)
+    if math.isnan(least):
+        raise ValueError("a threshold must be a number; got NaN")
+    for name, array in layers.items():
+        _refuse_nan(name, array)
+    before = masks_so_far(masks, scores, layers)
+    found = {name: before[name] & (array >= least) for name, array in layers.items()}
+    if empty == "refuse":
+        _refuse_empty(before, found)
+    return unnamed(found, scores)
+
+
+def n_m(scores: Scores, n: int, m: int) -> Any:
+    """Return N:M masks: in each group of ``m`` successive inputs of an output, the ``n`` of the highest scores.
+
+    Of equal scores the later ones stay. Source: A. Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks
+    From Scratch", ICLR 2021.
+
+    Args:
+        scores: as :func:`prune` takes them; the number of inputs a multiple of ``m``.
+        n: the live inputs of a group, from 0 to ``m``.
+        m: the size of a group.
+
+    Raises:
+        ValueError: if scores hold NaN, or a value is out of its range.
+        TypeError: if scores are not arrays of real numbers.
+    """
+    found = {}
+    for name, array in named(scores, as_numpy).items():
+        _refuse_nan(name, array)
+        check_groups(array.shape, n, m)
+        groups = array.reshape(-1, m)
+        last = np.argsort(groups, axis=1, kind="stable")[:, m - n :]
+        mask = np.zeros(groups.shape, bool)
+        np.put_along_axis(mask, last, True, axis=1)
+        found[name] = mask.reshape(array.shape)
+    return unnamed(found, scores)
+
+
+def masks_so_far(masks: Any, scores: Scores, layers: Mapping[Any, NDArray[Any]]) -> dict[Any, Mask]:
+    """Return a mask for each layer: those given, checked, or full ones."""
+    for name, array in layers.items():
+        if array.ndim != 2:
+            raise ValueError(f"scores must have the weight's shape (out, in); got {array.shape}{_of([name])}")
+    if masks is None:
+        return {name: np.ones(array.shape, bool) for name, array in layers.items()}
+    given = named(masks, lambda mask: mask)
+    if isinstance(masks, Mapping) is not isinstance(scores, Mapping) or set(given) != set(layers):
+        raise ValueError(
+            f"there must be a mask for each layer with scores and no other; got masks of {list(given)} and scores of "
+            f"{list(layers)}"
+        )
+    return {name: np.array(as_mask(as_numpy(given[name]), layers[name].shape), order="C") for name in layers}
+
+
+def _comparable(layers: Mapping[Any, NDArray[Any]]) -> dict[Any, NDArray[Any]]:
+    """Return the scores in one floating dtype, which all of their values fit into."""
+    dtype = np.result_type(np.float32, *(array.dtype for array in layers.values()))
+    found = {}
+    for name, array in layers.items():
+        found[name] = np.ascontiguousarray(array, dtype)
+        _refuse_nan(name, found[name])
+    return found
+
+
+def _shares(
+    layers: Mapping[Any, NDArray[Any]], sparsity: Sparsity | None, num_zeros: int | None, scope: Scope
+) -> list[tuple[Sequence[Any], int]]:
+    """Return which layers are compared with each other, and how many zeros they get together."""
+    sizes = {name: array.size for name, array in layers.items()}
+    if scope == "layer":
+        return [([name], checked_zeros(size, sparsity, num_zeros)) for name, size in sizes.items()]
+    total = sum(sizes.values())
+    zeros = checked_zeros(total, sparsity, num_zeros)
+    if scope == "global":
+        return [(list(layers), zeros)]
+    if sparsity is None:
+        raise ValueError("scope='erdos_renyi' needs sparsity; got num_zeros")
+    counts = erdos_renyi([array.shape for array in layers.values()], checked_fraction(sparsity))
+    return [([name], count) for name, count in zip(layers, counts, strict=True)]
+
+
+def _of_blocks(
+    layers: Mapping[Any, NDArray[Any]], before: Mapping[Any, Mask], block: tuple[int, int]
+) -> tuple[dict[Any, NDArray[Any]], dict[Any, Mask]]:
+    """Return the scores and the masks of whole blocks."""
+    sums: dict[Any, NDArray[Any]] = {}
+    masks: dict[Any, Mask] = {}
+    for name, array in layers.items():
+        height, width = check_blocks(array.shape, block)
+        split = (array.shape[0] // height, height, array.shape[1] // width, width)
+        sums[name] = array.reshape(split).sum(axis=(1, 3), dtype=np.float64)
+        live = before[name].reshape(split)
+        masks[name] = np.asarray(live.any(axis=(1, 3)))
+        if not (masks[name] == live.all(axis=(1, 3))).all():
+            raise ValueError(
+                f"masks so far must be of whole blocks of {(height, width)}; got one of parts{_of([name])}"
+            )
+    return sums, masks
+
+
+def _refuse_nan(name: Any, array: NDArray[Any]) -> None:
+    place = first_nan(array)
+    if place is not None:
+        where = tuple(int(i) for i in np.unravel_index(place, array.shape))
+        raise ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
+
+
+def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None:
+    lost = [name for name, mask in found.items() if before[name].any() and not mask.any()]
+    if lost:
+        raise ValueError(
+            f"a layer must keep a connection; all would be gone{_of(lost)}: prune less, prune by scope='layer', or pass "
+            "empty='allow'"
+        )
+
+
+def _of(names: Sequence[Any]) -> str:
+    if list(names) == [0]:
+        return ""
+    return f" of {', '.join(str(name) if isinstance(name, str) else f'layer {name}' for name in names)}"

@@ -1,0 +1,71 @@
+"""What the front ends share: which layers of a model are meant, and the scores of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, Literal, get_args
+
+from numpy.typing import NDArray
+
+from maskedlinear.masks._random import checked_seed
+from maskedlinear.pruning import _scores
+
+__all__ = ["Include", "Score", "check_known", "is_meant", "score_layers"]
+
+Include = str | Sequence[str] | Callable[[str, Any], bool] | None
+Score = Literal["magnitude", "random", "snip", "taylor"]
+
+
+def is_meant(name: str, layer: Any, include: Include) -> bool:
+    """Whether ``include`` means a layer: a shell pattern of names, several of them, a function, or ``None`` for all."""
+    if include is None:
+        return True
+    if callable(include):
+        return bool(include(name, layer))
+    return any(fnmatchcase(name, pattern) for pattern in ([include] if isinstance(include, str) else include))
+
+
+def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if one of ``names`` is not among those ``known``."""
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"{what} must be of layers that there are; got {', '.join(map(repr, unknown))}, and there are "
+            f"{', '.join(map(repr, known)) or 'none'}"
+        )
+
+
+def score_layers(
+    score: Score | Callable[[Any, Any], Any], weights: Mapping[str, Any], gradients: Mapping[str, Any], seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Return the scores of layers, by name.
+
+    Args:
+        score: one of the names, or a function of a layer's weight and gradient that returns scores of its shape.
+        weights: by name.
+        gradients: by name; ``None`` for a layer without one.
+        seed: for ``"random"``: layer i takes ``seed + i``.
+
+    Raises:
+        ValueError: if ``score`` is none of the names, or needs a gradient where there is none.
+    """
+    if not callable(score) and score not in get_args(Score):
+        raise ValueError(f"score must be one of {', '.join(map(repr, get_args(Score)))}, or a function; got {score!r}")
+    found = {}
+    for place, (name, weight) in enumerate(weights.items()):
+        gradient = gradients.get(name)
+        if callable(score):
+            found[name] = score(weight, gradient)
+        elif score == "magnitude":
+            found[name] = _scores.magnitude(weight)
+        elif score == "random":
+            found[name] = _scores.random_scores(tuple(weight.shape), (checked_seed(seed) + place) % (1 << 64))
+        elif gradient is None:
+            raise ValueError(
+                f"score={score!r} needs the gradient of each weight; {name or 'the layer'} has none: run a backward pass, "
+                "and prune before the gradients are zeroed"
+            )
+        else:
+            found[name] = (_scores.snip if score == "snip" else _scores.taylor)(weight, gradient)
+    return found

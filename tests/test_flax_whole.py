@@ -1,0 +1,172 @@
+"""Whole nnx models: masked in place and back, pruned as PyTorch's are, restored bit for bit, reported."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+import maskedlinear.torch as in_torch
+from maskedlinear import masks
+from maskedlinear.flax import (
+    MaskedLinear,
+    SparseLinear,
+    mask_model,
+    masks_of,
+    param_masks,
+    prune_model,
+    report,
+    set_masks,
+    unmask_model,
+)
+from maskedlinear.jax import freeze_masked
+
+
+class Network(nnx.Module):
+    """Layers in a list, one used twice, two that share a kernel."""
+
+    def __init__(self) -> None:
+        rngs = nnx.Rngs(0)
+        self.first = nnx.Linear(8, 16, rngs=rngs)
+        self.blocks = nnx.List([nnx.Sequential(nnx.Linear(16, 16, rngs=rngs), nnx.relu) for _ in range(2)])
+        self.again = self.blocks[0].layers[0]
+        self.tied = nnx.Linear(16, 16, use_bias=False, rngs=rngs)
+        self.tied.kernel = self.blocks[1].layers[0].kernel
+        self.last = nnx.Linear(16, 4, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.last(self.tied(self.again(x)))
+
+
+@pytest.fixture
+def model() -> Network:
+    return Network()
+
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 8)), jnp.float32)
+
+
+def masked(model: Any) -> set[str]:
+    return {".".join(map(str, path)) for path, node in nnx.iter_graph(model) if isinstance(node, MaskedLinear)}
+
+
+def test_every_linear_layer_is_masked_in_place_and_back(model: Network) -> None:
+    before, state = model(X), nnx.state(model)
+    assert mask_model(model) is model
+    assert len(masked(model)) == 5
+    assert type(model.first) is MaskedLinear
+    assert model.again in (model.blocks[0].layers[0],)
+    np.testing.assert_array_equal(nnx.jit(lambda m, x: m(x))(model, X), nnx.jit(lambda m, x: m(x))(model, X))
+    np.testing.assert_allclose(model(X), before, rtol=1e-6)
+    assert unmask_model(model) is model
+    assert masked(model) == set()
+    assert type(model.first) is nnx.Linear
+    np.testing.assert_allclose(model(X), before, rtol=1e-6)
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(state)
+
+
+def test_masks_and_patterns_choose_the_layers(model: Network) -> None:
+    mask = masks.random((16, 8), sparsity=0.5, seed=1).T
+    mask_model(model, {"first": mask})
+    assert masked(model) == {"first"}
+    assert (model.first.mask[...] == mask).all()  # type: ignore[attr-defined]
+    mask_model(model, {"last": jnp.ones((16, 4))}, include="blocks.*")
+    assert masked(model) >= {"first", "last"}
+    y = model(X)
+    unmask_model(model, include=lambda name, _: name == "first")
+    np.testing.assert_allclose(model(X), y, rtol=1e-6)
+    assert not model.first.kernel[...][~mask].any()
+    assert isinstance(mask_model(nnx.Linear(3, 2, rngs=nnx.Rngs(0))), MaskedLinear)
+    for wrong, message in (
+        ({"masks": {"frist": mask}}, "masks must be of layers that there are; got 'frist'"),
+        ({"masks": {"first": mask.T}}, "the mask of first: .* which is its transpose"),
+        ({"include": "nonesuch"}, "means none of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            mask_model(model, **wrong)  # type: ignore[arg-type]
+
+
+def test_pruning_is_pytorchs_and_can_be_taken_back() -> None:
+    rng = np.random.default_rng(0)
+    kernels = [rng.standard_normal((8, 16)).astype(np.float32), rng.standard_normal((16, 4)).astype(np.float32)]
+    ours = nnx.List([nnx.Linear(8, 16, rngs=nnx.Rngs(0)), nnx.Linear(16, 4, rngs=nnx.Rngs(1))])
+    theirs = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Linear(16, 4))
+    gradients = [rng.standard_normal(kernel.shape).astype(np.float32) for kernel in kernels]
+    for i, kernel in enumerate(kernels):
+        ours[i].kernel[...] = jnp.asarray(kernel)
+        theirs[i].weight.data = torch.from_numpy(kernel.T.copy())  # type: ignore[union-attr, assignment]
+        theirs[i].weight.grad = torch.from_numpy(gradients[i].T.copy())  # type: ignore[union-attr, assignment]
+    mask_model(ours)
+    in_torch.mask_model(theirs)
+    full = masks_of(ours)
+    state = nnx.state(ours, nnx.Param)
+    grads = jax.tree.map(lambda leaf: leaf, state)
+    for i in range(2):
+        grads[i]["kernel"].set_value(jnp.asarray(gradients[i]))
+    for sparsity, options in (
+        (0.3, {}),
+        (0.5, {"scope": "layer", "score": "random", "seed": 3}),
+        (0.7, {"score": "snip"}),
+        (0.9, {"scope": "erdos_renyi", "score": "taylor"}),
+    ):
+        more = {"gradients": grads} if options.get("score") in ("snip", "taylor") else {}
+        prune_model(ours, sparsity, **options, **more)  # type: ignore[arg-type]
+        in_torch.prune_model(theirs, sparsity, **options)  # type: ignore[arg-type]
+        for i in range(2):
+            np.testing.assert_array_equal(np.asarray(ours[i].mask[...]).T, theirs[i].mask.numpy())  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="needs the gradient of each weight; 0 has none"):
+        prune_model(ours, 0.9, score="snip")
+    with pytest.raises(ValueError, match="there is none: make them with mask_model"):
+        prune_model(nnx.List([]), 0.5)
+    set_masks(ours, full)
+    assert report(ours).sparsity == 0
+    for i, kernel in enumerate(kernels):
+        np.testing.assert_array_equal(ours[i].kernel[...], kernel)
+    with pytest.raises(ValueError, match="must be of layers"):
+        set_masks(ours, {"7": full["0"]})
+    with pytest.raises(ValueError, match="the mask of 0"):
+        set_masks(ours, {"0": full["1"]})
+
+
+def test_a_model_that_was_masked_trains(model: Network) -> None:
+    mask_model(model, include=["first", "last"])
+    prune_model(model, 0.5)
+    optimizer = nnx.Optimizer(model, freeze_masked(optax.adamw(0.01)), wrt=nnx.Param)
+    held = model.first.kernel[...][~np.asarray(model.first.mask[...])]  # type: ignore[attr-defined]
+
+    @nnx.jit
+    def step(model: Network, optimizer: Any) -> jax.Array:
+        loss, grads = nnx.value_and_grad(lambda model: (model(X) ** 2).mean())(model)
+        optimizer.update(model, grads, masks=param_masks(model))
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    np.testing.assert_array_equal(model.first.kernel[...][~np.asarray(model.first.mask[...])], held)  # type: ignore[attr-defined]
+
+
+def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) -> None:
+    mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
+    with pytest.raises(ValueError, match="share a kernel and mask it differently"):
+        unmask_model(model)
+    assert "tied" in masked(model)
+
+
+def test_the_report_counts_what_is_live_and_dead() -> None:
+    mask = np.array([[True, False, True], [False, False, False]])
+    model = nnx.List(
+        [MaskedLinear(3, 2, mask=mask.T, rngs=nnx.Rngs(0)), SparseLinear(3, 2, mask=mask.T, rngs=nnx.Rngs(0))]
+    )
+    found = report(model)
+    for row, form in zip(found.rows, ("dense", "sparse"), strict=True):
+        assert (row.form, row.shape, row.connections, row.dead_outputs, row.dead_inputs) == (form, (2, 3), 2, 1, 1)
+    assert "0.6667" in str(found)
