@@ -19,6 +19,7 @@ from maskedlinear_torch._functional import in_transform, is_autocast_on, is_grad
 
 __all__ = ["Indices", "Matrix", "Way", "sddmm", "spmm"]
 
+_LANES = 8  # columns that the sampled product takes at a time
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
 
 
@@ -153,6 +154,8 @@ def _sddmm(left: Tensor, right: Tensor, way: Way) -> Tensor:
         return right.new_zeros(way.across.shape)
     if not _has_kernels(left, right):
         return _sddmm_plain(left, right, way)
+    if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes several times as long as all the rest
+        left, right = (torch.nn.functional.pad(side, (0, _LANES - batch)) for side in (left, right))
     matrix = _csr(way, right.new_zeros(way.across.shape), depth)
     with _no_autocast(right.device.type):
         sampled: Tensor = torch.sparse.sampled_addmm(matrix, left.contiguous(), right.contiguous().mT, beta=0)
