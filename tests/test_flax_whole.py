@@ -17,10 +17,12 @@ from maskedlinear import masks
 from maskedlinear.flax import (
     MaskedLinear,
     SparseLinear,
+    growth_gradients,
     mask_model,
     masks_of,
     param_masks,
     prune_model,
+    regrow_model,
     report,
     set_masks,
     unmask_model,
@@ -152,6 +154,36 @@ def test_a_model_that_was_masked_trains(model: Network) -> None:
     losses = [float(step(model, optimizer)) for _ in range(5)]
     assert losses[-1] < losses[0]
     np.testing.assert_array_equal(model.first.kernel[...][~np.asarray(model.first.mask[...])], held)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("by", ["gradient", "chance"])
+def test_connections_move_as_pytorchs_do(by: str) -> None:
+    rng = np.random.default_rng(0)
+    kernel = rng.standard_normal((8, 16)).astype(np.float32)
+    mask = masks.random((16, 8), sparsity=0.7, seed=0)
+    ours = nnx.List([MaskedLinear(8, 16, mask=mask.T, rngs=nnx.Rngs(0))])
+    theirs = torch.nn.Sequential(in_torch.MaskedLinear(8, 16, mask=mask))
+    ours[0].kernel[...] = jnp.asarray(kernel)
+    theirs[0].weight.data = torch.from_numpy(kernel.T.copy())  # type: ignore[union-attr, assignment]
+    theirs[0].bias.data.zero_()  # type: ignore[union-attr, operator]
+
+    def loss(model: Any, x: jax.Array) -> jax.Array:
+        return (model[0](x) ** 2).sum()
+
+    gradients = growth_gradients(loss, ours, X)
+    full = X.T @ (2 * ours[0](X))
+    np.testing.assert_allclose(gradients["0"], full, rtol=1e-5, atol=1e-5)
+    with in_torch.record_growth(theirs) as growth:
+        theirs(torch.from_numpy(np.array(X))).square().sum().backward()
+    chosen = by == "gradient"
+    moved = regrow_model(ours, 0.4, gradients=gradients if chosen else None, seed=3)
+    assert moved == in_torch.regrow_model(theirs, 0.4, growth=growth if chosen else None, seed=3) == 15
+    np.testing.assert_array_equal(np.asarray(ours[0].mask[...]).T, theirs[0].mask.numpy())  # type: ignore[union-attr, operator]
+    np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].weight.detach().numpy())  # type: ignore[union-attr, operator]
+    with pytest.raises(ValueError, match="needs that of each layer; 0 has none"):
+        regrow_model(ours, 0.4, gradients={})
+    with pytest.raises(ValueError, match="in the sparse form, whose connections are fixed"):
+        regrow_model(nnx.List([SparseLinear.from_masked(ours[0])]), 0.4)
 
 
 def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskedlinear_torch._functional import aligned, whole
 from maskedlinear_torch._layer import MaskedLinear
 
-__all__ = ["freeze_masked"]
+__all__ = ["freeze_masked", "renew"]
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 Known = tuple[tuple[tuple[int, int], ...], Tensor]  # the versions of masks, and what was live by them
@@ -118,11 +118,18 @@ def _start_anew(optimizer: torch.optim.Optimizer, layers: list[MaskedLinear], kn
     known[id(weight)] = versions, live.clone()
     if last is None or last[1].shape != live.shape:
         return
-    changed = aligned(last[1].to(live.device) != live, weight)
-    group = next(group for group in optimizer.param_groups if any(one is weight for one in group["params"]))
+    renew(optimizer, weight, aligned(last[1].to(live.device) != live, weight))
+
+
+def renew(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None = None) -> None:
+    """Make what an optimizer keeps of a weight new where it has ``changed``; take the rest from where ``source`` says."""
+    group = next((group for group in optimizer.param_groups if any(one is weight for one in group["params"])), None)
+    if group is None:
+        return
     for name, kept in optimizer.state.get(weight, {}).items():
         if isinstance(kept, Tensor) and kept.shape == weight.shape:
-            kept.copy_(torch.where(changed, _fresh(name, group), kept))
+            old = kept if source is None else kept[source]
+            kept.copy_(torch.where(changed, _fresh(name, group), old))
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
 

@@ -154,7 +154,7 @@ def _sddmm(left: Tensor, right: Tensor, way: Way) -> Tensor:
         return right.new_zeros(way.across.shape)
     if not _has_kernels(left, right):
         return _sddmm_plain(left, right, way)
-    if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes several times as long as all the rest
+    if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
         left, right = (torch.nn.functional.pad(side, (0, _LANES - batch)) for side in (left, right))
     matrix = _csr(way, right.new_zeros(way.across.shape), depth)
     with _no_autocast(right.device.type):

@@ -247,6 +247,31 @@ class SparseLinear(nn.Module):
             getattr(layer, "weight" if name == "values" else name).requires_grad_(parameter.requires_grad)
         return layer.train(self.training)
 
+    def rewire(self, pattern: Pattern, source: ArrayLike) -> None:
+        """Exchange connections for as many others, in place: the parameters stay the same objects.
+
+        What an optimizer keeps of the values is not touched; :func:`maskedlinear.torch.regrow_model` moves it along.
+
+        Args:
+            pattern: the new connections, as many as before and of the same shape.
+            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value
+                becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
+
+        Raises:
+            ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
+        """
+        places = torch.as_tensor(np.asarray(source), device=self.values.device)
+        if pattern.shape != (self.out_features, self.in_features) or places.shape != self.values.shape:
+            raise ValueError(
+                f"a layer is rewired to as many connections, {self.values.numel()}, of shape (out, in) = "
+                f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {tuple(places.shape)}"
+            )
+        if pattern.connections != self.values.numel() or bool((places >= self.values.numel()).any()):
+            raise ValueError(f"source must say where each of the {self.values.numel()} connections was, or -1")
+        with torch.no_grad():
+            self.values.copy_(torch.where(places >= 0, self.values[places.clamp(min=0)], 0))
+        self._set_pattern(pattern)
+
     def extra_repr(self) -> str:
         """Say the sizes, the number of connections and the sparsity."""
         return (

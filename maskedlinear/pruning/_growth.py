@@ -46,7 +46,7 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
         weight: the same shape.
         fraction: the share of live connections that move, in [0, 1]; see :func:`cosine`.
         gradient: the loss's gradient with respect to *all* weights, ``gᵀ · x``, the same shape; a masked layer's own
-            gradient is 0 where the mask is.
+            gradient is 0 where the mask is. Or a function, as :func:`regrow_pattern` takes it.
         seed: of the random places, an integer in [0, 2⁶⁴); another at each step.
 
     Returns:
@@ -60,8 +60,8 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
     if live.ndim != 2:
         raise ValueError(f"a mask must have shape (out, in); got {live.shape}")
     places = np.flatnonzero(live)
-    blocks = None
-    if gradient is not None:
+    blocks = gradient
+    if gradient is not None and not callable(gradient):
         full = as_numpy(gradient)
         if full.shape != live.shape:
             raise ValueError(f"a gradient must have its weight's shape, {live.shape}; got {full.shape}")

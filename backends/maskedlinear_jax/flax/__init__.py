@@ -8,6 +8,7 @@ from maskedlinear_jax.flax._kernel import Mask, param_masks
 from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._regrow import growth_gradients, regrow_model
 from maskedlinear_jax.flax._sparse_nnx import Connections, SparseLinear
 from maskedlinear_jax.flax._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
 
@@ -19,10 +20,12 @@ __all__ = [
     "SparseLinear",
     "compress",
     "expand",
+    "growth_gradients",
     "mask_model",
     "masks_of",
     "param_masks",
     "prune_model",
+    "regrow_model",
     "report",
     "set_masks",
     "unmask_model",

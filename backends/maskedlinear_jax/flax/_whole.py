@@ -18,7 +18,16 @@ from maskedlinear_jax.flax._kernel import PARAMETER
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
+__all__ = [
+    "kernel_gradients",
+    "layers_of",
+    "mask_model",
+    "masks_of",
+    "prune_model",
+    "report",
+    "set_masks",
+    "unmask_model",
+]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
@@ -45,7 +54,7 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
     masks = dict(masks or {})
     possible = {
         name: layer
-        for name, layer in _layers(model, nnx.Linear).items()
+        for name, layer in layers_of(model, nnx.Linear).items()
         if type(layer) is nnx.Linear and _is_flat(layer)
     }
     check_known("masks", masks, list(possible))
@@ -72,7 +81,7 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
         ValueError: if layers that share a kernel mask it differently; the model is left as it was.
     """
     users: dict[int, tuple[str, MaskedLinear]] = {}
-    layers = _layers(model, MaskedLinear)
+    layers = layers_of(model, MaskedLinear)
     for name, layer in layers.items():
         other_name, other = users.setdefault(id(layer.kernel), (name, layer))
         if not bool((layer.mask[...] == other.mask[...]).all()):
@@ -88,7 +97,7 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
 
 def masks_of(model: Any) -> dict[str, Array]:
     """Return the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
-    return {name: layer.mask[...] for name, layer in _layers(model, MaskedLinear).items()}
+    return {name: layer.mask[...] for name, layer in layers_of(model, MaskedLinear).items()}
 
 
 def set_masks(model: Any, masks: Masks) -> None:
@@ -102,7 +111,7 @@ def set_masks(model: Any, masks: Masks) -> None:
         ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; the model is
             left as it was.
     """
-    layers = _layers(model, MaskedLinear)
+    layers = layers_of(model, MaskedLinear)
     check_known("masks", masks, list(layers))
     checked = {name: _checked(mask, layers[name], name) for name, mask in masks.items()}
     for name, mask in checked.items():
@@ -144,11 +153,11 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
             model is left as it was.
     """
-    layers = {name: layer for name, layer in _layers(model, MaskedLinear).items() if is_meant(name, layer, include)}
+    layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if is_meant(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
     weights = {name: layer.kernel[...].T for name, layer in layers.items()}
-    found = {} if gradients is None else _by_name(gradients)
+    found = {} if gradients is None else kernel_gradients(gradients)
     scores = score_layers(score, weights, {name: found[name].T for name in layers if name in found}, seed)
     before = {name: layer.mask[...] for name, layer in layers.items()}
     made = pruning.prune(
@@ -167,7 +176,7 @@ def prune_model(
 def report(model: Any) -> Report:
     """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
     rows = []
-    for name, layer in _layers(model, (MaskedLinear, SparseLinear)).items():
+    for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
         nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
         if isinstance(layer, SparseLinear):
             rows.append(Row.of_pattern(name, layer.pattern, nbytes))
@@ -176,7 +185,8 @@ def report(model: Any) -> Report:
     return Report(rows)
 
 
-def _layers(model: Any, kind: Any) -> dict[str, Any]:
+def layers_of(model: Any, kind: Any) -> dict[str, Any]:
+    """Return the layers of a kind, by their paths with dots between."""
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
 
 
@@ -184,7 +194,7 @@ def _is_flat(layer: nnx.Linear) -> bool:
     return len(layer.kernel.get_value().shape) == 2
 
 
-def _by_name(gradients: Any) -> dict[str, Array]:
+def kernel_gradients(gradients: Any) -> dict[str, Array]:
     """Return the gradients of kernels by the names of their layers."""
     state = nnx.to_flat_state(gradients)
     return {

@@ -1,0 +1,154 @@
+"""Dynamic sparse training: connections of a model move while it trains, on both forms of the layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from maskedlinear import pruning
+from maskedlinear.masks._random import checked_seed
+from maskedlinear.pruning._layers import Include, is_meant
+from maskedlinear_torch._functional import aligned, flat, whole
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._optim import renew
+from maskedlinear_torch._sparse_layer import SparseLinear
+
+__all__ = ["Growth", "record_growth", "regrow_model"]
+
+Masked = MaskedLinear | SparseLinear
+
+
+class Growth:
+    """What went in and out of masked layers in a backward pass: the gradient of every weight, without ever holding it.
+
+    Row i of a layer's gradient is ``g[:, i]ᵀ · x``; :meth:`rows` makes some of them at a time.
+    """
+
+    def __init__(self) -> None:
+        self._pairs: dict[Masked, list[tuple[Tensor, Tensor]]] = {}
+
+    def add(self, layer: Masked, x: Tensor, g: Tensor) -> None:
+        """Take down x and the cotangent of y of one call of a layer."""
+        self._pairs.setdefault(layer, []).append((flat(x.detach()), flat(g.detach())))
+
+    def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
+        """Return the rows ``start`` to ``stop`` of the gradient of a layer's whole weight, shape ``(stop - start, in)``.
+
+        Raises:
+            ValueError: if the layer had no backward pass.
+        """
+        pairs = self._pairs.get(layer)
+        if pairs is None:
+            raise ValueError(
+                "growth by gradient needs a backward pass through each layer inside record_growth; there was none through "
+                f"{layer}"
+            )
+        parts = [g[:, start:stop].mT.float() @ x.float() for x, g in pairs]
+        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+
+
+@contextmanager
+def record_growth(model: nn.Module) -> Iterator[Growth]:
+    """Take down what :func:`regrow_model` grows by (RigL), in the forward and backward passes inside::
+
+        with record_growth(model) as growth:
+            loss(model(x)).backward()
+        regrow_model(model, 0.3, growth=growth, optimizer=optimizer)
+
+    It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape. Not inside
+    ``torch.compile``.
+
+    Args:
+        model: a module with masked layers of either form.
+    """
+    growth = Growth()
+
+    def look(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+        if output.requires_grad:
+            x = arguments[0]
+            output.register_hook(lambda g: growth.add(layer, x, g))
+
+    handles = [layer.register_forward_hook(look) for layer in model.modules() if isinstance(layer, Masked)]
+    try:
+        yield growth
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def regrow_model(
+    model: nn.Module,
+    fraction: float,
+    *,
+    growth: Growth | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    include: Include = None,
+    seed: int = 0,
+) -> int:
+    """Move a fraction of each masked layer's connections: the weakest go, as many others come, with weight 0.
+
+    Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`, whose places these are, the same
+    on both forms of the layer. On the sparse form nothing of the weight's shape is made.
+
+    Args:
+        model: a module with :class:`MaskedLinear` or :class:`SparseLinear` layers.
+        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine` lets it fall.
+        growth: of :func:`record_growth`, to grow where the gradient is largest; ``None`` grows at random.
+        optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs.
+            ``MaskedLinear`` layers need :func:`freeze_masked` too.
+        include: which layers, as in :func:`mask_model`.
+        seed: of the random places; another at each step. Layer i takes ``seed + i``.
+
+    Returns:
+        How many connections moved.
+
+    Raises:
+        ValueError: if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer. Layers
+            before that one have moved.
+    """
+    moved = 0
+    layers = [
+        layer for name, layer in model.named_modules() if isinstance(layer, Masked) and is_meant(name, layer, include)
+    ]
+    for place, layer in enumerate(layers):
+        own = (checked_seed(seed) + place) % (1 << 64)
+        rows = None if growth is None else _rows(growth, layer)
+        if isinstance(layer, SparseLinear):
+            moved += _regrow_sparse(layer, fraction, rows, own, optimizer)
+        else:
+            moved += _regrow_masked(layer, fraction, rows, own, optimizer)
+    return moved
+
+
+def _rows(growth: Growth, layer: Masked) -> Any:
+    return lambda start, stop: growth.rows(layer, start, stop).cpu()
+
+
+def _regrow_masked(
+    layer: MaskedLinear, fraction: float, rows: Any, seed: int, optimizer: torch.optim.Optimizer | None
+) -> int:
+    old = whole(layer.mask)
+    found = torch.from_numpy(pruning.regrow(old, whole(layer.weight), fraction, rows, seed=seed)).to(old.device)
+    new, changed = found & ~old, found != old  # before the mask, which old may be, changes
+    with torch.no_grad():
+        layer.weight.masked_fill_(aligned(new, layer.weight), 0.0)
+    layer.set_mask(found)
+    if optimizer is not None:
+        renew(optimizer, layer.weight, aligned(changed, layer.weight))
+    return int(new.sum())
+
+
+def _regrow_sparse(
+    layer: SparseLinear, fraction: float, rows: Any, seed: int, optimizer: torch.optim.Optimizer | None
+) -> int:
+    pattern, source = pruning.regrow_pattern(layer.pattern, layer.values, fraction, rows, seed=seed)
+    layer.rewire(pattern, source)
+    places = torch.from_numpy(source).to(layer.values.device)
+    if optimizer is not None:
+        renew(optimizer, layer.values, places < 0, places.clamp(min=0))
+    return int(np.count_nonzero(source < 0))

@@ -1,0 +1,49 @@
+"""The examples run: the long one shortened, whose full run is not a test."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from helpers import ROOT
+
+
+def example(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("framework", ["torch", "flax"])
+def test_accuracy_against_sparsity(
+    framework: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("digits_sparsity")
+    monkeypatch.setattr(module, "STEPS", 60)
+    monkeypatch.setattr(module, "SPARSITIES", (0.0, 0.9))
+    monkeypatch.setattr(module, "SCHEDULE", {"begin": 10, "end": 40, "every": 10})
+    arguments = ["--framework", framework, "--seeds", "1", "--out", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["digits_sparsity.py", *arguments])
+    assert module.main() in (0, 1)  # so short a training promises nothing
+    found = json.loads((tmp_path / "sparsity.json").read_text(encoding="utf-8"))[framework]
+    assert set(found) == set(module.METHODS)
+    assert all(0.05 < accuracy <= 1 for rows in found.values() for row in rows for accuracy in row)
+    assert found["random"][0] == found["magnitude"][0], "nothing is pruned at 0 %"
+    assert (tmp_path / "sparsity.png").read_bytes()[:4] == b"\x89PNG"
+    assert "static random" in capsys.readouterr().out
+
+
+def test_the_wired_network_is_read_back_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert example("breast_cancer_wiring").main() == 0
+    out = capsys.readouterr().out
+    assert "wired: 73 parameters" in out
+    assert "dense: 403 parameters" in out
+    assert out.count(" -> ") >= 10
