@@ -136,6 +136,14 @@ class Costs:
         by_width = times[:, 0] if batch == 1 else several  # one row has kernels of its own
         return math.exp(_line(np.log(self.widths), np.log(by_width), math.log(width)))
 
+    def check(self, framework: str, device: str) -> None:
+        """Raise a ``ValueError`` if these are the costs of something else."""
+        if (self.framework, self.device) != (framework, device):
+            raise ValueError(
+                f"costs must be of {framework} on {device!r}, where the layer is; got those of {self.framework} on "
+                f"{self.device!r}: measure them with maskedlinear bench --framework {framework} --costs FILE"
+            )
+
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
         fields = {

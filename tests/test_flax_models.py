@@ -107,6 +107,7 @@ def tied() -> Any:
         (lambda: nnx.List([Doubled(512, 512, mask=SPARSE, rngs=nnx.Rngs(0))]), "it is a Doubled"),
         (lambda: nnx.List([wide(precision="highest")]), "the sparse form has no precision"),
         (tied, "it shares parameters with another layer"),
+        (lambda: nnx.List([wide(forward_mode=True)]), "it has forward_mode"),
         (
             lambda: nnx.List([nnx.vmap(lambda rngs: MaskedLinear(8, 8, rngs=rngs))(nnx.Rngs(0).split(3))]),
             "a stack",

@@ -188,9 +188,25 @@ def test_connections_move_as_pytorchs_do(by: str) -> None:
 
 def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) -> None:
     mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
-    with pytest.raises(ValueError, match="share a kernel and mask it differently"):
+    with pytest.raises(ValueError, match="shares its kernel with a MaskedLinear that does not mask it alike"):
         unmask_model(model)
     assert "tied" in masked(model)
+
+
+def test_a_kernel_that_others_use_does_not_move(model: Network) -> None:
+    mask_model(model, include=["tied", "blocks.1.*"])
+    for call in (lambda: regrow_model(model, 0.5), lambda: growth_gradients(lambda m: m(X).sum(), model)):
+        with pytest.raises(ValueError, match="has its kernel to itself; here 2 modules share it"):
+            call()
+    with pytest.raises(ValueError, match="shares its kernel with a Linear"):
+        unmask_model(mask_model(Network(), {"tied": np.eye(16)}))
+
+
+def test_a_stack_of_layers_is_reported_one_by_one() -> None:
+    stack = nnx.vmap(lambda rngs: MaskedLinear(3, 2, rngs=rngs))(nnx.Rngs(0).split(4))
+    found = report(nnx.List([stack]))
+    assert [row.name for row in found.rows] == ["0[0]", "0[1]", "0[2]", "0[3]"]
+    assert found.sparsity == 0
 
 
 def test_the_report_counts_what_is_live_and_dead() -> None:

@@ -52,6 +52,9 @@ TRANSFORMATIONS = {
     "yogi": lambda: optax.yogi(0.1),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1)),
     "masked": lambda: optax.masked(optax.adamw(0.1), {"weight": True, "bias": True}),
+    "partition": lambda: optax.partition(
+        {"a": optax.adamw(0.1, weight_decay=0.1), "b": optax.sgd(0.1)}, {"weight": "a", "bias": "b"}
+    ),
     "accumulated": lambda: optax.MultiSteps(optax.adamw(0.1, weight_decay=0.1), 2),
 }
 
@@ -148,7 +151,9 @@ def test_freeze_masked_names_the_update_that_is_no_array() -> None:
         tx.update({"a": "1"}, tx.init({"a": 1.0}), masks={"a": True})
 
 
-@pytest.mark.parametrize("name", ["adam", "yogi", "adagrad", "sgd with momentum", "adan", "chain", "accumulated"])
+@pytest.mark.parametrize(
+    "name", ["adam", "partition", "yogi", "adagrad", "sgd with momentum", "adan", "chain", "accumulated"]
+)
 def test_a_revived_weight_starts_clean(name: str) -> None:
     mask = jnp.asarray([[True, False, True], [False, True, True]])
     params = {"weight": jnp.ones((2, 3)), "bias": jnp.ones(2)}

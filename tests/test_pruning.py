@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,17 @@ def test_scopes_share_the_zeros_as_they_say(rng: np.random.Generator) -> None:
     assert zeros["layer"] == {"small": 100, "large": 2500}
     assert zeros["global"] == {"small": 200, "large": 2400}
     assert list(zeros["erdos_renyi"].values()) == masks.erdos_renyi([(10, 20), (100, 50)], 0.5)
+
+
+def test_shares_by_erdos_renyi_only_shrink(rng: np.random.Generator) -> None:
+    scores = [rng.random(shape) for shape in ((6, 6), (6, 6), (2, 2))]
+    found = None
+    for zeros in range(40, 75):  # at 66 the smallest layer's share grows, as largest remainders do
+        found = pruning.prune(scores, sparsity=zeros / 76, masks=found, scope="erdos_renyi", empty="allow")
+        assert sum(int((~mask).sum()) for mask in found) == math.floor(Fraction(str(zeros / 76)) * 76)
+    with pytest.raises(ValueError, match="pruning only removes connections"):
+        pruning.prune(scores, sparsity=0.1, masks=found, scope="erdos_renyi")
+    assert int(pruning.prune(scores, num_zeros=30, scope="erdos_renyi")[2].sum()) == 4
 
 
 def test_random_scores_give_the_random_mask() -> None:
@@ -238,7 +250,7 @@ SCORES = np.arange(6.0).reshape(2, 3)
         (lambda: pruning.prune({"a": SCORES, "b": SCORES + 9}, sparsity=0.5), ValueError, "all would be gone of a:"),
         (lambda: pruning.prune(SCORES, sparsity=0.5, scope="all"), ValueError, "scope must be"),  # type: ignore[arg-type]
         (lambda: pruning.prune(SCORES, sparsity=0.5, empty="no"), ValueError, "empty must be"),  # type: ignore[arg-type]
-        (lambda: pruning.prune(SCORES, num_zeros=3, scope="erdos_renyi"), ValueError, "needs sparsity"),
+        (lambda: pruning.n_m(SCORES[0], 1, 3), ValueError, r"\(out, in\); got \(3,\)"),
         (
             lambda: pruning.prune(SCORES, num_zeros=1, masks=SCORES > 3),
             ValueError,

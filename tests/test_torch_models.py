@@ -85,6 +85,34 @@ def test_what_a_layer_carries_is_kept() -> None:
     assert calls == ["hook"]
 
 
+def test_a_full_backward_hook_goes_on() -> None:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    calls: list[str] = []
+    layer.register_full_backward_hook(lambda *_: calls.append("hook"))
+    made = compress(layer, "sparse")
+    made(torch.randn(2, 512, requires_grad=True)).sum().backward()
+    assert calls == ["hook"]
+
+
+def replaced() -> nn.Module:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    forward = layer.forward
+    layer.forward = lambda x: forward(x)  # type: ignore[method-assign]
+    return nn.Sequential(layer)
+
+
+def hooked() -> nn.Module:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    layer.register_state_dict_post_hook(lambda *_: None)
+    return nn.Sequential(layer)
+
+
+def buffered() -> nn.Module:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    layer.register_buffer("scale", torch.ones(3))
+    return nn.Sequential(layer)
+
+
 class Doubled(MaskedLinear):
     def forward(self, input: Tensor) -> Tensor:
         return 2 * super().forward(input)
@@ -113,6 +141,9 @@ def read() -> nn.Module:
     [
         (lambda: nn.Sequential(Doubled(512, 512, mask=SPARSE)), "it is a Doubled whose weight or forward is its own"),
         (tied, "it shares parameters with another layer"),
+        (replaced, "its forward was replaced"),
+        (hooked, "it has hooks of its state, or modules of its own"),
+        (buffered, "it has buffers of its own"),
         (parametrized, "whose weight or forward is its own"),
         (read, "the module around it reads its weight"),
         (lambda: nn.Sequential(MaskedLinear(512, 512, mask=SPARSE, device="meta")), "it has no values yet"),
@@ -143,6 +174,8 @@ def test_costs_of_ones_own_decide() -> None:
     costs = Costs.shipped("torch", "cpu")
     slow = Costs("torch", "cpu", "", costs.widths, costs.batches, costs.densities, costs.dense, costs.sparse * 1e6)
     assert forms(compress(network(), costs=slow)) == ["MaskedLinear", "MaskedLinear", "Linear"]
+    with pytest.raises(ValueError, match="costs must be of torch on 'cpu', where the layer is; got those of jax"):
+        compress(network(), costs=Costs.shipped("jax", "cpu"))
 
 
 def test_a_compressed_model_trains_as_before() -> None:

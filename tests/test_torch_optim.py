@@ -110,6 +110,21 @@ def test_a_revived_weight_starts_clean(layer: MaskedLinear, x: torch.Tensor, nam
         )
 
 
+def test_a_state_that_is_loaded_is_that_of_the_masks_loaded_with_it(layer: MaskedLinear, x: torch.Tensor) -> None:
+    model = nn.Sequential(layer)
+    optimizer = freeze_masked(adamw(model.parameters()), model)
+    layer.set_mask(~LIVE)
+    train(layer, optimizer, x)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(layer, optimizer, x, steps=1)
+    again = nn.Sequential(MaskedLinear(7, 5, mask=MASK))
+    resumed = freeze_masked(adamw(again.parameters()), again)
+    again.load_state_dict(saved[0])
+    resumed.load_state_dict(saved[1])
+    train(again[0], resumed, x, steps=1)  # type: ignore[arg-type]
+    assert torch.equal(again[0].weight, layer.weight)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_freeze_masked_keeps_dormant_weights(layer: MaskedLinear, x: torch.Tensor, name: str) -> None:
     make = OPTIMIZERS[name]

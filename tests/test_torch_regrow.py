@@ -109,6 +109,39 @@ def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> 
     assert one.state[layer.weight]["exp_avg"][old & layer.mask].any()
 
 
+def test_gradients_move_along() -> None:
+    _, sparse, step = both()
+    step()
+    layer: Any = sparse[0]  # type: ignore[index]
+    before = {
+        (o, i): g.item() for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.values.grad, strict=True)
+    }
+    regrow_model(sparse, 0.4, seed=1)
+    for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.values.grad, strict=True):
+        assert g.item() == before.get((o, i), 0.0)
+
+
+def test_a_weight_that_others_use_does_not_move() -> None:
+    one, other = MaskedLinear(6, 6), MaskedLinear(6, 6)
+    other.weight = one.weight
+    with pytest.raises(ValueError, match="has its weight to itself; here 2 modules share it"):
+        regrow_model(nn.Sequential(one, other), 0.5)
+    embedding = nn.Embedding(6, 6)
+    embedding.weight = one.weight  # type: ignore[assignment]
+    with pytest.raises(ValueError, match="2 modules share it"):
+        regrow_model(nn.Sequential(one, embedding), 0.5)
+    nn.utils.parametrizations.weight_norm(one)
+    with pytest.raises(ValueError, match="here it is computed"):
+        regrow_model(one, 0.5)
+
+
+def test_double_precision_and_named_arguments_are_recorded() -> None:
+    layer = MaskedLinear(6, 4, mask=masks.random((4, 6), sparsity=0.5, seed=0), dtype=torch.float64)
+    with record_growth(layer) as growth:
+        layer(input=torch.randn(3, 6, dtype=torch.float64)).sum().backward()
+    assert growth.rows(layer, 0, 4).dtype is torch.float64
+
+
 def test_what_cannot_be_rewired_is_refused() -> None:
     layer = SparseLinear(6, 4, mask=masks.random((4, 6), sparsity=0.5, seed=0))
     pattern, source = pruning.regrow_pattern(layer.pattern, layer.values, 0.5)

@@ -195,13 +195,36 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
 def test_a_shared_weight_is_unmasked_only_if_both_masks_agree(model: Network, x: Tensor) -> None:
     mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
     y = model(x)
-    with pytest.raises(ValueError, match=r"blocks.1.0 and tied share a weight and mask it differently"):
+    with pytest.raises(
+        ValueError, match=r"blocks.1.0 shares its weight with a MaskedLinear that does not mask it alike"
+    ):
         unmask_model(model)
     assert torch.equal(model(x), y)
     set_masks(model, {"blocks.1.0": masks_of(model)["tied"]})
     y = model(x)
     unmask_model(model)
     torch.testing.assert_close(model(x), y)
+
+
+def test_a_weight_that_an_embedding_uses_too_is_not_unmasked() -> None:
+    head, embedding = nn.Linear(4, 6), nn.Embedding(6, 4)
+    head.weight = embedding.weight  # type: ignore[assignment]
+    model = mask_model(nn.ModuleDict({"head": head, "embedding": embedding}), {"head": np.eye(6, 4)})
+    before = embedding.weight.detach().clone()
+    with pytest.raises(ValueError, match="head shares its weight with a Embedding"):
+        unmask_model(model)
+    assert torch.equal(embedding.weight, before)
+    set_masks(model, {"head": torch.ones(6, 4)})
+    unmask_model(model)
+    assert torch.equal(embedding.weight, before)
+
+
+def test_layers_whose_weight_is_computed_stay_masked() -> None:
+    model = nn.Sequential(MaskedLinear(4, 4), MaskedLinear(4, 4))
+    for layer in model:
+        nn.utils.parametrizations.weight_norm(layer)
+    unmask_model(model)
+    assert all(isinstance(layer, MaskedLinear) for layer in model)
 
 
 def test_the_report_counts_what_is_live_and_dead() -> None:

@@ -98,6 +98,7 @@ def test_trained_weights_are_found_by_name() -> None:
     kernel = jnp.asarray(dense.weight.detach().numpy()).T
     for values in (dense.weight, sparse.values, kernel.T, dense.weight.detach().numpy()):
         assert wiring.weight(values, "tp53", "repair") == pytest.approx(wanted)
+    assert wiring.weight(dense.weight.bfloat16(), "tp53", "repair") == pytest.approx(wanted, rel=0.01)
     by_name = {(gene, of): weight for gene, of, weight in wiring.edges(sparse.values)}
     assert by_name[("tp53", "repair")] == pytest.approx(wanted)
     assert set(by_name) == set(EDGES)

@@ -84,20 +84,29 @@ class FrozenState(NamedTuple):
 
 def _anew(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
     """Return the inner state, made new for each entry whose mask is not that of the last step."""
-    changed = jax.tree.map(jnp.not_equal, state.live, live)
-    like: Any = jax.tree.structure(live)
+    structure: Any = jax.tree.structure(live)
+    changed = structure.flatten_up_to(jax.tree.map(jnp.not_equal, state.live, live))
 
-    def is_like(node: Any) -> bool:
-        return bool(like == jax.tree.structure(node))
+    def parts(node: Any) -> list[Any] | None:
+        """Return what a node has for each parameter, if it is a tree like theirs; optax leaves some out."""
+        try:
+            found: list[Any] = structure.flatten_up_to(node)
+        except (ValueError, TypeError):
+            return None
+        whole = all(isinstance(part, optax.MaskedNode) or jax.tree_util.all_leaves([part]) for part in found)
+        return found if whole else None
 
     def renew(kept: Any, fresh: Any, where: Array) -> Any:
-        fits = jnp.shape(kept) == where.shape  # factored moments are of rows and columns
+        fits = not isinstance(kept, optax.MaskedNode) and jnp.shape(kept) == where.shape  # factored moments do not fit
         return jnp.where(where, fresh, kept) if fits else kept
 
     def renewed(kept: Any, fresh: Any) -> Any:
-        return jax.tree.map(renew, kept, fresh, changed) if is_like(kept) else kept
+        old, new = parts(kept), parts(fresh)
+        if old is None or new is None:
+            return kept
+        return structure.unflatten([renew(*entry) for entry in zip(old, new, changed, strict=True)])
 
-    return jax.tree.map(renewed, state.inner, inner.init(params), is_leaf=is_like)
+    return jax.tree.map(renewed, state.inner, inner.init(params), is_leaf=lambda node: parts(node) is not None)
 
 
 def _always(masks: Any, params: Any) -> Any:

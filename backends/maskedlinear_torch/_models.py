@@ -10,11 +10,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.costs import Choice, Costs, Format, Layer, choose, table
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["compress", "expand", "readers_of_weights"]
 
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
+_BUFFERS = {"mask", *Indices._fields}
 _HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -23,6 +25,7 @@ _HOOKS = (
     "_forward_pre_hooks_with_kwargs",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -41,9 +44,9 @@ def compress(
     training state and hooks are kept; dormant weights are lost where a layer becomes sparse. The exchanged layers have new
     parameters: make the optimizer afterwards.
 
-    These keep their form, and ``explain`` says why: subclasses and parametrized layers, weights shared between layers,
-    sharded and meta tensors, and layers of modules that read weights past ``forward`` (``nn.MultiheadAttention``,
-    ``nn.TransformerEncoderLayer``).
+    These keep their form, and ``explain`` says why: subclasses, parametrized layers and those whose ``forward`` was
+    replaced or whose state has hooks, weights shared between layers, sharded and meta tensors, and layers of modules that
+    read weights past ``forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``).
 
     Args:
         model: any module; a ``MaskedLinear`` or ``SparseLinear`` itself is not changed, and its new form returned.
@@ -68,6 +71,8 @@ def compress(
         device = layer.bias.device if layer.bias is not None else next(layer.parameters()).device
         if format == "auto" and not facts.fixed and costs is None and device.type not in known:
             known[device.type] = Costs.shipped("torch", device.type)
+        if costs is not None:
+            costs.check("torch", device.type)
         choices.append(choose(facts, format, batch, training, costs or known.get(device.type)))
     model = _exchange(model, layers, choices)
     if explain:
@@ -112,6 +117,12 @@ def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLin
 def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
     if type(module) not in (MaskedLinear, SparseLinear) or weight is None:
         return f"it is a {type(module).__name__} whose weight or forward is its own"
+    if "forward" in vars(module):
+        return "its forward was replaced"
+    if module._state_dict_hooks or module._load_state_dict_pre_hooks or module._modules:
+        return "it has hooks of its state, or modules of its own"
+    if set(module._buffers) - _BUFFERS:
+        return "it has buffers of its own"
     if shared:
         return "it shares parameters with another layer"
     if read:

@@ -53,6 +53,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     known: dict[int, Known] = {}
     for layers in _users(model):
         _start_anew(optimizer, layers, known)
+    optimizer.register_load_state_dict_post_hook(lambda _: known.clear())  # a state is that of the masks loaded with it
     step = optimizer.step
 
     # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's

@@ -88,7 +88,7 @@ class Matrix:
             return None
         place, made = values.data_ptr(), self._made
         if made is None or made[0] != place or made[1] is not indices:
-            if not values.numel() or values.itemsize < 4 or not _has_kernels(x):
+            if not values.numel() or values.itemsize < 4 or not values.is_contiguous() or not _has_kernels(x):
                 return None
             with torch.inference_mode(False), torch.no_grad():  # it outlives the call
                 matrix = _csr(Way(indptr, indices, None), values.detach(), x.numel())
@@ -140,7 +140,7 @@ def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
         values = values.index_select(0, way.order)
     if not _has_kernels(values, right):
         return _spmm_plain(values, right, way)
-    matrix = _csr(way, values, depth)
+    matrix = _csr(way, values.contiguous(), depth)
     with _no_autocast(right.device.type):
         if batch == 1:  # a matrix times a vector takes less than half the time
             return torch.mv(matrix, right.reshape(depth))[:, None]

@@ -48,7 +48,8 @@ class Growth:
                 "growth by gradient needs a backward pass through each layer inside record_growth; there was none through "
                 f"{layer}"
             )
-        parts = [g[:, start:stop].mT.float() @ x.float() for x, g in pairs]
+        wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+        parts = [g[:, start:stop].mT.to(wide) @ x.to(wide) for x, g in pairs]
         return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
@@ -61,19 +62,21 @@ def record_growth(model: nn.Module) -> Iterator[Growth]:
         regrow_model(model, 0.3, growth=growth, optimizer=optimizer)
 
     It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape. Not inside
-    ``torch.compile``.
+    ``torch.compile``. Where several processes train one model, each sees its own batch: let all of them grow by the same
+    one, or at random, so that their masks stay alike.
 
     Args:
         model: a module with masked layers of either form.
     """
     growth = Growth()
 
-    def look(layer: Any, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def look(layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
-            x = arguments[0]
+            x = arguments[0] if arguments else named["input"]
             output.register_hook(lambda g: growth.add(layer, x, g))
 
-    handles = [layer.register_forward_hook(look) for layer in model.modules() if isinstance(layer, Masked)]
+    layers = [layer for layer in model.modules() if isinstance(layer, Masked)]
+    handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
         yield growth
     finally:
@@ -108,13 +111,16 @@ def regrow_model(
         How many connections moved.
 
     Raises:
-        ValueError: if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer. Layers
+        ValueError: if a layer's weight is computed, or shared with another module, which a weight that becomes 0 would
+            change; if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer: layers
             before that one have moved.
     """
     moved = 0
     layers = [
         layer for name, layer in model.named_modules() if isinstance(layer, Masked) and is_meant(name, layer, include)
     ]
+    for layer in layers:
+        _refuse_shared(model, layer)
     for place, layer in enumerate(layers):
         own = (checked_seed(seed) + place) % (1 << 64)
         rows = None if growth is None else _rows(growth, layer)
@@ -123,6 +129,19 @@ def regrow_model(
         else:
             moved += _regrow_masked(layer, fraction, rows, own, optimizer)
     return moved
+
+
+def _refuse_shared(model: nn.Module, layer: Masked) -> None:
+    name = "values" if isinstance(layer, SparseLinear) else "weight"
+    weight = layer._parameters.get(name)
+    if weight is None:
+        raise ValueError(f"connections move in a layer that holds its {name}; here it is computed (parametrize, prune)")
+    users = [module for module in model.modules() if any(own is weight for own in module._parameters.values())]
+    if len(users) > 1:
+        raise ValueError(
+            f"connections move in a layer that has its {name} to itself; here {len(users)} modules share it: leave it out "
+            "with include=..."
+        )
 
 
 def _rows(growth: Growth, layer: Masked) -> Any:

@@ -254,8 +254,8 @@ class SparseLinear(nn.Module):
 
         Args:
             pattern: the new connections, as many as before and of the same shape.
-            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value
-                becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
+            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value and
+                gradient become 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
 
         Raises:
             ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
@@ -269,7 +269,9 @@ class SparseLinear(nn.Module):
         if pattern.connections != self.values.numel() or bool((places >= self.values.numel()).any()):
             raise ValueError(f"source must say where each of the {self.values.numel()} connections was, or -1")
         with torch.no_grad():
-            self.values.copy_(torch.where(places >= 0, self.values[places.clamp(min=0)], 0))
+            for tensor in (self.values, self.values.grad):
+                if tensor is not None:
+                    tensor.copy_(torch.where(places >= 0, tensor[places.clamp(min=0)], 0))
         self._set_pattern(pattern)
 
     def extra_repr(self) -> str:
@@ -297,13 +299,14 @@ class SparseLinear(nn.Module):
 
     def _set_pattern(self, pattern: Pattern) -> None:
         """Write the indices, where the values are."""
-        device = self.values.device
+        device, self._matrix = self.values.device, Matrix()
         self._pending = pattern if device.type == "meta" else None
         self._buffers.update(Indices.new(pattern, device)._asdict())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = Indices(self.indptr, self.indices, self.starts, self.outputs, self.order)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._matrix = Matrix()  # the old one holds on to the memory that the layer has left
         if self._pending is None and self.values.is_meta and not before.indices.is_meta:
             self._pending = Pattern(before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features)
         elif self.indices.dtype is not torch.int32:

@@ -77,25 +77,28 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
         include: which layers, as in :func:`mask_model`.
 
     Raises:
-        ValueError: if layers that share a weight mask it differently; the model is left as it was.
+        ValueError: if a weight is shared with a module that does not mask it alike; the model is left as it was.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
-    chosen = [
-        (name, layer)
+    chosen = {
+        name: layer
         for name, layer in _masked(model).items()
-        if type(layer) is MaskedLinear and is_meant(name, layer, include)
-    ]
-    users: dict[int, tuple[str, MaskedLinear]] = {}
-    for name, layer in _masked(model).items():
-        other_name, other = users.setdefault(id(layer.weight), (name, layer))
-        if not torch.equal(whole(layer.mask), whole(other.mask)):
-            raise ValueError(
-                f"{other_name} and {name} share a weight and mask it differently, so that no dense weight gives the outputs "
-                "of both: give them one mask first"
-            )
-    for _, layer in chosen:
+        if type(layer) is MaskedLinear and "weight" in layer._parameters and is_meant(name, layer, include)
+    }
+    for name, layer in chosen.items():
+        if not layer.mask.is_meta and bool(whole(layer.mask).all()):
+            continue  # no weight becomes 0
+        for other in model.modules():
+            if other is layer or all(own is not layer.weight for own in other._parameters.values()):
+                continue
+            if not isinstance(other, MaskedLinear) or not _same(layer.mask, other.mask):
+                raise ValueError(
+                    f"{name} shares its weight with a {type(other).__name__} that does not mask it alike, so that no dense "
+                    "weight gives the outputs of both: give them one mask first, or the full one"
+                )
+    for layer in chosen.values():
         layer.release()
     return model
 
@@ -158,7 +161,9 @@ def prune_model(
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
     weights = {name: whole(layer.weight.detach()) for name, layer in layers.items()}
-    gradients = {name: layer.weight.grad for name, layer in layers.items()}
+    gradients = {
+        name: None if layer.weight.grad is None else whole(layer.weight.grad) for name, layer in layers.items()
+    }
     scores = score_layers(score, weights, gradients, seed)
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     made = pruning.prune(
@@ -185,6 +190,10 @@ def report(model: nn.Module) -> Report:
 
 def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one is other or one.is_meta or torch.equal(whole(one), whole(other))
 
 
 def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:

@@ -12,6 +12,7 @@ from typing import Any, Literal, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import as_numpy
 from maskedlinear.pattern import Pattern
 
 __all__ = ["Wiring"]
@@ -255,7 +256,7 @@ class Wiring:
 
     def _live(self, values: Any) -> NDArray[Any]:
         """Return the values of the connections, in the pattern's order."""
-        array = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values)
+        array = as_numpy(values)
         if array.shape == self.pattern.shape:
             return array[self.pattern.rows, self.pattern.indices]
         if array.shape == (self.pattern.connections,):

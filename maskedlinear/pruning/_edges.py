@@ -9,11 +9,11 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import Scores, as_numpy, named, unnamed
 from maskedlinear._check import as_mask
-from maskedlinear.masks._distribution import erdos_renyi
-from maskedlinear.masks._random import Sparsity, checked_fraction, checked_zeros
+from maskedlinear.masks._distribution import shares
+from maskedlinear.masks._random import Sparsity, checked_zeros
 from maskedlinear.masks._structured import check_blocks, check_groups
-from maskedlinear.pruning._arrays import Scores, as_numpy, named, unnamed
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["Scope", "n_m", "prune", "threshold"]
@@ -43,7 +43,8 @@ def prune(
         num_zeros: the number of zeros instead; with ``scope="layer"`` in each layer. Give exactly one of the two.
         masks: the masks so far, in the same form as ``scores``: what is masked stays so, and counts. Full if ``None``.
         scope: ``"global"`` compares the scores of all layers; ``"layer"`` prunes each to the same sparsity;
-            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi`.
+            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi`, or less where more than
+            its share is masked already.
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
         empty: whether a layer may lose its last connection.
@@ -68,7 +69,7 @@ def prune(
         layers, before = _of_blocks(layers, before, block)
     keys = _comparable(layers)
     found = {name: mask.copy() for name, mask in before.items()}
-    for names, zeros in _shares(layers, sparsity, num_zeros, scope):
+    for names, zeros in _shares(before, sparsity, num_zeros, scope):
         masked = sum(int(found[name].size - np.count_nonzero(found[name])) for name in names)
         if zeros < masked:
             raise ValueError(
@@ -125,6 +126,8 @@ def n_m(scores: Scores, n: int, m: int) -> Any:
     """
     found = {}
     for name, array in named(scores, as_numpy).items():
+        if array.ndim != 2:
+            raise ValueError(f"scores must have the weight's shape (out, in); got {array.shape}{_of([name])}")
         _refuse_nan(name, array)
         check_groups(array.shape, n, m)
         groups = array.reshape(-1, m)
@@ -162,20 +165,21 @@ def _comparable(layers: Mapping[Any, NDArray[Any]]) -> dict[Any, NDArray[Any]]:
 
 
 def _shares(
-    layers: Mapping[Any, NDArray[Any]], sparsity: Sparsity | None, num_zeros: int | None, scope: Scope
+    before: Mapping[Any, Mask], sparsity: Sparsity | None, num_zeros: int | None, scope: Scope
 ) -> list[tuple[Sequence[Any], int]]:
     """Return which layers are compared with each other, and how many zeros they get together."""
-    sizes = {name: array.size for name, array in layers.items()}
+    sizes = {name: mask.size for name, mask in before.items()}
     if scope == "layer":
         return [([name], checked_zeros(size, sparsity, num_zeros)) for name, size in sizes.items()]
     total = sum(sizes.values())
     zeros = checked_zeros(total, sparsity, num_zeros)
     if scope == "global":
-        return [(list(layers), zeros)]
-    if sparsity is None:
-        raise ValueError("scope='erdos_renyi' needs sparsity; got num_zeros")
-    counts = erdos_renyi([array.shape for array in layers.values()], checked_fraction(sparsity))
-    return [([name], count) for name, count in zip(layers, counts, strict=True)]
+        return [(list(before), zeros)]
+    live = [int(np.count_nonzero(mask)) for mask in before.values()]
+    if total - zeros > sum(live):
+        return [(list(before), zeros)]  # which is refused, as more than there are
+    kept = shares([sum(mask.shape) for mask in before.values()], live, total - zeros)
+    return [([name], sizes[name] - count) for name, count in zip(before, kept, strict=True)]
 
 
 def _of_blocks(

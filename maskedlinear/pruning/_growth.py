@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
 from maskedlinear.masks._random import Sparsity, checked_fraction, checked_seed
 from maskedlinear.masks._threefry import words
 from maskedlinear.pattern import Pattern
-from maskedlinear.pruning._arrays import as_numpy
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["regrow", "regrow_pattern"]

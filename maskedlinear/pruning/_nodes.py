@@ -7,8 +7,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import as_numpy
 from maskedlinear.masks._random import Sparsity, checked_zeros
-from maskedlinear.pruning._arrays import as_numpy
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["Side", "node_mask", "node_norm", "node_taylor", "prune_nodes"]

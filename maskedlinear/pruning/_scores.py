@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import as_numpy
 from maskedlinear.masks._random import checked_seed
 from maskedlinear.masks._threefry import words
-from maskedlinear.pruning._arrays import as_numpy
 
 __all__ = ["magnitude", "movement", "random_scores", "snip", "taylor"]
 

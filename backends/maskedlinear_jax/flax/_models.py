@@ -59,6 +59,8 @@ def compress(
     layers = _masked_layers(model)
     if format == "auto" and costs is None and any(not facts.fixed for _, facts in layers.values()):
         costs = Costs.shipped("jax", jax.default_backend())
+    if costs is not None:
+        costs.check("jax", jax.default_backend())
     choices = [choose(facts, format, batch, training, costs) for _, facts in layers.values()]
     made: dict[int, Any] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
@@ -119,6 +121,10 @@ def _why_fixed(layer: Any, weight: Any, shared: bool) -> str:
     if weight.ndim != 2:
         return "it is a stack of layers"
     named = [name for name, usual in _OPTIONS.items() if getattr(layer, name) is not usual]
+    if layer.forward_mode:
+        return "it has forward_mode, which the sparse form does without"
+    if any(type(part) is not nnx.Param for part in (layer.kernel, layer.bias) if part is not None):
+        return "its parameters are of a type of their own"
     if named:
         return f"the sparse form has no {' or '.join(named)}"
     if any("sharding" in name and value for name, value in layer.kernel.get_metadata().items() if "eager" not in name):

@@ -15,7 +15,7 @@ from maskedlinear.masks._random import checked_seed
 from maskedlinear.pruning._layers import Include, is_meant
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
-from maskedlinear_jax.flax._whole import kernel_gradients, layers_of
+from maskedlinear_jax.flax._whole import kernel_gradients, layers_of, users_of
 
 __all__ = ["growth_gradients", "regrow_model"]
 
@@ -33,6 +33,8 @@ def growth_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) ->
     Returns:
         A gradient for each masked layer, by name, of the kernel's shape ``(in, out)``: for :func:`regrow_model`.
     """
+    for layer in layers_of(model, MaskedLinear).values():
+        _refuse_shared(model, layer)
     whole = nnx.clone(model)
     for layer in layers_of(whole, MaskedLinear).values():
         layer.kernel[...] = layer.masked_kernel
@@ -67,9 +69,9 @@ def regrow_model(
         How many connections moved.
 
     Raises:
-        ValueError: if the fraction is out of its range, a weight or gradient is NaN, or a layer's gradient is missing; or if
-            a layer is in the sparse form, whose connections are fixed here: ``expand`` the model first. The model is left
-            as it was.
+        ValueError: if the fraction is out of its range, a weight or gradient is NaN, or a layer's gradient is missing; if a
+            kernel is shared with another module, which a weight that becomes 0 would change; or if a layer is in the sparse
+            form, whose connections are fixed here: ``expand`` the model first. The model is left as it was.
     """
     layers = {
         name: layer
@@ -82,6 +84,7 @@ def regrow_model(
             raise ValueError(
                 f"{name or 'the layer'} is in the sparse form, whose connections are fixed: expand(model) first"
             )
+        _refuse_shared(model, layer)
         if gradients is not None and name not in gradients:
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
         gradient = None if gradients is None else gradients[name].T
@@ -95,3 +98,12 @@ def regrow_model(
         layer.set_mask(mask)
         moved += int(np.count_nonzero(new))
     return moved
+
+
+def _refuse_shared(model: Any, layer: MaskedLinear) -> None:
+    users = users_of(model, layer.kernel)
+    if len(users) > 1:
+        raise ValueError(
+            f"connections move in a layer that has its kernel to itself; here {len(users)} modules share it: leave it out "
+            "with include=..."
+        )

@@ -27,6 +27,7 @@ __all__ = [
     "report",
     "set_masks",
     "unmask_model",
+    "users_of",
 ]
 
 Masks = Mapping[str, Any]
@@ -78,17 +79,19 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
         include: which layers, as in :func:`mask_model`.
 
     Raises:
-        ValueError: if layers that share a kernel mask it differently; the model is left as it was.
+        ValueError: if a kernel is shared with a module that does not mask it alike; the model is left as it was.
     """
-    users: dict[int, tuple[str, MaskedLinear]] = {}
     layers = layers_of(model, MaskedLinear)
     for name, layer in layers.items():
-        other_name, other = users.setdefault(id(layer.kernel), (name, layer))
-        if not bool((layer.mask[...] == other.mask[...]).all()):
-            raise ValueError(
-                f"{other_name} and {name} share a kernel and mask it differently, so that no dense kernel gives the outputs "
-                "of both: give them one mask first"
-            )
+        if type(layer) is not MaskedLinear or not is_meant(name, layer, include) or bool(layer.mask[...].all()):
+            continue
+        for other in users_of(model, layer.kernel):
+            alike = isinstance(other, MaskedLinear) and bool((layer.mask[...] == other.mask[...]).all())
+            if other is not layer and not alike:
+                raise ValueError(
+                    f"{name} shares its kernel with a {type(other).__name__} that does not mask it alike, so that no dense "
+                    "kernel gives the outputs of both: give them one mask first, or the full one"
+                )
     for name, layer in layers.items():
         if type(layer) is MaskedLinear and is_meant(name, layer, include):
             layer.release()
@@ -174,20 +177,32 @@ def prune_model(
 
 
 def report(model: Any) -> Report:
-    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
+    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs.
+
+    A stack of layers has a row for each of them.
+    """
     rows = []
     for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
         nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
         if isinstance(layer, SparseLinear):
             rows.append(Row.of_pattern(name, layer.pattern, nbytes))
         else:
-            rows.append(Row.of_mask(name, np.asarray(layer.mask[...]).T, nbytes))
+            mask = np.asarray(layer.mask[...])
+            stack = mask.reshape(-1, *mask.shape[-2:])
+            for place, part in enumerate(stack):
+                rows.append(Row.of_mask(name if mask.ndim == 2 else f"{name}[{place}]", part.T, nbytes // len(stack)))
     return Report(rows)
 
 
 def layers_of(model: Any, kind: Any) -> dict[str, Any]:
     """Return the layers of a kind, by their paths with dots between."""
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
+
+
+def users_of(model: Any, variable: Any) -> list[Any]:
+    """Return the modules that hold a variable."""
+    nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
+    return [node for node in nodes if any(own is variable for own in vars(node).values())]
 
 
 def _is_flat(layer: nnx.Linear) -> bool:

@@ -1,4 +1,4 @@
-"""What pruning reads of a framework's arrays: plain NumPy, without importing the framework."""
+"""What the core reads of a framework's arrays: plain NumPy, without importing the framework."""
 
 from __future__ import annotations
 
