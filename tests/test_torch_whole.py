@@ -195,9 +195,7 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
 def test_a_shared_weight_is_unmasked_only_if_both_masks_agree(model: Network, x: Tensor) -> None:
     mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
     y = model(x)
-    with pytest.raises(
-        ValueError, match=r"tied shares its weight with a MaskedLinear that does not mask it alike"
-    ):
+    with pytest.raises(ValueError, match=r"tied shares its weight with a MaskedLinear that does not mask it alike"):
         unmask_model(model)
     assert torch.equal(model(x), y)
     set_masks(model, {"blocks.1.0": masks_of(model)["tied"]})
