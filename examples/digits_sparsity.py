@@ -1,6 +1,6 @@
 """Accuracy against sparsity on scikit-learn's digits, for six ways to choose the connections, in PyTorch and in Flax.
 
-    python examples/digits_sparsity.py --out digits        # a table and digits/sparsity.png; some five minutes
+    python examples/digits_sparsity.py --out digits        # a table and digits/sparsity.png; some seven minutes
 
 A network of 64, 128, 64 and 10 nodes trains for the same number of steps whatever the method:
 
