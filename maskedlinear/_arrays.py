@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Scores", "as_numpy", "named", "unnamed"]
-
-Scores = Any  # an array, a mapping of names to arrays, or a sequence of arrays
-
-T = TypeVar("T")
+__all__ = ["as_numpy"]
 
 
 def as_numpy(array: Any) -> NDArray[Any]:
@@ -36,21 +31,3 @@ def as_numpy(array: Any) -> NDArray[Any]:
             f"weights and scores must be arrays of real numbers; got {type(array).__name__} of {found.dtype}"
         )
     return found
-
-
-def named(arrays: Scores, convert: Callable[[Any], T]) -> dict[Any, T]:
-    """Return a single array, a mapping or a sequence of arrays as a dictionary, whose order is the order of layers."""
-    if isinstance(arrays, Mapping):
-        return {name: convert(array) for name, array in arrays.items()}
-    if isinstance(arrays, Sequence) and not hasattr(arrays, "dtype"):
-        return {place: convert(array) for place, array in enumerate(arrays)}
-    return {0: convert(arrays)}
-
-
-def unnamed(found: dict[Any, T], like: Scores) -> Any:
-    """Return ``found`` in the form that ``like`` has."""
-    if isinstance(like, Mapping):
-        return found
-    if isinstance(like, Sequence) and not hasattr(like, "dtype"):
-        return list(found.values())
-    return found[0]

@@ -9,6 +9,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from itertools import pairwise
 from pathlib import Path
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 
 from maskedlinear._table import lines
 
-__all__ = ["Choice", "Costs", "Format", "Layer", "choose", "table"]
+__all__ = ["Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
 
 Format = Literal["auto", "dense", "sparse"]
 
@@ -136,14 +137,6 @@ class Costs:
         by_width = times[:, 0] if batch == 1 else several  # one row has kernels of its own
         return math.exp(_line(np.log(self.widths), np.log(by_width), math.log(width)))
 
-    def check(self, framework: str, device: str) -> None:
-        """Raise a ``ValueError`` if these are the costs of something else."""
-        if (self.framework, self.device) != (framework, device):
-            raise ValueError(
-                f"costs must be of {framework} on {device!r}, where the layer is; got those of {self.framework} on "
-                f"{self.device!r}: measure them with maskedlinear bench --framework {framework} --costs FILE"
-            )
-
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
         fields = {
@@ -171,6 +164,7 @@ class Costs:
         return cls._read(Path(path).read_text(encoding="utf-8"), str(path))
 
     @classmethod
+    @cache
     def shipped(cls, framework: str, device: str) -> Self:
         """Return the costs that the package brings.
 
@@ -199,6 +193,22 @@ class Costs:
                 f"{name} must be a file of costs, version {_VERSION}, as maskedlinear bench --costs writes it; "
                 f"got one that cannot be read ({error})"
             ) from error
+
+
+def costs_for(layer: Layer, format: Format, given: Costs | None, framework: str, device: str) -> Costs | None:
+    """Return the costs to choose by: those given, checked, or, where ``"auto"`` needs some, those of the package.
+
+    Raises:
+        ValueError: if the costs given are of something else, or the package has none.
+    """
+    if given is None:
+        return Costs.shipped(framework, device) if format == "auto" and not layer.fixed else None
+    if (given.framework, given.device) != (framework, device):
+        raise ValueError(
+            f"costs must be of {framework} on {device!r}, where the layer is; got those of {given.framework} on "
+            f"{given.device!r}: measure them with maskedlinear bench --framework {framework} --costs FILE"
+        )
+    return given
 
 
 def choose(layer: Layer, format: Format, batch: int, training: bool, costs: Costs | None) -> Choice:

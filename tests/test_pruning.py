@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -17,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as nps
 
+from helpers import python
 from maskedlinear import masks, pruning
 from maskedlinear.pattern import Pattern
 from maskedlinear.pruning import _growth, _select
@@ -298,18 +296,14 @@ def test_what_cannot_be_pruned_is_refused(call: Any, error: type[Exception], mes
 def test_ten_million_weights_take_little_memory() -> None:
     code = """
 import numpy as np
-from pathlib import Path
 from maskedlinear import pruning
+from maskedlinear.bench.peak import most_memory
 weights = [np.random.default_rng(i).standard_normal((1000, 5000), dtype=np.float32) for i in range(2)]
-def most():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1]) * 1024
-before = most()
+before = most_memory()
 found = pruning.prune([pruning.magnitude(w) for w in weights], sparsity=0.9)
 assert sum(int(m.sum()) for m in found) == 1_000_000
-print((most() - before) / sum(w.nbytes for w in weights))
+print((most_memory() - before) / sum(w.nbytes for w in weights))
 """
-    if not Path("/proc/self/status").exists():
-        pytest.skip("the operating system does not say what a process has in memory")
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    ran = python(code)
+    assert not ran.stderr
     assert float(ran.stdout) < 3, "the scores, the masks, and some blocks"

@@ -65,7 +65,7 @@ def freeze_masked(
         live = jax.tree_util.tree_map_with_path(_live, updates, masks)
         anew = _anew(inner, state, live, updates if params is None else params)
         updates, kept = guarded.update(updates, anew, params, **extra)
-        return jax.tree_util.tree_map_with_path(_held, updates, masks), FrozenState(kept, live)
+        return jax.tree.map(_held, updates, live, masks), FrozenState(kept, live)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -142,7 +142,7 @@ def _live(path: Any, value: Any, mask: Any) -> Array:
         raise ValueError(f"the mask of {name}: {error}") from error
 
 
-def _held(path: Any, value: Any, mask: Any) -> Array:
-    live, update = _live(path, value, mask), jnp.asarray(value)
+def _held(update: Any, live: Array, mask: Any) -> Array:
+    array = jnp.asarray(update)
     # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
-    return update if mask is True else jnp.where(live, update, jnp.asarray(-0.0, update.dtype))
+    return array if mask is True else jnp.where(live, array, jnp.asarray(-0.0, array.dtype))

@@ -8,14 +8,14 @@ from typing import Any
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.costs import Choice, Costs, Format, Layer, choose, table
+from maskedlinear.costs import Choice, Costs, Format, Layer, choose, costs_for, table
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._modules import owners, readers_of_weights
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["compress", "expand", "readers_of_weights"]
+__all__ = ["compress", "expand"]
 
-_READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 _BUFFERS = {"mask", *Indices._fields}
 _HOOKS = (
     "_forward_hooks",
@@ -65,15 +65,10 @@ def compress(
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress takes a torch.nn.Module; got {type(model).__name__}")
     layers = _masked_layers(model)
-    known: dict[str, Costs] = {}
     choices = []
     for layer, facts in layers.values():
-        device = layer.bias.device if layer.bias is not None else next(layer.parameters()).device
-        if format == "auto" and not facts.fixed and costs is None and device.type not in known:
-            known[device.type] = Costs.shipped("torch", device.type)
-        if costs is not None:
-            costs.check("torch", device.type)
-        choices.append(choose(facts, format, batch, training, costs or known.get(device.type)))
+        known = costs_for(facts, format, costs, "torch", next(layer.parameters()).device.type)
+        choices.append(choose(facts, format, batch, training, known))
     model = _exchange(model, layers, choices)
     if explain:
         print(table(choices, batch, training))
@@ -92,23 +87,14 @@ def expand(model: nn.Module) -> nn.Module:
     return compress(model, "dense")
 
 
-def readers_of_weights(model: nn.Module) -> set[int]:
-    """Return the identities of layers whose weight the module around them reads past ``forward``."""
-    return {id(child) for module in model.modules() if isinstance(module, _READ_WEIGHTS) for child in module.children()}
-
-
 def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLinear, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
-    owners: dict[int, set[int]] = {}
-    readers = readers_of_weights(model)
-    for module in model.modules():
-        for parameter in module._parameters.values():
-            owners.setdefault(id(parameter), set()).add(id(module))
+    held, readers = owners(model), readers_of_weights(model)
     found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear | SparseLinear):
             weight = module._parameters.get("weight" if isinstance(module, MaskedLinear) else "values")
-            shared = any(len(owners[id(own)]) > 1 for own in module._parameters.values() if own is not None)
+            shared = any(len(held[id(own)]) > 1 for own in module._parameters.values() if own is not None)
             fixed = _why_fixed(module, weight, shared, id(module) in readers)
             found[id(module)] = module, _facts(name, module, fixed)
     return found

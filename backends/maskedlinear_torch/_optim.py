@@ -62,11 +62,10 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
         users = [layers for layers in _users(model) if id(layers[0].weight) in held]
-        saved = [layers[0].weight for layers in users]
         with torch.no_grad():
             for layers in users:
                 _start_anew(self, layers, known)
-        before = {id(weight): weight.detach().clone() for weight in saved}
+        before = {id(layers[0].weight): layers[0].weight.detach().clone() for layers in users}
         try:
             return step(*args, **kwargs)
         finally:

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear import pruning
-from maskedlinear.masks._random import checked_seed
-from maskedlinear.pruning._layers import Include, is_meant
+from maskedlinear.pruning._layers import Include, is_meant, layer_seed
 from maskedlinear_torch._functional import aligned, flat, whole
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._modules import owners
 from maskedlinear_torch._optim import renew
 from maskedlinear_torch._sparse_layer import SparseLinear
 
@@ -112,47 +112,56 @@ def regrow_model(
 
     Raises:
         ValueError: if a layer's weight is computed, or shared with another module, which a weight that becomes 0 would
-            change; if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer: layers
-            before that one have moved.
+            change; if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer. The model
+            is left as it was.
     """
-    moved = 0
     layers = [
         layer for name, layer in model.named_modules() if isinstance(layer, Masked) and is_meant(name, layer, include)
     ]
-    for layer in layers:
-        _refuse_shared(model, layer)
+    _refuse_shared(model, layers)
+    planned = []
     for place, layer in enumerate(layers):
-        own = (checked_seed(seed) + place) % (1 << 64)
-        rows = None if growth is None else _rows(growth, layer)
+        rows, own = None if growth is None else _rows(growth, layer), layer_seed(seed, place)
+        plan: Any
         if isinstance(layer, SparseLinear):
-            moved += _regrow_sparse(layer, fraction, rows, own, optimizer)
+            plan = pruning.regrow_pattern(layer.pattern, layer.values, fraction, rows, seed=own)
         else:
-            moved += _regrow_masked(layer, fraction, rows, own, optimizer)
-    return moved
+            plan = pruning.regrow(whole(layer.mask), whole(layer.weight), fraction, rows, seed=own)
+        planned.append(plan)
+    return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
 
 
-def _refuse_shared(model: nn.Module, layer: Masked) -> None:
-    name = "values" if isinstance(layer, SparseLinear) else "weight"
-    weight = layer._parameters.get(name)
-    if weight is None:
-        raise ValueError(f"connections move in a layer that holds its {name}; here it is computed (parametrize, prune)")
-    users = [module for module in model.modules() if any(own is weight for own in module._parameters.values())]
-    if len(users) > 1:
-        raise ValueError(
-            f"connections move in a layer that has its {name} to itself; here {len(users)} modules share it: leave it out "
-            "with include=..."
-        )
+def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
+    held = owners(model)
+    for layer in layers:
+        name = "values" if isinstance(layer, SparseLinear) else "weight"
+        weight = layer._parameters.get(name)
+        if weight is None:
+            raise ValueError(
+                f"connections move in a layer that holds its {name}; here it is computed (parametrize, prune)"
+            )
+        if len(held[id(weight)]) > 1:
+            raise ValueError(
+                f"connections move in a layer that has its {name} to itself; here {len(held[id(weight)])} modules share it: "
+                "leave it out with include=..."
+            )
 
 
 def _rows(growth: Growth, layer: Masked) -> Any:
     return lambda start, stop: growth.rows(layer, start, stop).cpu()
 
 
-def _regrow_masked(
-    layer: MaskedLinear, fraction: float, rows: Any, seed: int, optimizer: torch.optim.Optimizer | None
-) -> int:
+def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> int:
+    """Carry out what :mod:`maskedlinear.pruning` has planned for a layer; return how many connections moved."""
+    if isinstance(layer, SparseLinear):
+        pattern, source = plan
+        layer.rewire(pattern, source)
+        places = torch.from_numpy(source).to(layer.values.device)
+        if optimizer is not None:
+            renew(optimizer, layer.values, places < 0, places.clamp(min=0))
+        return int(np.count_nonzero(source < 0))
     old = whole(layer.mask)
-    found = torch.from_numpy(pruning.regrow(old, whole(layer.weight), fraction, rows, seed=seed)).to(old.device)
+    found = torch.from_numpy(plan).to(old.device)
     new, changed = found & ~old, found != old  # before the mask, which old may be, changes
     with torch.no_grad():
         layer.weight.masked_fill_(aligned(new, layer.weight), 0.0)
@@ -160,14 +169,3 @@ def _regrow_masked(
     if optimizer is not None:
         renew(optimizer, layer.weight, aligned(changed, layer.weight))
     return int(new.sum())
-
-
-def _regrow_sparse(
-    layer: SparseLinear, fraction: float, rows: Any, seed: int, optimizer: torch.optim.Optimizer | None
-) -> int:
-    pattern, source = pruning.regrow_pattern(layer.pattern, layer.values, fraction, rows, seed=seed)
-    layer.rewire(pattern, source)
-    places = torch.from_numpy(source).to(layer.values.device)
-    if optimizer is not None:
-        renew(optimizer, layer.values, places < 0, places.clamp(min=0))
-    return int(np.count_nonzero(source < 0))

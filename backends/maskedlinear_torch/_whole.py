@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear.masks import as_mask
-from maskedlinear.pruning._layers import Include, Score, check_known, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Score, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_torch._functional import as_tensor, check_dense, whole
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._models import readers_of_weights
+from maskedlinear_torch._modules import owners, readers_of_weights
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
@@ -46,23 +46,14 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
     masks = dict(masks or {})
     readers = readers_of_weights(model)
-    linear = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
     possible = {
         name: layer
-        for name, layer in linear.items()
+        for name, layer in model.named_modules()
         if type(layer) is nn.Linear and id(layer) not in readers and "weight" in layer._parameters
     }
-    check_known("masks", masks, list(possible))
-    meant = (lambda name, _: name in masks) if masks and include is None else include
-    chosen = {name: layer for name, layer in possible.items() if name in masks or is_meant(name, layer, meant)}
-    if not chosen:
-        raise ValueError(
-            f"there is no linear layer to mask: include={include!r} means none of {list(possible)}"
-            if possible
-            else f"there is no linear layer to mask in {type(model).__name__}"
-        )
-    made = {name: _checked(masks[name], layer.weight, name) for name, layer in chosen.items() if name in masks}
-    for name, layer in chosen.items():
+    layers = chosen(model, possible, masks, include)
+    made = {name: _checked(masks[name], layer.weight, name) for name, layer in layers.items() if name in masks}
+    for name, layer in layers.items():
         MaskedLinear.adopt(layer, made.get(name))
     return model
 
@@ -70,7 +61,8 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
 def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     """Turn :class:`MaskedLinear` layers back into ``nn.Linear``, in place, with the same outputs; return the model.
 
-    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`.
+    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`. Subclasses, and layers whose weight is
+    computed, stay as they are.
 
     Args:
         model: any module.
@@ -82,23 +74,22 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
-    chosen = {
+    layers = {
         name: layer
         for name, layer in _masked(model).items()
         if type(layer) is MaskedLinear and "weight" in layer._parameters and is_meant(name, layer, include)
     }
-    for name, layer in chosen.items():
+    held = owners(model)
+    for name, layer in layers.items():
         if not layer.mask.is_meta and bool(whole(layer.mask).all()):
             continue  # no weight becomes 0
-        for other in model.modules():
-            if other is layer or all(own is not layer.weight for own in other._parameters.values()):
-                continue
+        for other in held[id(layer.weight)]:
             if not isinstance(other, MaskedLinear) or not _same(layer.mask, other.mask):
                 raise ValueError(
                     f"{name} shares its weight with a {type(other).__name__} that does not mask it alike, so that no dense "
                     "weight gives the outputs of both: give them one mask first, or the full one"
                 )
-    for layer in chosen.values():
+    for layer in layers.values():
         layer.release()
     return model
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterable
 from typing import Any, NamedTuple
 
+from maskedlinear._table import lines
+
 __all__ = ["Outcome", "Record", "pivot", "table"]
 
 Pair = tuple[str, str]
@@ -85,11 +87,8 @@ def pivot(cells: dict[tuple[str, str, str], float]) -> list[str]:
 
 def table(head: list[str], body: list[list[str]]) -> list[str]:
     """Lay out rows of text under a head, columns aligned."""
-    widths = [max(len(row[i]) for row in [head, *body]) for i in range(len(head))]
-    lines = [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *body]
-    ]
-    return [lines[0], "-" * (sum(widths) + 2 * len(widths) - 2), *lines[1:]]
+    first, *rest = lines([head, *body])
+    return [first, "-" * max(len(line) for line in (first, *rest)), *rest]
 
 
 def _cell(value: float | None) -> str:

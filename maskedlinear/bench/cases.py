@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from maskedlinear.pattern import Pattern
 
-__all__ = ["SETS", "Case", "cases"]
+__all__ = ["NAMES", "SETS", "Case", "Names", "cases"]
 
+
+class Names(NamedTuple):
+    """What a framework's layers are called in the results: its own dense one, and the two masked forms."""
+
+    base: str
+    dense: str
+    sparse: str
+
+
+NAMES = {
+    "torch": Names("nn.Linear", "MaskedLinear", "SparseLinear"),
+    "jax": Names("jnp dense", "masked_linear", "sparse_linear"),
+}
 SETS = ("layers", "density", "batch", "width", "choice", "peak")
 _CHOICES = 40
 

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from maskedlinear.bench.cases import NAMES
 from maskedlinear.costs import Costs, Layer, choose
 
 __all__ = ["choices", "machine", "run_bench", "tables"]
@@ -88,7 +89,7 @@ def choices(rows: Sequence[dict[str, Any]], framework: str, device: str) -> dict
         layer = Layer("", row["out"], row["in"], row["connections"], 4, "dense")
         for what, times in row["times"].items():
             form = choose(layer, "auto", row["batch"], what == "step", costs).form
-            sparse = next(found["ratio"] for name, found in times.items() if name.lower().startswith("sparse"))
+            sparse = times[NAMES[framework].sparse]["ratio"]
             slower.append(max(1.0, sparse if form == "sparse" else 1 / sparse))
     return {
         "choices": len(slower),

@@ -16,12 +16,12 @@ import optax
 from jax import Array
 from jax.experimental import sparse
 
-from maskedlinear.bench.cases import Case
+from maskedlinear.bench.cases import NAMES, Case
 from maskedlinear.jax import masked_linear, sparse_linear
 
 __all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
 
-BASE, DENSE, SPARSE = "jnp dense", "masked_linear", "sparse_linear"
+BASE, DENSE, SPARSE = NAMES["jax"]
 
 Layer = tuple[Callable[..., Array], Any, Any]  # y of (parameters, x, fixed), the parameters, and what is fixed
 

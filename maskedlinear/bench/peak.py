@@ -13,7 +13,7 @@ from pathlib import Path
 
 from maskedlinear.bench.cases import Case
 
-__all__ = ["main", "peak"]
+__all__ = ["main", "most_memory", "peak"]
 
 _STEPS = 3
 _UNIT = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
@@ -33,14 +33,14 @@ def main(argv: Sequence[str]) -> None:
     case = Case(*json.loads(fields))
     tiny = layers.calls(Case(case.of, 8, 8, case.batch, 8), device, (name,))["step"][name]
     tiny()  # imports and initialises what is loaded late
-    before = _most()
+    before = most_memory()
     step = layers.calls(case, device, (name,))["step"][name]
     for _ in range(_STEPS):
         step()
-    print(_most() - before)
+    print(most_memory() - before)
 
 
-def _most() -> int:
+def most_memory() -> int:
     """Return the most bytes that this process had in memory so far."""
     status = Path("/proc/self/status")
     if status.exists():  # ru_maxrss counts the process that started this one, too

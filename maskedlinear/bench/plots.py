@@ -9,16 +9,15 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from maskedlinear.bench.cases import NAMES
+
 __all__ = ["crossover", "draw"]
 
 mpl.use("Agg")
 
 import matplotlib.pyplot as plt
 
-_DENSE = {"torch": "nn.Linear", "jax": "jnp dense"}
-_MASKED = {"torch": "MaskedLinear", "jax": "masked_linear"}
-_SPARSE = {"torch": "SparseLinear", "jax": "sparse_linear"}
-_NAMES = {"torch": "PyTorch", "jax": "JAX"}
+_TITLES = {"torch": "PyTorch", "jax": "JAX"}
 
 
 def draw(rows: Sequence[dict[str, Any]], out: Path) -> list[str]:
@@ -54,7 +53,8 @@ def _times(rows: Sequence[dict[str, Any]], path: Path) -> None:
         return float(row["times"]["step"][name]["ms"])
 
     def cross(axis: Any, framework: str, group: Sequence[dict[str, Any]]) -> None:
-        sparse, dense = ([taken(row, names[framework]) for row in group] for names in (_SPARSE, _DENSE))
+        names = NAMES[framework]
+        sparse, dense = ([taken(row, name) for row in group] for name in (names.sparse, names.base))
         found = crossover([100 * row["density"] for row in group], sparse, dense)
         if found is not None:
             axis.axvline(found, color="gray", linewidth=0.8)
@@ -79,11 +79,11 @@ def _panels(
     """Draw a panel for each group: ``height`` of a row and a layer against density, on log axes."""
     figure, axes = plt.subplots(1, len(groups), figsize=(4.4 * len(groups), 4.2), sharey=True, squeeze=False)
     for axis, ((framework, width, batch), group) in zip(axes[0], groups.items(), strict=True):
-        for names, style in ((_DENSE, "k--"), (_MASKED, "C0s-"), (_SPARSE, "C1o-")):
-            heights = [height(row, names[framework]) for row in group]
-            axis.loglog([100 * row["density"] for row in group], heights, style, label=names[framework], markersize=4)
+        for name, style in zip(NAMES[framework], ("k--", "C0s-", "C1o-"), strict=True):
+            heights = [height(row, name) for row in group]
+            axis.loglog([100 * row["density"] for row in group], heights, style, label=name, markersize=4)
         more(axis, framework, group)
-        axis.set_title(f"{_NAMES[framework]}, {width} × {width}, batch {batch}", fontsize=10)
+        axis.set_title(f"{_TITLES[framework]}, {width} × {width}, batch {batch}", fontsize=10)
         axis.set_xlabel("connections that are there, %")
         axis.grid(True, which="major", alpha=0.3)
         axis.legend(fontsize=8)

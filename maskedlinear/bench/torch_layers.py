@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.nn.utils import prune
 
-from maskedlinear.bench.cases import Case
+from maskedlinear.bench.cases import NAMES, Case
 from maskedlinear.torch import MaskedLinear, SparseLinear
 
 __all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
 
-BASE, DENSE, SPARSE = "nn.Linear", "MaskedLinear", "SparseLinear"
+BASE, DENSE, SPARSE = NAMES["torch"]
 
 
 class _ProductMask(nn.Linear):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
-
 from maskedlinear.masks._random import Sparsity, checked_fraction, integer
 
 __all__ = ["erdos_renyi"]
@@ -59,7 +57,7 @@ def shares(weights: Sequence[int], most: Sequence[int], total: int) -> list[int]
         scale = sum(weights[i] for i in open_)
         for i in open_:
             parts[i] = weights[i] * left // scale
-        remainders = np.array([weights[i] * left % scale for i in open_], dtype=object)
-        for k in sorted(range(len(open_)), key=lambda k: (-remainders[k], k))[: left - sum(parts[i] for i in open_)]:
-            parts[open_[k]] += 1
+        order = sorted(open_, key=lambda i: (-(weights[i] * left % scale), i))
+        for i in order[: left - sum(parts[i] for i in open_)]:
+            parts[i] += 1
     return parts

@@ -104,7 +104,12 @@ def blocks(
     shape = checked_shape(shape)
     height, width = check_blocks(shape, block)
     grid = random((shape[0] // height, shape[1] // width), sparsity=sparsity, num_zeros=num_zeros, seed=seed)
-    return np.repeat(np.repeat(grid, height, axis=0), width, axis=1)
+    return of_blocks(grid, (height, width))
+
+
+def of_blocks(grid: Mask, block: tuple[int, int]) -> Mask:
+    """Return the mask whose blocks are live where ``grid`` says."""
+    return np.repeat(np.repeat(grid, block[0], axis=0), block[1], axis=1)
 
 
 def check_blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, int]:

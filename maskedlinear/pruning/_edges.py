@@ -9,11 +9,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from maskedlinear._arrays import Scores, as_numpy, named, unnamed
+from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
 from maskedlinear.masks._distribution import shares
 from maskedlinear.masks._random import Sparsity, checked_zeros
-from maskedlinear.masks._structured import check_blocks, check_groups
+from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
+from maskedlinear.pruning._layers import Scores, named, unnamed
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["Scope", "n_m", "prune", "threshold"]
@@ -80,7 +81,7 @@ def prune(
     if empty == "refuse":
         _refuse_empty(before, found)
     if block is not None:
-        found = {name: np.repeat(np.repeat(mask, block[0], axis=0), block[1], axis=1) for name, mask in found.items()}
+        found = {name: of_blocks(mask, block) for name, mask in found.items()}
     return unnamed(found, scores)
 
 
@@ -126,8 +127,7 @@ def n_m(scores: Scores, n: int, m: int) -> Any:
     """
     found = {}
     for name, array in named(scores, as_numpy).items():
-        if array.ndim != 2:
-            raise ValueError(f"scores must have the weight's shape (out, in); got {array.shape}{_of([name])}")
+        _check_matrix(name, array)
         _refuse_nan(name, array)
         check_groups(array.shape, n, m)
         groups = array.reshape(-1, m)
@@ -141,8 +141,7 @@ def n_m(scores: Scores, n: int, m: int) -> Any:
 def masks_so_far(masks: Any, scores: Scores, layers: Mapping[Any, NDArray[Any]]) -> dict[Any, Mask]:
     """Return a mask for each layer: those given, checked, or full ones."""
     for name, array in layers.items():
-        if array.ndim != 2:
-            raise ValueError(f"scores must have the weight's shape (out, in); got {array.shape}{_of([name])}")
+        _check_matrix(name, array)
     if masks is None:
         return {name: np.ones(array.shape, bool) for name, array in layers.items()}
     given = named(masks, lambda mask: mask)
@@ -199,6 +198,11 @@ def _of_blocks(
                 f"masks so far must be of whole blocks of {(height, width)}; got one of parts{_of([name])}"
             )
     return sums, masks
+
+
+def _check_matrix(name: Any, array: NDArray[Any]) -> None:
+    if array.ndim != 2:
+        raise ValueError(f"scores must have the weight's shape (out, in); got {array.shape}{_of([name])}")
 
 
 def _refuse_nan(name: Any, array: NDArray[Any]) -> None:

@@ -1,20 +1,52 @@
-"""What the front ends share: which layers of a model are meant, and the scores of all of them."""
+"""Several layers at once: their arrays by name, which of a model are meant, and the scores of all of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from numpy.typing import NDArray
 
 from maskedlinear.masks._random import checked_seed
 from maskedlinear.pruning import _scores
 
-__all__ = ["Include", "Score", "check_known", "is_meant", "score_layers"]
+__all__ = [
+    "Include",
+    "Score",
+    "Scores",
+    "check_known",
+    "chosen",
+    "is_meant",
+    "layer_seed",
+    "named",
+    "score_layers",
+    "unnamed",
+]
 
 Include = str | Sequence[str] | Callable[[str, Any], bool] | None
 Score = Literal["magnitude", "random", "snip", "taylor"]
+Scores = Any  # an array, a mapping of names to arrays, or a sequence of arrays
+
+T = TypeVar("T")
+
+
+def named(arrays: Scores, convert: Callable[[Any], T]) -> dict[Any, T]:
+    """Return a single array, a mapping or a sequence of arrays as a dictionary, whose order is the order of layers."""
+    if isinstance(arrays, Mapping):
+        return {name: convert(array) for name, array in arrays.items()}
+    if isinstance(arrays, Sequence) and not hasattr(arrays, "dtype"):
+        return {place: convert(array) for place, array in enumerate(arrays)}
+    return {0: convert(arrays)}
+
+
+def unnamed(found: dict[Any, T], like: Scores) -> Any:
+    """Return ``found`` in the form that ``like`` has."""
+    if isinstance(like, Mapping):
+        return found
+    if isinstance(like, Sequence) and not hasattr(like, "dtype"):
+        return list(found.values())
+    return found[0]
 
 
 def is_meant(name: str, layer: Any, include: Include) -> bool:
@@ -34,6 +66,33 @@ def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
             f"{what} must be of layers that there are; got {', '.join(map(repr, unknown))}, and there are "
             f"{', '.join(map(repr, known)) or 'none'}"
         )
+
+
+def chosen(model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], include: Include) -> dict[str, T]:
+    """Return the layers of a model to mask: those that masks are given for, and those that ``include`` means.
+
+    Without ``include`` all of them, or, if there are masks, no other.
+
+    Raises:
+        ValueError: if a mask is of a layer that is not possible, or no layer is left.
+    """
+    check_known("masks", masks, list(possible))
+    every = include is None and not masks
+    found = {
+        name: layer
+        for name, layer in possible.items()
+        if name in masks or every or (include is not None and is_meant(name, layer, include))
+    }
+    if not possible:
+        raise ValueError(f"there is no linear layer to mask in {type(model).__name__}")
+    if not found:
+        raise ValueError(f"there is no linear layer to mask: include={include!r} means none of {list(possible)}")
+    return found
+
+
+def layer_seed(seed: int, place: int) -> int:
+    """Return the seed of the layer at a place in its model: ``seed + place``, in [0, 2⁶⁴)."""
+    return (checked_seed(seed) + place) % (1 << 64)
 
 
 def score_layers(
@@ -60,7 +119,7 @@ def score_layers(
         elif score == "magnitude":
             found[name] = _scores.magnitude(weight)
         elif score == "random":
-            found[name] = _scores.random_scores(tuple(weight.shape), (checked_seed(seed) + place) % (1 << 64))
+            found[name] = _scores.random_scores(tuple(weight.shape), layer_seed(seed, place))
         elif gradient is None:
             raise ValueError(
                 f"score={score!r} needs the gradient of each weight; {name or 'the layer'} has none: run a backward pass, "

@@ -9,7 +9,8 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from maskedlinear.costs import Costs, Format, Layer, choose, table
+from maskedlinear.costs import Costs, Format, Layer, choose, costs_for, table
+from maskedlinear_jax.flax._modules import layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -57,11 +58,11 @@ def compress(
             if there are no costs for the device. The model is left as it was.
     """
     layers = _masked_layers(model)
-    if format == "auto" and costs is None and any(not facts.fixed for _, facts in layers.values()):
-        costs = Costs.shipped("jax", jax.default_backend())
-    if costs is not None:
-        costs.check("jax", jax.default_backend())
-    choices = [choose(facts, format, batch, training, costs) for _, facts in layers.values()]
+    device = jax.default_backend()
+    choices = [
+        choose(facts, format, batch, training, costs_for(facts, format, costs, "jax", device))
+        for _, facts in layers.values()
+    ]
     made: dict[int, Any] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
@@ -85,17 +86,11 @@ def expand(model: Model) -> Model:
 
 def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
-    owners: dict[int, set[int]] = {}
-    modules = [(path, node) for path, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree)]
-    for _, module in modules:
-        for variable in vars(module).values():
-            if isinstance(variable, nnx.Variable):
-                owners.setdefault(id(variable), set()).add(id(module))
+    held = owners(model)
     found: dict[int, tuple[Any, Layer]] = {}
-    for path, module in modules:
-        if isinstance(module, MaskedLinear | SparseLinear):
-            shared = any(len(owners[id(v)]) > 1 for v in vars(module).values() if isinstance(v, nnx.Variable))
-            found[id(module)] = module, _facts(".".join(map(str, path)), module, shared)
+    for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
+        shared = any(len(held[id(own)]) > 1 for own in vars(layer).values() if isinstance(own, nnx.Variable))
+        found[id(layer)] = layer, _facts(name, layer, shared)
     return found
 
 

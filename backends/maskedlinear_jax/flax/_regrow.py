@@ -11,11 +11,10 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear import pruning
-from maskedlinear.masks._random import checked_seed
-from maskedlinear.pruning._layers import Include, is_meant
+from maskedlinear.pruning._layers import Include, is_meant, layer_seed
+from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
-from maskedlinear_jax.flax._whole import kernel_gradients, layers_of, users_of
 
 __all__ = ["growth_gradients", "regrow_model"]
 
@@ -33,15 +32,14 @@ def growth_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) ->
     Returns:
         A gradient for each masked layer, by name, of the kernel's shape ``(in, out)``: for :func:`regrow_model`.
     """
-    for layer in layers_of(model, MaskedLinear).values():
-        _refuse_shared(model, layer)
+    layers = layers_of(model, MaskedLinear)
+    _refuse_shared(model, layers)
     whole = nnx.clone(model)
     for layer in layers_of(whole, MaskedLinear).values():
         layer.kernel[...] = layer.masked_kernel
         layer.set_mask(jnp.ones(layer.kernel[...].shape, bool))
-    names = layers_of(model, MaskedLinear)
     found = kernel_gradients(nnx.grad(loss)(whole, *arguments))
-    return {name: found[name] for name in names}
+    return {name: found[name] for name in layers}
 
 
 def regrow_model(
@@ -78,18 +76,19 @@ def regrow_model(
         for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items()
         if is_meant(name, layer, include)
     }
-    found: dict[str, np.ndarray[Any, Any]] = {}
-    for place, (name, layer) in enumerate(layers.items()):
+    for name, layer in layers.items():
         if isinstance(layer, SparseLinear):
             raise ValueError(
                 f"{name or 'the layer'} is in the sparse form, whose connections are fixed: expand(model) first"
             )
-        _refuse_shared(model, layer)
+    _refuse_shared(model, layers)
+    found: dict[str, np.ndarray[Any, Any]] = {}
+    for place, (name, layer) in enumerate(layers.items()):
         if gradients is not None and name not in gradients:
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
         gradient = None if gradients is None else gradients[name].T
-        own = (checked_seed(seed) + place) % (1 << 64)
-        found[name] = pruning.regrow(layer.mask[...].T, layer.kernel[...].T, fraction, gradient, seed=own).T
+        mask, kernel, own = layer.mask[...], layer.kernel[...], layer_seed(seed, place)
+        found[name] = pruning.regrow(mask.T, kernel.T, fraction, gradient, seed=own).T
     moved = 0
     for name, mask in found.items():
         layer = layers[name]
@@ -100,10 +99,12 @@ def regrow_model(
     return moved
 
 
-def _refuse_shared(model: Any, layer: MaskedLinear) -> None:
-    users = users_of(model, layer.kernel)
-    if len(users) > 1:
-        raise ValueError(
-            f"connections move in a layer that has its kernel to itself; here {len(users)} modules share it: leave it out "
-            "with include=..."
-        )
+def _refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
+    held = owners(model)
+    for layer in layers.values():
+        users = len(held[id(layer.kernel)])
+        if users > 1:
+            raise ValueError(
+                f"connections move in a layer that has its kernel to itself; here {users} modules share it: leave it out "
+                "with include=..."
+            )

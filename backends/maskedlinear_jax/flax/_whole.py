@@ -11,24 +11,15 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, Score, check_known, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Score, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER
+from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = [
-    "kernel_gradients",
-    "layers_of",
-    "mask_model",
-    "masks_of",
-    "prune_model",
-    "report",
-    "set_masks",
-    "unmask_model",
-    "users_of",
-]
+__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
@@ -58,13 +49,9 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
         for name, layer in layers_of(model, nnx.Linear).items()
         if type(layer) is nnx.Linear and _is_flat(layer)
     }
-    check_known("masks", masks, list(possible))
-    meant = (lambda name, _: name in masks) if masks and include is None else include
-    chosen = {name: layer for name, layer in possible.items() if name in masks or is_meant(name, layer, meant)}
-    if not chosen:
-        raise ValueError(f"there is no linear layer to mask: include={include!r} means none of {list(possible)}")
-    made = {name: _checked(masks[name], layer, name) for name, layer in chosen.items() if name in masks}
-    for name, layer in chosen.items():
+    layers = chosen(model, possible, masks, include)
+    made = {name: _checked(masks[name], layer, name) for name, layer in layers.items() if name in masks}
+    for name, layer in layers.items():
         MaskedLinear.adopt(layer, made.get(name))
     return model
 
@@ -72,7 +59,7 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
 def unmask_model(model: Model, *, include: Include = None) -> Model:
     """Turn :class:`MaskedLinear` layers back into ``nnx.Linear``, in place, with the same outputs; return the model.
 
-    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`.
+    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`. Subclasses stay as they are.
 
     Args:
         model: any nnx module.
@@ -81,20 +68,23 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
     Raises:
         ValueError: if a kernel is shared with a module that does not mask it alike; the model is left as it was.
     """
-    layers = layers_of(model, MaskedLinear)
+    layers = {
+        name: layer
+        for name, layer in layers_of(model, MaskedLinear).items()
+        if type(layer) is MaskedLinear and is_meant(name, layer, include)
+    }
+    held = owners(model)
     for name, layer in layers.items():
-        if type(layer) is not MaskedLinear or not is_meant(name, layer, include) or bool(layer.mask[...].all()):
-            continue
-        for other in users_of(model, layer.kernel):
-            alike = isinstance(other, MaskedLinear) and bool((layer.mask[...] == other.mask[...]).all())
-            if other is not layer and not alike:
+        if bool(layer.mask[...].all()):
+            continue  # no weight becomes 0
+        for other in held[id(layer.kernel)]:
+            if not isinstance(other, MaskedLinear) or not bool((layer.mask[...] == other.mask[...]).all()):
                 raise ValueError(
                     f"{name} shares its kernel with a {type(other).__name__} that does not mask it alike, so that no dense "
                     "kernel gives the outputs of both: give them one mask first, or the full one"
                 )
-    for name, layer in layers.items():
-        if type(layer) is MaskedLinear and is_meant(name, layer, include):
-            layer.release()
+    for layer in layers.values():
+        layer.release()
     return model
 
 
@@ -194,29 +184,8 @@ def report(model: Any) -> Report:
     return Report(rows)
 
 
-def layers_of(model: Any, kind: Any) -> dict[str, Any]:
-    """Return the layers of a kind, by their paths with dots between."""
-    return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
-
-
-def users_of(model: Any, variable: Any) -> list[Any]:
-    """Return the modules that hold a variable."""
-    nodes = (node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Pytree))
-    return [node for node in nodes if any(own is variable for own in vars(node).values())]
-
-
 def _is_flat(layer: nnx.Linear) -> bool:
     return len(layer.kernel.get_value().shape) == 2
-
-
-def kernel_gradients(gradients: Any) -> dict[str, Array]:
-    """Return the gradients of kernels by the names of their layers."""
-    state = nnx.to_flat_state(gradients)
-    return {
-        ".".join(map(str, path[:-1])): leaf[...] if isinstance(leaf, nnx.Variable) else jnp.asarray(leaf)
-        for path, leaf in state
-        if path[-1] == "kernel"
-    }
 
 
 def _checked(mask: Any, layer: nnx.Linear, name: str) -> Array:
