@@ -44,7 +44,8 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
     Args:
         mask: shape ``(out, in)``, of any framework.
         weight: the same shape.
-        fraction: the share of live connections that move, in [0, 1]; see :func:`cosine`.
+        fraction: the share of live connections that move, in [0, 1], taken as the decimal that it prints as; see
+            :func:`cosine`.
         gradient: the loss's gradient with respect to *all* weights, ``gᵀ · x``, the same shape; a masked layer's own
             gradient is 0 where the mask is. Or a function, as :func:`regrow_pattern` takes it.
         seed: of the random places, an integer in [0, 2⁶⁴); another at each step.
