@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="FILE",
         help="instead, measure what compress(..., costs=Costs.load(FILE)) chooses by, in the one framework named with "
-        "--framework; some five minutes",
+        "--framework; ten to fifteen minutes",
     )
     _folder(bench, "maskedlinear-bench")
     commands.add_parser(

@@ -20,11 +20,12 @@ from numpy.typing import NDArray
 
 from maskedlinear._table import lines
 
-__all__ = ["Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
+__all__ = ["UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
 
 Format = Literal["auto", "dense", "sparse"]
 
-_VERSION = 1
+_VERSION = 2
+UNEVEN = 4  # how many times as wide, and as narrow, the layers that are not square are that are measured too
 
 
 @dataclass(frozen=True)
@@ -76,9 +77,12 @@ class Choice:
 class Costs:
     """Times of both forms of square layers on one machine, from which those of other layers are read off.
 
-    Between batches and between densities a time is taken to grow in a straight line, between widths as a power. A layer
-    that is not square is read off at the width √(in · out). Beyond the widest layer, the largest batch and the highest
-    density the last line goes on; below the smallest width the time stays.
+    Between batches and between densities a time is taken to grow in a straight line, between widths as a power. Beyond the
+    widest layer, the largest batch and the highest density the last line goes on; below the smallest width the time stays.
+
+    A layer that is not square is read off at the width w = √(in · out), and takes longer by a time for each of the
+    in + out − 2 w features by which x and y are larger than the square's. That time, by batch and for a surplus of inputs
+    and of outputs apart, is what layers of 4 w → w / 4 and of w / 4 → 4 w took longer than the square one.
 
     ``maskedlinear bench --costs FILE`` measures them. The package brings those of one machine for PyTorch and JAX on the
     CPU.
@@ -92,6 +96,8 @@ class Costs:
         densities: fractions of live connections, ascending.
         dense: seconds, shape (2, widths, batches): of a training step (forward, backward, Adam) and of an inference.
         sparse: the same for each density, shape (2, widths, batches, densities).
+        uneven: seconds, shape (2, 2, 2, batches): as above; of the dense and the sparse form; of a layer 4 w → w / 4 and of
+            one w / 4 → 4 w, for the width w in the middle of ``widths`` and the second of ``densities``.
     """
 
     framework: str
@@ -102,6 +108,7 @@ class Costs:
     densities: tuple[float, ...]
     dense: NDArray[np.float64]
     sparse: NDArray[np.float64]
+    uneven: NDArray[np.float64]
 
     def __post_init__(self) -> None:
         """Check what a file may have brought.
@@ -110,8 +117,9 @@ class Costs:
             ValueError: if shapes do not belong together, or a time is not positive.
         """
         shape = (2, len(self.widths), len(self.batches))
-        shapes = (self.dense.shape, self.sparse.shape)
-        if shapes != (shape, (*shape, len(self.densities))) or min(shape[1], len(self.densities)) < 2 or shape[2] < 3:
+        shapes = (self.dense.shape, self.sparse.shape, self.uneven.shape)
+        expected = (shape, (*shape, len(self.densities)), (2, 2, 2, len(self.batches)))
+        if shapes != expected or min(shape[1], len(self.densities)) < 2 or shape[2] < 3:
             raise ValueError(
                 f"costs must have times for each of at least 2 widths, 3 batches and 2 densities; got shapes {shapes} for "
                 f"{shape[1]} widths, {shape[2]} batches and {len(self.densities)} densities: measure them anew"
@@ -119,23 +127,36 @@ class Costs:
         for axis in (self.widths, self.batches, self.densities):
             if any(one >= other for one, other in pairwise(axis)):
                 raise ValueError(f"costs must have ascending widths, batches and densities; got {axis}")
-        if self.batches[0] != 1 or not all((times > 0).all() for times in (self.dense, self.sparse)):
+        if self.batches[0] != 1 or not all((times > 0).all() for times in (self.dense, self.sparse, self.uneven)):
             raise ValueError("costs must have batch 1, and times above 0: measure them anew")
 
     def seconds(self, form: str, layer: Layer, batch: int, training: bool) -> float:
         """Return the expected seconds of a step (``training``) or an inference of ``layer`` on ``batch`` rows of x."""
-        kind, width = 0 if training else 1, max(math.sqrt(layer.size), self.widths[0])
-        if form == "dense":
-            return self._at(self.dense[kind], width, batch)
+        kind, sparse = 0 if training else 1, form == "sparse"
         density = layer.connections / layer.size if layer.size else 0.0
-        times = np.maximum(_line(self.densities, self.sparse[kind], density), self.sparse[kind].min())
-        return self._at(times, width, batch)
+        times = self._at_density(kind, density) if sparse else self.dense[kind]
+        width = max(math.sqrt(layer.size), self.widths[0])
+        by_width = [self._at_batch(at_width, batch) for at_width in times]
+        square = math.exp(_line(np.log(self.widths), np.log(by_width), math.log(width)))
+        surplus = max(layer.in_features + layer.out_features - 2 * width, 0.0)
+        a_feature = self._at_batch(self._a_feature(kind, sparse, layer.out_features > layer.in_features), batch, 0.0)
+        return square + surplus * a_feature
 
-    def _at(self, times: NDArray[np.float64], width: float, batch: int) -> float:
-        """Return the time at a width and a batch, of times with shape (widths, batches)."""
-        several = np.maximum(_line(self.batches[1:], times[:, 1:], batch), times.min())
-        by_width = times[:, 0] if batch == 1 else several  # one row has kernels of its own
-        return math.exp(_line(np.log(self.widths), np.log(by_width), math.log(width)))
+    def _at_density(self, kind: int, density: float) -> NDArray[np.float64]:
+        times = self.sparse[kind]
+        return np.maximum(_line(self.densities, times, density), times.min())  # type: ignore[no-any-return]
+
+    def _at_batch(self, times: NDArray[np.float64], batch: int, least: float | None = None) -> float:
+        """Return the time at a batch, of times by batch; one row has kernels of its own."""
+        at = times[0] if batch == 1 else _line(self.batches[1:], times[1:], batch)
+        return max(float(at), float(times.min()) if least is None else least)
+
+    def _a_feature(self, kind: int, sparse: bool, more_outputs: bool) -> NDArray[np.float64]:
+        """Return by batch the seconds that each feature takes by which x and y are larger than a square layer's."""
+        middle = len(self.widths) // 2
+        square = self.sparse[kind, middle, :, 1] if sparse else self.dense[kind, middle]
+        longer: NDArray[np.float64] = self.uneven[kind, int(sparse), int(more_outputs)] - square
+        return longer / (self.widths[middle] * (UNEVEN + 1 / UNEVEN - 2))
 
     def save(self, path: str | Path) -> None:
         """Write a JSON file."""
@@ -149,7 +170,7 @@ class Costs:
             "densities": self.densities,
             "microseconds": {
                 name: np.vectorize(lambda second: float(f"{second * 1e6:.4g}"))(times).tolist()
-                for name, times in (("dense", self.dense), ("sparse", self.sparse))
+                for name, times in (("dense", self.dense), ("sparse", self.sparse), ("uneven", self.uneven))
             },
         }
         Path(path).write_text(json.dumps(fields) + "\n", encoding="utf-8")
@@ -185,9 +206,11 @@ class Costs:
             found = json.loads(text)
             if found["version"] != _VERSION:
                 raise ValueError(f"version {found['version']}")
-            dense, sparse = (np.asarray(found["microseconds"][form], np.float64) / 1e6 for form in ("dense", "sparse"))
+            times = [
+                np.asarray(found["microseconds"][name], np.float64) / 1e6 for name in ("dense", "sparse", "uneven")
+            ]
             widths, batches, densities = (tuple(found[axis]) for axis in ("widths", "batches", "densities"))
-            return cls(found["framework"], found["device"], found["machine"], widths, batches, densities, dense, sparse)
+            return cls(found["framework"], found["device"], found["machine"], widths, batches, densities, *times)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{name} must be a file of costs, version {_VERSION}, as maskedlinear bench --costs writes it; "

@@ -15,12 +15,19 @@ from maskedlinear.costs import Costs, Layer, choose, table
 WIDTHS, BATCHES, DENSITIES = (64, 256, 1024), (1, 8, 128), (0.01, 0.1, 0.5)
 
 
-def made(dense_rate: float = 1e-9, sparse_rate: float = 5e-9, fixed: float = 1e-6) -> Costs:
-    """Costs of a machine on which a time is a number of products times a rate, and one row costs half."""
+def made(dense_rate: float = 1e-9, sparse_rate: float = 5e-9, fixed: float = 1e-6, a_feature: float = 0.0) -> Costs:
+    """Costs of a machine on which a time is a number of products times a rate, and one row costs half.
+
+    A feature more than a square layer's costs the sparse form ``a_feature`` seconds, twice as much for outputs.
+    """
     width, batch = np.meshgrid(WIDTHS, BATCHES, indexing="ij")
     batch = np.where(batch == 1, 0.5, batch)
     products = np.stack([3.0 * width**2 * batch, 1.0 * width**2 * batch])
     density = np.asarray(DENSITIES)
+    dense, sparse = products * dense_rate, fixed + products[..., None] * density * sparse_rate
+    surplus = 256 * 4 + 256 / 4 - 2 * 256
+    longer = sparse[:, 1, :, 1]
+    uneven = [dense[:, 1], dense[:, 1], longer + surplus * a_feature, longer + 2 * surplus * a_feature]
     return Costs(
         "torch",
         "cpu",
@@ -28,8 +35,9 @@ def made(dense_rate: float = 1e-9, sparse_rate: float = 5e-9, fixed: float = 1e-
         WIDTHS,
         BATCHES,
         DENSITIES,
-        products * dense_rate,
-        fixed + products[..., None] * density * sparse_rate,
+        dense,
+        sparse,
+        np.stack(uneven, axis=1).reshape(2, 2, 2, len(BATCHES)),
     )
 
 
@@ -51,6 +59,15 @@ def test_expected_times_are_the_measured_ones_and_lie_between_them() -> None:
     assert costs.seconds("dense", layer(256, 256), 64, True) == pytest.approx(3e-9 * 256**2 * 64)
     assert costs.seconds("dense", layer(256, 256), 512, True) == pytest.approx(3e-9 * 256**2 * 512)
     assert costs.seconds("dense", layer(128, 512), 8, True) == pytest.approx(3e-9 * 256**2 * 8)
+
+
+@pytest.mark.parametrize("batch", [1, 8, 50])
+def test_long_rows_cost_more_by_their_length(batch: int) -> None:
+    costs = made(a_feature=1e-7)
+    square = costs.seconds("sparse", layer(256, 256), batch, True)
+    assert costs.seconds("sparse", layer(64, 1024), batch, True) == pytest.approx(square + 576e-7)
+    assert costs.seconds("sparse", layer(1024, 64), batch, True) == pytest.approx(square + 2 * 576e-7)
+    assert costs.seconds("dense", layer(64, 1024), batch, True) == costs.seconds("dense", layer(256, 256), batch, True)
 
 
 def test_no_time_is_below_the_shortest_that_was_measured() -> None:
@@ -129,7 +146,7 @@ def test_the_package_brings_costs_for_the_cpu(framework: str) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "version 2"),
+        ({"version": 1}, "version 1"),
         ({"widths": [64, 64, 1024]}, "ascending"),
         ({"widths": [64, 256]}, "shapes"),
         ({"batches": [2, 8, 128]}, "batch 1"),

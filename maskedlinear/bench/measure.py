@@ -21,7 +21,7 @@ SHORTEST = 0.02  # seconds that a block takes at least
 
 
 def ratios(calls: dict[str, Callable[[], Any]], base: str, block: int = BLOCK) -> dict[str, dict[str, float]]:
-    """Return for each call its median time in ms, and its ratio to ``base`` in the same round: median, lowest, highest.
+    """Return for each call its time in ms (median, least), and its ratio to ``base`` in the same round (median and range).
 
     A round calls each of them ``block`` times, or more often if that takes less than ``SHORTEST``.
     """
@@ -43,6 +43,7 @@ def ratios(calls: dict[str, Callable[[], Any]], base: str, block: int = BLOCK) -
         ratio = [one / other for one, other in zip(taken, times[base], strict=True)]
         found[name] = {
             "ms": statistics.median(taken) * 1e3,
+            "least": min(taken) * 1e3,
             "ratio": statistics.median(ratio),
             "lowest": min(ratio),
             "highest": max(ratio),
