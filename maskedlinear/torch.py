@@ -17,6 +17,7 @@ try:
         regrow_model,
         report,
         set_masks,
+        shrink,
         sparse_linear,
         unmask_model,
     )
@@ -37,6 +38,7 @@ __all__ = [
     "regrow_model",
     "report",
     "set_masks",
+    "shrink",
     "sparse_linear",
     "unmask_model",
 ]

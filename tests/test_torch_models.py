@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -172,7 +173,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 
 def test_costs_of_ones_own_decide() -> None:
     costs = Costs.shipped("torch", "cpu")
-    slow = Costs("torch", "cpu", "", costs.widths, costs.batches, costs.densities, costs.dense, costs.sparse * 1e6)
+    slow = replace(costs, sparse=costs.sparse * 1e6)
     assert forms(compress(network(), costs=slow)) == ["MaskedLinear", "MaskedLinear", "Linear"]
     with pytest.raises(ValueError, match="costs must be of torch on 'cpu', where the layer is; got those of jax"):
         compress(network(), costs=Costs.shipped("jax", "cpu"))

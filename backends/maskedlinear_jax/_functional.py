@@ -21,7 +21,7 @@ from jax.typing import ArrayLike
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
 
-__all__ = ["as_array", "boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
+__all__ = ["as_array", "boolean_mask", "check_devices", "enable_x64", "expression", "masked_linear", "rule"]
 
 Precision = Any  # what jax.lax.dot_general takes: None, a name, a Precision, a pair of these, an algorithm
 
@@ -188,3 +188,10 @@ def _backward(
 
 
 rule.defvjp(_forward, _backward)
+
+
+def enable_x64(on: bool) -> Any:
+    """``jax.enable_x64``, or its older name."""
+    if hasattr(jax, "enable_x64"):
+        return jax.enable_x64(on)
+    return jax.experimental.enable_x64(on)  # type: ignore[attr-defined, unused-ignore]

@@ -20,6 +20,7 @@ from maskedlinear import masks
 from maskedlinear.pattern import Pattern
 from maskedlinear.reference import laid_out
 from maskedlinear_jax import masked_linear, sparse_linear
+from maskedlinear_jax._functional import enable_x64
 
 __all__ = ["JaxBackend"]
 
@@ -85,7 +86,7 @@ class JaxBackend:
     @contextmanager
     def strict(self) -> Iterator[None]:
         """Turn 64-bit types on and TF32 off."""
-        with _enable_x64(True), jax.default_matmul_precision("highest"):
+        with enable_x64(True), jax.default_matmul_precision("highest"):
             yield
 
     def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:
@@ -193,13 +194,6 @@ def _placed(array: NDArray[Any], device: str) -> Array:
     """Return ``array`` on ``device``; bound to it only if it is not the default, as users' arrays are."""
     chosen = _device(device)
     return jax.device_put(array, None if chosen == jax.devices()[0] else chosen)  # type: ignore[no-any-return]
-
-
-def _enable_x64(on: bool) -> Any:
-    """``jax.enable_x64``, or its older name."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(on)
-    return jax.experimental.enable_x64(on)  # type: ignore[attr-defined, unused-ignore]
 
 
 def _value_and_gradients(

@@ -13,6 +13,7 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
 from maskedlinear_torch._regrow import record_growth, regrow_model
+from maskedlinear_torch._shrink import shrink
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
@@ -31,6 +32,7 @@ __all__ = [
     "regrow_model",
     "report",
     "set_masks",
+    "shrink",
     "sparse_linear",
     "unmask_model",
 ]

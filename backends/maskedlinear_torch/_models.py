@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -10,23 +9,13 @@ from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.costs import Choice, Costs, Format, Layer, choose, costs_for, table
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import owners, readers_of_weights
+from maskedlinear_torch._modules import dressed, exchange, owners, readers_of_weights
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["compress", "expand"]
 
 _BUFFERS = {"mask", *Indices._fields}
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
 
 
 def compress(
@@ -142,22 +131,5 @@ def _exchange(
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
             new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
-            made[key] = _dressed(new, layer)
-    for parent, name in list(_places(model, made)):
-        parent._modules[name] = made[id(parent._modules[name])]
-    return made.get(id(model), model)
-
-
-def _places(model: nn.Module, made: dict[int, nn.Module]) -> Iterator[tuple[nn.Module, str]]:
-    for parent in model.modules():
-        yield from ((parent, name) for name, child in parent._modules.items() if id(child) in made)
-
-
-def _dressed(new: nn.Module, old: nn.Module) -> nn.Module:
-    """Give ``new`` the hooks of ``old``, and what a user has written on it."""
-    for name in _HOOKS:
-        new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
-    for name, value in vars(old).items():
-        if name not in vars(new) and not name.startswith("_"):
-            setattr(new, name, value)
-    return new
+            made[key] = dressed(new, layer)
+    return exchange(model, made)

@@ -10,7 +10,7 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from maskedlinear.costs import Costs, Format, Layer, choose, costs_for, table
-from maskedlinear_jax.flax._modules import layers_of, owners
+from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -67,7 +67,7 @@ def compress(
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
             made[key] = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
-    model = _exchanged(model, made, set())
+    model = exchanged(model, made, set())
     if explain:
         print(table(choices, batch, training))
     return model
@@ -125,30 +125,3 @@ def _why_fixed(layer: Any, weight: Any, shared: bool) -> str:
     if any("sharding" in name and value for name, value in layer.kernel.get_metadata().items() if "eager" not in name):
         return "its kernel is sharded"
     return ""
-
-
-def _exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
-    """Return ``node`` with all layers that ``made`` has a new form of exchanged, in place where it can change."""
-    if id(node) in made:
-        return made[id(node)]
-    if isinstance(node, tuple):
-        parts = [_exchanged(part, made, seen) for part in node]
-        if all(new is old for new, old in zip(parts, node, strict=True)):
-            return node
-        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
-    if not isinstance(node, nnx.Pytree | list | dict) or isinstance(node, nnx.Variable) or id(node) in seen:
-        return node
-    seen.add(id(node))
-    if isinstance(node, nnx.List | list):
-        children: list[tuple[Any, Any]] = list(enumerate(node))
-    else:
-        children = list((node if isinstance(node, dict) else vars(node)).items())
-    for name, child in children:
-        new = child if str(name).startswith("_pytree") else _exchanged(child, made, seen)
-        if new is child:
-            continue
-        if isinstance(node, list | dict | nnx.List):
-            node[name] = new
-        else:
-            setattr(node, name, nnx.data(new))
-    return node

@@ -1,4 +1,4 @@
-"""What is asked of a whole nnx model: its layers by name, who holds a variable, and the gradients of its kernels."""
+"""What is asked of a whole nnx model, its layers, who holds a variable, kernels' gradients; and its layers exchanged."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["kernel_gradients", "layers_of", "owners"]
+__all__ = ["exchanged", "kernel_gradients", "layers_of", "owners"]
 
 
 def layers_of(model: Any, kind: Any) -> dict[str, Any]:
@@ -34,3 +34,30 @@ def kernel_gradients(gradients: Any) -> dict[str, Array]:
         for path, leaf in nnx.to_flat_state(gradients)
         if path[-1] == "kernel"
     }
+
+
+def exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
+    """Return ``node`` with all layers that ``made`` has a new form of exchanged, in place where it can change."""
+    if id(node) in made:
+        return made[id(node)]
+    if isinstance(node, tuple):
+        parts = [exchanged(part, made, seen) for part in node]
+        if all(new is old for new, old in zip(parts, node, strict=True)):
+            return node
+        return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
+    if not isinstance(node, nnx.Pytree | list | dict) or isinstance(node, nnx.Variable) or id(node) in seen:
+        return node
+    seen.add(id(node))
+    if isinstance(node, nnx.List | list):
+        children: list[tuple[Any, Any]] = list(enumerate(node))
+    else:
+        children = list((node if isinstance(node, dict) else vars(node)).items())
+    for name, child in children:
+        new = child if str(name).startswith("_pytree") else exchanged(child, made, seen)
+        if new is child:
+            continue
+        if isinstance(node, list | dict | nnx.List):
+            node[name] = new
+        else:
+            setattr(node, name, nnx.data(new))
+    return node
