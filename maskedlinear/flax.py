@@ -19,6 +19,7 @@ try:
         regrow_model,
         report,
         set_masks,
+        shrink,
         unmask_model,
     )
 except ModuleNotFoundError as error:
@@ -40,5 +41,6 @@ __all__ = [
     "regrow_model",
     "report",
     "set_masks",
+    "shrink",
     "unmask_model",
 ]

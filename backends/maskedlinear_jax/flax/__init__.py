@@ -9,6 +9,7 @@ from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._regrow import growth_gradients, regrow_model
+from maskedlinear_jax.flax._shrink import shrink
 from maskedlinear_jax.flax._sparse_nnx import Connections, SparseLinear
 from maskedlinear_jax.flax._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
 
@@ -28,5 +29,6 @@ __all__ = [
     "regrow_model",
     "report",
     "set_masks",
+    "shrink",
     "unmask_model",
 ]
