@@ -5,10 +5,13 @@ from maskedlinear._extras import missing_framework
 try:
     from maskedlinear_torch import (
         MaskedLinear,
+        ScheduledPruning,
+        ScheduledRegrowth,
         SparseLinear,
         compress,
         expand,
         freeze_masked,
+        lottery_rounds,
         mask_model,
         masked_linear,
         masks_of,
@@ -16,6 +19,7 @@ try:
         record_growth,
         regrow_model,
         report,
+        rewind_model,
         set_masks,
         shrink,
         sparse_linear,
@@ -26,10 +30,13 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "MaskedLinear",
+    "ScheduledPruning",
+    "ScheduledRegrowth",
     "SparseLinear",
     "compress",
     "expand",
     "freeze_masked",
+    "lottery_rounds",
     "mask_model",
     "masked_linear",
     "masks_of",
@@ -37,6 +44,7 @@ __all__ = [
     "record_growth",
     "regrow_model",
     "report",
+    "rewind_model",
     "set_masks",
     "shrink",
     "sparse_linear",

@@ -12,6 +12,7 @@ from maskedlinear_torch._functional import masked_linear
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
+from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth, lottery_rounds, rewind_model
 from maskedlinear_torch._regrow import record_growth, regrow_model
 from maskedlinear_torch._shrink import shrink
 from maskedlinear_torch._sparse import sparse_linear
@@ -20,10 +21,13 @@ from maskedlinear_torch._whole import mask_model, masks_of, prune_model, report,
 
 __all__ = [
     "MaskedLinear",
+    "ScheduledPruning",
+    "ScheduledRegrowth",
     "SparseLinear",
     "compress",
     "expand",
     "freeze_masked",
+    "lottery_rounds",
     "mask_model",
     "masked_linear",
     "masks_of",
@@ -31,6 +35,7 @@ __all__ = [
     "record_growth",
     "regrow_model",
     "report",
+    "rewind_model",
     "set_masks",
     "shrink",
     "sparse_linear",

@@ -54,6 +54,10 @@ class Cubic:
         """Whether this step prunes."""
         return step == self.end or (self.begin <= step < self.end and (step - self.begin) % self.every == 0)
 
+    def steps(self) -> list[int]:
+        """Return the steps that prune, ascending."""
+        return [*range(self.begin, self.end, self.every), self.end]
+
 
 @dataclass(frozen=True)
 class Geometric:

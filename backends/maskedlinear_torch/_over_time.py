@@ -1,0 +1,244 @@
+"""Masks that change while a model trains: by a schedule, in rounds with rewinding, and with connections that move."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from maskedlinear import pruning
+from maskedlinear.pruning._layers import Include, Score
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._regrow import Growth, record_growth, regrow_model
+from maskedlinear_torch._whole import prune_model
+
+__all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
+
+
+class ScheduledPruning:
+    """Prunes a model at the steps of a schedule; in a training loop, after each step of the optimizer::
+
+        pruner = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        for x, y in batches:
+            ...
+            optimizer.step()
+            pruner.step()
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        schedule: the sparsity at each step, counted from 0.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+
+    Attributes:
+        steps: how many steps there were.
+    """
+
+    def __init__(self, model: nn.Module, schedule: pruning.Cubic, **how: Any) -> None:
+        self.model, self.schedule, self.how = model, schedule, how
+        self.steps = 0
+
+    def step(self) -> bool:
+        """Prune if the schedule says so at this step; return whether it did.
+
+        Raises:
+            ValueError: as by :func:`prune_model`.
+        """
+        done = self.at(self.steps)
+        self.steps += 1
+        return done
+
+    def at(self, step: int) -> bool:
+        """Do what :meth:`step` does at a step that somebody else counts."""
+        due = self.schedule.due(step)
+        if due:
+            prune_model(self.model, self.schedule(step), **self.how)
+        return due
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps so far; the masks are in the model's state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the steps of a state."""
+        self.steps = int(state["steps"])
+
+
+class ScheduledRegrowth:
+    """Moves connections every few steps, ever fewer: RigL by gradient, SET at random; in a training loop::
+
+        regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
+        for x, y in batches:
+            with regrowth.recording():
+                loss(model(x), y).backward()
+            optimizer.step()
+            regrowth.step()
+
+    Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, algorithm 1; D. Mocanu et al.,
+    "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", Nature
+    Communications 2018.
+
+    Args:
+        model: a module with masked layers of either form.
+        optimizer: as in :func:`regrow_model`.
+        every: how many steps lie between two that move connections.
+        end: the step from which on nothing moves; the paper takes three quarters of the training.
+        initial: the share of connections that would move at step 0, in [0, 1]; it falls as a cosine.
+        growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
+        include: which layers, as in :func:`mask_model`.
+        seed: of the random places.
+
+    Attributes:
+        steps: how many steps there were.
+
+    Raises:
+        ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None = None,
+        *,
+        every: int,
+        end: int,
+        initial: float = 0.3,
+        growth: Literal["gradient", "random"] = "gradient",
+        include: Include = None,
+        seed: int = 0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step; got {every}")
+        if growth not in ("gradient", "random"):
+            raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
+        pruning.cosine(0, end, initial)  # checks the two
+        self.model, self.optimizer, self.every, self.end, self.initial = model, optimizer, every, end, initial
+        self.growth, self.include, self.seed = growth, include, seed
+        self.steps = 0
+        self._growth: Growth | None = None
+
+    def due(self, step: int) -> bool:
+        """Whether connections move at a step, counted from 0; never at the first."""
+        return 0 < step < self.end and step % self.every == 0
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Return the context for the forward and backward passes of this step: it records where growth will need it."""
+        return self.recording_at(self.steps)
+
+    def recording_at(self, step: int) -> AbstractContextManager[Any]:
+        """Do what :meth:`recording` does at a step that somebody else counts."""
+        if self.growth == "random" or not self.due(step):
+            return nullcontext()
+        return self._recording()
+
+    def step(self) -> int:
+        """Move connections if it is time; return how many moved.
+
+        Raises:
+            ValueError: as by :func:`regrow_model`; or if growth is by gradient and nothing was recorded at this step.
+        """
+        moved = self.at(self.steps)
+        self.steps += 1
+        return moved
+
+    def at(self, step: int) -> int:
+        """Do what :meth:`step` does at a step that somebody else counts."""
+        growth, self._growth = self._growth, None
+        if not self.due(step):
+            return 0
+        if self.growth == "gradient" and growth is None:
+            raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
+        fraction = pruning.cosine(step, self.end, self.initial)
+        return regrow_model(
+            self.model,
+            fraction,
+            growth=growth,
+            optimizer=self.optimizer,
+            include=self.include,
+            seed=(self.seed + (step << 20)) % (1 << 64),  # layers take the seeds that follow
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps so far; masks and connections are in the model's state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the steps of a state."""
+        self.steps = int(state["steps"])
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        with record_growth(self.model) as self._growth:
+            yield
+
+
+def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Set weights, biases and buffers of a model back to a saved state, and keep the masks of now.
+
+    An optimizer's state is not touched: make a new one, or load that of the same moment.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        state: a copy of ``model.state_dict()`` from an earlier moment, before or after it was masked.
+
+    Raises:
+        RuntimeError: as by ``load_state_dict``, if the state is of another model.
+    """
+    masks = {
+        f"{name}.mask" if name else "mask": layer.mask.clone()
+        for name, layer in model.named_modules()
+        if isinstance(layer, MaskedLinear)
+    }
+    model.load_state_dict({**state, **masks})
+
+
+def lottery_rounds(
+    model: nn.Module,
+    sparsity: float,
+    rounds: int,
+    *,
+    state: Mapping[str, Any] | None = None,
+    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    **how: Any,
+) -> Iterator[float]:
+    """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
+
+        for sparsity in lottery_rounds(model, 0.9, rounds=5):
+            optimizer = freeze_masked(torch.optim.Adam(model.parameters()), model)
+            train(model, optimizer)
+
+    The body runs once for the dense model and once after each round of pruning, the last time at ``sparsity``. Between two
+    runs the trained weights are pruned, each round by the same share of what is left, and then set back to the saved ones.
+
+    Source: J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019;
+    with ``state`` of an early step: J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML
+    2020.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        sparsity: the fraction of masked connections after the last round, in [0, 1).
+        rounds: how many times it is pruned.
+        state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
+        score: as in :func:`prune_model`.
+        how: ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+
+    Yields:
+        The sparsity of the model that is to be trained.
+
+    Raises:
+        ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
+    """
+    schedule = pruning.Geometric(sparsity, rounds)
+    saved = copy.deepcopy(model.state_dict() if state is None else dict(state))
+
+    def run() -> Iterator[float]:
+        yield schedule(0)
+        for round in range(1, rounds + 1):
+            prune_model(model, schedule(round), score=score, **how)
+            rewind_model(model, saved)
+            yield schedule(round)
+
+    return run()
