@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal
 
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, Score
+from maskedlinear.pruning._layers import Include
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._regrow import Growth, record_growth, regrow_model
 from maskedlinear_torch._whole import prune_model
@@ -201,7 +201,6 @@ def lottery_rounds(
     rounds: int,
     *,
     state: Mapping[str, Any] | None = None,
-    score: Score | Callable[[Any, Any], Any] = "magnitude",
     **how: Any,
 ) -> Iterator[float]:
     """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
@@ -222,8 +221,7 @@ def lottery_rounds(
         sparsity: the fraction of masked connections after the last round, in [0, 1).
         rounds: how many times it is pruned.
         state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
-        score: as in :func:`prune_model`.
-        how: ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
 
     Yields:
         The sparsity of the model that is to be trained.
@@ -237,7 +235,7 @@ def lottery_rounds(
     def run() -> Iterator[float]:
         yield schedule(0)
         for round in range(1, rounds + 1):
-            prune_model(model, schedule(round), score=score, **how)
+            prune_model(model, schedule(round), **how)
             rewind_model(model, saved)
             yield schedule(round)
 

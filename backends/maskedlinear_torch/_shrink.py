@@ -10,6 +10,7 @@ import copy
 import inspect
 import operator
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -134,8 +135,8 @@ class _Walk:
         self._values: dict[fx.Node, int] = {}
         self._held = owners(model)
         calls = [node for node in graph.nodes if node.op == "call_module"]
-        called = [id(model.get_submodule(str(node.target))) for node in calls]
-        self._twice = {key for key in called if called.count(key) > 1}
+        called = Counter(id(model.get_submodule(str(node.target))) for node in calls)
+        self._twice = {key for key, count in called.items() if count > 1}
         self._read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
 
     def step(self, node: fx.Node) -> None:
@@ -157,7 +158,7 @@ class _Walk:
         why = self._why_not(name, module)
         (x,) = node.all_input_nodes if len(node.all_input_nodes) == 1 else (None,)
         if why or x not in self._values:
-            self._unfollowed(node, f"{name} ({kind.__name__}{', ' * bool(why)}{why})")
+            self._unfollowed(node, f"{name} ({kind.__name__}, {why or 'of what is no tensor'})")
         elif isinstance(module, nn.Linear):
             weight = module.weight.detach().cpu().numpy()
             mask = module.mask.cpu().numpy() if isinstance(module, MaskedLinear) else np.ones(weight.shape, bool)
@@ -169,7 +170,7 @@ class _Walk:
             self._pointwise(node, module, name if kind in _BY_FEATURE else "")
 
     def _why_not(self, name: str, module: nn.Module) -> str:
-        """Return why a module is not followed, if it is not; a reason that its type says already is a space."""
+        """Return why a module is not followed, or nothing if it is."""
         if type(module) not in (*_LAYERS, *_POINTWISE, *_BY_FEATURE):
             return "not followed"
         if id(module) in self._twice:

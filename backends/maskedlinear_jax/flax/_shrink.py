@@ -6,7 +6,7 @@ only says which layer is called on what. The trace is read, not used: the smalle
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from maskedlinear._table import lines
 from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
 from maskedlinear_jax._functional import enable_x64
-from maskedlinear_jax.flax._modules import exchanged, owners
+from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 
 __all__ = ["shrink"]
@@ -114,7 +114,7 @@ def _planned(model: Any, given: Any, unfollowed: Unfollowed) -> Plan:
     if id(model) in {id(layer) for layer in layers.values()}:
         return Plan({}, {})  # one layer: its nodes are the model's inputs and outputs
     traced = nnx.clone(model)
-    copies = dict(zip(layers, _at(traced, list(layers)), strict=True))
+    copies = dict(zip(layers, _at(traced, layers), strict=True))
     markers = {
         id(copies[name]): _Marker(name, layer.num_features if isinstance(layer, nnx.BatchNorm) else layer.out_features)
         for name, layer in layers.items()
@@ -233,7 +233,7 @@ def _bodies(eqn: Any) -> list[Jaxpr]:
 def _followed(model: Any) -> dict[str, Any]:
     """Return the layers that are followed as such, by name: others are seen as what they compute."""
     held, found = owners(model), {}
-    for path, layer in nnx.iter_graph(model):
+    for name, layer in layers_of(model, (nnx.Linear, nnx.BatchNorm)).items():
         if type(layer) not in (nnx.Linear, MaskedLinear, nnx.BatchNorm):
             continue
         variables = [own for own in vars(layer).values() if isinstance(own, nnx.Variable)]
@@ -244,12 +244,12 @@ def _followed(model: Any) -> dict[str, Any]:
         else:
             usual = layer.kernel[...].ndim == 2 and layer.dot_general is jax.lax.dot_general
         if usual:
-            found[".".join(map(str, path))] = layer
+            found[name] = layer
     return found
 
 
-def _at(model: Any, names: Sequence[str]) -> list[Any]:
-    by_name = {".".join(map(str, path)): node for path, node in nnx.iter_graph(model)}
+def _at(model: Any, names: Iterable[str]) -> list[Any]:
+    by_name = layers_of(model, nnx.Module)
     return [by_name[name] for name in names]
 
 
@@ -267,10 +267,10 @@ def _doubled(model: Any) -> Any:
 def _smaller(model: Any, plan: Plan) -> Any:
     """Exchange the layers of a model for what the plan leaves of them, in place, and return the model."""
     made: dict[int, Any] = {}
-    for layer, (rows, columns, added) in zip(_at(model, list(plan.layers)), plan.layers.values(), strict=True):
+    for layer, (rows, columns, added) in zip(_at(model, plan.layers), plan.layers.values(), strict=True):
         if not (rows.all() and columns.all() and not added[rows].any()):
             made[id(layer)] = _smaller_layer(layer, rows, columns, added[rows])
-    for layer, kept in zip(_at(model, list(plan.features)), plan.features.values(), strict=True):
+    for layer, kept in zip(_at(model, plan.features), plan.features.values(), strict=True):
         if not kept.all():
             layer.num_features = int(kept.sum())
             for own in vars(layer).values():
@@ -332,8 +332,7 @@ def _double(value: Any) -> Any:
 
 def _table(model: Any, small: Any, plan: Plan) -> str:
     rows = [("layer", "in -> out", "becomes", "live")]
-    names = list(plan.layers)
-    for name, old, new in zip(names, _at(model, names), _at(small, names), strict=True):
+    for name, old, new in zip(plan.layers, _at(model, plan.layers), _at(small, plan.layers), strict=True):
         live = int(new.mask[...].sum()) if isinstance(new, MaskedLinear) else new.kernel[...].size
         before, after = (f"{layer.in_features} -> {layer.out_features}" for layer in (old, new))
         rows.append((name, before, f"{after} {type(new).__name__}", str(live)))
