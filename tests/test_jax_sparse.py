@@ -123,6 +123,14 @@ def test_each_way_to_a_product_gives_it(
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
+@pytest.mark.parametrize("batch", [31, 64, 100, 257])
+def test_the_sampled_product_in_slices_of_any_batch(batch: int, rng: np.random.Generator) -> None:
+    mask = SHAPES["even"]
+    left, right = (jnp.asarray(rng.integers(-4, 5, (size, batch)), jnp.float32) for size in mask.shape)
+    got = jax.jit(_products._sddmm_in_slices)(left, right, _products.Indices.of(Pattern.from_mask(mask)))
+    np.testing.assert_array_equal(got, (left @ right.T)[mask])
+
+
 @pytest.mark.parametrize("batch", [16, 36, 17])
 def test_a_batch_of_whole_blocks_gives_what_any_other_does(batch: int, rng: np.random.Generator) -> None:
     pattern = Pattern.from_mask(MASK)

@@ -226,3 +226,19 @@ def test_masking_in_place_gives_positive_zero_in_parts(dtype: torch.dtype, monke
     assert not found[~mask].signbit().any()
     assert torch.equal(_kept.masked_by_bits(matrix, mask), found)
     assert _kept.mask_in_place(torch.zeros(3, 0), torch.zeros(3, 0, dtype=torch.bool)).shape == (3, 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_large_gradients_and_weights_in_huge_pages(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_kept, "_GIVEN_BACK", 0)
+    monkeypatch.setattr(_kept, "_BLOCK", 10)  # rows two at a time
+    layer = MaskedLinear(5, 6, mask=MASKS[0], dtype=dtype)
+    x = X.to(dtype)
+    for step in range(2):
+        layer(x).square().sum().backward()
+        gradient = layer.weight.grad.clone()
+        wanted = torch.autograd.grad(plain(layer, x).square().sum(), layer.weight)[0]
+        torch.testing.assert_close(gradient, (step + 1) * wanted)
+        assert not gradient[~layer.mask].any()
+    assert layer.weight.grad.data_ptr() % (2 << 20) == 0
+    assert pickle.loads(pickle.dumps(layer.weight.grad)).equal(layer.weight.grad)

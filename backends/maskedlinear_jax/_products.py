@@ -9,6 +9,7 @@ on matrices of features by batch, (in, batch) and (out, batch).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ __all__ = ["Indices", "sddmm", "spmm"]
 _CHUNK = 1 << 20  # numbers that a product gathers at once
 _BLOCK = 128  # rows that a product in blocks multiplies at once
 _LANES = 8  # columns that the product of compressed rows takes at a time
+_SLICES = 8  # parts of a batch that the sampled product adds up while it gathers
+_WIDE = 32  # columns that such a part has at least
 
 
 class Indices(NamedTuple):
@@ -100,21 +103,40 @@ def _sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
     size, batch = pattern.indices.size, right.shape[1]
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
+    if not cpu:
+        return _gathered(lambda of, across: (left[of] * right[across]).sum(1), pattern, batch)
     # Nanoseconds, measured on two cores with AVX-512.
-    gathering, in_blocks = size * (0.075 * batch + 8), left.shape[0] * (0.01 * right.size + 50_000 / _BLOCK) + 5 * size
-    if cpu and gathering > in_blocks:
-        return _sddmm_in_blocks(left, right, pattern)
+    gathering, in_blocks = size * (0.035 * batch + 3), left.shape[0] * (0.0055 * right.size + 200) + 3 * size
+    return _sddmm_in_blocks(left, right, pattern) if gathering > in_blocks else _sddmm_in_slices(left, right, pattern)
 
-    def dot(ends: tuple[Array, Array]) -> Array:
-        products = left[ends[0]] * right[ends[1]]
-        # On the CPU, XLA adds up a row one number at a time, and a product with ones many; elsewhere that might be TF32.
-        return products @ jnp.ones(batch, right.dtype) if cpu else products.sum(1)
 
-    ends, step = (pattern.rows, pattern.indices), max(1, _CHUNK // batch)
+def _sddmm_in_slices(left: Array, right: Array, pattern: Indices) -> Array:
+    """Gather both sides in slices of the batch, which are added up while they are gathered: less is written, and read again.
+
+    What is left of each dot product is added up by a product with ones: XLA adds up a row one number at a time, and a
+    product many.
+    """
+    batch = right.shape[1]
+    slices = min(_SLICES, max(1, batch // _WIDE))
+    width = batch if slices == 1 else -(-batch // (4 * slices)) * 4
+    left, right = (jnp.pad(side, ((0, 0), (0, slices * width - batch))) for side in (left, right))
+    parts = [slice(start, start + width) for start in range(0, slices * width, width)]
+
+    def dot(of: Array, across: Array) -> Array:
+        products = [left[:, part][of] * right[:, part][across] for part in parts]
+        return sum(products[1:], products[0]) @ jnp.ones(width, right.dtype)
+
+    return _gathered(dot, pattern, width)
+
+
+def _gathered(dot: Callable[[Array, Array], Array], pattern: Indices, width: int) -> Array:
+    """Return ``dot`` of the two ends of all connections, as many at a time as make ``_CHUNK`` numbers."""
+    size, step = pattern.indices.size, max(1, _CHUNK // width)
+    ends = (pattern.rows, pattern.indices)
     if size <= step:
-        return dot(ends)
+        return dot(*ends)
     parts = tuple(jnp.pad(end, (0, -size % step)).reshape(-1, step) for end in ends)
-    return lax.map(dot, parts).reshape(-1)[:size]
+    return lax.map(lambda part: dot(*part), parts).reshape(-1)[:size]
 
 
 def _sddmm_in_blocks(left: Array, right: Array, pattern: Indices) -> Array:

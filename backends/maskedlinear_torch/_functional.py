@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
-from maskedlinear_torch._kept import Kept, mask_in_place, masked_by_bits
+from maskedlinear_torch._kept import Kept, mask_in_place, masked_by_bits, new_memory
 
 __all__ = [
     "FLOATING",
@@ -300,6 +300,14 @@ def _can_keep(weight: Tensor, mask: Tensor) -> bool:
     )
 
 
+def _gradient(g: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Return ``where(mask, gᵀ · x, 0)``."""
+    if g.device.type == "cpu" and is_plain(g) and is_plain(x):
+        product = new_memory((g.shape[1], x.shape[1]), g.dtype)
+        return mask_in_place(torch.mm(g.mT, x, out=product), mask)
+    return select(g.mT @ x, mask)
+
+
 class _MaskedLinear(torch.autograd.Function):
     """The rules. Arguments: x, weight, mask, bias or ``None``, and what a layer keeps, or ``None``."""
 
@@ -316,11 +324,7 @@ class _MaskedLinear(torch.autograd.Function):
             masked = ctx.kept.of(weight, mask) if ctx.kept is not None and _can_keep(weight, mask) else None
             dx = g @ (_select_bits(weight, mask) if masked is None else masked)
         if ctx.needs_input_grad[1]:
-            dweight = flat(g).mT @ flat(x)
-            if is_plain(dweight) and dweight.device.type == "cpu":
-                mask_in_place(dweight, mask)
-            else:
-                dweight = select(dweight, mask)
+            dweight = _gradient(flat(g), flat(x), mask)
         if ctx.needs_input_grad[3]:
             dbias = flat(g).sum(0)
         return dx, dweight, None, dbias, None
