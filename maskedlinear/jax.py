@@ -3,8 +3,26 @@
 from maskedlinear._extras import missing_framework
 
 try:
-    from maskedlinear_jax import apply_masks, freeze_masked, masked_linear, prune_tree, sparse_linear
+    from maskedlinear_jax import (
+        PruningState,
+        apply_masks,
+        freeze_masked,
+        masked_linear,
+        prune_tree,
+        regrow_tree,
+        scheduled_pruning,
+        sparse_linear,
+    )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.jax", "jax", "jax", "jaxlib", "optax") from error
 
-__all__ = ["apply_masks", "freeze_masked", "masked_linear", "prune_tree", "sparse_linear"]
+__all__ = [
+    "PruningState",
+    "apply_masks",
+    "freeze_masked",
+    "masked_linear",
+    "prune_tree",
+    "regrow_tree",
+    "scheduled_pruning",
+    "sparse_linear",
+]

@@ -182,8 +182,6 @@ def test_connections_move_as_pytorchs_do(by: str) -> None:
     np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].weight.detach().numpy())  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="needs that of each layer; 0 has none"):
         regrow_model(ours, 0.4, gradients={})
-    with pytest.raises(ValueError, match="in the sparse form, whose connections are fixed"):
-        regrow_model(nnx.List([SparseLinear.from_masked(ours[0])]), 0.4)
 
 
 def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) -> None:

@@ -10,7 +10,17 @@ if jax.__version_info__ < (0, 6):
 
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked
+from maskedlinear_jax._schedule import PruningState, scheduled_pruning
 from maskedlinear_jax._sparse import sparse_linear
-from maskedlinear_jax._tree import apply_masks, prune_tree
+from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
 
-__all__ = ["apply_masks", "freeze_masked", "masked_linear", "prune_tree", "sparse_linear"]
+__all__ = [
+    "PruningState",
+    "apply_masks",
+    "freeze_masked",
+    "masked_linear",
+    "prune_tree",
+    "regrow_tree",
+    "scheduled_pruning",
+    "sparse_linear",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +12,9 @@ from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
 
-__all__ = ["freeze_masked"]
+__all__ = ["freeze_masked", "renewed_state"]
+
+Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what is fresh
 
 
 def freeze_masked(
@@ -87,6 +89,31 @@ def _anew(inner: optax.GradientTransformation, state: FrozenState, live: Any, pa
     structure: Any = jax.tree.structure(live)
     changed = structure.flatten_up_to(jax.tree.map(jnp.not_equal, state.live, live))
 
+    def of(where: Array) -> Renewal:
+        return lambda kept, fresh: jnp.where(where, fresh, kept)
+
+    renewals = [(where.shape, of(where)) for where in changed]
+    return renewed_state(inner, state.inner, structure, params, renewals)
+
+
+def renewed_state(
+    tx: optax.GradientTransformation,
+    state: Any,
+    structure: Any,
+    params: Any,
+    renewals: Sequence[tuple[tuple[int, ...], Renewal] | None],
+) -> Any:
+    """Return a state in which what is kept of each parameter, an entry an entry, is what a function makes of it.
+
+    Args:
+        tx: whose state it is.
+        state: the state.
+        structure: that of the parameters' tree.
+        params: the parameters.
+        renewals: for each parameter, in order, its shape and a function of what is kept and what ``tx`` would begin with; or
+            ``None``, to keep it.
+    """
+
     def parts(node: Any) -> list[Any] | None:
         """Return what a node has for each parameter, if it is a tree like theirs; optax leaves some out."""
         try:
@@ -96,17 +123,18 @@ def _anew(inner: optax.GradientTransformation, state: FrozenState, live: Any, pa
         whole = all(isinstance(part, optax.MaskedNode) or jax.tree_util.all_leaves([part]) for part in found)
         return found if whole else None
 
-    def renew(kept: Any, fresh: Any, where: Array) -> Any:
-        fits = not isinstance(kept, optax.MaskedNode) and jnp.shape(kept) == where.shape  # factored moments do not fit
-        return jnp.where(where, fresh, kept) if fits else kept
+    def renew(kept: Any, fresh: Any, renewal: tuple[tuple[int, ...], Renewal] | None) -> Any:
+        if renewal is None or isinstance(kept, optax.MaskedNode) or jnp.shape(kept) != renewal[0]:
+            return kept  # factored moments do not fit
+        return renewal[1](kept, fresh)
 
     def renewed(kept: Any, fresh: Any) -> Any:
         old, new = parts(kept), parts(fresh)
         if old is None or new is None:
             return kept
-        return structure.unflatten([renew(*entry) for entry in zip(old, new, changed, strict=True)])
+        return structure.unflatten([renew(*entry) for entry in zip(old, new, renewals, strict=True)])
 
-    return jax.tree.map(renewed, state.inner, inner.init(params), is_leaf=lambda node: parts(node) is not None)
+    return jax.tree.map(renewed, state, tx.init(params), is_leaf=lambda node: parts(node) is not None)
 
 
 def _always(masks: Any, params: Any) -> Any:

@@ -5,13 +5,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import nn
 
-from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include
+from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._regrow import Growth, record_growth, regrow_model
 from maskedlinear_torch._whole import prune_model
@@ -19,7 +17,7 @@ from maskedlinear_torch._whole import prune_model
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
 
 
-class ScheduledPruning:
+class ScheduledPruning(Pruning):
     """Prunes a model at the steps of a schedule; in a training loop, after each step of the optimizer::
 
         pruner = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
@@ -37,37 +35,11 @@ class ScheduledPruning:
         steps: how many steps there were.
     """
 
-    def __init__(self, model: nn.Module, schedule: pruning.Cubic, **how: Any) -> None:
-        self.model, self.schedule, self.how = model, schedule, how
-        self.steps = 0
-
-    def step(self) -> bool:
-        """Prune if the schedule says so at this step; return whether it did.
-
-        Raises:
-            ValueError: as by :func:`prune_model`.
-        """
-        done = self.at(self.steps)
-        self.steps += 1
-        return done
-
-    def at(self, step: int) -> bool:
-        """Do what :meth:`step` does at a step that somebody else counts."""
-        due = self.schedule.due(step)
-        if due:
-            prune_model(self.model, self.schedule(step), **self.how)
-        return due
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the steps so far; the masks are in the model's state."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the steps of a state."""
-        self.steps = int(state["steps"])
+    def _prune(self, sparsity: float, **how: Any) -> None:
+        prune_model(self.model, sparsity, **how)
 
 
-class ScheduledRegrowth:
+class ScheduledRegrowth(Regrowth):
     """Moves connections every few steps, ever fewer: RigL by gradient, SET at random; in a training loop::
 
         regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
@@ -98,31 +70,7 @@ class ScheduledRegrowth:
         ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer | None = None,
-        *,
-        every: int,
-        end: int,
-        initial: float = 0.3,
-        growth: Literal["gradient", "random"] = "gradient",
-        include: Include = None,
-        seed: int = 0,
-    ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step; got {every}")
-        if growth not in ("gradient", "random"):
-            raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
-        pruning.cosine(0, end, initial)  # checks the two
-        self.model, self.optimizer, self.every, self.end, self.initial = model, optimizer, every, end, initial
-        self.growth, self.include, self.seed = growth, include, seed
-        self.steps = 0
-        self._growth: Growth | None = None
-
-    def due(self, step: int) -> bool:
-        """Whether connections move at a step, counted from 0; never at the first."""
-        return 0 < step < self.end and step % self.every == 0
+    _growth: Growth | None = None
 
     def recording(self) -> AbstractContextManager[Any]:
         """Return the context for the forward and backward passes of this step: it records where growth will need it."""
@@ -151,23 +99,7 @@ class ScheduledRegrowth:
             return 0
         if self.growth == "gradient" and growth is None:
             raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
-        fraction = pruning.cosine(step, self.end, self.initial)
-        return regrow_model(
-            self.model,
-            fraction,
-            growth=growth,
-            optimizer=self.optimizer,
-            include=self.include,
-            seed=(self.seed + (step << 20)) % (1 << 64),  # layers take the seeds that follow
-        )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the steps so far; masks and connections are in the model's state."""
-        return {"steps": self.steps}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on after the steps of a state."""
-        self.steps = int(state["steps"])
+        return regrow_model(self.model, growth=growth, **self._options(step))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -229,14 +161,5 @@ def lottery_rounds(
     Raises:
         ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
     """
-    schedule = pruning.Geometric(sparsity, rounds)
     saved = copy.deepcopy(model.state_dict() if state is None else dict(state))
-
-    def run() -> Iterator[float]:
-        yield schedule(0)
-        for round in range(1, rounds + 1):
-            prune_model(model, schedule(round), **how)
-            rewind_model(model, saved)
-            yield schedule(round)
-
-    return run()
+    return rounds_of(sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved))

@@ -17,7 +17,7 @@ from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, named, unnamed
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
-__all__ = ["Scope", "n_m", "prune", "threshold"]
+__all__ = ["Scope", "n_m", "prune", "threshold", "zeros_by_scope"]
 
 Mask = NDArray[np.bool_]
 Scope = Literal["global", "layer", "erdos_renyi"]
@@ -70,8 +70,10 @@ def prune(
         layers, before = _of_blocks(layers, before, block)
     keys = _comparable(layers)
     found = {name: mask.copy() for name, mask in before.items()}
-    for names, zeros in _shares(before, sparsity, num_zeros, scope):
-        masked = sum(int(found[name].size - np.count_nonzero(found[name])) for name in names)
+    live = {name: int(np.count_nonzero(mask)) for name, mask in before.items()}
+    shapes = {name: mask.shape for name, mask in before.items()}
+    for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope):
+        masked = sum(found[name].size - live[name] for name in names)
         if zeros < masked:
             raise ValueError(
                 f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
@@ -163,22 +165,34 @@ def _comparable(layers: Mapping[Any, NDArray[Any]]) -> dict[Any, NDArray[Any]]:
     return found
 
 
-def _shares(
-    before: Mapping[Any, Mask], sparsity: Sparsity | None, num_zeros: int | None, scope: Scope
+def zeros_by_scope(
+    shapes: Mapping[Any, tuple[int, ...]],
+    live: Mapping[Any, int],
+    sparsity: Sparsity | None,
+    num_zeros: int | None,
+    scope: Scope,
 ) -> list[tuple[Sequence[Any], int]]:
-    """Return which layers are compared with each other, and how many zeros they get together."""
-    sizes = {name: mask.size for name, mask in before.items()}
+    """Return which layers are compared with each other, and how many zeros they get together.
+
+    Args:
+        shapes: of each layer's mask.
+        live: how many connections of each are live so far.
+        sparsity: as :func:`prune` takes it, and so the rest.
+        num_zeros: as above.
+        scope: as above.
+    """
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if scope == "layer":
         return [([name], checked_zeros(size, sparsity, num_zeros)) for name, size in sizes.items()]
     total = sum(sizes.values())
     zeros = checked_zeros(total, sparsity, num_zeros)
     if scope == "global":
-        return [(list(before), zeros)]
-    live = [int(np.count_nonzero(mask)) for mask in before.values()]
-    if total - zeros > sum(live):
-        return [(list(before), zeros)]  # which is refused, as more than there are
-    kept = shares([sum(mask.shape) for mask in before.values()], live, total - zeros)
-    return [([name], sizes[name] - count) for name, count in zip(before, kept, strict=True)]
+        return [(list(shapes), zeros)]
+    counts = [live[name] for name in shapes]
+    if total - zeros > sum(counts):
+        return [(list(shapes), zeros)]  # which is refused, as more than there are
+    kept = shares([sum(shape) for shape in shapes.values()], counts, total - zeros)
+    return [([name], sizes[name] - count) for name, count in zip(shapes, kept, strict=True)]
 
 
 def _of_blocks(

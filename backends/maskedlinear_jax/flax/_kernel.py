@@ -14,7 +14,16 @@ from jax import Array, lax
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import boolean_mask, check_devices, expression, rule
 
-__all__ = ["PARAMETER", "Mask", "apply_kernel", "live_scale", "mask_shape", "masked_kernel", "param_masks"]
+__all__ = [
+    "PARAMETER",
+    "Mask",
+    "apply_kernel",
+    "live_scale",
+    "mask_shape",
+    "masked_kernel",
+    "param_masks",
+    "set_param_masks",
+]
 
 PARAMETER = "kernel (in, out)"
 
@@ -93,6 +102,42 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     raise TypeError(f"param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}")
 
 
+def set_param_masks(model: Any, masks: Any) -> Any:
+    """Set the masks of a model from a tree like its parameters', the reverse of :func:`param_masks`; inside ``jit`` too.
+
+    After a step of an optimizer that prunes, ``set_param_masks(model, optimizer.opt_state.masks)``.
+
+    Args:
+        model: an nnx module, whose :class:`maskedlinear.flax.MaskedLinear` layers are set in place; or the variables of a
+            linen one, which stay as they are.
+        masks: a tree as :func:`param_masks` returns it, or as the state of :func:`maskedlinear.jax.scheduled_pruning` holds
+            it: of masked kernels the masks, shape ``(in, out)``. Others are not looked at.
+
+    Returns:
+        The model; or new linen variables.
+
+    Raises:
+        TypeError: if ``model`` is neither.
+        ValueError: if a mask is missing, does not fit its kernel, or holds anything but 0 and 1.
+    """
+    if isinstance(model, nnx.Module):
+        layers = [
+            (path, children)
+            for path, node in nnx.iter_graph(model)
+            for children in [_children(node)]
+            if isinstance(children.get("mask"), Mask) and "kernel" in children
+        ]
+        made = [_mask_at(masks, (*path, "kernel"), children["kernel"].get_value()) for path, children in layers]
+        for (_, children), mask in zip(layers, made, strict=True):
+            children["mask"].set_value(mask)
+        return model
+    if isinstance(model, Mapping) and "params" in model:
+        return {**model, "masks": _linen_set(model.get("masks", {}), model["params"], masks, ())}
+    raise TypeError(
+        f"set_param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}"
+    )
+
+
 def _nnx_masks(model: nnx.Module, wrt: Any) -> Any:
     live: dict[int, Any] = {}
     for _, node in nnx.iter_graph(model):
@@ -131,6 +176,30 @@ def _linen_masks(params: Mapping[str, Any], masks: Mapping[str, Any]) -> Mapping
             leaf = _kernel_mask(meta.unbox(value), meta.unbox(masks["mask"])) if masked else True
             tree[name] = jax.tree.map(lambda _, leaf=leaf: leaf, value)  # in the box of a partitioned parameter
     return freeze(tree) if isinstance(params, FrozenDict) else tree
+
+
+def _mask_at(masks: Any, path: tuple[Any, ...], kernel: Any) -> Array:
+    """Return the mask of a kernel from a tree."""
+    try:
+        found = meta.unbox(_at(masks, path))
+    except (KeyError, AttributeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"there must be a mask for each masked kernel; got none for {'.'.join(map(str, path))}"
+        ) from error
+    found = found.get_value() if isinstance(found, nnx.Variable) else found
+    return jnp.ones(kernel.shape, bool) if found is True else boolean_mask(found, kernel.shape, PARAMETER)
+
+
+def _linen_set(old: Mapping[str, Any], params: Any, masks: Any, path: tuple[str, ...]) -> dict[str, Any]:
+    """Return a collection of masks like an old one, of the masks in a tree like the parameters'."""
+    new: dict[str, Any] = {}
+    for name, value in old.items():
+        if isinstance(value, Mapping):
+            new[name] = _linen_set(value, params[name], masks, (*path, name))
+        else:
+            mask = _mask_at(masks, (*path, "kernel"), meta.unbox(params["kernel"]))
+            new[name] = jax.tree.map(lambda _, mask=mask: mask, value)
+    return new
 
 
 def _kernel_mask(kernel: Any, mask: Any) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["exchanged", "kernel_gradients", "layers_of", "owners"]
+__all__ = ["exchanged", "kernel_gradients", "layers_of", "owners", "pure", "refuse_shared"]
 
 
 def layers_of(model: Any, kind: Any) -> dict[str, Any]:
@@ -25,6 +26,24 @@ def owners(model: Any) -> dict[int, list[Any]]:
                 if isinstance(variable, nnx.Variable):
                     found.setdefault(id(variable), []).append(node)
     return found
+
+
+def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a masked layer, whose connections are to move, shares its weight."""
+    held = owners(model)
+    for layer in layers.values():
+        name = "kernel" if hasattr(layer, "kernel") else "values"
+        users = len(held[id(getattr(layer, name))])
+        if users > 1:
+            raise ValueError(
+                f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out "
+                "with include=..."
+            )
+
+
+def pure(tree: Any) -> Any:
+    """Return a tree of Variables as one of arrays."""
+    return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.to_arrays(nnx.pure(tree))  # type: ignore[attr-defined, unused-ignore]
 
 
 def kernel_gradients(gradients: Any) -> dict[str, Array]:

@@ -28,8 +28,9 @@ class SparseLinear(nnx.Module):
     """A linear layer with one trainable value a connection: ``y = x · W + bias``, W being 0 where there is none.
 
     Parameters, gradients, optimizer state and time cost what the connections cost; no matrix of the layer's shape is ever
-    made. Which connections there are is fixed; :class:`MaskedLinear` is the form whose mask can change. Every optimizer
-    leaves what is not there alone, so none needs a guard. Half types are computed in float32.
+    made. How many connections there are is fixed, and :func:`maskedlinear.flax.regrow_model` moves them;
+    :class:`MaskedLinear` is the form whose mask can change at will. Every optimizer leaves what is not there alone, so none
+    needs a guard. Half types are computed in float32.
 
     Args:
         in_features: the size of the input's last dimension.
@@ -201,6 +202,31 @@ class SparseLinear(nnx.Module):
         if layer.bias is not None and bias is not None:
             layer.bias[...] = bias
         return layer
+
+    def rewire(self, pattern: Pattern, source: ArrayLike) -> None:
+        """Exchange connections for as many others, in place: the Variables stay the same, and nothing is compiled anew.
+
+        What an optimizer keeps of the values is not touched; :func:`maskedlinear.flax.regrow_model` moves it along.
+
+        Args:
+            pattern: the new connections, as many as before and of the same shape.
+            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value
+                becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
+
+        Raises:
+            ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
+        """
+        values, places = self.values[...], np.asarray(source)
+        if pattern.shape != (self.out_features, self.in_features) or places.shape != values.shape:
+            raise ValueError(
+                f"a layer is rewired to as many connections, {values.size}, of shape (out, in) = "
+                f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {places.shape}"
+            )
+        if pattern.connections != values.size or (places >= values.size).any():
+            raise ValueError(f"source must say where each of the {values.size} connections was, or -1")
+        self.values[...] = jnp.where(places >= 0, values[np.maximum(places, 0)], jnp.zeros((), values.dtype))
+        for name, array in Indices.of(pattern)._asdict().items():
+            getattr(self, name).set_value(array)
 
     @classmethod
     def _made(cls, pattern: Pattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:

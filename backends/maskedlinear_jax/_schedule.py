@@ -1,0 +1,195 @@
+"""``scheduled_pruning``: pruning by a schedule inside a jitted training step, as an optax transformation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array, lax
+
+from maskedlinear import pruning
+from maskedlinear.pruning._edges import zeros_by_scope
+from maskedlinear.pruning._layers import Include
+from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._optim import freeze_masked
+from maskedlinear_jax._select import check_comparable, clear_smallest
+from maskedlinear_jax._tree import chosen_parameters, is_turned, named_leaves
+
+__all__ = ["PruningState", "scheduled_pruning"]
+
+
+class PruningState(NamedTuple):
+    """The state of :func:`scheduled_pruning`.
+
+    Attributes:
+        step: how many updates there were, int32.
+        masks: a tree like the parameters', of booleans of their shapes: what is live in the next forward pass.
+        inner: the state of the transformation itself, guarded by :func:`freeze_masked`.
+    """
+
+    step: Array
+    masks: Any
+    inner: Any
+
+
+def scheduled_pruning(
+    inner: optax.GradientTransformation,
+    schedule: pruning.Cubic,
+    *,
+    masks: Any = None,
+    include: Include = None,
+    scope: pruning.Scope = "layer",
+    empty: Literal["refuse", "allow"] = "refuse",
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optax transformation so that it prunes the smallest weights by a schedule, inside the jitted step::
+
+        tx = scheduled_pruning(optax.adamw(1e-3), Cubic(0.9, begin=100, end=1000, every=10))
+        state = tx.init(params)
+
+        @jax.jit
+        def step(params, state, x):
+            grads = jax.grad(lambda params: loss(apply_masks(params, state.masks), x))(params)
+            updates, state = tx.update(grads, state, params)
+            return optax.apply_updates(params, updates), state
+
+    The masks are in the state, ``state.masks``, for the forward pass; masked weights are held as :func:`freeze_masked` does.
+    Update i, counted from 0, prunes what it has updated, where the schedule says so: to the masks, bit for bit, that
+    :func:`prune_tree` gives for these weights and the masks before. Between two that prune the step costs nothing more.
+
+    A compiled step cannot raise errors, so that what may fail is checked before: by ``scope="global"`` a layer may lose its
+    last connection, which needs ``empty="allow"``. A weight that is NaN counts as the largest.
+
+    Args:
+        inner: any optax transformation, or a chain of them. Wrap the whole chain.
+        schedule: the sparsity at each update.
+        masks: the masks to begin with, concrete: a tree as :func:`prune_tree` returns it. Full ones if ``None``.
+        include: which parameters, as in :func:`prune_tree`.
+        scope: ``"layer"``, ``"erdos_renyi"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
+        empty: ``"refuse"`` or ``"allow"`` that a parameter loses its last connection.
+
+    Returns:
+        A transformation whose ``update`` needs ``params``, and whose state is a :class:`PruningState`.
+
+    Raises:
+        ValueError: if ``scope`` or ``empty`` is none of these, or both are as said above; by ``init`` and ``update``, if no
+            parameter is meant, the masks do not fit or have more zeros than the schedule begins with, or a parameter would
+            lose its last connection; by ``update``, if there are no ``params``.
+        TypeError: by ``init`` and ``update``, if parameters to prune are not real floating-point.
+    """
+    if scope not in ("global", "layer", "erdos_renyi"):
+        raise ValueError(f"scope must be 'layer', 'erdos_renyi' or 'global'; got {scope!r}")
+    if empty not in ("refuse", "allow"):
+        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
+    if scope == "global" and empty == "refuse":
+        raise ValueError(
+            "pruning by scope='global' may take a parameter's last connection, which a compiled step cannot refuse: say "
+            "empty='allow', or scope='layer'"
+        )
+    guarded = freeze_masked(inner)
+    steps = np.asarray(schedule.steps(), np.int32)
+    plans: dict[Any, list[_Group]] = {}
+
+    def planned(params: Any) -> list[_Group]:
+        chosen = {name: leaf for name, (_, leaf) in chosen_parameters(params, include).items()}
+        shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}
+        key = tuple(shapes.items())
+        if key not in plans:
+            live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, shapes).items()}
+            plans[key] = _plan(shapes, live, schedule, scope, empty)
+        for group in plans[key]:
+            check_comparable([chosen[name] for name in group.names])
+        return plans[key]
+
+    def init(params: Any) -> PruningState:
+        planned(params)
+        leaves, structure = jax.tree.flatten(jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params))
+        chosen = chosen_parameters(params, include)
+        given = _given(masks, params, {name: tuple(leaf.shape) for name, (_, leaf) in chosen.items()})
+        for name, (place, _) in chosen.items():
+            leaves[place] = jnp.asarray(given[name])
+        return PruningState(jnp.zeros((), jnp.int32), jax.tree.unflatten(structure, leaves), guarded.init(params))
+
+    def update(updates: Any, state: PruningState, params: Any = None, **extra: Any) -> tuple[Any, PruningState]:
+        if params is None:
+            raise ValueError("scheduled_pruning needs the parameters of this step: tx.update(grads, state, params)")
+        groups = planned(params)
+        updates, kept = guarded.update(updates, state.inner, params, masks=state.masks, **extra)
+        # What is pruned are the weights that the caller will have. Behind the barrier there is only an addition left to do,
+        # there and here, which no compiler can round in two ways.
+        updates = lax.optimization_barrier(updates)  # type: ignore[no-untyped-call]
+        place = jnp.minimum(jnp.searchsorted(steps, state.step), len(steps) - 1)
+
+        def prune() -> Any:
+            return _pruned(optax.apply_updates(params, updates), state.masks, groups, include, place)
+
+        new = lax.cond(jnp.asarray(steps)[place] == state.step, prune, lambda: state.masks)
+        return updates, PruningState(optax.safe_increment(state.step), new, kept)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _Group(NamedTuple):
+    """Parameters that are compared with each other, by name, and how many zeros they have after each pruning."""
+
+    names: Sequence[str]
+    zeros: list[int]
+
+
+def _plan(
+    shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, int], schedule: Any, scope: pruning.Scope, empty: str
+) -> list[_Group]:
+    """Return the groups of parameters, with an entry of ``zeros`` for each step that prunes."""
+    groups: dict[tuple[str, ...], _Group] = {}
+    left = dict(live)
+    for step in schedule.steps():
+        for names, zeros in zeros_by_scope(shapes, left, schedule(step), None, scope):
+            size = sum(math.prod(shapes[name]) for name in names)
+            group = groups.setdefault(tuple(names), _Group(names, []))
+            least = group.zeros[-1] if group.zeros else size - sum(live[name] for name in names)
+            if zeros < least:
+                raise ValueError(
+                    f"pruning only removes connections; got {least} masked ones of {', '.join(names)}, where the schedule "
+                    f"asks for {zeros} at step {step}: begin with a higher sparsity, or with fewer masked connections"
+                )
+            group.zeros.append(zeros)
+            if len(names) == 1:
+                left[names[0]] = size - zeros
+                if empty == "refuse" and live[names[0]] and zeros == size:
+                    raise ValueError(
+                        f"a layer must keep a connection; all would be gone of {names[0]}: prune less, or pass empty='allow'"
+                    )
+    return list(groups.values())
+
+
+def _given(masks: Any, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Return the masks to begin with of the parameters to prune."""
+    full = {name: np.ones(shape, bool) for name, shape in shapes.items()}
+    if masks is None:
+        return full
+    given, known = named_leaves(masks), named_leaves(params)
+    if set(given) != set(known):
+        raise ValueError(f"masks must be a tree like the parameters', of {list(known)}; got {list(given)}")
+    return {
+        name: full[name] if given[name] is True else np.asarray(boolean_mask(given[name], shape, name))
+        for name, shape in shapes.items()
+    }
+
+
+def _pruned(params: Any, masks: Any, groups: Sequence[_Group], include: Include, place: Array) -> Any:
+    """Return the masks after a pruning, the one at ``place`` among the schedule's."""
+    chosen = chosen_parameters(params, include)
+    leaves, structure = jax.tree.flatten(masks)
+    for names, zeros in groups:
+        places = [chosen[name][0] for name in names]
+        before = [leaves[at] for at in places]
+        masked = sum(mask.size for mask in before) - sum(jnp.sum(mask, dtype=jnp.int32) for mask in before)
+        count = jnp.asarray(np.asarray(zeros, np.int32))[place] - masked
+        weights = [chosen[name][1] for name in names]
+        for at, mask in zip(places, clear_smallest(weights, before, [*map(is_turned, names)], count), strict=True):
+            leaves[at] = mask
+    return jax.tree.unflatten(structure, leaves)

@@ -1,0 +1,109 @@
+"""The k smallest magnitudes of many weights, exactly and with ties broken by place, inside ``jit``.
+
+Bits are compared, not floats: subnormal numbers, which XLA takes for 0 on the CPU, count as what they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+__all__ = ["check_comparable", "clear_smallest"]
+
+_MOST = (1 << 31) - 1  # entries that int32 can count
+
+
+def check_comparable(weights: Sequence[Array]) -> None:
+    """Raise unless :func:`clear_smallest` can compare these with each other.
+
+    Raises:
+        ValueError: if they have 2³¹ entries or more together.
+        TypeError: if they are not real floating-point, or some are float64 and others are not.
+    """
+    dtypes = {jnp.dtype(weight.dtype).name for weight in weights}
+    if not all(jnp.issubdtype(weight.dtype, jnp.floating) for weight in weights) or (
+        "float64" in dtypes and len(dtypes) > 1
+    ):
+        raise TypeError(
+            "weights that are compared with each other must be real floating-point, all of them float64 or none; got "
+            f"{', '.join(sorted(dtypes))}: choose them with include=..., or compare by scope='layer'"
+        )
+    size = sum(math.prod(weight.shape) for weight in weights)
+    if size > _MOST:
+        raise ValueError(
+            f"at most {_MOST} weights can be compared with each other in a compiled step; got {size}: choose them with "
+            "include=..., or compare by scope='layer'"
+        )
+
+
+def clear_smallest(
+    weights: Sequence[Array], masks: Sequence[Array], turned: Sequence[bool], count: Array
+) -> list[Array]:
+    """Return masks without the ``count`` live entries of smallest ``(|weight|, layer, place)``.
+
+    The masks that :func:`maskedlinear.pruning.prune` gives for magnitudes, found by counting, a pass a bit, which needs no
+    other array of the weights' size. NaN counts as the largest magnitude.
+
+    Args:
+        weights: matrices that :func:`check_comparable` lets pass.
+        masks: the masks so far, booleans of their shapes.
+        turned: for each, whether it is ``(in, out)``, so that places go down its columns.
+        count: how many, int32; at most as many as are live.
+    """
+    keys = [_magnitude(weight) for weight in weights]
+    starts = [sum(math.prod(weight.shape) for weight in weights[:place]) for place in range(len(weights))]
+    places = [_places(*layer) for layer in zip([w.shape for w in weights], turned, starts, strict=True)]
+    least = _bound(keys, masks, count)
+    below = [mask & (key < least) for key, mask in zip(keys, masks, strict=True)]
+    equal = [mask & (key == least) for key, mask in zip(keys, masks, strict=True)]
+    first = _bound(places, equal, count - _number(below))
+    return [
+        mask & ~gone & ~(tie & (place < first))
+        for mask, gone, tie, place in zip(masks, below, equal, places, strict=True)
+    ]
+
+
+def _bound(arrays: Sequence[Array], where: Sequence[Array], count: Array) -> Array:
+    """Return the largest whole number that at most ``count`` of the entries chosen are below."""
+    dtype = arrays[0].dtype
+    bits = 8 * dtype.itemsize
+
+    def decide(step: Array, bound: Array) -> Array:
+        higher = bound | jnp.left_shift(jnp.ones((), dtype), (bits - 1 - step).astype(dtype))
+        few = _number([chosen & (array < higher) for array, chosen in zip(arrays, where, strict=True)]) <= count
+        return jnp.where(few, higher, bound)
+
+    found: Array = lax.fori_loop(0, bits, decide, jnp.zeros((), dtype))
+    return found
+
+
+def _number(masks: Sequence[Array]) -> Array:
+    return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
+
+
+def _places(shape: tuple[int, ...], turned: bool, start: int) -> Array:
+    """Return the number of each entry, row by row of the weight as ``(out, in)``, from ``start`` on."""
+    row, column = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in ((1, 0) if turned else (0, 1)))
+    inputs = shape[0] if turned else shape[1]
+    places: Array = row * jnp.uint32(inputs) + column + jnp.uint32(start)
+    return places
+
+
+def _magnitude(weight: Array) -> Array:
+    """Return whole numbers that are ordered as the magnitudes are: the bits of float32, or of float64."""
+    name = weight.dtype.name
+    if name in ("float32", "float64"):
+        whole = jnp.uint32 if name == "float32" else jnp.uint64
+        bits: Array = lax.bitcast_convert_type(weight, whole) & whole((1 << 8 * weight.dtype.itemsize - 1) - 1)
+        return bits
+    half: Array = (lax.bitcast_convert_type(weight, jnp.uint16) & jnp.uint16(0x7FFF)).astype(jnp.uint32)
+    if name == "bfloat16":
+        return jnp.left_shift(half, jnp.uint32(16))
+    # float16: five bits of exponent with bias 15 become eight with bias 127; its subnormals are normal in float32.
+    small = lax.bitcast_convert_type(half.astype(jnp.float32) * jnp.float32(2.0**-24), jnp.uint32)
+    bias = jnp.where(half >= 0x7C00, jnp.uint32((255 - 31) << 23), jnp.uint32((127 - 15) << 23))
+    wide: Array = jnp.where(half < 0x400, small, (half << jnp.uint32(13)) + bias)
+    return wide

@@ -1,0 +1,145 @@
+"""Masks of nnx models that change while they train: by a schedule, in rounds with rewinding, with connections that move."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
+from maskedlinear_jax.flax._kernel import Mask
+from maskedlinear_jax.flax._regrow import regrow_model
+from maskedlinear_jax.flax._whole import prune_model
+
+__all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
+
+
+class ScheduledPruning(Pruning):
+    """Prunes an nnx model at the steps of a schedule; in a training loop, after each jitted step::
+
+        pruner = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        for x, y in batches:
+            train_step(model, optimizer, x, y)
+            pruner.step()
+
+    Inside the jitted step :func:`maskedlinear.jax.scheduled_pruning` does it.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        schedule: the sparsity at each step, counted from 0.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them;
+            ``gradients`` are given to ``step``.
+
+    Attributes:
+        steps: how many steps there were.
+    """
+
+    def _prune(self, sparsity: float, **how: Any) -> None:
+        prune_model(self.model, sparsity, **how)
+
+
+class ScheduledRegrowth(Regrowth):
+    """Moves connections every few steps, ever fewer: RigL by gradient, SET at random; in a training loop::
+
+        regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
+        for x, y in batches:
+            train_step(model, optimizer, x, y)
+            regrowth.step(lambda: growth_gradients(loss, model, x, y))
+
+    Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, algorithm 1; D. Mocanu et al.,
+    "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", Nature
+    Communications 2018.
+
+    Args:
+        model: a module with masked layers of either form.
+        optimizer: as in :func:`regrow_model`.
+        every: how many steps lie between two that move connections.
+        end: the step from which on nothing moves; the paper takes three quarters of the training.
+        initial: the share of connections that would move at step 0, in [0, 1]; it falls as a cosine.
+        growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
+        include: which layers, as in :func:`mask_model`.
+        seed: of the random places.
+
+    Attributes:
+        steps: how many steps there were.
+
+    Raises:
+        ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
+    """
+
+    def step(self, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
+        """Move connections if it is time; return how many moved.
+
+        Args:
+            gradients: a function without arguments that returns what :func:`growth_gradients` does; it is called only where
+                connections move by gradient.
+
+        Raises:
+            ValueError: as by :func:`regrow_model`; or if growth is by gradient and there is no such function.
+        """
+        moved = self.at(self.steps, gradients)
+        self.steps += 1
+        return moved
+
+    def at(self, step: int, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
+        """Do what :meth:`step` does at a step that somebody else counts."""
+        if self.growth == "gradient" and gradients is None:
+            raise ValueError(
+                "growth by gradient needs gradients, step(lambda: growth_gradients(loss, model, ...)): pass them, or say "
+                "growth='random'"
+            )
+        if not self.due(step):
+            return 0
+        found = gradients() if self.growth == "gradient" and gradients is not None else None
+        return regrow_model(self.model, gradients=found, **self._options(step))
+
+
+def rewind_model(model: Any, state: Any) -> None:
+    """Set the Variables of a model back to a saved state, and keep the masks of now.
+
+    An optimizer's state is not touched: make a new one, or load that of the same moment.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        state: a copy of ``nnx.state(model)`` from an earlier moment, before or after it was masked:
+            ``jax.tree.map(jnp.copy, nnx.state(model))``, where a jitted step donates its buffers.
+    """
+    nnx.update(model, _copied(nnx.filter_state(state, nnx.Not(nnx.OfType(Mask)))))
+
+
+def lottery_rounds(model: Any, sparsity: float, rounds: int, *, state: Any = None, **how: Any) -> Iterator[float]:
+    """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
+
+        for sparsity in lottery_rounds(model, 0.9, rounds=5):
+            optimizer = nnx.Optimizer(model, freeze_masked(optax.adam(1e-3)), wrt=nnx.Param)
+            train(model, optimizer)
+
+    The body runs once for the dense model and once after each round of pruning, the last time at ``sparsity``. Between two
+    runs the trained weights are pruned, each round by the same share of what is left, and then set back to the saved ones.
+
+    Source: J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019;
+    with ``state`` of an early step: J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML
+    2020.
+
+    Args:
+        model: a module with :class:`MaskedLinear` layers.
+        sparsity: the fraction of masked connections after the last round, in [0, 1).
+        rounds: how many times it is pruned.
+        state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+
+    Yields:
+        The sparsity of the model that is to be trained.
+
+    Raises:
+        ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
+    """
+    saved = _copied(nnx.state(model) if state is None else state)
+    return rounds_of(sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved))
+
+
+def _copied(state: Any) -> Any:
+    return jax.tree.map(jnp.copy, state)

@@ -1,0 +1,116 @@
+"""What the frameworks' schedules of pruning and of regrowth share: they count steps, and say what is due at each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+from maskedlinear.pruning._layers import Include
+from maskedlinear.pruning._schedules import Cubic, Geometric, cosine
+
+__all__ = ["Pruning", "Regrowth", "Steps", "rounds_of"]
+
+
+class Steps:
+    """Counts the steps of a training.
+
+    Attributes:
+        steps: how many there were.
+    """
+
+    steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps so far; masks and connections are in the model's state."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the steps of a state."""
+        self.steps = int(state["steps"])
+
+
+class Pruning(Steps):
+    """Prunes a model at the steps of a schedule; a framework's class says how."""
+
+    def __init__(self, model: Any, schedule: Cubic, **how: Any) -> None:
+        self.model, self.schedule, self.how = model, schedule, how
+
+    def step(self, **more: Any) -> bool:
+        """Prune if the schedule says so at this step; return whether it did.
+
+        Args:
+            more: as ``prune_model`` takes it, what is of this step only.
+
+        Raises:
+            ValueError: as by ``prune_model``.
+        """
+        done = self.at(self.steps, **more)
+        self.steps += 1
+        return done
+
+    def at(self, step: int, **more: Any) -> bool:
+        """Do what :meth:`step` does at a step that somebody else counts."""
+        due = self.schedule.due(step)
+        if due:
+            self._prune(self.schedule(step), **{**self.how, **more})
+        return due
+
+    def _prune(self, sparsity: float, **how: Any) -> None:
+        raise NotImplementedError
+
+
+class Regrowth(Steps):
+    """Moves connections every few steps, ever fewer; a framework's class says how."""
+
+    def __init__(
+        self,
+        model: Any,
+        optimizer: Any = None,
+        *,
+        every: int,
+        end: int,
+        initial: float = 0.3,
+        growth: Literal["gradient", "random"] = "gradient",
+        include: Include = None,
+        seed: int = 0,
+    ) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1 step; got {every}")
+        if growth not in ("gradient", "random"):
+            raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
+        cosine(0, end, initial)  # checks the two
+        self.model, self.optimizer, self.every, self.end, self.initial = model, optimizer, every, end, initial
+        self.growth, self.include, self.seed = growth, include, seed
+
+    def due(self, step: int) -> bool:
+        """Whether connections move at a step, counted from 0; never at the first."""
+        return 0 < step < self.end and step % self.every == 0
+
+    def _options(self, step: int) -> dict[str, Any]:
+        """Return the options of ``regrow_model`` at a step, the fraction among them."""
+        return {
+            "fraction": cosine(step, self.end, self.initial),
+            "optimizer": self.optimizer,
+            "include": self.include,
+            "seed": (self.seed + (step << 20)) % (1 << 64),  # layers take the seeds that follow
+        }
+
+
+def rounds_of(
+    sparsity: float, rounds: int, prune: Callable[[float], object], rewind: Callable[[], object]
+) -> Iterator[float]:
+    """Yield the sparsity of each round of iterative pruning with rewinding, 0 first; prune and rewind between two.
+
+    Raises:
+        ValueError: as by :class:`Geometric`, at once.
+    """
+    schedule = Geometric(sparsity, rounds)
+
+    def run() -> Iterator[float]:
+        yield schedule(0)
+        for round in range(1, rounds + 1):
+            prune(schedule(round))
+            rewind()
+            yield schedule(round)
+
+    return run()

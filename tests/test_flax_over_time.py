@@ -1,0 +1,250 @@
+"""nnx models whose masks and connections change while they train, on both forms, with the optimizer's state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from maskedlinear import masks
+from maskedlinear.flax import (
+    MaskedLinear,
+    ScheduledPruning,
+    ScheduledRegrowth,
+    SparseLinear,
+    compress,
+    growth_gradients,
+    lottery_rounds,
+    mask_model,
+    masks_of,
+    param_masks,
+    prune_model,
+    regrow_model,
+    report,
+    rewind_model,
+)
+from maskedlinear.jax import freeze_masked
+from maskedlinear.pruning import Cubic, Geometric, cosine
+
+X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 12)), jnp.float32)
+
+
+def network() -> nnx.Sequential:
+    rngs = nnx.Rngs(0)
+    return mask_model(nnx.Sequential(nnx.Linear(12, 20, rngs=rngs), nnx.tanh, nnx.Linear(20, 5, rngs=rngs)))
+
+
+def loss(model: Any, x: jax.Array) -> jax.Array:
+    return (model(x) ** 2).mean()
+
+
+@nnx.jit
+def step(model: Any, optimizer: Any, x: jax.Array) -> None:
+    optimizer.update(model, nnx.grad(loss)(model, x), masks=param_masks(model))
+
+
+def adam(model: Any) -> Any:
+    return nnx.Optimizer(model, freeze_masked(optax.adam(0.01)), wrt=nnx.Param)
+
+
+def both() -> tuple[Any, Any]:
+    dense = network()
+    prune_model(dense, 0.7, scope="layer")
+    sparse = nnx.Sequential(*(SparseLinear.from_masked(p) if isinstance(p, MaskedLinear) else p for p in dense.layers))
+    return dense, sparse
+
+
+def weights(model: Any) -> list[Any]:
+    layers = [layer if isinstance(layer, MaskedLinear) else layer.to_masked() for layer in model.layers[::2]]
+    return [np.asarray(layer.masked_kernel) for layer in layers]
+
+
+@pytest.mark.parametrize(("by", "jitted"), [("gradient", False), ("gradient", True), ("chance", True)])
+def test_both_forms_move_alike_and_train_on_alike(by: str, jitted: bool) -> None:
+    models = both()
+    optimizers = [adam(model) for model in models]
+    called = nnx.jit(loss) if jitted else loss
+    for number in range(2):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            step(model, optimizer, X)
+            grown = growth_gradients(called, model, X) if by == "gradient" else None
+            assert regrow_model(model, 0.4, gradients=grown, optimizer=optimizer, seed=number) == 28 + 12
+        for one, other in zip(*map(weights, models), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
+            np.testing.assert_array_equal(one != 0, other != 0)
+    assert report(models[0]).sparsity == report(models[1]).sparsity == 0.7
+
+
+def test_growth_is_by_the_gradient_of_all_weights_in_blocks() -> None:
+    dense, sparse = both()
+    whole, rows = growth_gradients(loss, dense, X), growth_gradients(loss, sparse, X)
+    for name, gradient in whole.items():
+        size = gradient.shape[1]
+        parts = jnp.concatenate([rows[name](0, 3), rows[name](3, size)])  # type: ignore[operator]
+        np.testing.assert_allclose(parts.T, gradient, rtol=1e-5, atol=1e-7)
+    assert not vars(sparse.layers[0]).keys() & {"seen", "added"}
+    assert type(sparse.layers[0]) is SparseLinear
+
+
+def test_growth_through_a_layer_that_is_called_twice_and_beside_a_dense_one() -> None:
+    class Twice(nnx.Module):
+        def __init__(self, inner: Any, last: Any) -> None:
+            self.inner, self.last = inner, last
+
+        def __call__(self, x: jax.Array) -> jax.Array:
+            return self.last(self.inner(self.inner(x)))
+
+    kernel = MaskedLinear(12, 12, mask=masks.random((12, 12), sparsity=0.5, seed=1), rngs=nnx.Rngs(0))
+    last = MaskedLinear(12, 2, mask=masks.random((12, 2), sparsity=0.5, seed=1), rngs=nnx.Rngs(1))
+    one = growth_gradients(loss, Twice(kernel, last), X)
+    other = growth_gradients(loss, Twice(SparseLinear.from_masked(kernel), last), X)
+    np.testing.assert_allclose(other["inner"](0, 12).T, one["inner"], rtol=1e-5, atol=1e-7)  # type: ignore[operator]
+    np.testing.assert_allclose(other["last"], one["last"], rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="the loss does not call inner"):
+        growth_gradients(lambda model, x: model.last(x).sum(), Twice(SparseLinear.from_masked(kernel), last), X)
+
+
+def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> None:
+    for model in both():
+        optimizer = adam(model)
+        for _ in range(3):
+            step(model, optimizer, X)
+
+        def moments(model: Any = model, optimizer: Any = optimizer) -> dict[tuple[int, int], float]:
+            layer = model.layers[0]
+            if isinstance(layer, MaskedLinear):
+                moment = optimizer.opt_state.inner[0].mu["layers"][0]["kernel"][...]
+                return {
+                    (i, o): float(moment[i, o]) for i, o in zip(*np.nonzero(np.asarray(layer.mask[...])), strict=True)
+                }
+            moment = optimizer.opt_state.inner[0].mu["layers"][0]["values"][...]
+            pattern = layer.pattern
+            return {(i, o): float(m) for i, o, m in zip(pattern.indices, pattern.rows, np.asarray(moment), strict=True)}
+
+        before = moments()
+        regrow_model(model, 0.4, optimizer=optimizer, include="layers.0", seed=1)
+        after = moments()
+        assert len(after.keys() - before.keys()) == 28
+        assert any(before.values())
+        assert after == {edge: before.get(edge, 0.0) for edge in after}
+
+
+def test_no_gradient_of_the_sparse_layers_shape_is_made() -> None:
+    size = 300_000  # a weight of 300,000 x 300,000 would take 360 GB
+    edges = np.arange(200)
+    layer = SparseLinear.from_edges(edges * 1499, edges * 7, (size, size), rngs=nnx.Rngs(0))
+    x = jnp.zeros((1, size)).at[0, 5].set(1.0)
+    gradients = growth_gradients(lambda layer, x: layer(x)[0, 250_000], layer, x)
+    rows = gradients[""]
+    assert not jnp.any(rows(0, 4))  # type: ignore[operator]
+    block = rows(249_999, 250_003)  # type: ignore[operator]
+    assert block.shape == (4, size)
+    assert [int(part[0]) for part in jnp.nonzero(block)] == [1, 5]
+
+
+def test_a_schedule_prunes_at_its_steps_and_goes_on_from_a_state() -> None:
+    model, schedule = network(), Cubic(0.8, begin=2, end=9, every=3)
+    optimizer = adam(model)
+    pruner = ScheduledPruning(model, schedule, scope="layer")
+    done = []
+    for number in range(12):
+        step(model, optimizer, X)
+        done.append(pruner.step())
+        assert float(masks_of(model)["layers.0"].mean()) == pytest.approx(1 - schedule(number), abs=1 / 200)
+        if number == 5:
+            saved = pruner.state_dict()
+            pruner = ScheduledPruning(model, schedule, scope="layer")
+            pruner.load_state_dict(saved)
+    assert [number for number, pruned in enumerate(done) if pruned] == schedule.steps()
+    by_gradient = ScheduledPruning(model, Cubic(0.9, begin=0, end=1, initial=0.85), score="snip", empty="allow")
+    assert by_gradient.step(gradients=nnx.grad(loss)(model, X))
+
+
+def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
+    model = network()
+    saved = jax.tree.map(jnp.copy, nnx.state(model))
+    start = np.asarray(model.layers[0].kernel[...])
+    step(model, adam(model), X)
+    prune_model(model, 0.5)
+    kept = {name: np.asarray(mask) for name, mask in masks_of(model).items()}
+    assert (model.layers[0].kernel[...] != start).any()
+    rewind_model(model, saved)
+    np.testing.assert_array_equal(model.layers[0].kernel[...], start)
+    for name, mask in masks_of(model).items():
+        np.testing.assert_array_equal(mask, kept[name])
+    plain = nnx.Sequential(nnx.Linear(12, 20, rngs=nnx.Rngs(1)), nnx.tanh, nnx.Linear(20, 5, rngs=nnx.Rngs(1)))
+    rewind_model(model, nnx.state(plain))  # of a model that was not masked yet
+    np.testing.assert_array_equal(model.layers[0].kernel[...], plain.layers[0].kernel[...])
+    np.testing.assert_array_equal(model.layers[0].mask[...], kept["layers.0"])
+
+
+def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
+    model = network()
+    start = np.asarray(model.layers[0].kernel[...])
+    seen: list[float] = []
+    before: dict[str, Any] = {}
+    for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer"):
+        np.testing.assert_array_equal(model.layers[0].kernel[...], start)
+        assert report(model).sparsity == pytest.approx(sparsity, abs=0.01)
+        now = masks_of(model)
+        assert all((before[name] | ~mask).all() for name, mask in now.items() if before)  # what is gone stays gone
+        before, seen = now, [*seen, sparsity]
+        optimizer = adam(model)
+        for _ in range(3):
+            step(model, optimizer, X)
+    assert seen == [Geometric(0.8, 3)(round) for round in range(4)]
+    assert (model.layers[0].kernel[...] != start).any()
+    with pytest.raises(ValueError, match="rounds >= 1"):
+        lottery_rounds(model, 0.8, rounds=0)
+
+
+@pytest.mark.parametrize("growth", ["gradient", "random"])
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_connections_move_at_their_steps(growth: Any, form: Any) -> None:
+    model = network()
+    prune_model(model, 0.5, scope="layer")
+    model = compress(model, form)
+    optimizer = adam(model)
+    regrowth = ScheduledRegrowth(model, optimizer, every=3, end=10, growth=growth)
+    moved, asked = [], []
+
+    def gradients() -> Any:
+        asked.append(regrowth.steps)
+        return growth_gradients(loss, model, X)
+
+    for _ in range(12):
+        step(model, optimizer, X)
+        moved.append(regrowth.step(gradients))
+    assert [number for number, count in enumerate(moved) if count] == [3, 6]
+    assert asked == ([3, 6, 9] if growth == "gradient" else [])
+    assert moved[3] == sum(int(cosine(3, 10) * live) for live in (120, 50))
+    assert report(model).sparsity == 0.5
+
+
+def test_what_cannot_be_moved_is_refused() -> None:
+    _, sparse = both()
+    layer = sparse.layers[0]
+    before = layer.pattern
+    with pytest.raises(ValueError, match=r"a source of shape \(1,\)"):
+        layer.rewire(before, [0])
+    with pytest.raises(ValueError, match="where each of the 72 connections was"):
+        layer.rewire(before, np.full(72, 72))
+    with pytest.raises(ValueError, match=r"in \[0, 1\]"):
+        regrow_model(sparse, 1.5)
+    with pytest.raises(ValueError, match=r"layers\.2 has none"):
+        regrow_model(sparse, 0.5, gradients={"layers.0": growth_gradients(loss, sparse, X)["layers.0"]})
+    sparse.layers[2].values[...] = sparse.layers[2].values[...].at[0].set(jnp.nan)
+    with pytest.raises(ValueError, match="a live weight must be a number; got NaN"):
+        regrow_model(sparse, 0.5)
+    assert layer.pattern == before, "nothing moves if not all can"
+    one, other = SparseLinear(4, 4, rngs=nnx.Rngs(0)), SparseLinear(4, 4, rngs=nnx.Rngs(0))
+    other.values = one.values
+    with pytest.raises(ValueError, match="has its values to itself; here 2 modules share it"):
+        regrow_model(nnx.List([one, other]), 0.5)
+    with pytest.raises(ValueError, match="growth by gradient needs gradients"):
+        ScheduledRegrowth(sparse, every=1, end=5).step()
