@@ -49,6 +49,8 @@ print(sorted({d for top in tops for d in owners.get(top, []) if getattr(sys.modu
         ("jax", "optax", "jax"),
         ("flax", "flax", "flax"),
         ("flax", "jax", "flax"),
+        ("lightning", "torch", "lightning"),
+        ("transformers", "transformers", "transformers"),
     ],
 )
 def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) -> None:
@@ -114,6 +116,9 @@ PUBLIC = [
     "maskedlinear.torch",
     "maskedlinear.jax",
     "maskedlinear.flax",
+    "maskedlinear.lightning",
+    "maskedlinear.transformers",
+    "maskedlinear.pruning",
     "maskedlinear_conformance",
 ]
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from maskedlinear_torch._functional import aligned, whole
 from maskedlinear_torch._layer import MaskedLinear
 
-__all__ = ["freeze_masked", "renew"]
+__all__ = ["Guard", "freeze_masked", "renew"]
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 Known = tuple[tuple[tuple[int, int], ...], Tensor]  # the versions of masks, and what was live by them
@@ -29,7 +29,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     ``LBFGS``, which remembers all weights together, forgets everything.
 
     It costs one copy of those weights while a step runs, and a copy of their masks. A copied optimizer (``copy.deepcopy``)
-    loses its guard: guard it again.
+    loses its guard: guard it again. To guard it twice by one model is to guard it once.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
@@ -50,33 +50,58 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
         )
     if not any(isinstance(module, MaskedLinear) for module in model.modules()):
         raise ValueError("freeze_masked guards MaskedLinear layers, and this model has none")
-    known: dict[int, Known] = {}
-    for layers in _users(model):
-        _start_anew(optimizer, layers, known)
-    optimizer.register_load_state_dict_post_hook(lambda _: known.clear())  # a state is that of the masks loaded with it
     step = optimizer.step
+    if getattr(step, "guard", None) is model:
+        return optimizer
+    guard = Guard(optimizer, model)
+    optimizer.register_load_state_dict_post_hook(lambda _: guard.forget())
 
     # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's
     # attributes, because learning rate schedulers put their own step around it and recognise it again.
     @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        held = {id(parameter) for group in self.param_groups for parameter in group["params"]}
-        users = [layers for layers in _users(model) if id(layers[0].weight) in held]
-        with torch.no_grad():
-            for layers in users:
-                _start_anew(self, layers, known)
-        before = {id(layers[0].weight): layers[0].weight.detach().clone() for layers in users}
+        guard.hold()
         try:
             return step(*args, **kwargs)
         finally:
-            with torch.no_grad():
-                for layers in _users(model):
-                    weight = layers[0].weight
-                    if id(weight) in before:
-                        weight.copy_(torch.where(_live(layers, weight), weight, before[id(weight)]))
+            guard.release()
 
+    guarded.guard = model  # type: ignore[attr-defined]
     optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
     return optimizer
+
+
+class Guard:
+    """Holds the masked weights of a model while an optimizer steps: :meth:`hold` before a step, :meth:`release` after it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+        self._optimizer, self._model = optimizer, model
+        self._known: dict[int, Known] = {}
+        self._before: dict[int, Tensor] = {}
+        for layers in _users(model):
+            _start_anew(optimizer, layers, self._known)
+
+    def hold(self) -> None:
+        """Copy the weights, and let the optimizer's state start clean where a mask has changed since the last step."""
+        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
+        users = [layers for layers in _users(self._model) if id(layers[0].weight) in held]
+        with torch.no_grad():
+            for layers in users:
+                _start_anew(self._optimizer, layers, self._known)
+        self._before = {id(layers[0].weight): layers[0].weight.detach().clone() for layers in users}
+
+    def release(self) -> None:
+        """Put the dormant entries back, by the masks that hold at this moment."""
+        before, self._before = self._before, {}
+        with torch.no_grad():
+            for layers in _users(self._model):
+                weight = layers[0].weight
+                if id(weight) in before:
+                    weight.copy_(torch.where(_live(layers, weight), weight, before[id(weight)]))
+
+    def forget(self) -> None:
+        """Take the masks of the next step for those of the last: a state was loaded, and with it its masks."""
+        self._known.clear()
 
 
 def _users(model: nn.Module) -> list[list[MaskedLinear]]:

@@ -1,0 +1,79 @@
+"""What a training loop that is somebody else's does with masks; the callbacks of Lightning and of transformers call it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from torch import nn
+from torch.optim import Optimizer
+
+from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth
+
+__all__ = ["Loop", "has_masked"]
+
+Schedule = ScheduledPruning | ScheduledRegrowth
+
+
+class Loop:
+    """Brings schedules to the steps that a trainer counts from 0.
+
+    Args:
+        schedules: of pruning and of regrowth, in the order in which they act.
+
+    Raises:
+        TypeError: if one is something else.
+    """
+
+    def __init__(self, schedules: Sequence[Schedule]) -> None:
+        for schedule in schedules:
+            if not isinstance(schedule, Schedule):
+                raise TypeError(
+                    f"a callback takes ScheduledPruning and ScheduledRegrowth objects; got {type(schedule).__name__}"
+                )
+        self._schedules = list(schedules)
+        self._open: ExitStack | None = None
+
+    def start(self, optimizers: Sequence[Optimizer]) -> None:
+        """Give regrowth the optimizer whose state moves along, where it has none.
+
+        Raises:
+            ValueError: if there are several to choose from.
+        """
+        for schedule in self._schedules:
+            if isinstance(schedule, ScheduledRegrowth) and schedule.optimizer is None:
+                if len(optimizers) != 1:
+                    raise ValueError(
+                        f"connections move together with one optimizer's state, and the trainer has {len(optimizers)}: make "
+                        "the ScheduledRegrowth with the one that holds their weights"
+                    )
+                schedule.optimizer = optimizers[0]
+
+    def before(self, step: int) -> None:
+        """Record the passes of a step where growth will need it; the first of several batches of a step begins it."""
+        if self._open is None:
+            self._open = ExitStack()
+            for schedule in self._schedules:
+                if isinstance(schedule, ScheduledRegrowth):
+                    self._open.enter_context(schedule.recording_at(step))
+
+    def after(self, step: int) -> bool:
+        """Prune and move after a step of the optimizer; return whether anything was due."""
+        self.close()
+        done = False
+        for schedule in self._schedules:
+            done = bool(schedule.at(step)) or done
+            schedule.steps = step + 1
+        return done
+
+    def close(self) -> None:
+        """Stop recording."""
+        if self._open is not None:
+            self._open.close()
+            self._open = None
+
+
+def has_masked(model: nn.Module) -> bool:
+    """Whether a model has layers that an optimizer must be guarded for."""
+    return any(isinstance(module, MaskedLinear) for module in model.modules())

@@ -1,0 +1,67 @@
+"""Masks in the training loop of Hugging Face's ``Trainer``. Users import it as ``maskedlinear.transformers``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import TrainerCallback
+
+from maskedlinear_torch._loops import Loop, Schedule, has_masked
+from maskedlinear_torch._optim import Guard
+from maskedlinear_torch._whole import report
+
+__all__ = ["MaskedTraining"]
+
+
+class MaskedTraining(TrainerCallback):  # type: ignore[misc]
+    """Prunes, moves connections and keeps masked weights still while a ``transformers.Trainer`` trains::
+
+        pruning = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[MaskedTraining(pruning)])
+        trainer.train()
+
+    It guards the optimizer as :func:`maskedlinear.torch.freeze_masked` does, around each of its steps, and brings the
+    schedules to the steps that ``state.global_step`` counts, whatever ``gradient_accumulation_steps`` is. Masks are in the
+    model's checkpoints, and training goes on from one at the schedules' right step. When the sparsity has changed, it is
+    written into ``state.log_history``.
+
+    Args:
+        schedules: of pruning and of regrowth, in the order in which they act; none only keeps masked weights still. A
+            ``ScheduledRegrowth`` without an optimizer gets the trainer's.
+
+    Raises:
+        TypeError: if a schedule is something else.
+    """
+
+    def __init__(self, *schedules: Schedule) -> None:
+        self._loop = Loop(schedules)
+        self._guard: Guard | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Guard the optimizer."""
+        model, optimizer = kwargs["model"], kwargs["optimizer"]
+        self._guard = Guard(optimizer, model) if has_masked(model) else None
+        self._loop.start([optimizer])
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Record what growth needs."""
+        self._loop.before(state.global_step)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Hold the masked weights."""
+        if self._guard is not None:
+            self._guard.hold()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put them back."""
+        if self._guard is not None:
+            self._guard.release()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Prune and move."""
+        if self._loop.after(state.global_step - 1):
+            state.log_history.append({"sparsity": report(kwargs["model"]).sparsity, "step": state.global_step})
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Stop recording."""
+        self._loop.close()
