@@ -118,7 +118,6 @@ PUBLIC = [
     "maskedlinear.flax",
     "maskedlinear.lightning",
     "maskedlinear.transformers",
-    "maskedlinear.pruning",
     "maskedlinear_conformance",
 ]
 
