@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from jax import Array
 
@@ -22,43 +25,60 @@ def p(rng: np.random.Generator, strict_jax: None) -> list[Array]:
     return [jnp.asarray(array) for array in problem(rng)]
 
 
-TRANSFORMATIONS = {
-    "adabelief": lambda: optax.adabelief(0.1),
-    "adadelta": lambda: optax.adadelta(0.1),
-    "adafactor": lambda: optax.adafactor(0.1, min_dim_size_to_factor=2),
-    "adagrad": lambda: optax.adagrad(0.1),
-    "adam": lambda: optax.adam(0.1),
-    "adamax": lambda: optax.adamax(0.1),
-    "adamaxw": lambda: optax.adamaxw(0.1, weight_decay=0.1),
-    "adamw": lambda: optax.adamw(0.1, weight_decay=0.1),
-    "adan": lambda: optax.adan(0.1, weight_decay=0.1),
-    "amsgrad": lambda: optax.amsgrad(0.1),
-    "fromage": lambda: optax.fromage(0.1),
-    "lamb": lambda: optax.lamb(0.1, weight_decay=0.1),
-    "lars": lambda: optax.lars(0.1, weight_decay=0.1),
-    "lion": lambda: optax.lion(0.01, weight_decay=0.1),
-    "nadam": lambda: optax.nadam(0.1),
-    "nadamw": lambda: optax.nadamw(0.1, weight_decay=0.1),
-    "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=jax.random.key(0)),
-    "novograd": lambda: optax.novograd(0.1, weight_decay=0.1),
-    "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(0.1),
-    "radam": lambda: optax.radam(0.1),
-    "rmsprop": lambda: optax.rmsprop(0.1, momentum=0.9),
-    "rprop": lambda: optax.rprop(0.1),
-    "sgd": lambda: optax.sgd(0.1),
+def shipped() -> dict[str, Any]:
+    """Return every optimizer that optax ships, ``optax.contrib`` too: what makes a transformation of a learning rate."""
+    found = {}
+    for module in (optax, optax.contrib):
+        for name, make in vars(module).items():
+            if name.startswith(("_", "scale_by_")) or not (inspect.isfunction(make) or isinstance(make, partial)):
+                continue
+            signature = inspect.signature(make)
+            rates = {"learning_rate", "max_learning_rate"} & set(signature.parameters)
+            if rates and "GradientTransformation" in str(signature.return_annotation):
+                found[name] = make, rates, "weight_decay" in signature.parameters
+    return found
+
+
+OPTIONS: dict[str, Any] = {
+    "adafactor": lambda: {"min_dim_size_to_factor": 2},
+    "dpsgd": lambda: {"l2_norm_clip": 1.0, "noise_multiplier": 0.1, "seed": 0},
+    "galore": lambda: {"rank": 2},
+    "noisy_sgd": lambda: {"key": jax.random.key(0)},
+    "polyak_sgd": lambda: {"max_learning_rate": 0.1},
+    "rmsprop": lambda: {"momentum": 0.9},
+    "schedule_free": lambda: {"base_optimizer": optax.adamw(0.1)},
+}
+
+
+def made(name: str) -> Any:
+    make, rates, decays = shipped()[name]
+    options: dict[str, Any] = {"learning_rate": 0.1} if "learning_rate" in rates else {}
+    return make(**options, **({"weight_decay": 0.1} if decays else {}), **OPTIONS.get(name, dict)())
+
+
+TRANSFORMATIONS: dict[str, Any] = {
+    **{name: partial(made, name) for name in shipped()},
     "sgd with momentum": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
-    "sign_sgd": lambda: optax.sign_sgd(0.1),
-    "sm3": lambda: optax.sm3(0.1),
-    "yogi": lambda: optax.yogi(0.1),
     "chain": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.1, weight_decay=0.1)),
     "masked": lambda: optax.masked(optax.adamw(0.1), {"weight": True, "bias": True}),
     "partition": lambda: optax.partition(
         {"a": optax.adamw(0.1, weight_decay=0.1), "b": optax.sgd(0.1)}, {"weight": "a", "bias": "b"}
     ),
     "accumulated": lambda: optax.MultiSteps(optax.adamw(0.1, weight_decay=0.1), 2),
+    "finite": lambda: optax.apply_if_finite(optax.adamw(0.1, weight_decay=0.1), 2),
+    "flat": lambda: optax.flatten(optax.adamw(0.1, weight_decay=0.1)),
+    "injected": lambda: optax.inject_hyperparams(optax.adamw)(0.1, weight_decay=0.1),
+    "mechanized": lambda: optax.contrib.mechanize(optax.adamw(0.1, weight_decay=0.1)),
+    "sharpness-aware": lambda: optax.contrib.sam(optax.adamw(0.1), optax.sgd(0.05), sync_period=2),
 }
 
 
+def test_every_optimizer_of_optax_is_tried() -> None:
+    assert len(shipped()) >= 40
+    assert {"adamw", "lbfgs", "nadam", "signum", "muon", "schedule_free_adamw", "sophia"} <= set(shipped())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # some that optax ships are on their way out
 @pytest.mark.parametrize("name", TRANSFORMATIONS)
 def test_freeze_masked_keeps_dormant_weights_bit_for_bit(p: list[Array], name: str) -> None:
     x, weight, mask, bias, _ = (a.astype(jnp.float32) if a.dtype != bool else a for a in p)
@@ -68,14 +88,24 @@ def test_freeze_masked_keeps_dormant_weights_bit_for_bit(p: list[Array], name: s
 
     @jax.jit
     def step(params: Any, state: Any, mask: Array) -> Any:
-        grads = jax.grad(lambda q: (masked_linear(x, q["weight"], mask, q["bias"]) ** 2).sum())(params)
-        updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": True})
+        def loss(q: Any) -> Array:
+            return (masked_linear(x, q["weight"], mask, q["bias"]) ** 2).sum()
+
+        value, grads = jax.value_and_grad(loss)(params)
+        more: dict[str, Any] = {"value": value}  # what some optimizers ask for besides the gradient
+        if name == "lbfgs":
+            more |= {"grad": grads, "value_fn": loss}
+        if name in ("sophia", "sharpness-aware"):
+            more = {"obj_fn": loss} if name == "sophia" else {}
+        if name == "dpsgd":
+            grads = jax.tree.map(lambda grad: grad[None], grads)  # of each example
+        updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": True}, **more)
         return optax.apply_updates(params, updates), state
 
     def bits(params: Any, where: Array) -> Any:
         return np.asarray(params["weight"]).view(np.int32)[np.asarray(where)]
 
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax relies on both
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's
         params, state = start, tx.init(start)
         for which in (mask, ~mask):  # a change of mask leaves moments behind for what is dormant now
             before = params
