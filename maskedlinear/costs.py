@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -20,11 +21,13 @@ from numpy.typing import NDArray
 
 from maskedlinear._table import lines
 
-__all__ = ["UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
+__all__ = ["CLOSE", "UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
 
 Format = Literal["auto", "dense", "sparse"]
 
 _VERSION = 2
+CLOSE = 2.0  # expected times up to this ratio of each other do not tell which form is faster
+_LARGEST = 1 << 28  # weights of a layer whose dense form is tried
 UNEVEN = 4  # how many times as wide, and as narrow, the layers that are not square are that are measured too
 
 
@@ -64,7 +67,7 @@ class Choice:
         layer: the layer.
         form: ``"dense"`` or ``"sparse"``.
         why: the reason, in words.
-        seconds: the expected time of a call in each form; empty where none was asked for.
+        seconds: the expected or measured time of a call in each form; empty where none was asked for.
     """
 
     layer: Layer
@@ -192,13 +195,18 @@ class Costs:
         Raises:
             ValueError: if it brings none for the device.
         """
-        file = resources.files("maskedlinear") / "data" / f"costs_{framework}_{device}.json"
+        file = _file(framework, device)
         if not file.is_file():
             raise ValueError(
                 f"there are no costs for {framework} on {device!r} in the package: measure them once, with maskedlinear "
                 f"bench --framework {framework} --costs FILE, and pass costs=Costs.load(FILE); or say format='sparse'"
             )
         return cls._read(file.read_text(encoding="utf-8"), file.name)
+
+    @staticmethod
+    def are_shipped(framework: str, device: str) -> bool:
+        """Whether the package brings costs for the device."""
+        return _file(framework, device).is_file()
 
     @classmethod
     def _read(cls, text: str, name: str) -> Self:
@@ -218,14 +226,21 @@ class Costs:
             ) from error
 
 
-def costs_for(layer: Layer, format: Format, given: Costs | None, framework: str, device: str) -> Costs | None:
+def costs_for(
+    layer: Layer, format: Format, given: Costs | None, framework: str, device: str, measure: bool
+) -> Costs | None:
     """Return the costs to choose by: those given, checked, or, where ``"auto"`` needs some, those of the package.
 
     Raises:
-        ValueError: if the costs given are of something else, or the package has none.
+        ValueError: if the costs given are of something else; or if the package has none and nothing will be measured.
     """
     if given is None:
-        return Costs.shipped(framework, device) if format == "auto" and not layer.fixed else None
+        needed = format == "auto" and not layer.fixed
+        return (
+            Costs.shipped(framework, device)
+            if needed and (not measure or Costs.are_shipped(framework, device))
+            else None
+        )
     if (given.framework, given.device) != (framework, device):
         raise ValueError(
             f"costs must be of {framework} on {device!r}, where the layer is; got those of {given.framework} on "
@@ -234,8 +249,18 @@ def costs_for(layer: Layer, format: Format, given: Costs | None, framework: str,
     return given
 
 
-def choose(layer: Layer, format: Format, batch: int, training: bool, costs: Costs | None) -> Choice:
-    """Return the form for ``layer``: the faster one for ``"auto"``, which needs ``costs``, or the one asked for.
+def choose(
+    layer: Layer,
+    format: Format,
+    batch: int,
+    training: bool,
+    costs: Costs | None,
+    measured: Callable[[], dict[str, float]] | None = None,
+) -> Choice:
+    """Return the form for ``layer``: the faster one for ``"auto"``, or the one asked for.
+
+    ``"auto"`` goes by the expected times of ``costs``; and by the seconds that ``measured`` returns, if it is given, where
+    those are within ``CLOSE`` of each other or there are no costs.
 
     Raises:
         ValueError: if ``format`` is none of the three, ``batch`` is not positive, or a layer that must keep its form is
@@ -249,24 +274,29 @@ def choose(layer: Layer, format: Format, batch: int, training: bool, costs: Cost
         if layer.fixed and format != layer.form:
             raise ValueError(f"{layer.name or 'the layer'} cannot become {format}: {layer.fixed}")
         return Choice(layer, format, "asked for", {})
-    if costs is None and not layer.fixed:
-        raise ValueError("format='auto' needs costs")
+    if costs is None and measured is None and not layer.fixed:
+        raise ValueError("format='auto' needs costs, or measurements")
     seconds = {f: costs.seconds(f, layer, batch, training) for f in ("dense", "sparse")} if costs is not None else {}
     if layer.fixed:
         return Choice(layer, layer.form, layer.fixed, seconds)
+    takes = "would take"
+    if measured is not None and (not seconds or max(seconds.values()) <= CLOSE * min(seconds.values())):
+        if layer.size > _LARGEST:
+            return Choice(layer, "sparse", f"its dense form is too large to be tried: {layer.size} weights", seconds)
+        seconds, takes = measured(), "takes, as measured here,"
     form = min(seconds, key=lambda form: seconds[form])
     slower = "sparse" if form == "dense" else "dense"
-    return Choice(layer, form, f"{slower} would take {seconds[slower] / seconds[form]:.2g} times as long", seconds)
+    return Choice(layer, form, f"{slower} {takes} {seconds[slower] / seconds[form]:.2g} times as long", seconds)
 
 
 def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
-    """Return the choices as lines of text: connections, bytes and FLOPs in each form, expected times, and why.
+    """Return the choices as lines of text: connections, bytes and FLOPs in each form, expected or measured times, and why.
 
     Bytes are those of what training keeps (weights, gradients, two moments of Adam, masks and indices), or in inference of
     weights, masks and indices. FLOPs are 2 a connection and row of x for each product: 3 in training, 1 in inference.
     """
     what = "a training step" if training else "an inference"
-    head = ("layer", "in -> out", "live", "form", "MiB", "MFLOP", "expected ms", "why")
+    head = ("layer", "in -> out", "live", "form", "MiB", "MFLOP", "ms", "why")
     rows = [head]
     for choice in choices:
         layer = choice.layer
@@ -287,6 +317,10 @@ def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
         )
     none = [] if choices else ["no masked layers"]
     return "\n".join([f"{what[0].upper()}{what[1:]} on {batch} rows of x; dense / sparse", *lines(rows), *none])
+
+
+def _file(framework: str, device: str) -> Traversable:
+    return resources.files("maskedlinear") / "data" / f"costs_{framework}_{device}.json"
 
 
 def _bytes(layer: Layer, training: bool) -> tuple[int, int]:

@@ -96,6 +96,29 @@ def test_auto_takes_the_faster_form_and_says_by_how_much() -> None:
     assert choose(fixed, "dense", 8, True, None).form == "dense"
 
 
+def test_what_is_too_close_to_tell_is_measured_and_nothing_else() -> None:
+    costs, asked = made(), []
+
+    def measured() -> dict[str, float]:
+        asked.append(1)
+        return {"dense": 3e-3, "sparse": 2e-3}
+
+    close, clear = layer(density=0.25), layer(density=0.01)
+    assert choose(close, "auto", 8, True, costs).form == "dense"
+    found = choose(close, "auto", 8, True, costs, measured)
+    assert (found.form, found.why) == ("sparse", "dense takes, as measured here, 1.5 times as long")
+    assert found.seconds == measured()
+    asked.clear()
+    assert choose(clear, "auto", 8, True, costs, measured).form == "sparse"
+    assert choose(replace(close, fixed="it is shared"), "auto", 8, True, None, measured).form == "dense"
+    assert choose(close, "dense", 8, True, None, measured).form == "dense"
+    assert not asked
+    assert choose(clear, "auto", 8, True, None, measured).seconds == measured(), "where there are no costs"
+    huge = choose(layer(1 << 15, 1 << 15, 1e-6), "auto", 8, True, None, measured)
+    assert (huge.form, huge.why) == ("sparse", f"its dense form is too large to be tried: {1 << 30} weights")
+    assert len(asked) == 2
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -13,6 +13,7 @@ from flax import nnx
 
 from maskedlinear import masks
 from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand
+from maskedlinear_jax.flax import _models
 
 SPARSE = masks.random((512, 512), sparsity=0.99, seed=0).T
 
@@ -50,7 +51,7 @@ def layers(model: Any) -> dict[str, str]:
 def test_each_layer_gets_the_faster_form_wherever_it_is() -> None:
     model, x = Network(), jnp.ones((4, 64))
     before = model(x)
-    assert compress(model) is model
+    assert compress(model, measure=False) is model
     found = layers(model)
     assert found.pop("first") == "MaskedLinear"
     assert set(found.values()) == {"SparseLinear"}
@@ -64,7 +65,7 @@ def test_each_layer_gets_the_faster_form_wherever_it_is() -> None:
 
 
 def test_a_compressed_model_trains() -> None:
-    model = compress(nnx.Sequential(wide(0), nnx.relu, wide(1)))
+    model = compress(nnx.Sequential(wide(0), nnx.relu, wide(1)), measure=False)
     assert set(layers(model).values()) == {"SparseLinear"}
     optimizer = nnx.Optimizer(model, optax.adam(1e-2), wrt=nnx.Param)
     x = jnp.asarray(np.random.default_rng(0).standard_normal((8, 512)), jnp.float32)
@@ -81,7 +82,7 @@ def test_a_compressed_model_trains() -> None:
 
 def test_explain_and_a_layer_or_a_list_itself(capsys: pytest.CaptureFixture[str]) -> None:
     layer = wide()
-    assert isinstance(compress(layer, explain=True), SparseLinear)
+    assert isinstance(compress(layer, explain=True, measure=False), SparseLinear)
     assert "(the model)" in capsys.readouterr().out
     found = compress([layer, {"a": layer}], "sparse", explain=True)
     assert isinstance(found[0], SparseLinear)
@@ -118,9 +119,30 @@ def tied() -> Any:
 def test_a_layer_that_cannot_change_keeps_its_form(make: Any, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = make()
     before = layers(model)
-    compress(model, explain=True)
+    compress(model, explain=True, measure=False)
     assert layers(model) == before
     assert why in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"0 cannot become sparse: .*{why}"):
         compress(model, "sparse")
     assert layers(model) == before
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_forms_are_measured_and_the_layer_is_left_alone(form: str, training: bool) -> None:
+    mask = masks.random((8, 6), sparsity=0.5, seed=0)
+    layer = MaskedLinear(8, 6, mask=mask, rngs=nnx.Rngs(0), param_dtype=jnp.bfloat16)
+    layer = SparseLinear.from_masked(layer) if form == "sparse" else layer
+    before = jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(layer)))
+    found = _models._measured_seconds(layer, 3, training)
+    assert set(found) == {"dense", "sparse"}
+    assert all(seconds > 0 for seconds in found.values())
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.to_pure_dict(nnx.state(layer)))
+
+
+def test_a_choice_that_is_too_close_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_models, "_measured_seconds", lambda *_: {"dense": 1.0, "sparse": 2.0})
+    monkeypatch.setattr(_models, "costs_for", lambda *_: None)  # as on a device without any
+    assert isinstance(compress(wide()), MaskedLinear)
+    with pytest.raises(ValueError, match="needs costs"):
+        compress(wide(), measure=False)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from maskedlinear import masks
 from maskedlinear.costs import Costs
 from maskedlinear.torch import MaskedLinear, SparseLinear, compress, expand
+from maskedlinear_torch import _models, _trial
 
 SPARSE = masks.random((512, 512), sparsity=0.99, seed=0)
 
@@ -33,13 +34,13 @@ def forms(model: nn.Module) -> list[str]:
 def test_each_layer_gets_the_faster_form_and_the_outputs_stay() -> None:
     model, x = network(), torch.randn(4, 64)
     before = model(x)
-    assert compress(model) is model
+    assert compress(model, measure=False) is model
     assert forms(model) == ["MaskedLinear", "SparseLinear", "Linear"]
     torch.testing.assert_close(model(x), before)
     assert compress(model, "sparse") is model
     assert forms(model) == ["SparseLinear", "SparseLinear", "Linear"]
     torch.testing.assert_close(model(x), before)
-    assert compress(model) is model, "which brings the first one back to the dense form"
+    assert compress(model, measure=False) is model, "which brings the first one back to the dense form"
     assert forms(model) == ["MaskedLinear", "SparseLinear", "Linear"]
     assert expand(model) is model
     assert forms(model) == ["MaskedLinear", "MaskedLinear", "Linear"]
@@ -48,7 +49,7 @@ def test_each_layer_gets_the_faster_form_and_the_outputs_stay() -> None:
 
 
 def test_explain_says_for_each_layer_what_and_why(capsys: pytest.CaptureFixture[str]) -> None:
-    compress(network(), batch=32, training=False, explain=True)
+    compress(network(), batch=32, training=False, explain=True, measure=False)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "An inference on 32 rows of x; dense / sparse"
     assert [line.split()[0] for line in lines[1:]] == ["layer", "0", "2.0"]
@@ -59,10 +60,10 @@ def test_explain_says_for_each_layer_what_and_why(capsys: pytest.CaptureFixture[
 
 def test_a_layer_itself_is_returned_in_its_new_form() -> None:
     layer = MaskedLinear(512, 512, mask=SPARSE)
-    made = compress(layer)
+    made = compress(layer, measure=False)
     assert isinstance(made, SparseLinear)
     assert isinstance(expand(made), MaskedLinear)
-    assert compress(nn.ReLU(), explain=False).__class__ is nn.ReLU
+    assert compress(nn.ReLU(), explain=False, measure=False).__class__ is nn.ReLU
 
 
 def test_what_a_layer_carries_is_kept() -> None:
@@ -153,7 +154,7 @@ def read() -> nn.Module:
 def test_a_layer_that_cannot_change_keeps_its_form(make: Any, why: str, capsys: pytest.CaptureFixture[str]) -> None:
     model = make()
     layers = [module for module in model.modules() if isinstance(module, MaskedLinear)]
-    compress(model, explain=True)
+    compress(model, explain=True, measure=False)
     assert [module for module in model.modules() if isinstance(module, MaskedLinear)] == layers
     assert why in capsys.readouterr().out
     with pytest.raises(ValueError, match=f"cannot become sparse: .*{why}"):
@@ -174,7 +175,7 @@ def test_a_refusal_leaves_the_model_as_it_was() -> None:
 def test_costs_of_ones_own_decide() -> None:
     costs = Costs.shipped("torch", "cpu")
     slow = replace(costs, sparse=costs.sparse * 1e6)
-    assert forms(compress(network(), costs=slow)) == ["MaskedLinear", "MaskedLinear", "Linear"]
+    assert forms(compress(network(), costs=slow, measure=False)) == ["MaskedLinear", "MaskedLinear", "Linear"]
     with pytest.raises(ValueError, match="costs must be of torch on 'cpu', where the layer is; got those of jax"):
         compress(network(), costs=Costs.shipped("jax", "cpu"))
 
@@ -188,3 +189,32 @@ def test_a_compressed_model_trains_as_before() -> None:
             model(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(one(x), other(x))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize("training", [True, False])
+def test_both_forms_are_measured_and_nothing_is_left_behind(form: str, training: bool) -> None:
+    layer = MaskedLinear(8, 6, mask=masks.random((6, 8), sparsity=0.5, seed=0))
+    layer = SparseLinear.from_masked(layer) if form == "sparse" else layer
+    calls: list[int] = []
+    layer.register_forward_hook(lambda *_: calls.append(1))
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    state = torch.get_rng_state()
+    with torch.no_grad():
+        found = _trial.measured_seconds(layer, 3, training)
+    assert set(found) == {"dense", "sparse"}
+    assert all(seconds > 0 for seconds in found.values())
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not calls
+    assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+    assert all(parameter.grad is None for parameter in layer.parameters())
+
+
+def test_a_choice_may_be_made_by_costs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_models, "measured_seconds", lambda *_: {"dense": 1.0, "sparse": 2.0})
+    shipped = Costs.shipped("torch", "cpu")
+    sparse = shipped.dense[..., None].repeat(len(shipped.densities), -1) / 1.5
+    close = replace(shipped, sparse=sparse, uneven=shipped.uneven * 0 + 1)
+    layer = MaskedLinear(64, 64, mask=masks.random((64, 64), sparsity=0.5, seed=0))
+    assert isinstance(compress(layer, costs=close), MaskedLinear)
+    assert isinstance(compress(layer, costs=close, measure=False), SparseLinear)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -12,6 +13,7 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import dressed, exchange, owners, readers_of_weights
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._trial import measured_seconds
 
 __all__ = ["compress", "expand"]
 
@@ -25,6 +27,7 @@ def compress(
     batch: int = 128,
     training: bool = True,
     costs: Costs | None = None,
+    measure: bool = True,
     explain: bool = False,
 ) -> nn.Module:
     """Give each masked layer of a model the form that is faster, in place, and return the model.
@@ -44,11 +47,14 @@ def compress(
         training: whether a training step should be fast (forward, backward, Adam), or an inference.
         costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
             float32 on the CPU.
-        explain: print for each layer what was chosen and why: bytes, FLOPs, expected time.
+        measure: where the expected times are within a factor of 2 of each other, and where there are none for the device,
+            time both forms of the layer here and now, for about a tenth of a second each. If ``False``, the choice is the
+            same wherever the costs are, as processes need it that train one model together.
+        explain: print for each layer what was chosen and why: bytes, FLOPs, times.
 
     Raises:
         ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
-            if there are no costs for its device. The model is left as it was.
+            if there are no costs for its device and ``measure`` is ``False``. The model is left as it was.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -56,8 +62,9 @@ def compress(
     layers = _masked_layers(model)
     choices = []
     for layer, facts in layers.values():
-        known = costs_for(facts, format, costs, "torch", next(layer.parameters()).device.type)
-        choices.append(choose(facts, format, batch, training, known))
+        known = costs_for(facts, format, costs, "torch", next(layer.parameters()).device.type, measure)
+        measured = partial(measured_seconds, layer, batch, training) if measure else None
+        choices.append(choose(facts, format, batch, training, known, measured))
     model = _exchange(model, layers, choices)
     if explain:
         print(table(choices, batch, training))

@@ -37,8 +37,8 @@ def run_bench(frameworks: Sequence[str], sets: Sequence[str], device: str, out: 
             return 1
     for framework in frameworks:
         results["choices"] = results.get("choices", {}) | {framework: choices(results["rows"], framework, device)}
-        if results["choices"][framework]:
-            print(f"{framework}: {results['choices'][framework]}")
+        for how, found in results["choices"][framework].items():
+            print(f"{framework}, choices {how}: {found}")
     (out / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     from maskedlinear.bench.plots import draw
 
@@ -79,21 +79,31 @@ def tables(rows: Sequence[dict[str, Any]]) -> list[str]:
     return lines
 
 
-def choices(rows: Sequence[dict[str, Any]], framework: str, device: str) -> dict[str, float]:
-    """Return how well ``compress`` would choose for the layers of the set "choice": times relative to the better form's."""
+def choices(rows: Sequence[dict[str, Any]], framework: str, device: str) -> dict[str, dict[str, float]]:
+    """Return how well ``compress`` chose for the layers of the set "choice": times relative to the better form's.
+
+    By costs alone, and with what it measures.
+    """
     drawn = [row for row in rows if row["framework"] == framework and row["set"] == "choice"]
     if not drawn:
         return {}
-    costs, slower = Costs.shipped(framework, device), []
+    costs = Costs.shipped(framework, device) if Costs.are_shipped(framework, device) else None
+    slower: dict[str, list[float]] = {"measured": []} if costs is None else {"by costs alone": [], "measured": []}
     for row in drawn:
         layer = Layer("", row["out"], row["in"], row["connections"], 4, "dense")
         for what, times in row["times"].items():
-            form = choose(layer, "auto", row["batch"], what == "step", costs).form
             sparse = times[NAMES[framework].sparse]["ratio"]
-            slower.append(max(1.0, sparse if form == "sparse" else 1 / sparse))
+            forms = {"measured": row["chosen"][what]}
+            if costs is not None:
+                forms["by costs alone"] = choose(layer, "auto", row["batch"], what == "step", costs).form
+            for how, form in forms.items():
+                slower[how].append(max(1.0, sparse if form == "sparse" else 1 / sparse))
     return {
-        "choices": len(slower),
-        "within 1.1": sum(ratio <= 1.1 for ratio in slower),
-        "mean": statistics.mean(slower),
-        "worst": max(slower),
+        how: {
+            "choices": len(ratios),
+            "within 1.1": sum(ratio <= 1.1 for ratio in ratios),
+            "mean": statistics.mean(ratios),
+            "worst": max(ratios),
+        }
+        for how, ratios in slower.items()
     }

@@ -5,7 +5,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -18,12 +17,13 @@ from jax.experimental import sparse
 
 from maskedlinear.bench.cases import NAMES, Case
 from maskedlinear.jax import masked_linear, sparse_linear
+from maskedlinear_jax._trial import LayerCall, forward_backward, inference, training_step
 
-__all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
+__all__ = ["BASE", "DENSE", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
 
 BASE, DENSE, SPARSE = NAMES["jax"]
 
-Layer = tuple[Callable[..., Array], Any, Any]  # y of (parameters, x, fixed), the parameters, and what is fixed
+Layer = tuple[LayerCall, Any, Any]  # with its parameters, and what is fixed
 
 
 def description() -> dict[str, str]:
@@ -121,12 +121,10 @@ def calls(case: Case, device: str = "cpu", only: Sequence[str] = ()) -> dict[str
         if only and name not in only:
             continue
         layer, params, fixed = make()
-        found["step"][name] = _step(layer, params, fixed, x, g)
-        found["inference"][name] = partial(_block, partial(jax.jit(layer), params, x, fixed))
+        found["step"][name] = training_step(layer, params, fixed, x, g)
+        found["inference"][name] = inference(layer, params, fixed, x)
         if case.of == "layers":
-            found["forward + backward"][name] = partial(
-                _block, partial(jax.jit(partial(_gradients, layer)), params, x, fixed, g)
-            )
+            found["forward + backward"][name] = forward_backward(layer, params, fixed, x, g)
     return found
 
 
@@ -140,30 +138,14 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
     return found
 
 
-def _block(call: Callable[[], Any]) -> Any:
-    return jax.block_until_ready(call())
+def chosen(case: Case, device: str, training: bool) -> str:
+    """Return the form that ``compress`` gives the layer, with what it measures."""
+    from flax import nnx
 
+    from maskedlinear.flax import MaskedLinear, SparseLinear, compress
 
-def _gradients(layer: Callable[..., Array], params: Any, x: Array, fixed: Any, g: Array) -> Any:
-    y, pull = jax.vjp(lambda params, x: layer(params, x, fixed), params, x)
-    return y, pull(g)
-
-
-def _step(layer: Callable[..., Array], params: Any, fixed: Any, x: Array, g: Array) -> Callable[[], None]:
-    optimizer = optax.adam(1e-3)
-
-    @partial(jax.jit, donate_argnums=(0, 1))
-    def update(params: Any, state: Any, fixed: Any, x: Array) -> Any:
-        y, (gradients, dx) = _gradients(layer, params, x, fixed, g)
-        updates, state = optimizer.update(gradients, state)
-        return optax.apply_updates(params, updates), state, y, dx
-
-    params = jax.tree.map(jnp.array, params)  # a copy, which is given away
-    now = [params, optimizer.init(params)]
-
-    def step() -> None:
-        params, state, y, dx = update(*now, fixed, x)
-        now[:] = jax.block_until_ready((params, state))
-        jax.block_until_ready((y, dx))
-
-    return step
+    device_of(device)
+    mask = case.pattern().to_mask().T
+    layer = MaskedLinear(case.in_features, case.out_features, mask=mask, rngs=nnx.Rngs(0))
+    made = compress(layer, batch=case.batch, training=training)
+    return "sparse" if isinstance(made, SparseLinear) else "dense"

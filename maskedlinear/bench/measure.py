@@ -76,7 +76,8 @@ def _measured(layers: Any, framework: str, device: str, case: Case) -> dict[str,
         names = (layers.SPARSE,) if large else (layers.BASE, layers.DENSE, layers.SPARSE)
         return {"peak_bytes": {name: peak(framework, device, name, case) for name in names}}
     if case.of == "choice":
-        return {"times": _times(layers, device, case, layers.DENSE, (layers.DENSE, layers.SPARSE))}
+        chosen = {what: layers.chosen(case, device, what == "step") for what in ("step", "inference")}
+        return {"times": _times(layers, device, case, layers.DENSE, (layers.DENSE, layers.SPARSE)), "chosen": chosen}
     return {"times": _times(layers, device, case, layers.BASE, ()), "kept_bytes": layers.kept(case, device)}
 
 

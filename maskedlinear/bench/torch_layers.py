@@ -11,9 +11,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.nn.utils import prune
 
 from maskedlinear.bench.cases import NAMES, Case
-from maskedlinear.torch import MaskedLinear, SparseLinear
+from maskedlinear.torch import MaskedLinear, SparseLinear, compress
+from maskedlinear_torch._trial import inference, training_step
 
-__all__ = ["BASE", "DENSE", "SPARSE", "calls", "description", "device_of", "kept"]
+__all__ = ["BASE", "DENSE", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
 
 BASE, DENSE, SPARSE = NAMES["torch"]
 
@@ -71,11 +72,11 @@ def calls(case: Case, device: str = "cpu", only: Sequence[str] = ()) -> dict[str
         if only and name not in only:
             continue
         layer = make().to(device)
-        found["step"][name] = _step(layer, x, g, torch.optim.Adam(layer.parameters(), fused=True))
-        found["inference"][name] = _inference(layer, x)
+        found["step"][name] = training_step(layer, x, g, torch.optim.Adam(layer.parameters(), fused=True))
+        found["inference"][name] = inference(layer, x)
         if case.of == "layers":
-            found["forward + backward"][name] = _step(layer, x, g, None)
-            found["step, unfused Adam"][name] = _step(layer, x, g, torch.optim.Adam(layer.parameters()))
+            found["forward + backward"][name] = training_step(layer, x, g, None)
+            found["step, unfused Adam"][name] = training_step(layer, x, g, torch.optim.Adam(layer.parameters()))
     return found
 
 
@@ -86,7 +87,7 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
         layer = make().to(device)
         optimizer = torch.optim.Adam(layer.parameters(), fused=True)
         x, g = (torch.randn(case.batch, size, device=device) for size in (case.in_features, case.out_features))
-        _step(layer, x, g, optimizer)()
+        training_step(layer, x, g, optimizer)()
         tensors = [*layer.parameters(), *layer.buffers()]
         tensors += [p.grad for p in layer.parameters() if p.grad is not None]
         tensors += [part for state in optimizer.state.values() for part in state.values()]
@@ -95,29 +96,8 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
     return found
 
 
-def _step(layer: nn.Module, x: Tensor, g: Tensor, optimizer: torch.optim.Optimizer | None) -> Callable[[], None]:
-    x = x.clone().requires_grad_()  # as below another layer
-
-    def step() -> None:
-        layer.zero_grad()
-        x.grad = None
-        layer(x).backward(g)
-        if optimizer is not None:
-            optimizer.step()
-        _wait(x)
-
-    return step
-
-
-def _inference(layer: nn.Module, x: Tensor) -> Callable[[], None]:
-    @torch.inference_mode()
-    def inference() -> None:
-        layer(x)
-        _wait(x)
-
-    return inference
-
-
-def _wait(x: Tensor) -> None:
-    if x.is_cuda:
-        torch.cuda.synchronize()
+def chosen(case: Case, device: str, training: bool) -> str:
+    """Return the form that ``compress`` gives the layer, with what it measures."""
+    layer = MaskedLinear(case.in_features, case.out_features, mask=torch.from_numpy(case.pattern().to_mask()))
+    made = compress(layer.to(device), batch=case.batch, training=training)
+    return "sparse" if isinstance(made, SparseLinear) else "dense"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, TypeVar
 
 import jax
@@ -9,7 +10,9 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
+from maskedlinear._timing import least_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose, costs_for, table
+from maskedlinear_jax._trial import inference, training_step
 from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
@@ -33,6 +36,7 @@ def compress(
     batch: int = 128,
     training: bool = True,
     costs: Costs | None = None,
+    measure: bool = True,
     explain: bool = False,
 ) -> Model:
     """Give each masked layer of an nnx model the form that is faster, in place, and return the model.
@@ -51,18 +55,22 @@ def compress(
         training: whether a jitted training step should be fast (forward, backward, Adam), or an inference.
         costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
             float32 on the CPU.
-        explain: print for each layer what was chosen and why: bytes, FLOPs, expected time.
+        measure: where the expected times are within a factor of 2 of each other, and where there are none for the device,
+            time both forms of the layer here and now: compile them, and run each for about a tenth of a second. If
+            ``False``, the choice is the same wherever the costs are, as processes need it that train one model together.
+        explain: print for each layer what was chosen and why: bytes, FLOPs, times.
 
     Raises:
         ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
-            if there are no costs for the device. The model is left as it was.
+            if there are no costs for the device and ``measure`` is ``False``. The model is left as it was.
     """
     layers = _masked_layers(model)
     device = jax.default_backend()
-    choices = [
-        choose(facts, format, batch, training, costs_for(facts, format, costs, "jax", device))
-        for _, facts in layers.values()
-    ]
+    choices = []
+    for layer, facts in layers.values():
+        known = costs_for(facts, format, costs, "jax", device, measure)
+        measured = partial(_measured_seconds, layer, batch, training) if measure else None
+        choices.append(choose(facts, format, batch, training, known, measured))
     made: dict[int, Any] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
@@ -82,6 +90,27 @@ def expand(model: Model) -> Model:
         ValueError: if a layer must keep its form; the model is left as it was.
     """
     return compress(model, "dense")
+
+
+def _measured_seconds(layer: Any, batch: int, training: bool) -> dict[str, float]:
+    """Return how long a jitted step with Adam, or an inference, takes in each form of a layer, on ``batch`` rows of x."""
+    dense = layer.to_masked() if isinstance(layer, SparseLinear) else layer
+    keys = jax.random.split(jax.random.key(0))
+    x, g = (
+        jax.random.normal(key, (batch, n)) for key, n in zip(keys, (layer.in_features, layer.out_features), strict=True)
+    )
+    x = x.astype(dense.kernel.dtype)
+    calls = {}
+    for form, made in (("dense", dense), ("sparse", SparseLinear.from_masked(dense))):
+        graph, params, *fixed = nnx.split(made, nnx.Param, ...)
+
+        def call(params: Any, x: Any, fixed: Any, graph: Any = graph) -> Any:
+            return nnx.merge(graph, params, *fixed)(x)
+
+        dtype = jax.eval_shape(call, params, x, fixed).dtype
+        step = partial(training_step, g=g.astype(dtype)) if training else inference
+        calls[form] = step(call, params, fixed, x)
+    return least_seconds(calls)
 
 
 def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
