@@ -247,7 +247,7 @@ class Layer(Protocol):
         """Read it again."""
 
     def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
-        """Return a function of x and g that takes one step of an optimizer under ``freeze_masked``.
+        """Return a function of x and g that takes one step of an optimizer of weight and bias under ``freeze_masked``.
 
         The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function. The step
         must be large enough to move a weight of 1 in every dtype, as with a learning rate of 0.1.
@@ -263,8 +263,8 @@ def load(name: str) -> tuple[Backend, ...]:
     """Return the backend registered as ``name``: an instance for each of its formats.
 
     Raises:
-        BackendNotAvailableError: if no backend has that name, or several have; if it cannot be imported, for want of its
-            framework or whatever else.
+        BackendNotAvailableError: if no backend has that name, or several have; if it cannot be imported or made, for want
+            of its framework or whatever else.
         TypeError: if what is registered has another name, or does not have the methods of :class:`Backend`, or of
             :class:`Capable` where it does not declare them lacking.
     """
@@ -281,14 +281,20 @@ def load(name: str) -> tuple[Backend, ...]:
         )
     try:
         kind = found[0].load()
-    except (ImportError, AttributeError, OSError) as error:
+    except Exception as error:  # third-party code may fail in any way while it is imported
         raise BackendNotAvailableError(f"backend {name!r} cannot be imported: {error}") from error
     formats = getattr(kind, "formats", ())
     if not formats or isinstance(formats, str):
         raise TypeError(
             f"backend {name!r} must name its formats in a tuple; got {formats!r}: write formats = ('dense',) in its class"
         )
-    backends = tuple(checked(kind(format), f"backend {name!r}") for format in formats)
+    try:
+        made = [kind(format) for format in formats]
+    except Exception as error:
+        raise BackendNotAvailableError(
+            f"backend {name!r} cannot be made: {error}. Its class is called with each of its formats: {', '.join(formats)}"
+        ) from error
+    backends = tuple(checked(backend, f"backend {name!r}") for backend in made)
     for format, backend in zip(formats, backends, strict=True):
         if backend.name != name:
             raise TypeError(
@@ -316,7 +322,12 @@ def checked(backend: Any, called: str) -> Backend:
     missing = sorted(method for method in _required() if not hasattr(backend, method))
     if missing:
         raise TypeError(f"{called} lacks {', '.join(missing)} of maskedlinear.backends.Backend")
-    lacks = backend.lacks()
+    try:
+        lacks = dict(backend.lacks())
+    except Exception as error:
+        raise TypeError(
+            f"{called} cannot say what it lacks, a dictionary of capabilities and reasons: {error}"
+        ) from error
     unknown = sorted(set(lacks) - set(CAPABILITIES))
     if unknown:
         raise TypeError(

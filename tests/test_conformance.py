@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -15,9 +16,11 @@ import pytest
 from maskedlinear import masks, spec
 from maskedlinear.backends import Backend, BackendNotAvailableError, available, checked, load
 from maskedlinear.reference import NumpyBackend
-from maskedlinear_conformance import golden
+from maskedlinear_conformance import golden, report
 from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
 from maskedlinear_conformance.cases import CASES, PROFILES, Case, among, draw, round_to
+from maskedlinear_conformance.laws import LAWS
+from maskedlinear_conformance.record import Outcome, Record
 from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
 
 HEAD = "from maskedlinear.reference import NumpyBackend\n\nclass Other(NumpyBackend):\n    name = 'other'\n"
@@ -151,6 +154,13 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
         ("    def dtypes(self, device):\n        return ()\n", "dtypes must return one or more of"),
         ("raise OSError('no libcuda')\n", "backend 'other' cannot be imported: no libcuda"),
         ("\nOther = None\ndel Other\n", "backend 'other' cannot be imported: module 'other' has no attribute 'Other'"),
+        ("raise RuntimeError('no driver')\n", "backend 'other' cannot be imported: no driver"),
+        (
+            "    def __init__(self, format):\n        raise RuntimeError('no licence')\n",
+            "backend 'other' cannot be made: no licence. Its class is called with each of its formats: dense",
+        ),
+        ("    def lacks(self):\n        return None\n", "backend 'other' cannot say what it lacks"),
+        ("    def lacks(self):\n        raise KeyError('x')\n", "backend 'other' cannot say what it lacks"),
     ],
 )
 def test_a_backend_that_would_not_run_is_refused(code: str, message: str, tmp_path: Path) -> None:
@@ -223,18 +233,18 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     quantities = ("y", "dx", "dW", "db", "jvp", "hvp")
     assert {row[0] for row in rows if row[1] == "float32"} == set(quantities)
     assert all(0 <= float(row[2]) <= 1 for row in rows)
-    report = json.loads(path.read_text())
-    assert report["exit_status"] == 0
-    assert set(report["header"]["backends"]) == {"numpy dense", "torch dense"}
-    assert report["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
-    assert report["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
-    assert report["laws"]["1"]["backends"]["torch dense"]["passed"] > 30
-    assert report["laws"]["13"]["backends"]["torch dense"] == {}
-    assert report["not_built"] == {"12f": "maskedlinear.checkpoint is not built yet"}
+    found = json.loads(path.read_text())
+    assert found["exit_status"] == 0
+    assert set(found["header"]["backends"]) == {"numpy dense", "torch dense"}
+    assert found["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
+    assert found["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
+    assert found["laws"]["1"]["backends"]["torch dense"]["passed"] > 30
+    assert found["laws"]["13"]["backends"]["torch dense"] == {}
+    assert found["not_built"] == {"12f": "maskedlinear.checkpoint is not built yet"}
     assert "not built" in result.stdout
-    assert {row["result"] for row in report["bounds"]["pairs"]} == set(quantities)
-    assert {row["result"] for row in report["bounds"]["hard"]} == {"y", "dx", "dW", "db"}
-    assert all(row["status"] == "declared" for row in report["not_passed"])
+    assert {row["result"] for row in found["bounds"]["pairs"]} == set(quantities)
+    assert {row["result"] for row in found["bounds"]["hard"]} == {"y", "dx", "dW", "db"}
+    assert all(row["status"] == "declared" for row in found["not_passed"])
 
 
 @pytest.mark.parametrize(
@@ -276,6 +286,59 @@ def test_laws_reach_a_backend_of_one_dtype(tmp_path: Path) -> None:
     laws = json.loads(path.read_text())["laws"]
     without = {law for law, row in laws.items() if not row["backends"]["other dense"].get("passed")}
     assert without == {"9", "12f", "pairs"}, "no half type, not built, and no partner"
+
+
+def test_what_no_dtype_allows_is_declared(tmp_path: Path) -> None:
+    distribution(tmp_path, HEAD + "    def dtypes(self, device):\n        return ('float64',)\n")
+    (tmp_path / "single.py").write_text(
+        "from other import Other\n\nclass Single(Other):\n    name = 'single'\n"
+        "    def dtypes(self, device):\n        return ('float32',)\n"
+    )
+    entry = tmp_path / "other-1.0.dist-info" / "entry_points.txt"
+    entry.write_text(entry.read_text() + "single = single:Single\n")
+    result = suite("--backend", "other", "--backend", "single", "--profile", "quick", path=tmp_path)
+    assert result.returncode == 0, result.stdout
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    assert rows["9"].split()[-4:] == ["3", "declared", "3", "declared"], "neither has a half type"
+    assert rows["pairs"].split()[-4:] == ["1", "declared", "1", "declared"], "they have no dtype in common"
+
+
+def test_a_law_that_did_not_run_is_named() -> None:
+    outcomes = [Outcome(law, ("a", "b"), "test", "passed", "") for law in LAWS if law not in ("6", "pairs")]
+    outcomes += [Outcome("6", ("a",), "test", "declared", "why")]
+    record = Record()
+    record.outcomes = outcomes
+    run: Any = SimpleNamespace(faults=False, partial=False, command=True, backends=["a", "b"], record=record)
+    assert report.silent(run) == ["b: law 6", "a: law pairs", "b: law pairs"]
+    run.partial = True
+    assert report.silent(run) == [], "it was left out on purpose"
+    run.partial, run.backends = False, ["a"]
+    assert report.silent(run) == [], "one backend has no partner"
+
+
+def test_the_report_has_what_is_printed(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    result = suite("--backend", "numpy", "--backend", "torch", "--profile", "quick", "--report", str(path))
+    assert result.returncode == 0, result.stdout
+    found = json.loads(path.read_text())
+    for law, row in found["laws"].items():
+        for label, counts in row["backends"].items():
+            said = [f"passed {counts['passed']}"] if "passed" in counts else []
+            said += [f"{counts[status]} {status}" for status in ("declared",) if status in counts]
+            assert (", ".join(said) or "not built") in result.stdout, (law, label)
+        assert row["title"] in result.stdout
+    printed = result.stdout.split("largest distance from the spec, in units of the tight bound")[1]
+    tables = dict(zip(("tight", "hard", "pairs"), printed.split(" in units of the "), strict=True))
+    for name, text in tables.items():
+        body = [
+            line.split() for line in text.splitlines() if line.startswith(("y ", "d", "jvp", "hvp")) and "." in line
+        ]
+        cells = {(row[0], row[1]): [value for value in row[2:] if value != "-"] for row in body}
+        written: dict[tuple[str, str], list[str]] = {}
+        for row in found["bounds"][name]:
+            written.setdefault((row["result"], row["dtype"]), []).append(f"{row['largest']:.3f}")
+        assert {key: sorted(values) for key, values in cells.items()} == {k: sorted(v) for k, v in written.items()}
+    assert found["header"]["backends"]["torch dense"]["versions"]["torch"] in result.stdout
 
 
 def test_a_backend_may_be_a_dataclass_and_have_company(tmp_path: Path) -> None:

@@ -16,13 +16,18 @@ from maskedlinear import masks
 
 __all__ = [
     "CASES",
+    "OTHER",
     "PROBE",
     "PROFILES",
+    "SEVERAL",
+    "TILED",
+    "WIDE",
     "Case",
     "Data",
     "among",
     "draw",
     "odd",
+    "others",
     "poisoned",
     "round_to",
     "small",
@@ -188,6 +193,15 @@ CASES = (
 PROBE = Case((4,), 7, 5, 0.5)
 """The one for laws that are not about shapes; its shape is that of others, so that little is compiled anew."""
 
+OTHER = Case((4,), 7, 5, 0.7)
+"""The same shape with other values."""
+
+SEVERAL = Case((2, 3), 17, 13, 0.5)
+TILED = Case((33,), 257, 129, 0.1)
+"""Large enough for code that works in tiles, and no multiple of any."""
+WIDE = Case((5,), 4096, 61, 0.5)
+"""So large that one connection is a small part of a sum."""
+
 
 def small(case: Case) -> bool:
     """Whether a case is cheap enough for the laws that are dear to check."""
@@ -197,6 +211,11 @@ def small(case: Case) -> bool:
 def odd(case: Case) -> bool:
     """Whether a small case has a shape that is easily forgotten: no batch, two, an empty one, no bias, no nodes."""
     return small(case) and (len(case.batch) != 1 or case.size == 0 or not case.bias)
+
+
+def others(mask: Mask) -> list[Mask]:
+    """Return masks unlike ``mask`` in the same shape: two with as many connections, in each row and in each column."""
+    return [OTHER.mask() if mask.shape == OTHER.mask().shape else ~mask, mask[:, ::-1].copy(), mask[::-1].copy()]
 
 
 def poisoned(data: Data) -> dict[str, Data]:

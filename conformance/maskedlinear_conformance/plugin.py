@@ -42,6 +42,7 @@ class Run:
         self.backends: dict[str, Backend] = {}
         self.expected: dict[str, set[str]] = {}
         self.chosen: set[str] = set()  # those of the backends that a test was selected for
+        self.partial = False  # whether the caller chose among the tests, so that a law may be left out
         names = list(dict.fromkeys(config.getoption("--backend")))
         if self.faults:
             if names:
@@ -108,8 +109,20 @@ class Run:
                 f"{called}: dtypes must return one or more of {', '.join(DTYPES)}; got {list(dtypes)}: leave out the others"
             )
 
+    def dtypeless(self, labels: Sequence[str], says: Law) -> bool:
+        """Whether a test cannot run because these backends, together, have none of the dtypes that it is about."""
+        if self.faults:
+            return False
+        kinds = [set(self.backends[label].dtypes(self.device)) for label in labels]
+        return not set.intersection(*kinds, set(says.dtypes or DTYPES))
+
     def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
-        """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have."""
+        """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have.
+
+        Of a faulty one, nothing for a law that it need not break.
+        """
+        if self.faults and not all(label == Sound.name or says.number in FAULTS[label].laws for label in labels):
+            return []
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
         if not among(says.since, "default" if self.faults and self.profile == "quick" else self.profile):
             return []
@@ -170,15 +183,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         raise pytest.UsageError(
             f"{metafunc.cls.__name__} has no backend to prove: set its attribute backends, or name one with --backend"
         )
-    if "pair" in metafunc.fixturenames:
-        pairs = [] if run.faults else combinations(labels, 2)
-        rows: list[tuple[Subject, ...]] = [
-            (one, other) for pair in pairs for one, other in _by_two(run.subjects(pair, says))
-        ]
-        first = "pair"
-    else:
-        rows = [(subject,) for label in labels for subject in run.subjects([label], says)]
-        first = "subject"
+    first = "pair" if "pair" in metafunc.fixturenames else "subject"
+    together: list[tuple[str, ...]] = [(label,) for label in labels]
+    if first == "pair":
+        together = [] if run.faults else list(combinations(labels, 2))
+    rows = [row for several in together for row in _batched(run.subjects(several, says), len(several))]
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda subject: [case for case in CASES if among(case.since, subject.profile) and says.cases(case)],
         "mode": lambda _: MODES,
@@ -190,6 +199,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     }
     used = [name for name in axes if name in metafunc.fixturenames]
     params = [_param(says, subjects, values) for subjects in rows for values in _product(subjects[0], used, axes)]
+    params += [_without_a_dtype(run, says, several, len(used)) for several in together if run.dtypeless(several, says)]
     if not params:
         # One backend has no partner, no half type, or the profile is too small: nothing to run, and no test that says so.
         params = [pytest.param(*([None] * (1 + len(used))), id=_NOTHING)]
@@ -199,8 +209,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 _NOTHING = "nothing to run"
 
 
-def _by_two(subjects: Sequence[Subject]) -> zip[tuple[Subject, Subject]]:
-    return zip(subjects[::2], subjects[1::2], strict=True)
+def _batched(subjects: Sequence[Subject], size: int) -> list[tuple[Subject, ...]]:
+    return [tuple(subjects[start : start + size]) for start in range(0, len(subjects), size)]
+
+
+def _without_a_dtype(run: Run, says: Law, labels: Sequence[str], values: int) -> Any:
+    """Return the parameters of a test that is declared, by the dtypes that the backends name, not to run."""
+    subjects = [Subject(run.backends[label], label, "no dtype") for label in labels]
+    names = " and ".join(labels)
+    about = f"{names} lack {' and '.join(says.dtypes)}" if says.dtypes else f"{names} have no dtype in common"
+    what = tuple(subjects) if len(subjects) > 1 else subjects[0]
+    mark = pytest.mark.skip(reason=f"declared: {about}")
+    return pytest.param(what, *([None] * values), id=f"{' - '.join(labels)} no dtype", marks=[mark])
 
 
 def _transforms(subject: Subject) -> Sequence[str]:
@@ -244,6 +264,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                     item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
                     unused[subject.label].discard(pattern)
     run.expected = unused
+
+
+def pytest_deselected(items: Sequence[pytest.Item]) -> None:
+    """Note that the caller chose: what did not run is then what was not asked for."""
+    for item in items:
+        if _subjects(item):
+            item.config.stash[_RUN].partial = True
 
 
 def _subjects(item: pytest.Item) -> tuple[Subject, ...]:
@@ -303,7 +330,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
         return
     run.chosen = {subject.label for item in session.items for subject in _subjects(item)}
     if exitstatus == pytest.ExitCode.OK and (run.command or run.chosen):
-        if not run.chosen or report.unproven(run):
+        if not run.chosen or report.unproven(run) or report.silent(run):
             session.exitstatus = pytest.ExitCode.NO_TESTS_COLLECTED
         elif run.faults and report.uncaught(run):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -19,7 +19,7 @@ from maskedlinear_conformance.record import pivot, table
 if TYPE_CHECKING:
     from maskedlinear_conformance.plugin import Run
 
-__all__ = ["header", "header_lines", "sections", "uncaught", "unproven", "write"]
+__all__ = ["header", "header_lines", "sections", "silent", "uncaught", "unproven", "write"]
 
 _PROOF = ("passed", "caught")
 
@@ -76,6 +76,8 @@ def sections(run: Run) -> list[tuple[str, list[str]]]:
     nothing = unproven(run)
     if nothing:
         found.append(("nothing was proven of", nothing))
+    if silent(run):
+        found.append(("laws that did not run, and nobody declared it", silent(run)))
     record = run.record
     for title, cells in (
         ("largest distance from the spec, in units of the tight bound (at most 1)", record.tight),
@@ -95,10 +97,21 @@ def unproven(run: Run) -> list[str]:
     return [label for label in run.backends if label in run.chosen - proven]
 
 
+def silent(run: Run) -> list[str]:
+    """Return the laws of which nothing ran and nothing was declared, of a run in which the caller left nothing out."""
+    if run.faults or run.partial or not run.command:
+        return []
+    excused = {*_not_built(), *(["pairs"] if len(run.backends) == 1 else [])}
+    cells = run.record.law_table(LAWS, run.backends)
+    return [
+        f"{label}: law {law}" for law in LAWS if law not in excused for label in run.backends if not cells[law][label]
+    ]
+
+
 def uncaught(run: Run) -> list[str]:
-    """Return the faults that broke none of the laws that they should."""
+    """Return the faults that did not break every law that they should."""
     caught = _caught(run)
-    return [name for name, fault in FAULTS.items() if not set(fault.laws) & caught.get(name, {}).keys()]
+    return [name for name, fault in FAULTS.items() if not set(fault.laws) <= caught.get(name, {}).keys()]
 
 
 def write(run: Run, path: Path, status: int) -> None:
@@ -116,6 +129,8 @@ def write(run: Run, path: Path, status: int) -> None:
             for name, cells in (("tight", record.tight), ("hard", record.hard), ("pairs", record.pairs))
         },
         "stale_expected_failures": _stale(run),
+        "nothing_proven_of": unproven(run),
+        "did_not_run": silent(run),
         "not_passed": [outcome._asdict() for outcome in record.outcomes if outcome.status not in ("passed", "caught")],
     }
     if run.faults:
@@ -189,7 +204,9 @@ def _fault_table(run: Run) -> list[str]:
 
 
 def _faults_left(run: Run) -> list[tuple[str, list[str]]]:
-    lines = [f"{name}: none of the laws {', '.join(FAULTS[name].laws)} caught it" for name in uncaught(run)]
+    caught = _caught(run)
+    missing = {name: [law for law in FAULTS[name].laws if law not in caught.get(name, {})] for name in uncaught(run)}
+    lines = [f"{name}: not caught by law {', '.join(laws)}" for name, laws in missing.items()]
     sound = [o for o in run.record.outcomes if o.labels[0] == Sound.name and o.status == "failed"]
     lines += [f"{Sound.name}: {outcome.test}: {outcome.message}" for outcome in sound]
     return [("what is missing from the laws", lines)] if lines else []

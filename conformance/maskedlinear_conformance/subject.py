@@ -154,6 +154,7 @@ class Subject:
     def near(self, got: Results, want: dict[str, Expected], *, hard: bool = False, wide: bool = False) -> None:
         """Check that each result has its shape and dtype, or a wider one, and lies within its bound of the spec's."""
         for name, result in got.items():
+            assert quantity(name) in want, f"{name} must not be there: there is no bias"
             bound = want[quantity(name)]
             assert result.shape == bound.exact.shape, f"the shape of {name}"
             assert wide or representable(result, self.dtype), (
@@ -209,6 +210,7 @@ def equal_bits(got: Iterable[Any], want: Iterable[Any], what: str) -> None:
             assert one is other, what
             continue
         assert one.shape == other.shape, f"{what}: the shapes {one.shape} and {other.shape}"
+        assert (one.dtype == bool) == (other.dtype == bool), f"{what}: the dtypes {one.dtype} and {other.dtype}"
         same = (one == other) | (np.isnan(one) & np.isnan(other))
         if one.dtype != bool:
             same &= (np.signbit(one) == np.signbit(other)) | np.isnan(one)

@@ -6,17 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from maskedlinear_conformance.laws.arrays import Arrays
+from maskedlinear_conformance.laws.checkpoints import Checkpoints
 from maskedlinear_conformance.laws.comparison import Comparison
 from maskedlinear_conformance.laws.derivatives import Derivatives
 from maskedlinear_conformance.laws.generation import Generation
 from maskedlinear_conformance.laws.layers import Layers
 from maskedlinear_conformance.laws.masking import Masking
+from maskedlinear_conformance.laws.optimizers import Optimizers
 from maskedlinear_conformance.laws.transforms import Transforms
 
 __all__ = ["BackendConformance"]
 
 
-class BackendConformance(Derivatives, Masking, Arrays, Transforms, Layers, Generation, Comparison):
+class BackendConformance(
+    Derivatives, Masking, Arrays, Transforms, Layers, Checkpoints, Optimizers, Generation, Comparison
+):
     """The laws as tests.
 
     To run them from a test file of your own, load the plugin (``pytest_plugins = ["maskedlinear_conformance.plugin"]`` in

@@ -4,15 +4,35 @@
 from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
 """
 
-from maskedlinear_conformance.faults import _arithmetic, _derivatives, _dtypes, _layers, _transforms
+from maskedlinear_conformance.faults import (
+    _arithmetic,
+    _checkpoints,
+    _derivatives,
+    _dtypes,
+    _generation,
+    _layers,
+    _optimizers,
+    _transforms,
+    _vmap,
+)
 from maskedlinear_conformance.faults._sound import Fault, Sound
 
 __all__ = ["FAULTS", "Sound"]
 
 FAULTS: dict[str, type[Fault]] = {
     fault.name: fault
-    for module in (_arithmetic, _dtypes, _derivatives, _transforms, _layers)
+    for module in (
+        _arithmetic,
+        _dtypes,
+        _derivatives,
+        _vmap,
+        _transforms,
+        _layers,
+        _checkpoints,
+        _optimizers,
+        _generation,
+    )
     for fault in vars(module).values()
     if isinstance(fault, type) and issubclass(fault, Fault) and fault.name != Sound.name
 }
-"""The faults by name. Each says in its docstring what is wrong, and in ``laws`` which laws must catch it, any of them."""
+"""The faults by name. Each says in its docstring what is wrong, and in ``laws`` which laws must catch it, every one."""

@@ -163,7 +163,7 @@ class BiasGradientOverTheFirstAxisOnly(Fault):
     """The bias' gradient is summed over the first batch dimension, not over all."""
 
     name = "bias gradient over the first axis only"
-    laws = ("1", "6")
+    laws = ("6",)
 
     def bias_gradient(self, g):
         return super().bias_gradient(g if g.ndim < 3 else g[:, :1])
@@ -339,7 +339,7 @@ class LiveWeightsRescaled(Fault):
     """Outputs are divided by the density, as dropout does."""
 
     name = "live weights rescaled"
-    laws = ("1", "5")
+    laws = ("1",)
 
     def output(self, x, weight, mask, bias):
         density = mask.mean() if mask.any() else 1.0
@@ -377,3 +377,44 @@ class ResultsAreReused(Fault):
         kept = vars(self).setdefault("kept", {}).setdefault((y.shape, str(y.dtype)), y)
         kept[...] = y
         return kept
+
+
+class KeptByTheNumberOfConnections(Fault):
+    """What is derived from a mask is kept by its shape and number of connections."""
+
+    name = "kept by the number of connections"
+    laws = ("11",)
+
+    def output(self, x, weight, mask, bias):
+        kept = vars(self).setdefault("kept", {}).setdefault((mask.shape, mask.sum()), mask.copy())
+        return super().output(x, weight, kept, bias)
+
+
+class LiveNanFiltered(Fault):
+    """NaN in x is taken for 0, and so hidden."""
+
+    name = "live nan filtered"
+    laws = ("4",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(np.where(np.isnan(x), x.dtype.type(0), x), weight, mask, bias)
+
+
+class LiveInfinityClamped(Fault):
+    """Weights are clamped to finite numbers."""
+
+    name = "live infinity clamped"
+    laws = ("4",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, np.clip(weight, -3e38, 3e38), mask, bias)
+
+
+class BiasGradientOverTwoAxesOnly(Fault):
+    """The bias' gradient is summed over two batch dimensions at most."""
+
+    name = "bias gradient over two axes only"
+    laws = ("6",)
+
+    def bias_gradient(self, g):
+        return super().bias_gradient(g if g.ndim < 4 else g[:, :, :1])

@@ -140,3 +140,42 @@ class StridesIgnoredInForwardMode(Fault):
     def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
         moved = None if dweight is None else in_memory(dweight)
         return super().jvp(x, weight, mask, bias, dx, moved, dbias)
+
+
+class OneBitFlippedInJvp(Fault):
+    """One bit of a large mask is wrong in what the weight's tangent adds."""
+
+    name = "one bit flipped in jvp"
+    laws = ("1",)
+
+    def jvp(self, x, weight, mask, bias, dx, dweight, dbias):
+        y, dy = super().jvp(x, weight, mask, bias, dx, None, dbias)
+        mask = mask.copy()
+        if mask.size > 100_000:
+            mask.flat[mask.size // 3] ^= True
+        return y, dy if dweight is None else (dy + self.product(x, self.select(mask, dweight).T)).astype(x.dtype)
+
+
+class OneBitFlippedInSecondOrder(Fault):
+    """One bit of a large mask is wrong in forward over reverse."""
+
+    name = "one bit flipped in second order"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        mask = mask.copy()
+        if mask.size > 100_000 and mode == "forward over reverse":
+            mask.flat[mask.size // 3] ^= True
+        return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+
+
+class OneModeMissesTheCrossTerm(Fault):
+    """The double backward takes the gradient of x as constant in the weight; forward over reverse does not."""
+
+    name = "one mode misses the cross term"
+    laws = ("1",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        still = np.zeros_like(dweight) if mode == "reverse over reverse" else dweight
+        found = super().hvp(x, weight, mask, bias, g, dx, still, dbias, dg, mode)
+        return (*found[:3], super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)[3])

@@ -137,3 +137,87 @@ class HalfSumsBetweenBlocks(_Half):
             super(HalfSumsBetweenBlocks, self).product(a[..., cut], b[cut]) for cut in (slice(half), slice(half, None))
         ]
         return sum(part.astype(a.dtype).astype(np.float32) for part in parts)
+
+
+class LongBatchesInHalf(_Half):
+    """The weight's gradient of a long batch is added up in half precision."""
+
+    name = "long batches in half"
+    laws = ("9",)
+
+    def weight_gradient(self, g, x, mask):
+        g, x = flat(g), flat(x)
+        if len(x) < 1000:
+            return super().weight_gradient(g, x, mask)
+        total = np.zeros(mask.shape, g.dtype)
+        for start in range(0, len(x), 16):
+            total += (g[start : start + 16].T @ x[start : start + 16]).astype(g.dtype)
+        return self.select(mask, total)
+
+
+class SecondOrderInHalf(_Half):
+    """Second derivatives of the weight are added up in half precision."""
+
+    name = "second order in half"
+    laws = ("9",)
+
+    def hvp(self, x, weight, mask, bias, g, dx, dweight, dbias, dg, mode):
+        found = super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
+        total = np.zeros(mask.shape, x.dtype)
+        for ahead, back in ((flat(g), flat(dx)), (flat(dg), flat(x))):
+            for start in range(0, len(back), 16):
+                total += (ahead[start : start + 16].T @ back[start : start + 16]).astype(x.dtype)
+        return (found[0], self.select(mask, total), *found[2:])
+
+
+class AutocastKeepsTheCastWeight(_Half):
+    """The weight that was cast is kept by its shape."""
+
+    name = "autocast keeps the cast weight"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        kept = vars(self).setdefault("kept", {}).setdefault(weight.shape, weight.copy())
+        return super().autocast(dtype, x, kept, mask, bias, g)
+
+
+class AutocastSumsInHalf(_Half):
+    """Under automatic casts the bias' gradient is added up in half precision."""
+
+    name = "autocast sums in half"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        if bias is None:
+            return found
+        total = np.zeros(g.shape[-1], g.dtype)
+        for row in flat(g):
+            total = total + row
+        return [*found[:3], total]
+
+
+class AutocastFlipsABitWhenLarge(_Half):
+    """One bit of a large mask is wrong under automatic casts."""
+
+    name = "autocast flips a bit when large"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        mask = mask.copy()
+        if mask.size > 10_000:
+            mask.flat[mask.size // 3] ^= True
+        return super().autocast(dtype, x, weight, mask, bias, g)
+
+
+class AutocastReusesItsResults(_Half):
+    """Under automatic casts the value is written to the same place again."""
+
+    name = "autocast reuses its results"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        y, *gradients = super().autocast(dtype, x, weight, mask, bias, g)
+        kept = vars(self).setdefault("kept", {}).setdefault(y.shape, y)
+        kept[...] = y
+        return [kept, *gradients]

@@ -1,4 +1,4 @@
-"""Faults of layers: what is kept between calls, what is written to files, and what optimizers do to dormant weights."""
+"""Faults of layers: what is kept between calls, what is taken for a mask, and what shapes are forgotten."""
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
 
@@ -84,226 +84,6 @@ class _StaleMaskInTheGradient(SoundLayer):
         vars(self).setdefault("first", self.mask.copy())
         found = self.backend.both(x, self.weight, self.first, self.bias, g)
         return found[1], found[2], found[3]
-
-
-class CheckpointLosesDormantWeights(Fault):
-    """A checkpoint keeps the masked weight."""
-
-    name = "checkpoint loses dormant weights"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _CheckpointLosesDormantWeights(self, weight, mask, bias)
-
-
-class _CheckpointLosesDormantWeights(SoundLayer):
-    def kept(self, name, array):
-        return np.where(self.mask, array, 0) if name == "weight" else array
-
-
-class CheckpointLosesTheMask(Fault):
-    """A checkpoint has weights only."""
-
-    name = "checkpoint loses the mask"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _CheckpointLosesTheMask(self, weight, mask, bias)
-
-
-class _CheckpointLosesTheMask(SoundLayer):
-    def load(self, path):
-        mask = self.mask
-        super().load(path)
-        self.mask = mask
-        self.derive()
-
-
-class CheckpointInHalfPrecision(Fault):
-    """A checkpoint keeps half precision."""
-
-    name = "checkpoint in half precision"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _CheckpointInHalfPrecision(self, weight, mask, bias)
-
-
-class _CheckpointInHalfPrecision(SoundLayer):
-    def kept(self, name, array):
-        return array.astype(np.float16) if array.dtype.kind == "f" else array
-
-
-class CheckpointCleansNan(Fault):
-    """A checkpoint turns NaN and infinity into numbers."""
-
-    name = "checkpoint cleans nan"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _CheckpointCleansNan(self, weight, mask, bias)
-
-
-class _CheckpointCleansNan(SoundLayer):
-    def kept(self, name, array):
-        return np.nan_to_num(array) if name == "weight" else array
-
-
-class CheckpointLosesNegativeZero(Fault):
-    """A checkpoint turns -0 into +0."""
-
-    name = "checkpoint loses negative zero"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _CheckpointLosesNegativeZero(self, weight, mask, bias)
-
-
-class _CheckpointLosesNegativeZero(SoundLayer):
-    def kept(self, name, array):
-        return array + 0.0 if name == "weight" else array
-
-
-class StaleAfterLoading(Fault):
-    """What was derived before a checkpoint was loaded is used after it."""
-
-    name = "stale after loading"
-    laws = ("12",)
-
-    def layer(self, weight, mask, bias):
-        return _StaleAfterLoading(self, weight, mask, bias)
-
-
-class _StaleAfterLoading(SoundLayer):
-    def load(self, path):
-        masked = self.masked
-        super().load(path)
-        self.masked = masked
-
-
-class OptimizerNotGuarded(Fault):
-    """Momentum and weight decay move dormant weights."""
-
-    name = "optimizer not guarded"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerNotGuarded(self, weight, mask, bias)
-
-
-class _OptimizerNotGuarded(SoundLayer):
-    def guard(self):
-        return lambda moved: moved
-
-
-class OptimizerGuardedByAProduct(Fault):
-    """The guard multiplies the weight with the mask."""
-
-    name = "optimizer guarded by a product"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerGuardedByAProduct(self, weight, mask, bias)
-
-
-class _OptimizerGuardedByAProduct(SoundLayer):
-    def guard(self):
-        return lambda moved: moved * self.mask
-
-
-class OptimizerGuardedByTheFirstMask(Fault):
-    """The guard keeps the mask that held when it was made."""
-
-    name = "optimizer guarded by the first mask"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerGuardedByTheFirstMask(self, weight, mask, bias)
-
-
-class _OptimizerGuardedByTheFirstMask(SoundLayer):
-    def guard(self):
-        mask = self.mask.copy()
-        return lambda moved: np.where(mask, moved, self.weight)
-
-
-class OptimizerGuardRounds(Fault):
-    """The guard keeps dormant weights in half precision while a step runs."""
-
-    name = "optimizer guard rounds"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerGuardRounds(self, weight, mask, bias)
-
-
-class _OptimizerGuardRounds(SoundLayer):
-    def guard(self):
-        return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float16))
-
-
-class OptimizerFrozenAltogether(Fault):
-    """The guard keeps every weight."""
-
-    name = "optimizer frozen altogether"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerFrozenAltogether(self, weight, mask, bias)
-
-
-class _OptimizerFrozenAltogether(SoundLayer):
-    def guard(self):
-        return lambda moved: self.weight
-
-
-class OptimizerGuardedByABlend(Fault):
-    """The guard adds masked products of old and new: NaN and -0 are lost."""
-
-    name = "optimizer guarded by a blend"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerGuardedByABlend(self, weight, mask, bias)
-
-
-class _OptimizerGuardedByABlend(SoundLayer):
-    def guard(self):
-        return lambda moved: moved * self.mask + self.weight * ~self.mask
-
-
-class OptimizerGuardFlushesSubnormals(Fault):
-    """The guard adds an update of 0 in arithmetic without subnormal numbers."""
-
-    name = "optimizer guard flushes subnormals"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerGuardFlushesSubnormals(self, weight, mask, bias)
-
-
-class _OptimizerGuardFlushesSubnormals(SoundLayer):
-    def guard(self):
-        def held(moved):
-            tiny = np.finfo(self.weight.dtype).tiny
-            return np.where(self.mask, moved, np.where(abs(self.weight) < tiny, 0 * self.weight, self.weight))
-
-        return held
-
-
-class OptimizerClimbs(Fault):
-    """The guard takes the update with the wrong sign."""
-
-    name = "optimizer climbs"
-    laws = ("13",)
-
-    def layer(self, weight, mask, bias):
-        return _OptimizerClimbs(self, weight, mask, bias)
-
-
-class _OptimizerClimbs(SoundLayer):
-    def guard(self):
-        return lambda moved: np.where(self.mask, 2 * self.weight - moved, self.weight)
 
 
 class LayerByAProduct(Fault):
@@ -424,3 +204,151 @@ class _RefusedMaskIsKept(SoundLayer):
         if np.shape(mask) == self.mask.shape:
             self.mask = np.asarray(mask) != 0
         super().set_mask(mask)
+
+
+class LayerFlipsABitWhenLarge(Fault):
+    """One bit of the mask of a large layer is wrong."""
+
+    name = "layer flips a bit when large"
+    laws = ("1",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerFlipsABitWhenLarge(self, weight, mask, bias)
+
+
+class _LayerFlipsABitWhenLarge(SoundLayer):
+    def derive(self):
+        mask = self.mask.copy()
+        if mask.size > 100_000:
+            mask.flat[mask.size // 3] ^= True
+        self.masked = self.backend.select(mask, self.weight)
+
+
+class LargeLayerByAProduct(Fault):
+    """Large layers multiply with the mask."""
+
+    name = "large layer by a product"
+    laws = ("4",)
+
+    def layer(self, weight, mask, bias):
+        return _LargeLayerByAProduct(self, weight, mask, bias)
+
+
+class _LargeLayerByAProduct(SoundLayer):
+    def derive(self):
+        super().derive()
+        if self.mask.size > 1000:
+            self.masked = (self.weight * self.mask).astype(self.weight.dtype)
+
+
+class LayerWithAFullMaskTakesAWrongShortCut(Fault):
+    """A layer with a full mask forgets its bias."""
+
+    name = "layer with a full mask takes a wrong short cut"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerWithAFullMaskTakesAWrongShortCut(self, weight, mask, bias)
+
+
+class _LayerWithAFullMaskTakesAWrongShortCut(SoundLayer):
+    def __call__(self, x):
+        bias = None if self.mask.size and self.mask.all() else self.bias
+        return self.backend.masked_linear(x, self.weight, self.mask, bias)
+
+
+class LayerKeptByItsNumberOfConnections(Fault):
+    """What is derived from a mask is kept by the number of its connections."""
+
+    name = "layer kept by its number of connections"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerKeptByItsNumberOfConnections(self, weight, mask, bias)
+
+
+class _LayerKeptByItsNumberOfConnections(SoundLayer):
+    def derive(self):
+        seen = vars(self).setdefault("seen", {}).setdefault(self.mask.sum(), self.mask.copy())
+        self.masked = self.backend.select(seen, self.weight)
+
+
+class LayerIsNotDeterministic(Fault):
+    """The order of a layer's sums changes from call to call."""
+
+    name = "layer is not deterministic"
+    laws = ("10",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerIsNotDeterministic(self, weight, mask, bias)
+
+
+class _LayerIsNotDeterministic(SoundLayer):
+    def __call__(self, x):
+        order = np.random.default_rng().permutation(x.shape[-1])
+        return self.backend.masked_linear(x[..., order], self.weight[:, order], self.mask[:, order], self.bias)
+
+
+class CallsCleanTheWeight(Fault):
+    """A call masks the layer's own weight: dormant weights are lost."""
+
+    name = "calls clean the weight"
+    laws = ("10", "11")
+
+    def layer(self, weight, mask, bias):
+        return _CallsCleanTheWeight(self, weight, mask, bias)
+
+
+class _CallsCleanTheWeight(SoundLayer):
+    def __call__(self, x):
+        self.weight = self.masked
+        return super().__call__(x)
+
+
+class GradientsPileUp(Fault):
+    """The layer's gradient is added to that of the call before."""
+
+    name = "gradients pile up"
+    laws = ("10", "11")
+
+    def layer(self, weight, mask, bias):
+        return _GradientsPileUp(self, weight, mask, bias)
+
+
+class _GradientsPileUp(SoundLayer):
+    def gradients(self, x, g):
+        found = super().gradients(x, g)
+        self.total = vars(self).get("total", 0) + found[1]
+        return found[0], self.total, found[2]
+
+
+class ARowIsAMask(Fault):
+    """``set_mask`` stretches a single row or column over the whole layer."""
+
+    name = "a row is a mask"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _ARowIsAMask(self, weight, mask, bias)
+
+
+class _ARowIsAMask(SoundLayer):
+    def set_mask(self, mask):
+        fits = np.ndim(mask) == 2 and 1 in np.shape(mask)
+        super().set_mask(np.broadcast_to(mask, self.mask.shape) if fits else mask)
+
+
+class TheMaskIsNumbers(Fault):
+    """The layer keeps its mask as floating numbers."""
+
+    name = "the mask is numbers"
+    laws = ("11", "12")
+
+    def layer(self, weight, mask, bias):
+        return _TheMaskIsNumbers(self, weight, mask, bias)
+
+
+class _TheMaskIsNumbers(SoundLayer):
+    def state(self):
+        weight, mask, bias = super().state()
+        return weight, mask.astype(np.float64), bias

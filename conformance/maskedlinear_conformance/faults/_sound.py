@@ -33,7 +33,7 @@ class Sound(NumpyBackend):
     """A backend that obeys every law."""
 
     name = "sound"
-    laws: tuple[str, ...] = ()  # those that must break; of a fault, one at least
+    laws: tuple[str, ...] = ()  # those that a fault must break
 
     def lacks(self) -> Mapping[str, str]:
         """Lack nothing."""
@@ -276,8 +276,11 @@ class SoundLayer:
 
         def step(x: Array, g: Array) -> None:
             nonlocal momentum
-            momentum = momentum * 0.5 + self.gradients(x, g)[1] + 0.125 * self.weight
+            _, gradient, along_bias = self.gradients(x, g)
+            momentum = momentum * 0.5 + gradient + 0.125 * self.weight
             self.set_weight(guard(self.weight - 0.25 * momentum).astype(self.weight.dtype))
+            if self.bias is not None and along_bias is not None:
+                self.bias = (self.bias - 0.25 * along_bias).astype(self.bias.dtype)
 
         return step
 

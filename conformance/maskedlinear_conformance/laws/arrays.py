@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from maskedlinear_conformance.bounds import QUANTITIES, expected
-from maskedlinear_conformance.cases import PROBE, Case, Data, draw, poisoned
+from maskedlinear_conformance.cases import OTHER, PROBE, SEVERAL, TILED, WIDE, Case, Data, draw, poisoned, round_to
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL, problems
-from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
+from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero, quantity
 
 __all__ = ["Arrays"]
 
 HALF = ("bfloat16", "float16")
 LONG = 6144  # ones added up in bfloat16 stop at 256, in float16 at 2048; both hold this number
-SEVERAL = Case((2, 3), 17, 13, 0.5)
-TILED = Case((33,), 257, 129, 0.1)  # large enough for code that works in tiles, and no multiple of any
 
 
 class Arrays:
@@ -66,33 +65,35 @@ class Arrays:
 
     @law(9, dtypes=HALF)
     def test_half_types_accumulate_in_a_wider_type(self, subject: Subject) -> None:
-        """Sums of thousands of ones come out exactly, in the value and in every gradient."""
+        """Sums of thousands of ones come out exactly, in the value and in every derivative; others within the bound."""
         for batch, in_, out in ((1, LONG, 2), (LONG, 2, 2), (1, 2, LONG)):
             mask = np.ones((out, in_), bool)
             data = draw(np.ones, (batch,), mask, True, subject.dtype)
             data = data._replace(bias=np.zeros(out), dbias=np.zeros(out))
-            found, want = subject.plain(data), expected(data)
+            found, want = subject.everything(data), expected(data)
             subject.near(found, want)
-            for name in ("y", "dx", "dW", "db"):
-                equal_bits([found[name]], [want[name].exact], name)
+            for name, result in found.items():
+                equal_bits([result], [want[quantity(name)].exact], name)
+            data = Case((batch,), in_, out, 1.0).data(subject.dtype)
+            subject.near(subject.everything(data), expected(data))
 
     @law(9, needs=["autocast"], dtypes=HALF)
     def test_autocast_computes_in_the_narrow_type(self, subject: Subject) -> None:
         """Under automatic casts float32 inputs are rounded first, and nothing leaks; gradients may be wider."""
-        data, full = PROBE.data(subject.dtype), PROBE.data("float32")
+        full = PROBE.data("float32")
         for name, dirty in {"nothing": full, **poisoned(full)}.items():
-            with subject.backend.strict():
-                arrays = [subject.send(a, dtype="float32") for a in (dirty.x, dirty.weight, dirty.mask, dirty.bias)]
-                y, *gradients = subject.backend.autocast(subject.dtype, *arrays, subject.send(data.g))
-                found = [subject.fetch(array) for array in (y, *gradients)]
-                after = [subject.fetch(array) for array in arrays]
-            equal_bits(after, dirty[:4], "an input was written to")
             try:
-                subject.near({"y": found[0]}, expected(data))
-                subject.near(dict(zip(("dx", "dW", "db"), found[1:], strict=True)), expected(data), wide=True)
+                _cast(subject, PROBE, dirty)
             except AssertionError as error:
                 raise AssertionError(f"{error}, {name} being under the mask") from error
-            positive_zero(found[2][~data.mask], "dW under the mask")
+
+    @law(9, needs=["autocast"], dtypes=HALF)
+    def test_autocast_takes_any_shape_and_keeps_nothing(self, subject: Subject) -> None:
+        """Nor do values, weights and masks of an earlier call come back, nor does a later call change a result."""
+        shapes = (PROBE, OTHER, SEVERAL, replace(SEVERAL, bias=False), Case((0,), 4, 6, 0.5), TILED, WIDE)
+        kept = [_cast(subject, case, case.data("float32")) for case in shapes]
+        for case, (first, at_once) in zip(shapes, kept, strict=True):
+            equal_bits(map(subject.fetch, first), at_once, f"a result of {case}, after later calls")
 
     @law(10)
     def test_inputs_are_left_alone_and_the_same_call_gives_the_same_bits(self, subject: Subject) -> None:
@@ -112,6 +113,24 @@ class Arrays:
             equal_bits(after, data, "an input was changed")
             for name, result in subject.everything(data).items():
                 equal_bits([late[name]], [result], f"{name}, fetched after later calls,")
+
+
+def _cast(subject: Subject, case: Case, full: Data) -> tuple[list[Any], list[Any]]:
+    """Check the results of a case under autocast, ``full`` being its float32 data; return them as they are, and fetched."""
+    clean = case.data("float32")
+    data = Data(*(a if a is None or a.dtype == bool else round_to(a, subject.dtype) for a in clean))
+    want = expected(data)
+    with subject.backend.strict():
+        arrays = [subject.send(array, dtype="float32") for array in full[:4]]
+        g = subject.send(data.g)
+        found = list(subject.backend.autocast(subject.dtype, *arrays, g))
+        y, *gradients = at_once = [subject.fetch(array) for array in found]
+        equal_bits([*map(subject.fetch, arrays), subject.fetch(g)], (*full[:4], data.g), "an input was written to")
+    subject.near({"y": y}, want)
+    named = dict(zip(("dx", "dW", "db"), gradients, strict=True))
+    subject.near({name: array for name, array in named.items() if array is not None}, want, wide=True)
+    positive_zero(gradients[1][~data.mask], "dW under the mask")
+    return found, at_once
 
 
 def _laid_out(subject: Subject, case: Case, layout: str, laid: Sequence[str], quantities: Sequence[str]) -> None:

@@ -39,7 +39,7 @@ def problems(subject: Subject) -> tuple[st.SearchStrategy[Data], dict[str, list[
         out=st.integers(0, 40),
         tenths=st.integers(0, 10),
     )
-    solid: list[tuple[tuple[int, ...], int, int, int]] = [((3, 4), 37, 29, 5), ((2, 1, 5), 40, 3, 2)]
+    solid: list[tuple[tuple[int, ...], int, int, int]] = [((3, 2, 2), 37, 29, 5), ((2, 1, 5), 40, 3, 2)]
     taken = solid[:1] if subject.profile == "quick" else solid
     return drawn, {"also": [(integer_problem(subject.dtype, seed, *one),) for seed, one in enumerate(taken)]}
 
@@ -76,9 +76,8 @@ class Derivatives:
     def test_any_subset_of_inputs_may_ask_for_a_gradient(self, subject: Subject) -> None:
         """Gradients do not depend on which others are asked for."""
         data, want = PROBE.data(subject.dtype), expectations(PROBE, subject.dtype)
-        for count in (1, 2, 3):
-            for wrt in combinations(INPUTS, count):
-                subject.near(subject.gradients(data, wrt), want)
+        for wrt in (*(some for count in (1, 2, 3) for some in combinations(INPUTS, count)), INPUTS[::-1]):
+            subject.near(subject.gradients(data, wrt), want)
 
     @law(1, needs=["jvp"], enough=FULL)
     def test_any_subset_of_inputs_may_move(self, subject: Subject) -> None:
@@ -109,7 +108,8 @@ class Derivatives:
             ahead = (data.g * subject.tangent(data)["ẏ"]).sum()
             back = subject.gradients(data)
             along = (("dx", data.dx), ("dW", data.dweight), ("db", data.dbias))
-            assert ahead == sum((back[name] * direction).sum() for name, direction in along)
+            behind = sum((back[name] * direction).sum() for name, direction in along)
+            assert ahead == behind, f"⟨g, J v⟩ is {ahead} and ⟨Jᵀ g, v⟩ is {behind}"
 
     @law(3, enough=FULL)
     def test_linear_in_x_and_in_the_weight(self, subject: Subject) -> None:

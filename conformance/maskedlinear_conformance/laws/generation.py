@@ -47,10 +47,11 @@ class Generation:
 
     @law(14, needs=["masks"], enough=["float32"])
     def test_any_mask_and_any_shard_of_it_is_the_cores(self, subject: Subject) -> None:
-        """For any shape, count, seed and shard."""
+        """For any shape, count, seed and shard; no zeros, and nothing but zeros, among them."""
 
         @subject.holds_for(
-            st.integers(0, 40), st.integers(0, 40), st.floats(0, 1), st.integers(0, 2**64 - 1), st.booleans()
+            *(st.integers(0, 40), st.integers(0, 40), st.floats(0, 1), st.integers(0, 2**64 - 1), st.booleans()),
+            also=((7, 5, 0.0, 3, False), (7, 5, 1.0, 2**64 - 1, True), (301, 203, 0.777, 2**32, True)),
         )
         def same(out: int, in_: int, fraction: float, seed: int, cut: bool) -> None:
             zeros = int(fraction * out * in_)

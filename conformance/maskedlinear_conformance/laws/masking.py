@@ -44,6 +44,24 @@ class Masking:
                 positive_zero(gradient[~data.mask], f"{name} under the mask, {nan} holding NaN,")
                 assert np.isnan(gradient[data.mask]).all(), f"NaN of {nan} must reach the live connections of {name}"
 
+    @law(4)
+    def test_what_is_live_shows(self, subject: Subject) -> None:
+        """NaN and infinities of a live weight, of x and of g are not hidden: they show where the spec has them."""
+        data = PROBE.data(subject.dtype)
+        node, edge = np.argwhere(data.mask)[0]
+        for value in (np.nan, np.inf, -np.inf):
+            weight = data.weight.copy()
+            weight[node, edge] = value
+            dirty = data._replace(weight=weight)
+            found, want = subject.plain(dirty), expected(dirty)
+            for name in ("y", "dx"):
+                exact = want[name].exact
+                shown = np.where(np.isfinite(exact), found[name], exact)
+                equal_bits([found[name]], [shown], f"{name}, {value} being a live weight,")
+        for name, result, live in (("x", "y", data.mask.any(1)), ("g", "dx", data.mask.any(0))):
+            row = subject.plain(with_nan(data, name))[result][0]
+            assert np.isnan(row[live]).all(), f"NaN of {name} must reach {result} by its live connections"
+
     @law(5, cases=small)
     def test_masking_is_idempotent(self, subject: Subject, case: Case) -> None:
         """A weight that is masked already gives the same, bit for bit."""

@@ -9,7 +9,19 @@ from typing import Any
 import numpy as np
 
 from maskedlinear_conformance.bounds import Expected, expected
-from maskedlinear_conformance.cases import PROBE, Case, Data, odd, poisoned, with_nan
+from maskedlinear_conformance.cases import (
+    OTHER,
+    PROBE,
+    SEVERAL,
+    TILED,
+    WIDE,
+    Case,
+    Data,
+    odd,
+    others,
+    poisoned,
+    with_nan,
+)
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL
 from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
@@ -46,36 +58,55 @@ class Transforms:
 
     @law(7, needs=["vmap"], enough=FULL, dear=True, since="default")
     def test_vmap_takes_any_batch(self, subject: Subject) -> None:
-        """The problems that are mapped over may have no batch dimension, several, or an empty one."""
-        for batch, in_, out in (((), 5, 3), ((2, 3), 17, 13), ((0,), 4, 6), ((5,), 0, 4)):
+        """The problems that are mapped over may have no batch dimension, several, or an empty one, or be large."""
+        for batch, in_, out in (((), 5, 3), ((2, 3), 17, 13), ((0,), 4, 6), ((5,), 0, 4), ((33,), 257, 129)):
             copies = [Case(batch, in_, out, density).data(subject.dtype) for density in (0.5, 0.3)]
             over = 0 if subject.has("vmap over the mask") else None
             _mapped(subject, (0, 0, over, 0, 0), copies)
 
     @law(7, dear=True)
     def test_transforms_equal_the_plain_call(self, subject: Subject, transform: str) -> None:
-        """With one mask, another, other weights, without bias, in another shape, and with the first mask again."""
-        data = PROBE.data(subject.dtype)
-        other = Case((4,), 7, 5, 0.3).data(subject.dtype)
+        """With one mask, others, full and empty ones, other values, without bias, in another shape, and the first again."""
+        data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
         problems = (
             data,
-            data._replace(mask=other.mask),
-            data._replace(weight=other.weight),
+            *(data._replace(mask=mask) for mask in (*others(data.mask), data.mask | True, data.mask & False)),
+            *(data._replace(**{name: getattr(other, name)}) for name in ("x", "weight", "bias", "g")),
             data._replace(bias=None, dbias=None),
-            Case((2, 3), 17, 13, 0.5).data(subject.dtype),
+            SEVERAL.data(subject.dtype),
             data,
         )
         for problem in problems:
             want = _wanted(problem, transform)
             subject.alike(_through(subject, transform, problem, want), subject.plain(problem), want)
 
-    @law(7, enough=FULL, dear=True, since="default", cases=lambda case: odd(case) and case.bias)
+    @law(
+        7,
+        enough=FULL,
+        dear=True,
+        since="default",
+        cases=lambda case: (odd(case) and case.bias) or case in (TILED, WIDE),
+    )
     def test_transforms_take_any_shape(self, subject: Subject, case: Case, transform: str) -> None:
-        """No batch dimension or several, an empty batch, no inputs, no outputs."""
+        """No batch dimension or several, an empty batch, no inputs, no outputs, or many, of which nothing leaks."""
         if transform == "scan" and not case.batch:
             case = replace(case, batch=(1,))  # a scan goes through a batch, step by step
         data = case.data(subject.dtype)
-        _through(subject, transform, data, _wanted(data, transform))
+        want = _wanted(data, transform)
+        for dirty in (data,) if odd(case) else poisoned(data).values():
+            positive_zero(_through(subject, transform, dirty, want)["dW"][~case.mask()], "dW under the mask")
+
+    @law(8, needs=["transposed"], enough=FULL, dear=True, since="default")
+    def test_layouts_through_transforms(self, subject: Subject, transform: str) -> None:
+        """What was compiled for contiguous arrays takes others as they lie."""
+        data = PROBE.data(subject.dtype)
+        want = _wanted(data, transform)
+        _through(subject, transform, data, want)
+        with subject.backend.strict():
+            sent = [subject.send(array, "transposed") for array in data[:5]]
+            found = [subject.fetch(array) for array in subject.backend.transformed(transform, *sent)]
+            equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
+        subject.near(dict(zip(("y", "dx", "dW", "db"), found, strict=True)), want)
 
     @law(7, dear=True)
     def test_nothing_leaks_through_a_transform(self, subject: Subject, transform: str) -> None:
@@ -94,7 +125,7 @@ class Transforms:
 
     @law(10, dear=True)
     def test_a_transform_leaves_its_inputs_alone(self, subject: Subject, transform: str) -> None:
-        """Nor does it write to them, nor does a later call change what it gave."""
+        """Nor does it write to them, nor does a later call change what it gave; the same call gives the same bits."""
         data = PROBE.data(subject.dtype)
         other = data._replace(x=-data.x, weight=-data.weight, g=data.g + data.g)
         with subject.backend.strict():
@@ -103,6 +134,8 @@ class Transforms:
             at_once = [subject.fetch(array) for array in first]
             subject.backend.transformed(transform, *others)
             equal_bits([subject.fetch(array) for array in first], at_once, "a result, after a later call")
+            again = subject.backend.transformed(transform, *sent)
+            equal_bits([subject.fetch(array) for array in again], at_once, "the same call again")
             equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
 
 
@@ -118,14 +151,23 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
             dead = [~live if axis is None else ~single.mask for single in singles]
             arrays = [np.where(under, np.nan, array) for under, array in zip(dead, arrays, strict=True)]
         stacked.append(arrays[0] if axis is None else np.stack(arrays, axis))
+    # The same problems backwards, as they may lie in memory, must find nothing of the first call.
+    backwards = [
+        array if axis is None else np.flip(array, axis).copy() for array, axis in zip(stacked, axes, strict=True)
+    ]
     with subject.backend.strict():
         sent = [subject.send(array) for array in stacked]
-        together = [subject.fetch(array) for array in subject.backend.vmap(axes, *sent)]
-        equal_bits([subject.fetch(array) for array in sent], stacked, "an input was changed")
-    for single, found in zip(singles, _each(together), strict=True):
+        layout = "transposed" if subject.has("transposed") else "contiguous"
+        later = [subject.send(array, layout) for array in backwards]
+        first, second = (subject.backend.vmap(axes, *arrays) for arrays in (sent, later))
+        together, reverse = ([subject.fetch(array) for array in found] for found in (first, second))
+        equal_bits(map(subject.fetch, sent), stacked, "an input was changed")
+        equal_bits(map(subject.fetch, later), backwards, "an input was changed")
+    for single, *both in zip(singles, _each(together), reversed(list(_each(reverse))), strict=True):
         try:
-            subject.near(found, expected(single))
-            positive_zero(found["dW"][~single.mask], "dW under the mask")
+            for found in both:
+                subject.near(found, expected(single))
+                positive_zero(found["dW"][~single.mask], "dW under the mask")
         except AssertionError as error:
             raise AssertionError(f"vmap over axes {axes} of batches {single.x.shape[:-1]}: {error}") from error
 

@@ -1,0 +1,142 @@
+"""Faults of checkpoints: what is lost on the way to a file and back."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear_conformance.faults._sound import Fault, SoundLayer
+
+
+class CheckpointLosesDormantWeights(Fault):
+    """A checkpoint keeps the masked weight."""
+
+    name = "checkpoint loses dormant weights"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _CheckpointLosesDormantWeights(self, weight, mask, bias)
+
+
+class _CheckpointLosesDormantWeights(SoundLayer):
+    def kept(self, name, array):
+        return np.where(self.mask, array, 0) if name == "weight" else array
+
+
+class CheckpointLosesTheMask(Fault):
+    """A checkpoint has weights only."""
+
+    name = "checkpoint loses the mask"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _CheckpointLosesTheMask(self, weight, mask, bias)
+
+
+class _CheckpointLosesTheMask(SoundLayer):
+    def load(self, path):
+        mask = self.mask
+        super().load(path)
+        self.mask = mask
+        self.derive()
+
+
+class CheckpointInHalfPrecision(Fault):
+    """A checkpoint keeps half precision."""
+
+    name = "checkpoint in half precision"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _CheckpointInHalfPrecision(self, weight, mask, bias)
+
+
+class _CheckpointInHalfPrecision(SoundLayer):
+    def kept(self, name, array):
+        return array.astype(np.float16) if array.dtype.kind == "f" else array
+
+
+class CheckpointCleansNan(Fault):
+    """A checkpoint turns NaN and infinity into numbers."""
+
+    name = "checkpoint cleans nan"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _CheckpointCleansNan(self, weight, mask, bias)
+
+
+class _CheckpointCleansNan(SoundLayer):
+    def kept(self, name, array):
+        return np.nan_to_num(array) if name == "weight" else array
+
+
+class CheckpointLosesNegativeZero(Fault):
+    """A checkpoint turns -0 into +0."""
+
+    name = "checkpoint loses negative zero"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _CheckpointLosesNegativeZero(self, weight, mask, bias)
+
+
+class _CheckpointLosesNegativeZero(SoundLayer):
+    def kept(self, name, array):
+        return array + 0.0 if name == "weight" else array
+
+
+class StaleAfterLoading(Fault):
+    """What was derived before a checkpoint was loaded is used after it."""
+
+    name = "stale after loading"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _StaleAfterLoading(self, weight, mask, bias)
+
+
+class _StaleAfterLoading(SoundLayer):
+    def load(self, path):
+        masked = self.masked
+        super().load(path)
+        self.masked = masked
+
+
+class MaskFixedAfterLoading(Fault):
+    """A layer that was loaded takes no new mask."""
+
+    name = "mask fixed after loading"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _MaskFixedAfterLoading(self, weight, mask, bias)
+
+
+class _MaskFixedAfterLoading(SoundLayer):
+    def load(self, path):
+        super().load(path)
+        self.loaded = True
+
+    def set_mask(self, mask):
+        if not vars(self).get("loaded"):
+            super().set_mask(mask)
+
+
+class StaleMaskInTheGradientAfterLoading(Fault):
+    """The gradient of a layer that was loaded has the mask from before."""
+
+    name = "stale mask in the gradient after loading"
+    laws = ("12",)
+
+    def layer(self, weight, mask, bias):
+        return _StaleMaskInTheGradientAfterLoading(self, weight, mask, bias)
+
+
+class _StaleMaskInTheGradientAfterLoading(SoundLayer):
+    def load(self, path):
+        self.before = self.mask.copy()
+        super().load(path)
+
+    def gradients(self, x, g):
+        found = self.backend.both(x, self.weight, vars(self).get("before", self.mask), self.bias, g)
+        return found[1], found[2], found[3]

@@ -1,0 +1,130 @@
+"""Faults of mask generation."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear import masks
+from maskedlinear_conformance.faults._sound import Fault
+
+
+class StreamStartsOneWordLate(Fault):
+    """Random masks start at the second word of the stream."""
+
+    name = "stream starts one word late"
+    laws = ("14",)
+
+    def words(self, seed, count):
+        return masks.words(seed, 1, count + 1)
+
+
+class SeedLosesItsUpperHalf(Fault):
+    """Seeds from 2**32 on lose their upper half."""
+
+    name = "seed loses its upper half"
+    laws = ("14",)
+
+    def words(self, seed, count):
+        return super().words(seed & 0xFFFFFFFF, count)
+
+
+class WordsOfAPairSwapped(Fault):
+    """The two words of a block are swapped."""
+
+    name = "words of a pair swapped"
+    laws = ("14",)
+
+    def words(self, seed, count):
+        return masks.words(seed, 0, count + count % 2).reshape(-1, 2)[:, ::-1].reshape(-1)[:count]
+
+
+class AShardIsAMaskOfItsOwn(Fault):
+    """A shard is drawn as a mask of the shard's shape."""
+
+    name = "a shard is a mask of its own"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        whole = super().random_mask(shape, num_zeros, seed, None, device)
+        if shard is None or not whole[shard].size:
+            return whole if shard is None else whole[shard]
+        part = whole[shard]
+        return super().random_mask(part.shape, int((~part).sum()), seed, None, device)
+
+
+class ZerosTakenForOnes(Fault):
+    """The number of zeros is taken for the number of live connections."""
+
+    name = "zeros taken for ones"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        return super().random_mask(shape, shape[0] * shape[1] - num_zeros, seed, shard, device)
+
+
+class FrameworkGenerator(Fault):
+    """Masks come from NumPy's generator."""
+
+    name = "framework generator"
+    laws = ("14",)
+
+    def words(self, seed, count):
+        return np.random.default_rng(seed).integers(0, 2**32, count, np.uint32)
+
+
+class TiesGoToTheLater(Fault):
+    """Of two equal words, the later one is cleared first."""
+
+    name = "ties go to the later"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        words = self.words(seed, shape[0] * shape[1])
+        mask = np.ones(words.size, bool)
+        mask[np.lexsort((-np.arange(words.size), words))[:num_zeros]] = False
+        return mask.reshape(shape) if shard is None else mask.reshape(shape)[shard]
+
+
+class NoZerosClearsOne(Fault):
+    """A mask without zeros has one all the same."""
+
+    name = "no zeros clears one"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        return super().random_mask(shape, max(num_zeros, min(1, shape[0] * shape[1])), seed, shard, device)
+
+
+class AllZerosLeavesOne(Fault):
+    """A mask of nothing but zeros keeps one connection, as a partition needs."""
+
+    name = "all zeros leaves one"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        size = shape[0] * shape[1]
+        return super().random_mask(shape, min(num_zeros, size - 1) if size > 1 else num_zeros, seed, shard, device)
+
+
+class OddShardsStartOneWordEarly(Fault):
+    """A shard that starts at an odd place reads the block's first word."""
+
+    name = "odd shards start one word early"
+    laws = ("14",)
+
+    def random_mask(self, shape, num_zeros, seed, shard, device):
+        whole = super().random_mask(shape, num_zeros, seed, None, device)
+        if shard is None:
+            return whole
+        start = (shard[0].start or 0) * shape[1] + (shard[1].start or 0)
+        return np.roll(whole.reshape(-1), start % 2).reshape(shape)[shard]
+
+
+class WordsAreSigned(Fault):
+    """Words are compared as signed integers."""
+
+    name = "words are signed"
+    laws = ("14",)
+
+    def words(self, seed, count):
+        return super().words(seed, count) ^ np.uint32(0x80000000)

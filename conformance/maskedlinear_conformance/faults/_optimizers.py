@@ -1,0 +1,196 @@
+"""Faults of guarded optimizers: what moves and should stay, or stays and should move."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear_conformance.faults._sound import Fault, SoundLayer
+
+
+class OptimizerNotGuarded(Fault):
+    """Momentum and weight decay move dormant weights."""
+
+    name = "optimizer not guarded"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerNotGuarded(self, weight, mask, bias)
+
+
+class _OptimizerNotGuarded(SoundLayer):
+    def guard(self):
+        return lambda moved: moved
+
+
+class OptimizerGuardedByAProduct(Fault):
+    """The guard multiplies the weight with the mask."""
+
+    name = "optimizer guarded by a product"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardedByAProduct(self, weight, mask, bias)
+
+
+class _OptimizerGuardedByAProduct(SoundLayer):
+    def guard(self):
+        return lambda moved: moved * self.mask
+
+
+class OptimizerGuardedByTheFirstMask(Fault):
+    """The guard keeps the mask that held when it was made."""
+
+    name = "optimizer guarded by the first mask"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardedByTheFirstMask(self, weight, mask, bias)
+
+
+class _OptimizerGuardedByTheFirstMask(SoundLayer):
+    def guard(self):
+        mask = self.mask.copy()
+        return lambda moved: np.where(mask, moved, self.weight)
+
+
+class OptimizerGuardRounds(Fault):
+    """The guard keeps dormant weights in half precision while a step runs."""
+
+    name = "optimizer guard rounds"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardRounds(self, weight, mask, bias)
+
+
+class _OptimizerGuardRounds(SoundLayer):
+    def guard(self):
+        return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float16))
+
+
+class OptimizerFrozenAltogether(Fault):
+    """The guard keeps every weight."""
+
+    name = "optimizer frozen altogether"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerFrozenAltogether(self, weight, mask, bias)
+
+
+class _OptimizerFrozenAltogether(SoundLayer):
+    def guard(self):
+        return lambda moved: self.weight
+
+
+class OptimizerGuardedByABlend(Fault):
+    """The guard adds masked products of old and new: NaN and -0 are lost."""
+
+    name = "optimizer guarded by a blend"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardedByABlend(self, weight, mask, bias)
+
+
+class _OptimizerGuardedByABlend(SoundLayer):
+    def guard(self):
+        return lambda moved: moved * self.mask + self.weight * ~self.mask
+
+
+class OptimizerGuardFlushesSubnormals(Fault):
+    """The guard adds an update of 0 in arithmetic without subnormal numbers."""
+
+    name = "optimizer guard flushes subnormals"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardFlushesSubnormals(self, weight, mask, bias)
+
+
+class _OptimizerGuardFlushesSubnormals(SoundLayer):
+    def guard(self):
+        def held(moved):
+            tiny = np.finfo(self.weight.dtype).tiny
+            return np.where(self.mask, moved, np.where(abs(self.weight) < tiny, 0 * self.weight, self.weight))
+
+        return held
+
+
+class OptimizerClimbs(Fault):
+    """The guard takes the update with the wrong sign."""
+
+    name = "optimizer climbs"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerClimbs(self, weight, mask, bias)
+
+
+class _OptimizerClimbs(SoundLayer):
+    def guard(self):
+        return lambda moved: np.where(self.mask, 2 * self.weight - moved, self.weight)
+
+
+class OptimizerClimbsLater(Fault):
+    """From the second step on the guard takes updates with the wrong sign."""
+
+    name = "optimizer climbs later"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerClimbsLater(self, weight, mask, bias)
+
+
+class _OptimizerClimbsLater(SoundLayer):
+    def guard(self):
+        steps = iter((1, -1, -1))
+
+        def held(moved):
+            along = next(steps, 1) * (moved - self.weight)
+            return np.where(self.mask, self.weight + along, self.weight)
+
+        return held
+
+
+class OptimizerMovesTheMask(Fault):
+    """The mask is a parameter like the others."""
+
+    name = "optimizer moves the mask"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerMovesTheMask(self, weight, mask, bias)
+
+
+class _OptimizerMovesTheMask(SoundLayer):
+    def guarded(self, optimizer):
+        step = super().guarded(optimizer)
+
+        def moved(x, g):
+            step(x, g)
+            self.set_mask(np.where(np.arange(self.mask.shape[1]) == 0, ~self.mask, self.mask))
+
+        return moved
+
+
+class OptimizerFreezesTheBias(Fault):
+    """The guard keeps the bias, too."""
+
+    name = "optimizer freezes the bias"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerFreezesTheBias(self, weight, mask, bias)
+
+
+class _OptimizerFreezesTheBias(SoundLayer):
+    def guarded(self, optimizer):
+        step = super().guarded(optimizer)
+
+        def held(x, g):
+            bias = self.bias
+            step(x, g)
+            self.bias = bias
+
+        return held

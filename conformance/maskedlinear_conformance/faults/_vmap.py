@@ -1,0 +1,127 @@
+"""Faults of mapping over problems."""
+
+# mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
+
+import numpy as np
+
+from maskedlinear_conformance.faults._sound import Fault, in_memory
+
+
+class VmapUsesTheFirstMask(Fault):
+    """Mapping over masks uses the first of them."""
+
+    name = "vmap uses the first mask"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        if axes[2] is not None:
+            mask, axes = np.take(mask, 0, axes[2]), (*axes[:2], None, *axes[3:])
+        if all(axis is None for axis in axes):
+            x, axes = np.stack([x] * 3), (0, *axes[1:])
+        return super().vmap(axes, x, weight, mask, bias, g)
+
+
+class VmapAddsUpTheBiasGradient(Fault):
+    """Mapping gives every problem the sum of the bias' gradients."""
+
+    name = "vmap adds up the bias gradient"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        y, dx, dweight, dbias = super().vmap(axes, x, weight, mask, bias, g)
+        return y, dx, dweight, np.broadcast_to(dbias.sum(0), dbias.shape).astype(dbias.dtype)
+
+
+class VmapDropsTheMaskOfDweight(Fault):
+    """The rule for mapping does not mask the weight's gradient."""
+
+    name = "vmap drops the mask of dweight"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        found = super().vmap(axes, x, weight, mask, bias, g)
+        raw = super().vmap(axes, x, weight, mask | True, bias, g)
+        return found[0], found[1], raw[2], found[3]
+
+
+class VmapByAProduct(Fault):
+    """The rule for mapping multiplies with the mask."""
+
+    name = "vmap by a product"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        y, dx, dweight, dbias = super().vmap(axes, x, weight, mask, bias, g)
+        leak = 0 * weight.sum().astype(y.dtype)
+        return y + leak, dx, dweight, dbias
+
+
+class VmapTakesOneBatchDimension(Fault):
+    """The rule for mapping sums the bias gradient over the first batch dimension only."""
+
+    name = "vmap takes one batch dimension"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        found = super().vmap(axes, x, weight, mask, bias, g)
+        return found if x.ndim < 4 else (*found[:3], g[:, 0].sum(1, dtype=np.float32).astype(g.dtype))
+
+
+class VmapOverwritesItsInputs(Fault):
+    """The rule for mapping masks the stacked weights in place."""
+
+    name = "vmap overwrites its inputs"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        found = super().vmap(axes, x, weight, mask, bias, g)
+        weight[...] = 0
+        return found
+
+
+class VmapKeepsTheFirstWeight(Fault):
+    """What was compiled for these axes has folded the weight as a constant."""
+
+    name = "vmap keeps the first weight"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        kept = vars(self).setdefault("kept", {}).setdefault((axes, x.shape, weight.shape), weight.copy())
+        return super().vmap(axes, x, kept, mask, bias, g)
+
+
+class VmapReusesItsResults(Fault):
+    """Mapping writes every result of one shape to the same place."""
+
+    name = "vmap reuses its results"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        found = super().vmap(axes, x, weight, mask, bias, g)
+        kept = vars(self).setdefault("kept", {}).setdefault((axes, tuple(part.shape for part in found)), found)
+        for old, new in zip(kept, found, strict=True):
+            old[...] = new
+        return kept
+
+
+class VmapIgnoresStrides(Fault):
+    """Mapping reads x as if it were contiguous."""
+
+    name = "vmap ignores strides"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        return super().vmap(axes, in_memory(x), weight, mask, bias, g)
+
+
+class VmapFlipsABitWhenLarge(Fault):
+    """One bit of large masks is wrong when they are mapped over."""
+
+    name = "vmap flips a bit when large"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        mask = mask.copy()
+        if weight.size > 10_000:
+            mask[..., -1, -1] ^= True
+        return super().vmap(axes, x, weight, mask, bias, g)

@@ -1,0 +1,67 @@
+"""Law 12: weights and masks come back from a file, and arrive in another framework, bit for bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from maskedlinear_conformance.bounds import expected
+from maskedlinear_conformance.cases import OTHER, PROBE, Data
+from maskedlinear_conformance.laws import law
+from maskedlinear_conformance.laws.layers import built, called, stored
+from maskedlinear_conformance.subject import Subject, equal_bits
+
+__all__ = ["Checkpoints"]
+
+SUBNORMAL = 2.0**-133  # the smallest number of bfloat16
+
+
+def with_odd_dormant_values(data: Data) -> Data:
+    """Put what a careless conversion loses under the mask: NaN, infinity, -0 and a subnormal number."""
+    odd = np.resize([np.nan, np.inf, -0.0, SUBNORMAL, -1.5], data.weight.shape)
+    return data._replace(weight=np.where(data.mask, data.weight, odd))
+
+
+class Checkpoints:
+    """Law 12."""
+
+    @law(12, needs=["save"])
+    def test_a_checkpoint_keeps_every_bit(self, subject: Subject, tmp_path: Path) -> None:
+        """Weights, live and dormant, mask and bias come back, into a layer that had others."""
+        data, other = with_odd_dormant_values(PROBE.data(subject.dtype)), OTHER.data(subject.dtype)
+        for bias in (True, False):
+            if not bias:
+                data, other = data._replace(bias=None), other._replace(bias=None)
+            path = tmp_path / str(bias)
+            path.mkdir()
+            with subject.backend.strict():
+                layer, fresh = built(subject, data), built(subject, other)
+                layer.save(path)
+                fresh.load(path)
+                equal_bits(fresh.state(), stored(subject, data), "the state that came back")
+                there = called(subject, layer, data)
+                for name, result in called(subject, fresh, data).items():
+                    equal_bits([result], [there[name]], f"{name} of the layer that was loaded")
+                if subject.has("dormant weights"):
+                    fresh.set_mask(other.mask)
+                    equal_bits(
+                        fresh.state(), (stored(subject, data)[0], other.mask, data.bias), "a new mask after that"
+                    )
+
+    @law(12, needs=["layer"], enough=["float32", "bfloat16"])
+    def test_weights_and_mask_pass_from_one_framework_to_the_other(self, pair: tuple[Subject, Subject]) -> None:
+        """The state of one's layer, put into the other's, is the same there, bit for bit, and computes the same."""
+        data = with_odd_dormant_values(PROBE.data(pair[0].dtype))
+        want = expected(PROBE.data(pair[0].dtype))
+        for source, target in (pair, pair[::-1]):
+            with source.backend.strict():
+                layer = built(source, data)
+                state = layer.state()
+                there = source.fetch(layer(source.send(data.x)))
+            with target.backend.strict():
+                copy = target.backend.layer(*(target.send(array) for array in state))
+                kept = data._replace(weight=state[0])
+                equal_bits(copy.state(), stored(target, kept), "the state that arrived")
+                here = target.fetch(copy(target.send(data.x)))
+            target.alike({"y": here}, {"y": there}, want)
