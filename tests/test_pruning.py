@@ -222,6 +222,12 @@ def test_schedules() -> None:
     assert [pruning.cosine(step, 100) for step in (0, 50, 100, 150)] == pytest.approx([0.3, 0.15, 0, 0])
 
 
+def test_a_layer_of_no_size_is_let_through_if_that_is_allowed() -> None:
+    found = pruning.prune({"a": np.zeros((0, 3)), "b": SCORES}, sparsity=0.5, empty="allow")
+    assert found["a"].shape == (0, 3)
+    assert int(found["b"].sum()) == 3
+
+
 SCORES = np.arange(6.0).reshape(2, 3)
 
 
@@ -260,6 +266,26 @@ SCORES = np.arange(6.0).reshape(2, 3)
         (lambda: pruning.prune(SCORES, num_zeros=1, block=(2, 2)), ValueError, "must divide into blocks"),
         (lambda: pruning.prune(SCORES, num_zeros=1, block=(2, 1), masks=SCORES > 0), ValueError, "whole blocks"),
         (lambda: pruning.threshold(SCORES, math.nan), ValueError, "got NaN"),
+        (lambda: pruning.threshold(SCORES, 1, empty="no"), ValueError, "empty must be"),  # type: ignore[arg-type]
+        (
+            lambda: pruning.prune({"a": SCORES, "b": SCORES[:0]}, sparsity=0.5),
+            ValueError,
+            r"a layer must have a connection to keep; got scores of shape \(0, 3\) of b",
+        ),
+        (lambda: pruning.threshold(SCORES[:, :0], 1), ValueError, r"got scores of shape \(2, 0\)"),
+        (
+            lambda: pruning.prune_nodes(SCORES[0][:0], num_zeros=0),
+            ValueError,
+            "must keep a node; of 0, 0 would be gone",
+        ),
+        (lambda: pruning.prune(np.array([[2**53 + 1, 2**53]]), num_zeros=1), ValueError, r"within 2\*\*53"),
+        (
+            lambda: pruning.movement(SCORES, SCORES, SCORES[0]),
+            ValueError,
+            r"the scores before must have the weight's shape, \(2, 3\); got \(3,\)",
+        ),
+        (lambda: pruning.Cubic(0.9, begin=0.5, end=3), TypeError, "begin must be an integer; got 0.5"),  # type: ignore[arg-type]
+        (lambda: pruning.Geometric(0.9, rounds=2.5), TypeError, "rounds must be an integer; got 2.5"),  # type: ignore[arg-type]
         (lambda: pruning.threshold(SCORES, 7), ValueError, "must keep a connection"),
         (lambda: pruning.n_m(SCORES, 1, 2), ValueError, "multiple of m = 2; got 3"),
         (lambda: pruning.n_m(SCORES * np.nan, 1, 3), ValueError, "NaN"),

@@ -234,6 +234,23 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
         shrink(mlp(), X, unfollowed="skip")
 
 
+def test_a_flatten_that_does_nothing_is_followed() -> None:
+    model = without(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), {"0": [1]})
+    assert sizes(shrink(model, X)) == [(6, 7), (7, 2)]
+    wide = without(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(16, 2)), {"0": [1]})
+    with pytest.raises(ValueError, match="features that go into 1"):
+        shrink(wide, torch.randn(3, 2, 6))
+
+
+def test_a_model_that_cannot_be_called_in_double_precision_is_refused() -> None:
+    class Single(Norm):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(nn.functional.prelu(self.first(x), torch.tensor(0.2)))
+
+    with pytest.raises(ValueError, match="in float64, in which this Single cannot be called"):
+        shrink(Single(None), X)
+
+
 def test_a_wrong_model_is_never_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     model = without(mlp(), {"0": [1]})
     shrink(model, X)

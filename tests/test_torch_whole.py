@@ -182,10 +182,19 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
         ({"sparsity": 0.5, "score": "snip"}, "needs the gradient of each weight; first has none"),
         (
             {"sparsity": 0.5, "score": "size"},
-            "score must be one of 'magnitude', 'random', 'snip', 'taylor', or a function",
+            "score must be one of 'magnitude', 'random', 'snip', 'taylor', a function, or scores by name",
         ),
         ({"sparsity": 0.5, "score": lambda w, g: w * float("nan")}, "got NaN"),
         ({"sparsity": 0.5, "include": "x"}, "there is none"),
+        (
+            {"sparsity": 0.5, "score": lambda w, g: w[:1]},
+            r"scores must have their weight's shape .* got \(1, 8\) of first",
+        ),
+        (
+            {"sparsity": 0.5, "score": {"first": torch.ones(16, 8)}},
+            "scores, which each layer must have, must be of layers",
+        ),
+        ({"sparsity": 0.5, "score": {"nonesuch": torch.ones(16, 8)}}, "scores must be of layers that there are"),
     ):
         with pytest.raises(ValueError, match=message):
             prune_model(model, **options)  # type: ignore[arg-type]
@@ -260,3 +269,21 @@ def test_meta_layers_are_masked_before_they_have_values() -> None:
     model.to_empty(device="cpu")
     model[0].reset_parameters()  # type: ignore[operator]
     assert (model[0].mask.numpy() == mask).all()  # type: ignore[union-attr, operator]
+
+
+def test_movement_adds_up_over_steps_and_prunes_by_name() -> None:
+    torch.manual_seed(0)
+    model = mask_model(nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 4)))
+    scores: dict[str, Any] = {}
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randn(5, 8)).square().mean().backward()
+        for name in masks_of(model):
+            layer: Any = model.get_submodule(name)
+            scores[name] = pruning.movement(layer.weight, layer.weight.grad, scores.get(name))
+        optimizer.step()
+    prune_model(model, 0.5, score=scores)
+    wanted = pruning.prune(scores, sparsity=0.5)
+    for name, mask in masks_of(model).items():
+        assert (mask.numpy() == wanted[name]).all()

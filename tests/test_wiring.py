@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import networkx
 import numpy as np
 import pytest
 import scipy.sparse
@@ -127,6 +128,7 @@ def line(tmp_path: Path, text: str) -> Path:
         (lambda _: Wiring.from_edges(EDGES, GENES[:2]), "got the input 'tp53' in 2 edges"),
         (lambda _: Wiring.from_edges(EDGES, GENES, SETS[:1]), "got the output 'repair' in 2 edges"),
         (lambda _: Wiring.from_edges([("a", "b", "c")]), "an edge must be"),  # type: ignore[list-item]
+        (lambda _: Wiring.from_edges(["ab"]), r"an edge must be \(input, output\); got \('ab',\) at place 0"),  # type: ignore[list-item]
         (lambda _: Wiring.from_edges(EDGES, unknown="ignore"), "unknown must be 'error' or 'drop'"),  # type: ignore[arg-type]
         (
             lambda _: Wiring.from_pandas(Frame(a=["x"], target=["y"])),
@@ -142,8 +144,20 @@ def line(tmp_path: Path, text: str) -> Path:
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\nempty\tabout\n")), "line 2, of 'empty', has no genes"),
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\na\tb\td\n")), "line 2 brings 'a' again"),
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\tc\n")), "from 'c' to 'a' twice"),
+        (lambda path: Wiring.from_gmt(line(path, "\n")), "a GMT file must have a line for each set"),
     ],
 )
 def test_what_is_no_wiring_is_refused(call: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=message):
         call(tmp_path)
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name(tmp_path: Path) -> None:
+    assert Wiring.from_gmt(line(tmp_path, "\ufeffA\td\tg1\r\nB\td\tg2\r\n")).outputs == ("A", "B")
+
+
+def test_a_real_graph_of_networkx() -> None:
+    graph = networkx.davis_southern_women_graph()
+    wiring = Wiring.from_networkx(graph)
+    assert wiring.pattern.shape == (14, 18)
+    assert {frozenset(edge[:2]) for edge in wiring.edges()} == {frozenset(edge) for edge in graph.edges}

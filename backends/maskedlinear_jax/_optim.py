@@ -64,8 +64,9 @@ def freeze_masked(
         if masks is None:
             raise ValueError("freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks)")
         masks = _like(updates, masks)
-        live = jax.tree_util.tree_map_with_path(_live, updates, masks)
-        anew = _anew(inner, state, live, updates if params is None else params)
+        like = updates if params is None else params  # a gradient for each example has a dimension more
+        live = jax.tree_util.tree_map_with_path(_live, like, masks)
+        anew = _anew(inner, state, live, like)
         updates, kept = guarded.update(updates, anew, params, **extra)
         return jax.tree.map(_held, updates, live, masks), FrozenState(kept, live)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 from jax import Array
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, Score, is_meant, layer_seed, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, is_meant, layer_seed, score_layers
 from maskedlinear_jax._functional import as_array, boolean_mask
 
 __all__ = ["apply_masks", "chosen_parameters", "is_turned", "named_leaves", "prune_tree", "regrow_tree", "turned"]
@@ -23,7 +22,7 @@ def prune_tree(
     *,
     masks: Any = None,
     include: Include = None,
-    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
     block: tuple[int, int] | None = None,
     gradients: Any = None,
@@ -41,8 +40,8 @@ def prune_tree(
         masks: the tree of masks so far, from an earlier call; what is masked stays so.
         include: which parameters: a shell pattern of names (paths with dots between, ``"encoder.*"``), a sequence of them,
             or a function of name and parameter.
-        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), or a function of
-            weight and gradient, both ``(out, in)``, that returns scores of their shape.
+        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
+            weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: a tree like ``params``.

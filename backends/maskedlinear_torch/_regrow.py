@@ -111,13 +111,15 @@ def regrow_model(
         How many connections moved.
 
     Raises:
-        ValueError: if a layer's weight is computed, or shared with another module, which a weight that becomes 0 would
-            change; if the fraction is out of its range, a weight or gradient is NaN, or ``growth`` lacks a layer. The model
-            is left as it was.
+        ValueError: if there is no masked layer; if a layer's weight is computed, or shared with another module, which a
+            weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN, or
+            ``growth`` lacks a layer. The model is left as it was.
     """
     layers = [
         layer for name, layer in model.named_modules() if isinstance(layer, Masked) and is_meant(name, layer, include)
     ]
+    if not layers:
+        raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
     planned = []
     for place, layer in enumerate(layers):

@@ -34,7 +34,14 @@ _LAYERS = (nn.Linear, MaskedLinear)
 _POINTWISE = (
     *(nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.GELU, nn.SiLU, nn.Mish, nn.Tanh, nn.Sigmoid, nn.ELU, nn.SELU, nn.CELU),
     *(nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid, nn.Hardshrink, nn.Softshrink, nn.Tanhshrink, nn.Softplus, nn.Softsign),
-    *(nn.LogSigmoid, nn.Threshold, nn.Identity, nn.Dropout, nn.AlphaDropout),
+    *(
+        nn.LogSigmoid,
+        nn.Threshold,
+        nn.Identity,
+        nn.Dropout,
+        nn.AlphaDropout,
+        nn.Flatten,
+    ),  # the last where it does nothing
 )
 _BY_FEATURE = (nn.BatchNorm1d, nn.PReLU)  # these keep something a feature
 _NAMES = (
@@ -119,7 +126,13 @@ def _planned(model: nn.Module, given: Any, unfollowed: Unfollowed) -> Plan:
         raise ValueError(
             f"shrink follows nodes on a trace of torch.fx, which cannot trace this {type(model).__name__}: {error}"
         ) from error
-    ShapeProp(fx.GraphModule(tracer.root, graph)).propagate(*inputs.args, *inputs.kwargs.values())
+    try:
+        ShapeProp(fx.GraphModule(tracer.root, graph)).propagate(*inputs.args, *inputs.kwargs.values())
+    except Exception as error:
+        raise ValueError(
+            f"shrink checks that outputs are the same in float64, in which this {type(model).__name__} cannot be called. "
+            f"Does it make tensors of another dtype? {error}"
+        ) from error
     walk = _Walk(model, graph)
     for node in graph.nodes:
         walk.step(node)
@@ -188,7 +201,8 @@ class _Walk:
     def _pointwise(self, node: fx.Node, function: Callable[..., Any], name: str = "") -> None:
         inputs = node.all_input_nodes
         shapes = {_shape(value) for value in (node, *inputs)}
-        if any(value not in self._values for value in inputs) or len(shapes) > 1:
+        whole = isinstance(function, nn.Flatten) and len(_shape(node) or ()) < 2
+        if any(value not in self._values for value in inputs) or len(shapes) > 1 or whole:
             self._unfollowed(node, f"{node.name}, of shapes {', '.join(map(str, map(_shape, inputs)))}")
             return
         if isinstance(function, _BY_FEATURE) and len(_shape(node) or ()) > 2:

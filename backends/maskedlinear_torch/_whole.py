@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear.masks import as_mask
-from maskedlinear.pruning._layers import Include, Score, check_known, chosen, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_torch._functional import as_tensor, check_dense, whole
 from maskedlinear_torch._layer import MaskedLinear
@@ -121,7 +121,7 @@ def prune_model(
     model: nn.Module,
     sparsity: float,
     *,
-    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
     include: Include = None,
     block: tuple[int, int] | None = None,
@@ -133,8 +133,9 @@ def prune_model(
     Args:
         model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
-        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``), or a function of
-            weight and gradient that returns scores of their shape.
+        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``); a function of
+            weight and gradient that returns scores of their shape; or the scores of each layer by name, as those that
+            :func:`maskedlinear.pruning.movement` adds up over steps.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
         include: which layers, as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.

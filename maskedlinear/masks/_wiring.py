@@ -113,7 +113,7 @@ class Wiring:
             ValueError: if an edge is there twice or is not a pair, a name is there twice in ``inputs`` or ``outputs``, or an
                 end is unknown.
         """
-        pairs = [tuple(edge) for edge in edges]
+        pairs = [(edge,) if isinstance(edge, str) else tuple(edge) for edge in edges]  # "ab" is one name, not two
         for place, pair in enumerate(pairs):
             if len(pair) != 2:
                 raise ValueError(f"an edge must be (input, output); got {pair!r} at place {place}")
@@ -224,10 +224,11 @@ class Wiring:
             unknown: what happens to genes that are not among ``inputs``.
 
         Raises:
-            ValueError: if a line has no genes, a set is there twice, a gene is there twice in a set, or is unknown.
+            ValueError: if there is no line, a line has no genes, a set is there twice, a gene is there twice in a set, or is
+                unknown.
         """
         sets: dict[str, list[str]] = {}
-        for number, line in enumerate(Path(file).read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(Path(file).read_text(encoding="utf-8-sig").splitlines(), 1):
             if not line.strip():
                 continue
             name, *rest = (part.strip() for part in line.split("\t"))
@@ -240,6 +241,8 @@ class Wiring:
             if name in sets:
                 raise ValueError(f"each set must be there once; line {number} brings {name!r} again")
             sets[name] = genes
+        if not sets:
+            raise ValueError(f"a GMT file must have a line for each set; {file} has none")
         edges = [(gene, name) for name, genes in sets.items() for gene in genes]
         return cls.from_edges(edges, inputs, tuple(sets), unknown=unknown)
 

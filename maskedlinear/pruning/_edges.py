@@ -19,6 +19,8 @@ from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["Scope", "n_m", "prune", "threshold", "zeros_by_scope"]
 
+_WHOLE = 1 << 53  # up to which float64 holds every whole number
+
 Mask = NDArray[np.bool_]
 Scope = Literal["global", "layer", "erdos_renyi"]
 
@@ -48,7 +50,7 @@ def prune(
             its share is masked already.
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
-        empty: whether a layer may lose its last connection.
+        empty: whether a layer may lose its last connection, or have none to begin with.
 
     Returns:
         Boolean NumPy arrays of the scores' shapes, in the form of ``scores``.
@@ -63,9 +65,8 @@ def prune(
         raise ValueError("there must be scores of at least one layer; got none")
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
-    if empty not in ("refuse", "allow"):
-        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
     before = masks_so_far(masks, scores, layers)
+    _check_empty(empty, layers)
     if block is not None:
         layers, before = _of_blocks(layers, before, block)
     keys = _comparable(layers)
@@ -94,7 +95,7 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal
         scores: as :func:`prune` takes them.
         least: the lowest score that stays; not NaN.
         masks: the masks so far; what is masked stays so.
-        empty: whether a layer may lose its last connection.
+        empty: whether a layer may lose its last connection, or have none to begin with.
 
     Raises:
         ValueError: as by :func:`prune`.
@@ -106,6 +107,7 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal
     for name, array in layers.items():
         _refuse_nan(name, array)
     before = masks_so_far(masks, scores, layers)
+    _check_empty(empty, layers)
     found = {name: before[name] & (array >= least) for name, array in layers.items()}
     if empty == "refuse":
         _refuse_empty(before, found)
@@ -160,6 +162,8 @@ def _comparable(layers: Mapping[Any, NDArray[Any]]) -> dict[Any, NDArray[Any]]:
     dtype = np.result_type(np.float32, *(array.dtype for array in layers.values()))
     found = {}
     for name, array in layers.items():
+        if array.dtype.kind in "iu" and array.size and max(abs(int(array.min())), abs(int(array.max()))) > _WHOLE:
+            raise ValueError(f"scores that are whole numbers must be within 2**53; got one beyond{_of([name])}")
         found[name] = np.ascontiguousarray(array, dtype)
         _refuse_nan(name, found[name])
     return found
@@ -224,6 +228,17 @@ def _refuse_nan(name: Any, array: NDArray[Any]) -> None:
     if place is not None:
         where = tuple(int(i) for i in np.unravel_index(place, array.shape))
         raise ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
+
+
+def _check_empty(empty: str, layers: Mapping[Any, NDArray[Any]]) -> None:
+    if empty not in ("refuse", "allow"):
+        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
+    for name, array in layers.items():
+        if empty == "refuse" and not array.size:
+            raise ValueError(
+                f"a layer must have a connection to keep; got scores of shape {array.shape}{_of([name])}: leave it out, or "
+                "pass empty='allow'"
+            )
 
 
 def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None:

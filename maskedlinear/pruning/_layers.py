@@ -8,6 +8,7 @@ from typing import Any, Literal, TypeVar, get_args
 
 from numpy.typing import NDArray
 
+from maskedlinear._arrays import as_numpy
 from maskedlinear.masks._random import checked_seed
 from maskedlinear.pruning import _scores
 
@@ -15,6 +16,7 @@ __all__ = [
     "Include",
     "Score",
     "Scores",
+    "Scoring",
     "check_known",
     "chosen",
     "is_meant",
@@ -26,6 +28,7 @@ __all__ = [
 
 Include = str | Sequence[str] | Callable[[str, Any], bool] | None
 Score = Literal["magnitude", "random", "snip", "taylor"]
+Scoring = Score | Callable[[Any, Any], Any] | Mapping[str, Any]
 Scores = Any  # an array, a mapping of names to arrays, or a sequence of arrays
 
 T = TypeVar("T")
@@ -96,26 +99,34 @@ def layer_seed(seed: int, place: int) -> int:
 
 
 def score_layers(
-    score: Score | Callable[[Any, Any], Any], weights: Mapping[str, Any], gradients: Mapping[str, Any], seed: int = 0
+    score: Scoring, weights: Mapping[str, Any], gradients: Mapping[str, Any], seed: int = 0
 ) -> dict[str, NDArray[Any]]:
     """Return the scores of layers, by name.
 
     Args:
-        score: one of the names, or a function of a layer's weight and gradient that returns scores of its shape.
+        score: one of the names; a function of a layer's weight and gradient that returns scores of its shape; or the scores
+            themselves, by name.
         weights: by name.
         gradients: by name; ``None`` for a layer without one.
         seed: for ``"random"``: layer i takes ``seed + i``.
 
     Raises:
-        ValueError: if ``score`` is none of the names, or needs a gradient where there is none.
+        ValueError: if ``score`` is none of the names, needs a gradient where there is none, lacks a layer or names one that
+            there is not, or if a function's scores have another shape.
     """
+    if isinstance(score, Mapping):
+        check_known("scores", score, list(weights))
+        check_known("scores, which each layer must have,", weights, list(score))
+        return _of_shape({name: as_numpy(score[name]) for name in weights}, weights)
     if not callable(score) and score not in get_args(Score):
-        raise ValueError(f"score must be one of {', '.join(map(repr, get_args(Score)))}, or a function; got {score!r}")
+        raise ValueError(
+            f"score must be one of {', '.join(map(repr, get_args(Score)))}, a function, or scores by name; got {score!r}"
+        )
     found = {}
     for place, (name, weight) in enumerate(weights.items()):
         gradient = gradients.get(name)
         if callable(score):
-            found[name] = score(weight, gradient)
+            found[name] = as_numpy(score(weight, gradient))
         elif score == "magnitude":
             found[name] = _scores.magnitude(weight)
         elif score == "random":
@@ -127,4 +138,14 @@ def score_layers(
             )
         else:
             found[name] = (_scores.snip if score == "snip" else _scores.taylor)(weight, gradient)
-    return found
+    return _of_shape(found, weights)
+
+
+def _of_shape(scores: dict[str, NDArray[Any]], weights: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
+    for name, array in scores.items():
+        if array.shape != tuple(weights[name].shape):
+            raise ValueError(
+                f"scores must have their weight's shape (out, in) = {tuple(weights[name].shape)}; got {array.shape} of "
+                f"{name or 'the layer'}"
+            )
+    return scores

@@ -81,8 +81,8 @@ def prune_nodes(scores: Any, *, sparsity: Sparsity | None = None, num_zeros: int
     if place is not None:
         raise ValueError(f"scores must be numbers; got NaN for node {place}")
     count = checked_zeros(array.size, sparsity, num_zeros)
-    if array.size and count == array.size:
-        raise ValueError(f"a layer must keep a node; all {count} would be gone: prune fewer")
+    if count == array.size:
+        raise ValueError(f"a layer must keep a node; of {array.size}, {count} would be gone: prune fewer")
     kept = np.ones(array.size, bool)
     clear_smallest([values], [kept], count)
     return kept

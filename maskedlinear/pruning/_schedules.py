@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from maskedlinear.masks._random import integer
+
 __all__ = ["Cubic", "Geometric", "cosine"]
 
 
@@ -24,6 +26,7 @@ class Cubic:
 
     Raises:
         ValueError: if ``0 <= initial <= final <= 1``, ``0 <= begin < end`` or ``every >= 1`` does not hold.
+        TypeError: if a number of steps is not an integer.
     """
 
     final: float
@@ -34,6 +37,8 @@ class Cubic:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        for name in ("begin", "end", "every"):
+            integer(name, getattr(self, name))
         if not 0 <= self.initial <= self.final <= 1:
             raise ValueError(f"0 <= initial <= final <= 1 must hold; got {self.initial} and {self.final}")
         if not 0 <= self.begin < self.end or self.every < 1:
@@ -72,6 +77,7 @@ class Geometric:
 
     Raises:
         ValueError: if a value is out of its range.
+        TypeError: if ``rounds`` is not an integer.
     """
 
     final: float
@@ -79,6 +85,7 @@ class Geometric:
 
     def __post_init__(self) -> None:
         """Check the values."""
+        integer("rounds", self.rounds)
         if not 0 <= self.final < 1 or self.rounds < 1:
             raise ValueError(f"0 <= final < 1 and rounds >= 1 must hold; got {self.final} and {self.rounds}")
 

@@ -78,7 +78,12 @@ def movement(weight: Any, gradient: Any, before: Any = None) -> NDArray[np.float
         TypeError: if one is not an array of real numbers.
     """
     moved = -_product(weight, gradient)
-    return moved if before is None else np.asarray(as_numpy(before), np.float64) + moved
+    if before is None:
+        return moved
+    earlier = as_numpy(before)
+    if earlier.shape != moved.shape:
+        raise ValueError(f"the scores before must have the weight's shape, {moved.shape}; got {earlier.shape}")
+    return np.asarray(earlier, np.float64) + moved
 
 
 def random_scores(shape: tuple[int, ...], seed: int = 0) -> NDArray[np.float64]:

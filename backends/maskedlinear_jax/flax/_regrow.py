@@ -53,14 +53,17 @@ def regrow_model(
         How many connections moved.
 
     Raises:
-        ValueError: if the fraction is out of its range, a weight or gradient is NaN, or a layer's gradient is missing; or if
-            a weight is shared with another module, which a weight that becomes 0 would change. The model is left as it was.
+        ValueError: if there is no masked layer; if the fraction is out of its range, a weight or gradient is NaN, or a
+            layer's gradient is missing; or if a weight is shared with another module, which a weight that becomes 0 would
+            change. The model is left as it was.
     """
     layers = {
         name: layer
         for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items()
         if is_meant(name, layer, include)
     }
+    if not layers:
+        raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")
     refuse_shared(model, layers)
     plans: list[Any] = []
     for place, (name, layer) in enumerate(layers.items()):

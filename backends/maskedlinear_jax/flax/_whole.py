@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, Score, check_known, chosen, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER
@@ -115,7 +115,7 @@ def prune_model(
     model: Any,
     sparsity: float,
     *,
-    score: Score | Callable[[Any, Any], Any] = "magnitude",
+    score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
     include: Include = None,
     block: tuple[int, int] | None = None,
@@ -130,8 +130,8 @@ def prune_model(
     Args:
         model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
-        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), or a function of
-            weight and gradient, both ``(out, in)``, that returns scores of their shape.
+        score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
+            weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
         include: which layers, as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
