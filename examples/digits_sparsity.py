@@ -10,6 +10,10 @@ A network of 64, 128, 64 and 10 nodes trains for the same number of steps whatev
 - snip: prune before training, by the sensitivity of the loss
 - set: start random; every few steps the weakest connections go, others come at random
 - rigl: the same, but others come where the gradient is largest
+
+The two frameworks draw their first weights differently. Flax's biases start at 0, so that a node that has lost all of its
+inputs is 0 and has no gradient for RigL to grow by: at 99 % RigL stays behind PyTorch's there. PyTorch begun as Flax is does
+worse, and Flax begun as PyTorch is does better.
 """
 
 from __future__ import annotations

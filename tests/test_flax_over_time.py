@@ -187,8 +187,9 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
     model = network()
     start = np.asarray(model.layers[0].kernel[...])
     seen: list[float] = []
+    told: list[float] = []
     before: dict[str, Any] = {}
-    for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer"):
+    for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer", progress=told.append):
         np.testing.assert_array_equal(model.layers[0].kernel[...], start)
         assert report(model).sparsity == pytest.approx(sparsity, abs=0.01)
         now = masks_of(model)
@@ -198,6 +199,7 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
         for _ in range(3):
             step(model, optimizer, X)
     assert seen == [Geometric(0.8, 3)(round) for round in range(4)]
+    assert told == [0.25, 0.5, 0.75, 1]
     assert (model.layers[0].kernel[...] != start).any()
     with pytest.raises(ValueError, match="rounds >= 1"):
         lottery_rounds(model, 0.8, rounds=0)

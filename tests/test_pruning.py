@@ -76,6 +76,22 @@ def test_selection_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: n
         assert all((got == wanted).all() for got, wanted in zip(found, by_hand(scores, before, zeros), strict=True))
 
 
+def test_long_work_says_how_far_it_is(capsys: pytest.CaptureFixture[str], rng: np.random.Generator) -> None:
+    scores = [rng.standard_normal((40, 50)), rng.standard_normal((30, 20))]
+    for scope in ("layer", "global"):
+        told: list[float] = []
+        pruning.prune(scores, sparsity=0.5, scope=scope, progress=told.append)  # type: ignore[arg-type]
+        assert told == sorted(told)
+        assert len(told) > 5
+        assert told[-1] == 1
+    pruning.prune(scores, sparsity=0.5, progress=True)
+    assert capsys.readouterr().err.endswith("pruning:  99 %\rpruning: 100 %\n")
+    pruning.prune(scores, sparsity=0.5)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(TypeError, match="progress must be True, False or a function of a fraction; got 3"):
+        pruning.prune(scores, sparsity=0.5, progress=3)  # type: ignore[arg-type]
+
+
 def test_scopes_share_the_zeros_as_they_say(rng: np.random.Generator) -> None:
     scores = {"small": np.abs(rng.standard_normal((10, 20))), "large": 2 + np.abs(rng.standard_normal((100, 50)))}
     zeros = {}

@@ -79,8 +79,9 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
     model = network()
     start = copy.deepcopy(model.state_dict())
     seen: list[float] = []
+    told: list[float] = []
     masks: dict[str, Tensor] = {}
-    for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer"):
+    for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer", progress=told.append):
         assert torch.equal(model[0].weight, start["0.weight"])
         assert report(model).sparsity == pytest.approx(sparsity, abs=0.01)
         now = masks_of(model)
@@ -90,6 +91,7 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
         for _ in range(3):
             train(model, optimizer)
     assert seen == [Geometric(0.8, 3)(round) for round in range(4)]
+    assert told == [0.25, 0.5, 0.75, 1]
     assert not torch.equal(model[0].weight, start["0.weight"])  # the last round's training stays
     with pytest.raises(ValueError, match="rounds >= 1"):
         lottery_rounds(model, 0.8, rounds=0)

@@ -238,7 +238,7 @@ def test_a_flatten_that_does_nothing_is_followed() -> None:
     model = without(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8, 2)), {"0": [1]})
     assert sizes(shrink(model, X)) == [(6, 7), (7, 2)]
     wide = without(nn.Sequential(nn.Linear(6, 8), nn.Flatten(), nn.Linear(16, 2)), {"0": [1]})
-    with pytest.raises(ValueError, match="features that go into 1"):
+    with pytest.raises(ValueError, match="of the 8 features that go into _1"):
         shrink(wide, torch.randn(3, 2, 6))
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from maskedlinear import pruning
+from maskedlinear._progress import Progress
 from maskedlinear.pruning._layers import Include, Scoring, is_meant, layer_seed, score_layers
 from maskedlinear_jax._functional import as_array, boolean_mask
 
@@ -28,6 +29,7 @@ def prune_tree(
     gradients: Any = None,
     seed: int = 0,
     empty: Any = "refuse",
+    progress: Progress = False,
 ) -> Any:
     """Return masks for a tree of parameters, pruned to a sparsity: a tree as :func:`freeze_masked` takes it.
 
@@ -47,6 +49,7 @@ def prune_tree(
         gradients: a tree like ``params``.
         seed: for ``"random"``.
         empty: ``"refuse"`` or ``"allow"`` that a parameter loses its last connection.
+        progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
         A tree like ``params``: boolean masks of the parameters' shapes, and ``True`` for those that are not pruned.
@@ -66,7 +69,13 @@ def prune_tree(
         so_far = {name: full[name] if before[place] is True else before[place] for name, (place, _) in chosen.items()}
         live = {name: turned(name, boolean_mask(so_far[name], full[name].shape, name)) for name in chosen}
     made = pruning.prune(
-        score_layers(score, weights, found, seed), sparsity=sparsity, masks=live, scope=scope, block=block, empty=empty
+        score_layers(score, weights, found, seed),
+        sparsity=sparsity,
+        masks=live,
+        scope=scope,
+        block=block,
+        empty=empty,
+        progress=progress,
     )
     leaves: list[Any] = [True] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, _) in chosen.items():

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._regrow import Growth, record_growth, regrow_model
@@ -133,6 +134,7 @@ def lottery_rounds(
     rounds: int,
     *,
     state: Mapping[str, Any] | None = None,
+    progress: Progress = False,
     **how: Any,
 ) -> Iterator[float]:
     """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
@@ -153,6 +155,8 @@ def lottery_rounds(
         sparsity: the fraction of masked connections after the last round, in [0, 1).
         rounds: how many times it is pruned.
         state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
+        progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
+            called with the fraction.
         how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
 
     Yields:
@@ -162,4 +166,6 @@ def lottery_rounds(
         ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
     """
     saved = copy.deepcopy(model.state_dict() if state is None else dict(state))
-    return rounds_of(sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved))
+    return rounds_of(
+        sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved), progress
+    )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear import pruning
+from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
 from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
@@ -127,6 +128,7 @@ def prune_model(
     block: tuple[int, int] | None = None,
     seed: int = 0,
     empty: Any = "refuse",
+    progress: Progress = False,
 ) -> dict[str, Tensor]:
     """Prune the masked layers of a model to a sparsity, beyond what is masked already.
 
@@ -141,6 +143,7 @@ def prune_model(
         block: prune whole blocks of ``(outputs, inputs)``.
         seed: for ``"random"``.
         empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+        progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
         The masks before, for :func:`set_masks`.
@@ -159,7 +162,13 @@ def prune_model(
     scores = score_layers(score, weights, gradients, seed)
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     made = pruning.prune(
-        scores, sparsity=sparsity, masks={k: whole(m) for k, m in before.items()}, scope=scope, block=block, empty=empty
+        scores,
+        sparsity=sparsity,
+        masks={k: whole(m) for k, m in before.items()},
+        scope=scope,
+        block=block,
+        empty=empty,
+        progress=progress,
     )
     for name, layer in layers.items():
         layer.set_mask(made[name])

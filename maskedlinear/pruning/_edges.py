@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 
 from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
+from maskedlinear._progress import Progress, teller
 from maskedlinear.masks._distribution import shares
 from maskedlinear.masks._random import Sparsity, checked_zeros
 from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, named, unnamed
-from maskedlinear.pruning._select import clear_smallest, first_nan
+from maskedlinear.pruning._select import clear_smallest, first_nan, passes
 
 __all__ = ["Scope", "n_m", "prune", "threshold", "zeros_by_scope"]
 
@@ -34,6 +35,7 @@ def prune(
     scope: Scope = "global",
     block: tuple[int, int] | None = None,
     empty: Literal["refuse", "allow"] = "refuse",
+    progress: Progress = False,
 ) -> Any:
     """Return masks from which the connections of the lowest scores are gone: exactly as many as asked for.
 
@@ -51,6 +53,8 @@ def prune(
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
         empty: whether a layer may lose its last connection, or have none to begin with.
+        progress: ``True`` to show on the standard error stream how far it is; or a function that is called with the fraction
+            done, from 0 to 1. 10⁸ scores take some seconds.
 
     Returns:
         Boolean NumPy arrays of the scores' shapes, in the form of ``scores``.
@@ -69,7 +73,16 @@ def prune(
     _check_empty(empty, layers)
     if block is not None:
         layers, before = _of_blocks(layers, before, block)
+    tell = teller(progress, "pruning")
     keys = _comparable(layers)
+    work = sum(key.size * passes(key) for key in keys.values())
+    seen = 0
+
+    def look(number: int) -> None:
+        nonlocal seen
+        seen += number
+        tell(min(seen / work, 0.99))
+
     found = {name: mask.copy() for name, mask in before.items()}
     live = {name: int(np.count_nonzero(mask)) for name, mask in before.items()}
     shapes = {name: mask.shape for name, mask in before.items()}
@@ -80,11 +93,12 @@ def prune(
                 f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
                 "for at least as many, or pass no masks"
             )
-        clear_smallest([keys[name] for name in names], [found[name] for name in names], zeros - masked)
+        clear_smallest([keys[name] for name in names], [found[name] for name in names], zeros - masked, look)
     if empty == "refuse":
         _refuse_empty(before, found)
     if block is not None:
         found = {name: of_blocks(mask, block) for name, mask in found.items()}
+    tell(1.0)
     return unnamed(found, scores)
 
 

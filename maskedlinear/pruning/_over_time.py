@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
+from maskedlinear._progress import Progress, teller
 from maskedlinear.pruning._layers import Include
 from maskedlinear.pruning._schedules import Cubic, Geometric, cosine
 
@@ -97,20 +98,26 @@ class Regrowth(Steps):
 
 
 def rounds_of(
-    sparsity: float, rounds: int, prune: Callable[[float], object], rewind: Callable[[], object]
+    sparsity: float,
+    rounds: int,
+    prune: Callable[[float], object],
+    rewind: Callable[[], object],
+    progress: Progress = False,
 ) -> Iterator[float]:
     """Yield the sparsity of each round of iterative pruning with rewinding, 0 first; prune and rewind between two.
 
     Raises:
         ValueError: as by :class:`Geometric`, at once.
     """
-    schedule = Geometric(sparsity, rounds)
+    schedule, tell = Geometric(sparsity, rounds), teller(progress, f"{rounds + 1} trainings")
 
     def run() -> Iterator[float]:
         yield schedule(0)
         for round in range(1, rounds + 1):
+            tell(round / (rounds + 1))
             prune(schedule(round))
             rewind()
             yield schedule(round)
+        tell(1.0)
 
     return run()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["clear_smallest", "first_nan"]
+__all__ = ["clear_smallest", "first_nan", "passes"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -17,7 +17,14 @@ _BLOCK = 1 << 20  # scores looked at at a time
 _DIGIT = 16  # bits that a pass decides
 
 
-def clear_smallest(scores: Sequence[Array], masks: Sequence[Mask], count: int) -> None:
+def passes(scores: Array) -> int:
+    """Return how many times :func:`clear_smallest` looks at each of these scores."""
+    return 8 * scores.dtype.itemsize // _DIGIT + 1
+
+
+def clear_smallest(
+    scores: Sequence[Array], masks: Sequence[Mask], count: int, tell: Callable[[int], object] = lambda seen: None
+) -> None:
     """Set the ``count`` live entries of smallest ``(score, layer, place)`` to ``False``, in ``masks``.
 
     The order of floats is that of their bits, so a histogram of their leading bits finds where the boundary is, one of the
@@ -27,6 +34,7 @@ def clear_smallest(scores: Sequence[Array], masks: Sequence[Mask], count: int) -
         scores: arrays of one floating dtype, without NaN, C-contiguous.
         masks: the masks, C-contiguous, of the scores' shapes; changed in place.
         count: how many to clear; at most as many as are live.
+        tell: called with the number of scores that have been looked at once more.
     """
     if not count or not scores:
         return
@@ -34,7 +42,7 @@ def clear_smallest(scores: Sequence[Array], masks: Sequence[Mask], count: int) -
     prefix, left = 0, count  # the boundary's leading digits; how many of those that share them are below it
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         histogram = np.zeros(1 << _DIGIT, np.int64)
-        for keys, _ in _keys(scores, masks):
+        for keys, _ in _keys(scores, masks, tell):
             if shift + _DIGIT < bits:
                 keys = keys[keys >> np.asarray(shift + _DIGIT, keys.dtype) == prefix]
             digits = keys >> np.asarray(shift, keys.dtype) & np.asarray((1 << _DIGIT) - 1, keys.dtype)
@@ -43,7 +51,7 @@ def clear_smallest(scores: Sequence[Array], masks: Sequence[Mask], count: int) -
         digit = int(np.searchsorted(before, left))
         left -= int(before[digit] - histogram[digit])
         prefix = prefix << _DIGIT | digit
-    for keys, live in _keys(scores, masks):
+    for keys, live in _keys(scores, masks, tell):
         kept = keys > prefix
         equal = np.flatnonzero(keys == prefix)
         kept[equal[left:]] = True
@@ -61,7 +69,9 @@ def first_nan(scores: Array) -> int | None:
     return None
 
 
-def _keys(scores: Sequence[Array], masks: Sequence[Mask]) -> Iterator[tuple[Array, Mask]]:
+def _keys(
+    scores: Sequence[Array], masks: Sequence[Mask], tell: Callable[[int], object]
+) -> Iterator[tuple[Array, Mask]]:
     """Yield whole numbers that are ordered as the live scores are, block by block, and the block's part of the mask."""
     for layer, mask in zip(scores, masks, strict=True):
         whole = np.dtype(f"u{layer.dtype.itemsize}")
@@ -79,3 +89,4 @@ def _keys(scores: Sequence[Array], masks: Sequence[Mask]) -> Iterator[tuple[Arra
             else:
                 keys |= sign
             yield keys, part
+            tell(part.size)

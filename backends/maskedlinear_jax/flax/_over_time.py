@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_jax.flax._kernel import Mask
 from maskedlinear_jax.flax._regrow import regrow_model
@@ -110,7 +111,9 @@ def rewind_model(model: Any, state: Any) -> None:
     nnx.update(model, _copied(nnx.filter_state(state, nnx.Not(nnx.OfType(Mask)))))
 
 
-def lottery_rounds(model: Any, sparsity: float, rounds: int, *, state: Any = None, **how: Any) -> Iterator[float]:
+def lottery_rounds(
+    model: Any, sparsity: float, rounds: int, *, state: Any = None, progress: Progress = False, **how: Any
+) -> Iterator[float]:
     """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
 
         for sparsity in lottery_rounds(model, 0.9, rounds=5):
@@ -129,6 +132,8 @@ def lottery_rounds(model: Any, sparsity: float, rounds: int, *, state: Any = Non
         sparsity: the fraction of masked connections after the last round, in [0, 1).
         rounds: how many times it is pruned.
         state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.
+        progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
+            called with the fraction.
         how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
 
     Yields:
@@ -138,7 +143,9 @@ def lottery_rounds(model: Any, sparsity: float, rounds: int, *, state: Any = Non
         ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
     """
     saved = _copied(nnx.state(model) if state is None else state)
-    return rounds_of(sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved))
+    return rounds_of(
+        sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved), progress
+    )
 
 
 def _copied(state: Any) -> Any:

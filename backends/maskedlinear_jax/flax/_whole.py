@@ -11,6 +11,7 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear import pruning
+from maskedlinear._progress import Progress
 from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_jax._functional import boolean_mask
@@ -122,6 +123,7 @@ def prune_model(
     gradients: Any = None,
     seed: int = 0,
     empty: Any = "refuse",
+    progress: Progress = False,
 ) -> dict[str, Array]:
     """Prune the masked layers of an nnx model to a sparsity, beyond what is masked already.
 
@@ -138,6 +140,7 @@ def prune_model(
         gradients: what ``nnx.grad`` returned for the model.
         seed: for ``"random"``.
         empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+        progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
         The masks before, for :func:`set_masks`.
@@ -160,6 +163,7 @@ def prune_model(
         scope=scope,
         block=block,
         empty=empty,
+        progress=progress,
     )
     for name, layer in layers.items():
         layer.set_mask(made[name].T)
