@@ -67,6 +67,13 @@ def test_maps_over_everything_but_the_pattern(rng: np.random.Generator) -> None:
         jax.vmap(lambda pattern: sparse_linear(once[0], once[1], pattern))(stacked)
 
 
+def test_maps_over_layers_without_inputs() -> None:
+    pattern = Pattern.from_mask(np.zeros((4, 0), bool))
+    bias = jnp.arange(4.0)
+    mapped = jax.vmap(lambda x: sparse_linear(x, jnp.zeros(0), pattern, bias))(jnp.zeros((3, 5, 0)))
+    np.testing.assert_array_equal(mapped, jnp.broadcast_to(bias, (3, 5, 4)))
+
+
 @X64
 def test_a_pattern_is_an_argument_of_a_jitted_function(rng: np.random.Generator) -> None:
     x, values, bias = arguments(rng)

@@ -9,6 +9,7 @@ on matrices of features by batch, (in, batch) and (out, batch).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -229,7 +230,8 @@ def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, 
     pattern = Indices(*rest)
     if dims[0] is None:  # one product, of all batches side by side
         right = jnp.moveaxis(right, dims[1], 1)
-        product = spmm(values, right.reshape(right.shape[0], -1), pattern, transposed)
+        side_by_side = right.reshape(right.shape[0], math.prod(right.shape[1:]))
+        product = spmm(values, side_by_side, pattern, transposed)
         return product.reshape(product.shape[0], *right.shape[1:]), 1
     return _one_by_one(lambda one, other: spmm(one, other, pattern, transposed), arguments[:2], dims[:2])
 
