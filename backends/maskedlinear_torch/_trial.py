@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from maskedlinear._timing import least_seconds
+from maskedlinear._timing import median_seconds
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 
@@ -32,7 +32,7 @@ def measured_seconds(layer: MaskedLinear | SparseLinear, batch: int, training: b
         fused = own.device.type in ("cpu", "cuda")
         adam = torch.optim.Adam(parameters, fused=fused) if parameters else None
         calls[form] = training_step(made, x, g, adam) if training else inference(made, x)
-    return least_seconds(calls)
+    return median_seconds(calls)
 
 
 def training_step(

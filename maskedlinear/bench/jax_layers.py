@@ -17,6 +17,7 @@ from jax.experimental import sparse
 
 from maskedlinear.bench.cases import NAMES, Case
 from maskedlinear.jax import masked_linear, sparse_linear
+from maskedlinear.pattern import Pattern
 from maskedlinear_jax._trial import LayerCall, forward_backward, inference, training_step
 
 __all__ = ["BASE", "DENSE", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
@@ -83,6 +84,8 @@ def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
         DENSE: lambda: (masked, weights(), jnp.asarray(pattern.to_mask())),
         SPARSE: lambda: (by_connections, values(), jax.device_put(pattern)),
     }
+    if case.of in ("choice", "costs"):  # the layers that compress exchanges, whose weights lie the other way round
+        found |= _flax_layers(pattern)
     if case.of == "layers":
         found["weight * mask"] = lambda: (product, weights(), jnp.asarray(pattern.to_mask(), jnp.float32))
         if case.density < 0.05:  # a step of denser ones takes seconds
@@ -91,6 +94,19 @@ def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
             if find_spec("brainevent"):
                 found["brainevent"] = lambda: (_brainevent(shape), values(), (pattern.indices, pattern.indptr))
     return found
+
+
+def _flax_layers(pattern: Pattern) -> dict[str, Callable[[], Layer]]:
+    from flax import nnx
+
+    from maskedlinear.flax import MaskedLinear, SparseLinear
+    from maskedlinear_jax.flax._models import as_function
+
+    outputs, inputs = pattern.shape
+    return {
+        DENSE: lambda: as_function(MaskedLinear(inputs, outputs, mask=pattern.to_mask().T, rngs=nnx.Rngs(0))),
+        SPARSE: lambda: as_function(SparseLinear(inputs, outputs, mask=pattern, rngs=nnx.Rngs(0))),
+    }
 
 
 def _brainevent(shape: tuple[int, int]) -> Callable[..., Array]:

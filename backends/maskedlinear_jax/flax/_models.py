@@ -10,14 +10,14 @@ from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
-from maskedlinear._timing import least_seconds
+from maskedlinear._timing import median_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose, costs_for, table
-from maskedlinear_jax._trial import inference, training_step
+from maskedlinear_jax._trial import LayerCall, inference, training_step
 from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["compress", "expand"]
+__all__ = ["as_function", "compress", "expand"]
 
 Model = TypeVar("Model")
 
@@ -102,15 +102,17 @@ def _measured_seconds(layer: Any, batch: int, training: bool) -> dict[str, float
     x = x.astype(dense.kernel.dtype)
     calls = {}
     for form, made in (("dense", dense), ("sparse", SparseLinear.from_masked(dense))):
-        graph, params, *fixed = nnx.split(made, nnx.Param, ...)
-
-        def call(params: Any, x: Any, fixed: Any, graph: Any = graph) -> Any:
-            return nnx.merge(graph, params, *fixed)(x)
-
+        call, params, fixed = as_function(made)
         dtype = jax.eval_shape(call, params, x, fixed).dtype
         step = partial(training_step, g=g.astype(dtype)) if training else inference
         calls[form] = step(call, params, fixed, x)
-    return least_seconds(calls)
+    return median_seconds(calls)
+
+
+def as_function(layer: Any) -> tuple[LayerCall, Any, Any]:
+    """Return a layer as y of (parameters, x, what is fixed), its parameters, and what is fixed."""
+    graph, params, *fixed = nnx.split(layer, nnx.Param, ...)
+    return lambda params, x, fixed: nnx.merge(graph, params, *fixed)(x), params, fixed
 
 
 def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
