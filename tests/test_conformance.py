@@ -412,6 +412,23 @@ def test_expected_failures_are_reported_and_strict(
     assert shown in result.stdout
 
 
+@pytest.mark.parametrize(
+    "error", ["unittest.SkipTest('no such kernel')", "pytest.skip('declared: no')", "pytest.xfail('no such kernel')"]
+)
+def test_a_skip_that_a_backend_raises_is_a_failure(error: str, tmp_path: Path) -> None:
+    call = error if error.startswith("pytest") else f"raise {error}"
+    code = f"\n    def masked_linear(self, x, weight, mask, bias):\n        {call}\n"
+    distribution(tmp_path, "import unittest\n\nimport pytest\n" + HEAD + code)
+    path = tmp_path / "report.json"
+    asked = ("--backend", "other", "--profile", "quick", "-k", "gradients_equal_the_spec or linear_in or frozen")
+    result = suite(*asked, "--report", str(path), path=tmp_path)
+    assert result.returncode == 1, result.stdout
+    assert "skipped, which proves nothing" in result.stdout
+    laws = json.loads(path.read_text())["laws"]
+    assert set(laws["1"]["backends"]["other dense"]) == {"failed"}
+    assert set(laws["3"]["backends"]["other dense"]) == {"failed"}, "within Hypothesis too"
+
+
 def test_each_format_is_run_as_a_backend_of_its_own(tmp_path: Path) -> None:
     distribution(tmp_path, HEAD + "    formats = ('dense', 'csr')\n")
     result = suite("--backend", "other", "--profile", "quick", "-k", "each_other or gradients_equal", path=tmp_path)

@@ -23,6 +23,7 @@ from maskedlinear_conformance.subject import MODES, Subject
 __all__: list[str] = []
 
 _RUN = pytest.StashKey["Run"]()
+_DECLARED = "declared: "  # how the reason of every skip begins that the suite itself asks for
 
 
 class Run:
@@ -219,7 +220,7 @@ def _without_a_dtype(run: Run, says: Law, labels: Sequence[str], values: int) ->
     names = " and ".join(labels)
     about = f"{names} lack {' and '.join(says.dtypes)}" if says.dtypes else f"{names} have no dtype in common"
     what = tuple(subjects) if len(subjects) > 1 else subjects[0]
-    mark = pytest.mark.skip(reason=f"declared: {about}")
+    mark = pytest.mark.skip(reason=_DECLARED + about)
     return pytest.param(what, *([None] * values), id=f"{' - '.join(labels)} no dtype", marks=[mark])
 
 
@@ -247,7 +248,7 @@ def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) ->
         if need in subject.backend.lacks()
     }
     names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
-    marks = [pytest.mark.skip(reason="declared: " + "; ".join(sorted(lacking)))] if lacking else []
+    marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(lacking)))] if lacking else []
     what = subjects if len(subjects) > 1 else subjects[0]
     return pytest.param(what, *values, id=", ".join([names, *map(str, values)]), marks=marks)
 
@@ -286,7 +287,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if run.faults and says is not None:
         caught = {(o.labels[0], o.law) for o in run.record.outcomes if o.status == "caught"}
         if any((subject.label, says.number) in caught for subject in _subjects(item)):
-            pytest.skip("caught already")
+            pytest.skip(f"{_DECLARED}caught already")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -300,6 +301,8 @@ def pytest_runtest_makereport(
     if says is None or not subjects or (call.when != "call" and result.passed) or call.when == "teardown":
         return result
     run = item.config.stash[_RUN]
+    if result.skipped and not _is_asked_for(result, call):
+        _skipped_by_itself(result)
     status, message = _status(result)
     broken = call.excinfo is not None and call.excinfo.errisinstance(AssertionError)
     if run.faults and status == "failed" and broken and subjects[0].label != Sound.name:
@@ -310,14 +313,32 @@ def pytest_runtest_makereport(
     return result
 
 
+def _is_asked_for(result: pytest.TestReport, call: pytest.CallInfo[None]) -> bool:
+    """Whether a skip is a declared one, or an expected failure; what is called may raise either by itself."""
+    if hasattr(result, "wasxfail"):
+        return call.excinfo is None or not call.excinfo.errisinstance(pytest.xfail.Exception)
+    return call.when == "setup" and _reason(result).startswith(_DECLARED)
+
+
+def _skipped_by_itself(result: pytest.TestReport) -> None:
+    """Make a failure of a skip that nobody declared."""
+    reason = str(result.__dict__.pop("wasxfail", None) or _reason(result))
+    result.outcome = "failed"
+    result.longrepr = f"skipped, which proves nothing: {reason}: declare it in lacks() or expected_failures()"
+
+
+def _reason(result: pytest.TestReport) -> str:
+    said = str(result.longrepr[2] if isinstance(result.longrepr, tuple) else result.longrepr)
+    return said.removeprefix("Skipped: ")
+
+
 def _status(result: pytest.TestReport) -> tuple[str, str]:
     if hasattr(result, "wasxfail"):
         return ("expected failure" if result.skipped else "failed"), str(result.wasxfail)
     if result.passed:
         return "passed", ""
     if result.skipped:
-        reason = str(result.longrepr[2] if isinstance(result.longrepr, tuple) else result.longrepr)
-        return "declared", reason.removeprefix("Skipped: declared: ")
+        return "declared", _reason(result).removeprefix(_DECLARED)
     crash = getattr(result.longrepr, "reprcrash", None)
     return "failed", str(crash.message if crash else result.longrepr).partition("\n")[0]
 
