@@ -8,8 +8,8 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from importlib import resources
 from importlib.resources.abc import Traversable
 from itertools import pairwise
@@ -21,13 +21,13 @@ from numpy.typing import NDArray
 
 from maskedlinear._table import lines
 
-__all__ = ["CLOSE", "UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "costs_for", "table"]
+__all__ = ["CLOSE", "LARGEST", "UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "choose_forms", "table"]
 
 Format = Literal["auto", "dense", "sparse"]
 
 _VERSION = 2
 CLOSE = 2.0  # expected times up to this ratio of each other do not tell which form is faster
-_LARGEST = 1 << 28  # weights of a layer whose dense form is tried
+LARGEST = 1 << 26  # weights of a layer whose dense form is tried
 UNEVEN = 4  # how many times as wide, and as narrow, the layers that are not square are that are measured too
 
 
@@ -41,8 +41,12 @@ class Layer:
         in_features: the number of inputs.
         connections: how many are live.
         itemsize: the bytes of one weight.
-        fixed: why the layer must keep its form, or nothing.
         form: the form that it has.
+        fixed: why the layer must keep its form, or nothing.
+        device: the kind of device that it is on: ``"cpu"``, ``"cuda"``, ...
+        dtype: what its weights are, and what it computes in, in words.
+        mask_bytes: the bytes that the dense form keeps for each weight, beside it: its mask, and what is derived of both.
+        index_bytes: the bytes of indices that the sparse form keeps for each connection.
     """
 
     name: str
@@ -52,6 +56,10 @@ class Layer:
     itemsize: int
     form: str
     fixed: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    mask_bytes: int = 1
+    index_bytes: int = 12
 
     @property
     def size(self) -> int:
@@ -199,7 +207,8 @@ class Costs:
         if not file.is_file():
             raise ValueError(
                 f"there are no costs for {framework} on {device!r} in the package: measure them once, with maskedlinear "
-                f"bench --framework {framework} --costs FILE, and pass costs=Costs.load(FILE); or say format='sparse'"
+                f"bench --framework {framework} --costs FILE, and pass costs=Costs.load(FILE); or time the layers on the "
+                "spot, with measure=True; or say format='sparse'"
             )
         return cls._read(file.read_text(encoding="utf-8"), file.name)
 
@@ -226,27 +235,58 @@ class Costs:
             ) from error
 
 
-def costs_for(
-    layer: Layer, format: Format, given: Costs | None, framework: str, device: str, measure: bool
-) -> Costs | None:
-    """Return the costs to choose by: those given, checked, or, where ``"auto"`` needs some, those of the package.
+def choose_forms(
+    layers: Sequence[Layer],
+    format: Format,
+    batch: int,
+    training: bool,
+    framework: str,
+    costs: Costs | None,
+    measured: Sequence[Callable[[], dict[str, float]]] | None,
+) -> list[Choice]:
+    """Return the choice for each layer of a model; the one place that checks what ``compress`` was asked for.
+
+    Args:
+        layers: the layers.
+        format: ``"auto"``, ``"dense"`` or ``"sparse"``.
+        batch: the rows of x in a call.
+        training: whether training steps count, or inferences.
+        framework: ``"torch"`` or ``"jax"``.
+        costs: those given, for the layers on their device. The others go by those of the package.
+        measured: what returns the seconds of each layer in both forms; ``None`` to go by costs alone. Of layers that are
+            alike, whatever their names and forms are, one is measured.
 
     Raises:
-        ValueError: if the costs given are of something else; or if the package has none and nothing will be measured.
+        ValueError: if ``format`` is none of the three, or ``batch`` is not positive; if a layer that must keep its form is
+            asked to change it; if the costs given are of another framework or of no layer's device; or if a layer has none
+            and nothing is measured.
     """
-    if given is None:
-        needed = format == "auto" and not layer.fixed
-        return (
-            Costs.shipped(framework, device)
-            if needed and (not measure or Costs.are_shipped(framework, device))
-            else None
-        )
-    if (given.framework, given.device) != (framework, device):
+    if format not in get_args(Format):
+        raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}; got {format!r}")
+    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+        raise ValueError(f"batch must be the rows of x in a call, a whole number from 1 on; got {batch!r}")
+    devices = {layer.device for layer in layers if format == "auto" and not layer.fixed}
+    if costs is not None and devices and (costs.framework != framework or costs.device not in devices):
+        where = " or ".join(map(repr, sorted(devices)))
         raise ValueError(
-            f"costs must be of {framework} on {device!r}, where the layer is; got those of {given.framework} on "
-            f"{given.device!r}: measure them with maskedlinear bench --framework {framework} --costs FILE"
+            f"costs must be of {framework} on {where}, where the layer is; got those of {costs.framework} on "
+            f"{costs.device!r}: measure them with maskedlinear bench --framework {framework} --costs FILE"
         )
-    return given
+    taken: dict[Layer, dict[str, float]] = {}
+
+    def seconds(layer: Layer, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        alike = replace(layer, name="", form="")
+        if alike not in taken:
+            taken[alike] = measure()
+        return taken[alike]
+
+    calls = [
+        None if measured is None else partial(seconds, layer, measured[place]) for place, layer in enumerate(layers)
+    ]
+    return [
+        choose(layer, format, batch, training, _known(layer, format, framework, costs, call is not None), call)
+        for layer, call in zip(layers, calls, strict=True)
+    ]
 
 
 def choose(
@@ -260,16 +300,12 @@ def choose(
     """Return the form for ``layer``: the faster one for ``"auto"``, or the one asked for.
 
     ``"auto"`` goes by the expected times of ``costs``; and by the seconds that ``measured`` returns, if it is given, where
-    those are within ``CLOSE`` of each other or there are no costs.
+    those are within ``CLOSE`` of each other or there are no costs. A layer of more than ``LARGEST`` weights is not measured:
+    without costs it keeps its form.
 
     Raises:
-        ValueError: if ``format`` is none of the three, ``batch`` is not positive, or a layer that must keep its form is
-            asked to change it.
+        ValueError: if a layer that must keep its form is asked to change it, or there is nothing to choose by.
     """
-    if format not in get_args(Format):
-        raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}; got {format!r}")
-    if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-        raise ValueError(f"batch must be the rows of x in a call, a whole number from 1 on; got {batch!r}")
     if format != "auto":
         if layer.fixed and format != layer.form:
             raise ValueError(f"{layer.name or 'the layer'} cannot become {format}: {layer.fixed}")
@@ -281,9 +317,13 @@ def choose(
         return Choice(layer, layer.form, layer.fixed, seconds)
     takes = "would take"
     if measured is not None and (not seconds or max(seconds.values()) <= CLOSE * min(seconds.values())):
-        if layer.size > _LARGEST:
-            return Choice(layer, "sparse", f"its dense form is too large to be tried: {layer.size} weights", seconds)
-        seconds, takes = measured(), "takes, as measured here,"
+        if layer.size <= LARGEST:
+            seconds, takes = measured(), "takes, as measured here,"
+        elif not seconds:
+            why = (
+                f"there are no costs for its device, and its dense form is too large to be tried: {layer.size} weights"
+            )
+            return Choice(layer, layer.form, why, {})
     form = min(seconds, key=lambda form: seconds[form])
     slower = "sparse" if form == "dense" else "dense"
     return Choice(layer, form, f"{slower} {takes} {seconds[slower] / seconds[form]:.2g} times as long", seconds)
@@ -292,8 +332,9 @@ def choose(
 def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
     """Return the choices as lines of text: connections, bytes and FLOPs in each form, expected or measured times, and why.
 
-    Bytes are those of what training keeps (weights, gradients, two moments of Adam, masks and indices), or in inference of
-    weights, masks and indices. FLOPs are 2 a connection and row of x for each product: 3 in training, 1 in inference.
+    Bytes are those of what training keeps (weights, gradients, two moments of Adam, masks and what is derived of them, and
+    indices), or inference, which has no gradients and moments. FLOPs are 2 a connection and row of x for each product: 3 in
+    training, 1 in inference.
     """
     what = "a training step" if training else "an inference"
     head = ("layer", "in -> out", "live", "form", "MiB", "MFLOP", "ms", "why")
@@ -323,10 +364,25 @@ def _file(framework: str, device: str) -> Traversable:
     return resources.files("maskedlinear") / "data" / f"costs_{framework}_{device}.json"
 
 
+def _known(layer: Layer, format: Format, framework: str, given: Costs | None, measure: bool) -> Costs | None:
+    """Return the costs for a layer: those given, if they are of its device, or those of the package; if it needs some.
+
+    Raises:
+        ValueError: if the package has none and nothing will be measured.
+    """
+    if format != "auto":
+        return None
+    if given is not None and (given.framework, given.device) == (framework, layer.device):
+        return given
+    if layer.fixed or (measure and not Costs.are_shipped(framework, layer.device)):
+        return None
+    return Costs.shipped(framework, layer.device)
+
+
 def _bytes(layer: Layer, training: bool) -> tuple[int, int]:
-    copies = 4 if training else 1
-    indices = 4 * (3 * layer.connections + layer.in_features + layer.out_features + 2)
-    return layer.size * (copies * layer.itemsize + 1), layer.connections * copies * layer.itemsize + indices
+    weight = (4 if training else 1) * layer.itemsize
+    ends = 4 * (layer.in_features + layer.out_features + 2)
+    return layer.size * (weight + layer.mask_bytes), layer.connections * (weight + layer.index_bytes) + ends
 
 
 def _line(axis: Any, values: NDArray[np.float64], at: float) -> Any:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from maskedlinear.costs import Costs, Layer, choose, table
+from maskedlinear.costs import LARGEST, Costs, Layer, choose, choose_forms, table
 
 WIDTHS, BATCHES, DENSITIES = (64, 256, 1024), (1, 8, 128), (0.01, 0.1, 0.5)
 
@@ -114,18 +115,63 @@ def test_what_is_too_close_to_tell_is_measured_and_nothing_else() -> None:
     assert choose(close, "dense", 8, True, None, measured).form == "dense"
     assert not asked
     assert choose(clear, "auto", 8, True, None, measured).seconds == measured(), "where there are no costs"
-    huge = choose(layer(1 << 15, 1 << 15, 1e-6), "auto", 8, True, None, measured)
-    assert (huge.form, huge.why) == ("sparse", f"its dense form is too large to be tried: {1 << 30} weights")
     assert len(asked) == 2
+
+
+def test_a_layer_too_large_to_be_tried_goes_by_its_costs_and_without_them_keeps_its_form() -> None:
+    def measured() -> dict[str, float]:
+        raise AssertionError("it was tried")
+
+    side = 1 << 14
+    assert side * side > LARGEST
+    for form in ("dense", "sparse"):
+        for density in (1e-6, 1.0):
+            found = choose(layer(side, side, density, form=form), "auto", 8, True, None, measured)
+            assert (found.form, found.seconds) == (form, {})
+            assert found.why.endswith(f"its dense form is too large to be tried: {side * side} weights")
+    close = choose(layer(side, side, 0.25), "auto", 8, True, made(), measured)
+    assert (close.form, close.why) == ("dense", "sparse would take 1.2 times as long")
+
+
+def forms(layers: list[Layer], format: Any = "auto", batch: Any = 8, **asked: Any) -> list[str]:
+    found = {"costs": None, "measured": None} | asked
+    return [choice.form for choice in choose_forms(layers, format, batch, True, "torch", **found)]
+
+
+def test_layers_that_are_alike_are_measured_once() -> None:
+    asked: list[int] = []
+
+    def measure(place: int) -> dict[str, float]:
+        asked.append(place)
+        return {"dense": 3e-3, "sparse": 2e-3 if place != 2 else 4e-3}
+
+    layers = [layer(), layer(name="other", form="sparse"), layer(connections=9), layer(), layer(dtype="bfloat16")]
+    layers.append(layer(device="cuda"))
+    layers = [replace(one, device="tpu") if one.device == "cpu" else one for one in layers]  # without costs
+    calls = [partial(measure, place) for place in range(len(layers))]
+    assert forms(layers, measured=calls) == ["sparse", "sparse", "dense", "sparse", "sparse", "sparse"]
+    assert asked == [0, 2, 4, 5]
+
+
+def test_costs_given_are_for_the_layers_on_their_device() -> None:
+    meta = layer(device="meta", fixed="it has no values yet")
+    other = replace(made(), framework="jax")
+    here, there = layer(density=0.01), layer(device="cuda")
+    assert forms([meta, here], costs=made()) == ["dense", "sparse"]
+    assert forms([here, there], "dense", costs=other) == ["dense", "dense"], "which needs none"
+    assert forms([meta], costs=made()) == ["dense"]
+    calls = [lambda: {"dense": 1.0, "sparse": 2.0}] * 2
+    assert forms([here, there], costs=made(), measured=calls) == ["sparse", "dense"]
+    with pytest.raises(ValueError, match="there are no costs for torch on 'cuda' in the package"):
+        forms([here, there], costs=made())
+    for layers, costs in (([there], made()), ([here], other)):
+        with pytest.raises(ValueError, match=r"costs must be of torch on 'c.*', where the layer is; got those of"):
+            forms(layers, costs=costs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((layer(), "csr", 8, True, None), "format must be one of 'auto', 'dense', 'sparse'; got 'csr'"),
-        ((layer(), "auto", 0, True, made()), "batch must be the rows of x in a call, a whole number from 1 on; got 0"),
-        ((layer(), "auto", 2.0, True, made()), r"got 2\.0"),
-        ((layer(), "auto", True, True, made()), "got True"),
         ((layer(fixed="it is shared"), "sparse", 8, True, None), "layer cannot become sparse: it is shared"),
         ((layer(), "auto", 8, True, None), "needs costs"),
     ],
@@ -133,6 +179,23 @@ def test_what_is_too_close_to_tell_is_measured_and_nothing_else() -> None:
 def test_what_cannot_be_chosen_is_refused(arguments: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         choose(*arguments)
+
+
+@pytest.mark.parametrize("layers", [[], [layer()]])
+@pytest.mark.parametrize(
+    ("format", "batch", "message"),
+    [
+        ("csr", 8, "format must be one of 'auto', 'dense', 'sparse'; got 'csr'"),
+        ("auto", 0, "batch must be the rows of x in a call, a whole number from 1 on; got 0"),
+        ("auto", 2.0, r"got 2\.0"),
+        ("sparse", True, "got True"),
+    ],
+)
+def test_what_is_asked_is_checked_whatever_layers_there_are(
+    layers: list[Layer], format: Any, batch: Any, message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        forms(layers, format, batch)
 
 
 def test_the_table_counts_bytes_and_flops() -> None:
@@ -143,6 +206,9 @@ def test_the_table_counts_bytes_and_flops() -> None:
     dense_bytes, sparse_bytes = 17 * 256 * 256, 16 * connections + 4 * (3 * connections + 514)
     assert f"{dense_bytes / 2**20:.3g} / {sparse_bytes / 2**20:.3g}" in lines[2]
     assert f"{6 * 8 * 256 * 256 / 1e6:.3g} / {6 * 8 * connections / 1e6:.3g}" in lines[2]
+    kept = choose(layer(density=0.25, mask_bytes=5, index_bytes=16), "dense", 8, False, None)
+    dense_bytes, sparse_bytes = 9 * 256 * 256, 20 * connections + 4 * 514
+    assert f"{dense_bytes / 2**20:.3g} / {sparse_bytes / 2**20:.3g}" in table([kept], 8, False)
     assert "- / -" in lines[3]
     assert lines[3].endswith("asked for")
     assert table([], 8, False).splitlines()[-1] == "no masked layers"

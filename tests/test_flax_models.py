@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -11,8 +12,11 @@ import optax
 import pytest
 from flax import nnx
 
+from helpers import python
 from maskedlinear import masks
-from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand
+from maskedlinear.costs import Costs
+from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand, report
+from maskedlinear.pattern import Pattern
 from maskedlinear_jax.flax import _models
 
 SPARSE = masks.random((512, 512), sparsity=0.99, seed=0).T
@@ -96,6 +100,19 @@ class Doubled(MaskedLinear):
     pass
 
 
+def noted(name: str, value: Any) -> MaskedLinear:
+    layer = wide()
+    layer.kernel.set_metadata(name, value)
+    return layer
+
+
+def nested() -> MaskedLinear:
+    layer: Any = wide()
+    layer.inner = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    found: MaskedLinear = layer
+    return found
+
+
 def tied() -> Any:
     one, other = wide(0), wide(1)
     other.kernel = one.kernel
@@ -114,6 +131,9 @@ def tied() -> Any:
             "a stack",
         ),
         (lambda: nnx.List([nnx.eval_shape(wide)]), "it has no values yet"),
+        (lambda: nnx.List([noted("out_sharding", ("a", None))]), "its parameters are sharded"),
+        (lambda: nnx.List([noted("on_get_value", lambda _, value: value)]), "its parameters have hooks"),
+        (lambda: nnx.List([nested()]), "it has modules of its own"),
     ],
 )
 def test_a_layer_that_cannot_change_keeps_its_form(make: Any, why: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,6 +145,56 @@ def test_a_layer_that_cannot_change_keeps_its_form(make: Any, why: str, capsys: 
     with pytest.raises(ValueError, match=f"0 cannot become sparse: .*{why}"):
         compress(model, "sparse")
     assert layers(model) == before
+
+
+class DoubledSparse(SparseLinear):
+    pass
+
+
+class Other(nnx.Param[jax.Array]):
+    pass
+
+
+def sparse_stack() -> SparseLinear:
+    pattern = Pattern.from_mask(SPARSE.T)
+    make = nnx.vmap(lambda rngs: SparseLinear(512, 512, mask=pattern, rngs=rngs))
+    stack: SparseLinear = make(nnx.Rngs(0).split(3))
+    return stack
+
+
+def sparse_of_another_type() -> SparseLinear:
+    layer = SparseLinear.from_masked(wide())
+    layer.values = Other(layer.values[...])
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (sparse_stack, "it is a stack of layers"),
+        (sparse_of_another_type, "its parameters are of a type of their own"),
+        (lambda: DoubledSparse(512, 512, mask=SPARSE, rngs=nnx.Rngs(0)), "it is a DoubledSparse"),
+        (lambda: nnx.eval_shape(lambda: SparseLinear(8, 8, rngs=nnx.Rngs(0))), "it has no values yet"),
+    ],
+)
+def test_a_sparse_layer_that_cannot_change_keeps_its_form(
+    make: Any, why: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = nnx.List([make()])
+    before = layers(model)
+    compress(model, explain=True, measure=False)
+    assert layers(model) == before
+    assert why in capsys.readouterr().out
+    with pytest.raises(ValueError, match=f"0 cannot become dense: .*{why}"):
+        expand(model)
+
+
+def test_a_report_has_a_row_for_each_of_a_stack() -> None:
+    rows = report(nnx.Dict(a=sparse_stack(), b=SparseLinear.from_masked(wide()))).rows
+    assert [row.name for row in rows] == ["a[0]", "a[1]", "a[2]", "b"]
+    assert len({(row.connections, row.nbytes, row.dead_outputs) for row in rows}) == 1
+    assert [row.name for row in report(SparseLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
+    assert [row.name for row in report(MaskedLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])
@@ -142,7 +212,94 @@ def test_both_forms_are_measured_and_the_layer_is_left_alone(form: str, training
 
 def test_a_choice_that_is_too_close_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_models, "_measured_seconds", lambda *_: {"dense": 1.0, "sparse": 2.0})
-    monkeypatch.setattr(_models, "costs_for", lambda *_: None)  # as on a device without any
+    monkeypatch.setattr(Costs, "are_shipped", lambda *_: False)  # as on a device without any
     assert isinstance(compress(wide()), MaskedLinear)
-    with pytest.raises(ValueError, match="needs costs"):
-        compress(wide(), measure=False)
+
+
+def test_processes_that_train_together_measure_only_where_they_are_told_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_models, "_measured_seconds", lambda *_: {"dense": 1.0, "sparse": 2.0})
+    shipped = Costs.shipped("jax", "cpu")
+    sparse = shipped.dense[..., None].repeat(len(shipped.densities), -1) / 1.5
+    close = replace(shipped, sparse=sparse, uneven=shipped.uneven * 0 + 1)
+    assert isinstance(compress(wide(), costs=close), MaskedLinear)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert isinstance(compress(wide(), costs=close), SparseLinear)
+    assert isinstance(compress(wide(), costs=close, measure=True), MaskedLinear)
+
+
+def test_the_costs_are_those_of_where_the_layer_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert isinstance(compress(wide(), measure=False), SparseLinear)
+
+
+@pytest.mark.parametrize(("format", "batch"), [("nonsense", 1), ("auto", -3)])
+def test_what_is_asked_is_checked_whatever_the_model(format: Any, batch: int) -> None:
+    with pytest.raises(ValueError, match=r"format must be|batch must be"):
+        compress(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), format, batch=batch)
+
+
+class Scale(nnx.Variable[jax.Array]):
+    pass
+
+
+def test_what_a_user_wrote_on_a_layer_is_kept() -> None:
+    layer: Any = wide(kernel_metadata={"rate": 3}, bias_metadata={"rate": 4})
+    layer.note, layer._hidden, layer.scale = "mine", 1, Scale(jnp.ones(1))
+    layer.several = nnx.data([nnx.Param(jnp.ones(2))])
+    scale = layer.scale
+    for form in ("sparse", "dense"):
+        layer = compress(layer, form)  # type: ignore[arg-type]
+        assert (layer.note, layer._hidden) == ("mine", 1)
+        assert layer.scale is scale
+        weight = layer.kernel if form == "dense" else layer.values
+        assert (weight.get_metadata()["rate"], layer.bias.get_metadata()["rate"]) == (3, 4)
+        assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer))} >= {"scale", "several"}
+    assert not hasattr(layer, "values")
+
+
+DEVICES = """
+import jax; jax.config.update("jax_num_cpu_devices", 2)
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec as P
+from maskedlinear import masks
+from maskedlinear.flax import MaskedLinear, SparseLinear, compress
+
+mask, there = masks.random((64, 64), sparsity=0.9, seed=0).T, jax.devices()[1]
+
+def made(place):
+    layer = MaskedLinear(64, 64, mask=mask, rngs=nnx.Rngs(0))
+    nnx.update(layer, jax.device_put(nnx.state(layer), place))
+    return layer
+
+layer = made(there)
+for form in ("sparse", "dense"):
+    assert compress(layer, measure=True, batch=2) is not None
+    layer = compress(layer, form)
+    assert {d for leaf in jax.tree.leaves(nnx.state(layer)) for d in leaf.devices()} == {there}, form
+
+mesh = jax.make_mesh((2,), ("d",))
+assert isinstance(compress(made(NamedSharding(mesh, P())), "sparse"), SparseLinear)
+stack = nnx.List([SparseLinear.from_masked(made(there)) for _ in range(2)])
+stack[1].values.set_value(jax.device_put(stack[1].values[...][:408], NamedSharding(mesh, P("d"))))
+for layer, form in ((stack[1], "dense"),):
+    try:
+        compress(layer, form)
+    except ValueError as error:
+        assert "its parameters are sharded" in str(error), error
+    else:
+        raise AssertionError(form)
+layer = made(there)
+layer.kernel.set_value(jax.device_put(layer.kernel[...], NamedSharding(mesh, P("d"))))
+try:
+    compress(layer, "sparse")
+except ValueError as error:
+    assert "its parameters are sharded" in str(error), error
+else:
+    raise AssertionError
+"""
+
+
+def test_new_forms_lie_where_the_old_ones_did_and_sharded_ones_stay() -> None:
+    result = python(DEVICES)
+    assert not result.returncode, result.stderr

@@ -218,3 +218,28 @@ def test_a_choice_may_be_made_by_costs_alone(monkeypatch: pytest.MonkeyPatch) ->
     layer = MaskedLinear(64, 64, mask=masks.random((64, 64), sparsity=0.5, seed=0))
     assert isinstance(compress(layer, costs=close), MaskedLinear)
     assert isinstance(compress(layer, costs=close, measure=False), SparseLinear)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    assert isinstance(compress(layer, costs=close), SparseLinear), "as the other processes choose"
+    assert isinstance(compress(layer, costs=close, measure=True), MaskedLinear)
+
+
+def test_what_is_asked_is_checked_whatever_the_model() -> None:
+    with pytest.raises(ValueError, match="format must be one of"):
+        compress(nn.Linear(2, 2), "nonsense", batch=-3)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="batch must be"):
+        compress(nn.Linear(2, 2), batch=-3)
+
+
+def test_costs_are_for_the_layers_on_their_device() -> None:
+    costs = Costs.shipped("torch", "cpu")
+    model = nn.Sequential(MaskedLinear(512, 512, mask=SPARSE), MaskedLinear(512, 512, device="meta"))
+    assert forms(compress(model, costs=costs, measure=False)) == ["SparseLinear", "MaskedLinear"]
+    assert forms(compress(network(), "dense", costs=Costs.shipped("jax", "cpu")))[1] == "MaskedLinear"
+
+
+def test_explain_counts_what_the_dense_form_keeps_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
+    model = nn.Sequential(MaskedLinear(512, 512, mask=SPARSE), MaskedLinear(64, 64))
+    compress(model, "dense", training=False, explain=True)
+    wide, small = capsys.readouterr().out.splitlines()[2:]
+    assert f" {9 * 512 * 512 / 2**20:.3g} / " in wide, "weight, mask and masked weight"
+    assert f" {5 * 64 * 64 / 2**20:.3g} / " in small, "whose masked weight is not kept"

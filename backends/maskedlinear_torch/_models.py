@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, distributed, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.costs import Choice, Costs, Format, Layer, choose, costs_for, table
+from maskedlinear.costs import Choice, Costs, Format, Layer, choose_forms, table
+from maskedlinear_torch._functional import _SMALL
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import dressed, exchange, owners, readers_of_weights
 from maskedlinear_torch._products import Indices
@@ -27,7 +28,7 @@ def compress(
     batch: int = 128,
     training: bool = True,
     costs: Costs | None = None,
-    measure: bool = True,
+    measure: bool | None = None,
     explain: bool = False,
 ) -> nn.Module:
     """Give each masked layer of a model the form that is faster, in place, and return the model.
@@ -45,26 +46,28 @@ def compress(
         format: ``"auto"`` for the faster form; or ``"sparse"`` or ``"dense"`` for all layers.
         batch: the rows of x in a call, all batch dimensions together.
         training: whether a training step should be fast (forward, backward, Adam), or an inference.
-        costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
-            float32 on the CPU.
+        costs: times measured on your machine, for the layers on the device that they are of; those that the package brings
+            for the others and if ``None``, which are one machine's, in float32 on the CPU.
         measure: where the expected times are within a factor of 2 of each other, and where there are none for the device,
-            time both forms of the layer here and now, for about a tenth of a second each. If ``False``, the choice is the
-            same wherever the costs are, as processes need it that train one model together.
+            time both forms of the layer here and now: build them, and run each for a tenth of a second or five times,
+            whichever takes longer, in the memory that training both takes. Layers that are alike are timed once, those of
+            more than 2²⁶ weights not at all. If ``False``, the choice is the same wherever the costs are, as processes need
+            it that train one model together: so ``None`` measures unless ``torch.distributed`` is initialized.
         explain: print for each layer what was chosen and why: bytes, FLOPs, times.
 
     Raises:
         ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
-            if there are no costs for its device and ``measure`` is ``False``. The model is left as it was.
+            if there are no costs for its device and nothing is measured. The model is left as it was.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"compress takes a torch.nn.Module; got {type(model).__name__}")
+    if measure is None:
+        measure = not (distributed.is_available() and distributed.is_initialized())
     layers = _masked_layers(model)
-    choices = []
-    for layer, facts in layers.values():
-        known = costs_for(facts, format, costs, "torch", next(layer.parameters()).device.type, measure)
-        measured = partial(measured_seconds, layer, batch, training) if measure else None
-        choices.append(choose(facts, format, batch, training, known, measured))
+    measured = [partial(measured_seconds, layer, batch, training) for layer, _ in layers.values()] if measure else None
+    facts = [facts for _, facts in layers.values()]
+    choices = choose_forms(facts, format, batch, training, "torch", costs, measured)
     model = _exchange(model, layers, choices)
     if explain:
         print(table(choices, batch, training))
@@ -117,18 +120,24 @@ def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
 
 
 def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
+    weight: Tensor
     if isinstance(layer, SparseLinear):
-        return Layer(
-            name,
-            layer.out_features,
-            layer.in_features,
-            layer.values.numel(),
-            layer.values.itemsize,
-            "sparse",
-            fixed,
-        )
-    live = 0 if layer.mask.is_meta else int(layer.mask.sum())
-    return Layer(name, layer.out_features, layer.in_features, live, layer.weight.itemsize, "dense", fixed)
+        form, weight, live = "sparse", layer.values, layer.values.numel()
+    else:
+        form, weight, live = "dense", layer.weight, 0 if layer.mask.is_meta else int(layer.mask.sum())
+    device, size = weight.device.type, layer.out_features * layer.in_features
+    return Layer(
+        name,
+        layer.out_features,
+        layer.in_features,
+        live,
+        weight.itemsize,
+        form,
+        fixed,
+        device,
+        str(weight.dtype),
+        mask_bytes=1 + (weight.itemsize if device == "cpu" and size > _SMALL else 0),
+    )
 
 
 def _exchange(

@@ -12,11 +12,11 @@ from typing import Any
 
 from maskedlinear.bench.cases import Case, cases
 from maskedlinear.bench.peak import peak
+from maskedlinear.costs import LARGEST
 
 __all__ = ["main", "ratios"]
 
 ROUNDS, BLOCK = 5, 5
-_LARGEST = 1 << 28  # weights of a layer whose dense form is tried
 SHORTEST = 0.02  # seconds that a block takes at least
 
 
@@ -72,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _measured(layers: Any, framework: str, device: str, case: Case) -> dict[str, Any]:
     if case.of == "peak":
-        large = case.in_features * case.out_features > _LARGEST
+        large = case.in_features * case.out_features > LARGEST
         names = (layers.SPARSE,) if large else (layers.BASE, layers.DENSE, layers.SPARSE)
         return {"peak_bytes": {name: peak(framework, device, name, case) for name in names}}
     if case.of == "choice":

@@ -11,9 +11,9 @@ from flax.nnx.nn import dtypes
 from jax import lax
 
 from maskedlinear._timing import median_seconds
-from maskedlinear.costs import Costs, Format, Layer, choose, costs_for, table
+from maskedlinear.costs import Costs, Format, Layer, choose_forms, table
 from maskedlinear_jax._trial import LayerCall, inference, training_step
-from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
+from maskedlinear_jax.flax._modules import device_of, dressed, exchanged, layers_of, owners
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -36,16 +36,18 @@ def compress(
     batch: int = 128,
     training: bool = True,
     costs: Costs | None = None,
-    measure: bool = True,
+    measure: bool | None = None,
     explain: bool = False,
 ) -> Model:
     """Give each masked layer of an nnx model the form that is faster, in place, and return the model.
 
-    A layer used in several places is exchanged in all of them. Live weights, biases and dtypes are kept; dormant weights
-    are lost where a layer becomes sparse. The exchanged layers have new parameters: make the ``nnx.Optimizer`` afterwards.
+    A layer used in several places is exchanged in all of them. Live weights, biases, dtypes, devices, the parameters'
+    metadata and attributes of your own are kept; dormant weights are lost where a layer becomes sparse. The exchanged layers
+    have new parameters: make the ``nnx.Optimizer`` afterwards.
 
     These keep their form, and ``explain`` says why: subclasses, layers with options of their own (``precision``,
-    ``dot_general``, ...), stacks of layers, kernels that are sharded or shared between layers, and abstract layers.
+    ``dot_general``, ...) or modules of their own, stacks of layers, parameters that are sharded, shared between layers, of a
+    type of their own or with hooks, and abstract layers.
 
     Args:
         model: any nnx module, or a list, tuple or dict of them; a ``MaskedLinear`` or ``SparseLinear`` itself is not
@@ -53,28 +55,29 @@ def compress(
         format: ``"auto"`` for the faster form; or ``"sparse"`` or ``"dense"`` for all layers.
         batch: the rows of x in a call, all batch dimensions together.
         training: whether a jitted training step should be fast (forward, backward, Adam), or an inference.
-        costs: times measured on your machine; those that the package brings if ``None``, which are one machine's, in
-            float32 on the CPU.
+        costs: times measured on your machine, for the layers on the device that they are of; those that the package brings
+            for the others and if ``None``, which are one machine's, in float32 on the CPU.
         measure: where the expected times are within a factor of 2 of each other, and where there are none for the device,
-            time both forms of the layer here and now: compile them, and run each for about a tenth of a second. If
-            ``False``, the choice is the same wherever the costs are, as processes need it that train one model together.
+            time both forms of the layer here and now: build and compile them, and run each for a tenth of a second or five
+            times, whichever takes longer, in the memory that training both takes. Layers that are alike are timed once,
+            those of more than 2²⁶ weights not at all. If ``False``, the choice is the same wherever the costs are, as
+            processes need it that train one model together: so ``None`` measures unless ``jax.process_count()`` is above 1.
         explain: print for each layer what was chosen and why: bytes, FLOPs, times.
 
     Raises:
         ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
-            if there are no costs for the device and ``measure`` is ``False``. The model is left as it was.
+            if there are no costs for the device and nothing is measured. The model is left as it was.
     """
+    if measure is None:
+        measure = jax.process_count() == 1
     layers = _masked_layers(model)
-    device = jax.default_backend()
-    choices = []
-    for layer, facts in layers.values():
-        known = costs_for(facts, format, costs, "jax", device, measure)
-        measured = partial(_measured_seconds, layer, batch, training) if measure else None
-        choices.append(choose(facts, format, batch, training, known, measured))
+    measured = [partial(_measured_seconds, layer, batch, training) for layer, _ in layers.values()] if measure else None
+    choices = choose_forms([facts for _, facts in layers.values()], format, batch, training, "jax", costs, measured)
     made: dict[int, Any] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
-            made[key] = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+            new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+            made[key] = dressed(new, layer)
     model = exchanged(model, made, set())
     if explain:
         print(table(choices, batch, training))
@@ -95,10 +98,10 @@ def expand(model: Model) -> Model:
 def _measured_seconds(layer: Any, batch: int, training: bool) -> dict[str, float]:
     """Return how long a jitted step with Adam, or an inference, takes in each form of a layer, on ``batch`` rows of x."""
     dense = layer.to_masked() if isinstance(layer, SparseLinear) else layer
-    keys = jax.random.split(jax.random.key(0))
-    x, g = (
-        jax.random.normal(key, (batch, n)) for key, n in zip(keys, (layer.in_features, layer.out_features), strict=True)
-    )
+    with jax.default_device(device_of(dense.kernel.get_value())):
+        keys = jax.random.split(jax.random.key(0))
+        sizes = (layer.in_features, layer.out_features)
+        x, g = (jax.random.normal(key, (batch, size)) for key, size in zip(keys, sizes, strict=True))
     x = x.astype(dense.kernel.dtype)
     calls = {}
     for form, made in (("dense", dense), ("sparse", SparseLinear.from_masked(dense))):
@@ -128,31 +131,47 @@ def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
 def _facts(name: str, layer: Any, shared: bool) -> Layer:
     dense = isinstance(layer, MaskedLinear)
     weight = (layer.kernel if dense else layer.values).get_value()
-    fixed, live = _why_fixed(layer, weight, shared), weight.size
+    fixed, live = _why_fixed(layer, shared), weight.size
     if dense and not fixed:
         live = int(layer.mask.get_value().sum())
-    form = "dense" if dense else "sparse"
-    return Layer(name, layer.out_features, layer.in_features, live, weight.dtype.itemsize, form, fixed)
+    return Layer(
+        name,
+        layer.out_features,
+        layer.in_features,
+        live,
+        weight.dtype.itemsize,
+        "dense" if dense else "sparse",
+        fixed,
+        min(device.platform for device in weight.devices()) if isinstance(weight, jax.Array) else jax.default_backend(),
+        f"{weight.dtype}, computed in {layer.dtype or weight.dtype}",
+        index_bytes=16,
+    )
 
 
-def _why_fixed(layer: Any, weight: Any, shared: bool) -> str:
+def _why_fixed(layer: Any, shared: bool) -> str:
     if type(layer) not in (MaskedLinear, SparseLinear):
         return f"it is a {type(layer).__name__}, whose call may be its own"
     if shared:
         return "it shares parameters with another layer"
-    if not isinstance(weight, jax.Array):
+    dense = isinstance(layer, MaskedLinear)
+    parameters = [part for part in (layer.kernel if dense else layer.values, layer.bias) if part is not None]
+    values = [part.get_value() for part in parameters]
+    if not all(isinstance(value, jax.Array) for value in values):
         return "it has no values yet"
-    if isinstance(layer, SparseLinear):
-        return ""
-    if weight.ndim != 2:
+    if len(layers_of(layer, nnx.Module)) > 1:
+        return "it has modules of its own"
+    if values[0].ndim != (2 if dense else 1):
         return "it is a stack of layers"
-    named = [name for name, usual in _OPTIONS.items() if getattr(layer, name) is not usual]
-    if layer.forward_mode:
-        return "it has forward_mode, which the sparse form does without"
-    if any(type(part) is not nnx.Param for part in (layer.kernel, layer.bias) if part is not None):
+    if any(type(part) is not nnx.Param for part in parameters):
         return "its parameters are of a type of their own"
-    if named:
-        return f"the sparse form has no {' or '.join(named)}"
-    if any("sharding" in name and value for name, value in layer.kernel.get_metadata().items() if "eager" not in name):
-        return "its kernel is sharded"
-    return ""
+    metadata = [entry for part in parameters for entry in part.get_metadata().items()]
+    if any(name.startswith("on_") for name, _ in metadata):
+        return "its parameters have hooks"
+    if any("sharding" in name and value and "eager" not in name for name, value in metadata) or not all(
+        value.sharding.is_fully_replicated for value in values
+    ):
+        return "its parameters are sharded"
+    if dense and layer.forward_mode:
+        return "it has forward_mode, which the sparse form does without"
+    named = [name for name, usual in _OPTIONS.items() if dense and getattr(layer, name) is not usual]
+    return f"the sparse form has no {' or '.join(named)}" if named else ""

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["exchanged", "kernel_gradients", "layers_of", "owners", "pure", "refuse_shared"]
+__all__ = ["device_of", "dressed", "exchanged", "kernel_gradients", "layers_of", "owners", "pure", "refuse_shared"]
 
 
 def layers_of(model: Any, kind: Any) -> dict[str, Any]:
@@ -32,9 +33,9 @@ def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` if a masked layer, whose connections are to move, shares its weight."""
     held = owners(model)
     for layer in layers.values():
-        name = "kernel" if hasattr(layer, "kernel") else "values"
-        users = len(held[id(getattr(layer, name))])
+        users = len(held[id(_weight(layer))])
         if users > 1:
+            name = "kernel" if hasattr(layer, "kernel") else "values"
             raise ValueError(
                 f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out "
                 "with include=..."
@@ -53,6 +54,25 @@ def kernel_gradients(gradients: Any) -> dict[str, Array]:
         for path, leaf in nnx.to_flat_state(gradients)
         if path[-1] == "kernel"
     }
+
+
+def device_of(array: Any) -> jax.Device | None:
+    """Return the device that an array lies on; ``None`` if on several, or traced."""
+    devices = [] if isinstance(array, jax.core.Tracer) else list(array.devices())
+    return devices[0] if len(devices) == 1 else None
+
+
+def dressed(new: Any, old: Any) -> Any:
+    """Give ``new``, the other form of a layer, what a user has written on ``old``: metadata and attributes."""
+    for one, other in ((_weight(new), _weight(old)), (new.bias, old.bias)):
+        for name, value in () if other is None else other.get_metadata().items():
+            if name not in one.get_metadata():
+                one.set_metadata(name, value)
+    known = vars(new).keys() | vars(type(old)(1, 1, rngs=nnx.Rngs(0))).keys()
+    for name in vars(old).keys() - known:
+        value = getattr(old, name)
+        setattr(new, name, nnx.data(value) if old._pytree__nodes[name] else nnx.static(value))
+    return new
 
 
 def exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
@@ -80,3 +100,8 @@ def exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
         else:
             setattr(node, name, nnx.data(new))
     return node
+
+
+def _weight(layer: Any) -> Any:
+    """Return the Variable of a masked layer's weights, of either form."""
+    return layer.kernel if hasattr(layer, "kernel") else layer.values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -15,6 +16,7 @@ from maskedlinear.pattern import Pattern
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import Indices
 from maskedlinear_jax._sparse import product
+from maskedlinear_jax.flax._modules import device_of
 from maskedlinear_jax.flax._nnx import MaskedLinear, check_options
 
 __all__ = ["Connections", "SparseLinear"]
@@ -125,8 +127,10 @@ class SparseLinear(nnx.Module):
                 "MaskedLinear.from_linear(layer, mask)"
             )
         pattern = Pattern.from_mask(np.asarray(layer.mask[...]).T)
-        values = layer.kernel[...][pattern.indices, pattern.rows]
-        made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
+        kernel = layer.kernel[...]
+        with jax.default_device(device_of(kernel)):
+            values = kernel[pattern.indices, pattern.rows]
+            made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
         made.dtype, made.fan_in = layer.dtype, layer.fan_in
         return made
 
@@ -187,20 +191,22 @@ class SparseLinear(nnx.Module):
     def to_masked(self) -> MaskedLinear:
         """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
         pattern, bias = self.pattern, None if self.bias is None else self.bias[...]
-        layer = MaskedLinear(
-            self.in_features,
-            self.out_features,
-            mask=pattern.to_mask().T,
-            fan_in=self.fan_in,
-            use_bias=bias is not None,
-            dtype=self.dtype,
-            param_dtype=self.values[...].dtype,
-            kernel_init=nnx.initializers.zeros,
-            rngs=nnx.Rngs(0),
-        )
-        layer.kernel[...] = layer.kernel[...].at[pattern.indices, pattern.rows].set(self.values[...])
+        values = self.values[...]
+        with jax.default_device(device_of(values)):
+            layer = MaskedLinear(
+                self.in_features,
+                self.out_features,
+                mask=pattern.to_mask().T,
+                fan_in=self.fan_in,
+                use_bias=bias is not None,
+                dtype=self.dtype,
+                param_dtype=values.dtype,
+                kernel_init=nnx.initializers.zeros,
+                rngs=nnx.Rngs(0),
+            )
+            layer.kernel.set_value(layer.kernel[...].at[pattern.indices, pattern.rows].set(values))
         if layer.bias is not None and bias is not None:
-            layer.bias[...] = bias
+            layer.bias.set_value(jnp.array(bias))
         return layer
 
     def rewire(self, pattern: Pattern, source: ArrayLike) -> None:

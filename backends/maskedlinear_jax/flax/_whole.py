@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
+from maskedlinear.pattern import Pattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
 from maskedlinear.reports import Report, Row
 from maskedlinear_jax._functional import boolean_mask
@@ -178,14 +180,24 @@ def report(model: Any) -> Report:
     rows = []
     for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
         nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
+        of: Any
         if isinstance(layer, SparseLinear):
-            rows.append(Row.of_pattern(name, layer.pattern, nbytes))
+            of, stacked = Row.of_pattern, layer.indptr[...].ndim > 1
+            ends = zip(_each(layer.indptr, 1), _each(layer.indices, 1), strict=True)
+            parts = [Pattern(starts, inputs, layer.in_features) for starts, inputs in ends]
         else:
-            mask = np.asarray(layer.mask[...])
-            stack = mask.reshape(-1, *mask.shape[-2:])
-            for place, part in enumerate(stack):
-                rows.append(Row.of_mask(name if mask.ndim == 2 else f"{name}[{place}]", part.T, nbytes // len(stack)))
+            of, stacked = Row.of_mask, layer.mask[...].ndim > 2
+            parts = [mask.T for mask in _each(layer.mask, 2)]
+        for place, part in enumerate(parts):
+            rows.append(of(f"{name}[{place}]" if stacked else name, part, nbytes // len(parts)))
     return Report(rows)
+
+
+def _each(variable: Any, ndim: int) -> Any:
+    """Return the arrays of a stack of layers one after the other, or that of one layer."""
+    array = np.asarray(variable[...])
+    own = array.shape[-ndim:]
+    return array.reshape(math.prod(array.shape[:-ndim]), *own)
 
 
 def _is_flat(layer: nnx.Linear) -> bool:
