@@ -154,8 +154,8 @@ def _bench(options: argparse.Namespace) -> int:
             "maskedlinear bench: --costs measures one framework; got none or several: name it with --framework"
         )
     needed = {} if options.costs is not None else {"matplotlib": "matplotlib"}
-    needed |= {"torch": "torch"} if "torch" in frameworks else {}
-    needed |= {"jax": "jax", "optax": "optax"} if "jax" in frameworks else {}
+    for framework in frameworks:  # in JAX, what compress exchanges are Flax layers
+        needed |= _NEEDED_BY["flax" if framework == "jax" else framework]
     missing = [name for module, name in needed.items() if find_spec(module) is None]
     if missing:
         return _fail(

@@ -95,6 +95,10 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     file.write_text("")
     assert main(["bench", "--out", str(file)]) == 2
     assert "--out must be a folder" in capsys.readouterr().err
-    monkeypatch.setattr("maskedlinear.cli.find_spec", lambda name: None if name == "optax" else True)
-    assert main(["bench", "--framework", "jax"]) == 2
-    assert "maskedlinear bench needs optax, which is not installed" in capsys.readouterr().err
+    for missing in ("optax", "flax"):
+        monkeypatch.setattr(
+            "maskedlinear.cli.find_spec", lambda name, missing=missing: None if name == missing else True
+        )
+        for more in ([], ["--costs", str(tmp_path / "costs.json")]):
+            assert main(["bench", "--framework", "jax", *more]) == 2
+            assert f"maskedlinear bench needs {missing}, which is not installed" in capsys.readouterr().err
