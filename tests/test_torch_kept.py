@@ -126,6 +126,81 @@ def test_a_change_of_the_few_live_weights_alone_is_noticed() -> None:
         assert torch.equal(layer(x), plain(layer, x))
 
 
+def lines(layer: MaskedLinear) -> list[tuple[Any, ...]]:
+    rows, columns = layer.weight.shape
+    return [*((row, slice(None)) for row in range(rows)), *((slice(None), column) for column in range(columns))]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.5, 0.97])
+def test_an_edit_of_any_row_or_column_is_noticed(sparsity: float) -> None:
+    layer = MaskedLinear(50, 40, mask=masks.random((40, 50), sparsity=sparsity, seed=3))
+    x = torch.randn(2, 50)
+    edits: list[Callable[[Any], Any]] = [
+        lambda line: layer.weight.data[line].mul_(2),
+        lambda line: layer.mask.data[line].logical_not_(),
+        lambda line: layer.mask.numpy().__setitem__(line, True),
+        lambda line: layer.mask.numpy().__setitem__(line, False),
+    ]
+    with torch.no_grad():
+        layer(x)
+        for edit in edits:
+            for line in lines(layer):
+                edit(line)
+                assert torch.equal(layer(x), plain(layer, x)), line
+
+
+def unseen(layer: MaskedLinear) -> tuple[int, int]:
+    """A place that no sample is taken at."""
+    seen = layer._kept._now.sample.places.tolist()  # type: ignore[union-attr]
+    return divmod(next(place for place in range(layer.weight.numel()) if place not in seen), layer.in_features)
+
+
+@pytest.mark.parametrize("name", ["weight", "mask"])
+def test_another_tensor_at_the_same_address_is_not_taken_for_the_first(name: str) -> None:
+    layer = MaskedLinear(50, 40, mask=masks.random((40, 50), sparsity=0.5, seed=3))
+    memory = getattr(layer, name).detach().numpy().copy()
+    x = torch.randn(2, 50)
+
+    def other() -> Tensor:
+        tensor = torch.from_numpy(memory)
+        return tensor if name == "mask" else nn.Parameter(tensor)
+
+    with torch.no_grad():
+        torch.func.functional_call(layer, {name: other()}, (x,))
+        memory[unseen(layer)] = ~memory[unseen(layer)] if name == "mask" else 5
+        tensor = other()
+        found = torch.func.functional_call(layer, {name: tensor}, (x,))
+        weight, mask = (tensor if name == known else getattr(layer, known) for known in ("weight", "mask"))
+        assert torch.equal(found, nn.functional.linear(x, torch.where(mask, weight, 0), layer.bias))
+
+
+@pytest.mark.parametrize("name", ["weight", "mask"])
+def test_what_is_at_a_freed_address_has_no_kept_weight_in_a_backward_pass(name: str) -> None:
+    tensors = {"weight": torch.randn(6, 5).numpy(), "mask": MASKS[0].copy()}
+    kept = _kept.Kept()
+    weight, mask = (torch.from_numpy(memory) for memory in tensors.values())
+    kept.derive(weight, mask)
+    assert kept.of(weight.view_as(weight), mask.view_as(mask)) is not None, "views share the memory"
+    if name == "weight":
+        weight = torch.from_numpy(tensors[name])
+    else:
+        mask = torch.from_numpy(tensors[name])
+    assert kept.of(weight, mask) is None
+
+
+def test_masks_one_after_another_by_functional_call(layer: MaskedLinear) -> None:
+    x = X.clone().requires_grad_()
+    for seed in range(20):
+        mask = torch.tensor(masks.random((6, 5), sparsity=0.5, seed=seed))
+        y = torch.func.functional_call(layer, {"mask": mask}, (x,))
+        masked = torch.where(mask, layer.weight, 0)
+        assert torch.equal(y, nn.functional.linear(x, masked, layer.bias))
+        torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], masked.sum(0).expand(4, 5))
+        with torch.no_grad():
+            assert torch.equal(torch.func.functional_call(layer, {"mask": mask}, (x,)), y)
+        del mask
+
+
 def test_weights_that_processes_share_are_not_kept(layer: MaskedLinear) -> None:
     layer.share_memory()
     with torch.no_grad():
@@ -141,6 +216,15 @@ def test_dtypes_follow_the_layer(layer: MaskedLinear) -> None:
         layer.to(dtype)
         with torch.no_grad():
             assert torch.equal(layer(X.to(dtype)), plain(layer, X.to(dtype)))
+
+
+@pytest.mark.parametrize("move", [lambda layer: layer.to("meta"), lambda layer: layer.half()])
+def test_a_layer_that_moves_lets_go_of_what_it_kept(layer: MaskedLinear, move: Callable[[MaskedLinear], Any]) -> None:
+    with torch.no_grad():
+        layer(X)
+    assert layer._kept.masked is not None
+    move(layer)
+    assert layer._kept.masked is None
 
 
 def test_inference_derives_once_until_something_changes(layer: MaskedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -213,6 +297,63 @@ def test_threads_do_not_write_to_each_others_memory(layer: MaskedLinear) -> None
     thread.start()
     thread.join()
     assert layer._kept.masked is not before
+
+
+def test_what_one_thread_may_write_to_another_does_not_read(layer: MaskedLinear) -> None:
+    found: list[Tensor | None] = []
+
+    def elsewhere(call: Callable[[], Tensor | None]) -> Tensor | None:
+        thread = threading.Thread(target=lambda: found.append(call()))
+        thread.start()
+        thread.join()
+        return found.pop()
+
+    kept, weight, mask = layer._kept, layer.weight, layer.mask
+    with torch.no_grad():
+        trained = kept.derive(weight, mask)
+        assert kept.of(weight, mask) is trained
+        assert elsewhere(lambda: kept.of(weight, mask)) is None
+        resting = elsewhere(lambda: kept.at_rest(weight, mask))
+        assert resting is not trained
+        assert kept.of(weight, mask) is resting, "nobody writes to it"
+        assert kept.derive(weight, mask) is not resting
+
+
+def test_training_threads_get_right_gradients() -> None:
+    layer = MaskedLinear(200, 200, mask=masks.random((200, 200), sparsity=0.5, seed=0))
+    wanted, wrong = layer.masked_weight.detach().sum(0), []
+
+    def work() -> None:
+        for _ in range(50):
+            x = torch.randn(3, 200, requires_grad=True)
+            found = torch.autograd.grad(layer(x).sum(), x)[0]
+            if not torch.allclose(found, wanted.expand(3, 200), atol=1e-4):
+                wrong.append(found)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_masks_of_other_bytes_than_0_and_1_mask_as_in_torch_where() -> None:
+    mask = torch.where(torch.tensor(MASKS[0]), 255, 0).to(torch.uint8).view(torch.bool)
+    weight = torch.randn(6, 5)
+    wanted = torch.where(torch.tensor(MASKS[0]), weight, 0)
+    assert torch.equal(_kept.masked_by_bits(weight, mask), wanted)
+    assert torch.equal(_kept.mask_in_place(weight.clone(), mask), wanted)
+    with torch.no_grad():
+        assert torch.equal(masked_linear(X, weight, mask), X @ wanted.mT)
+
+
+def test_a_weight_that_torch_has_only_marked_as_negated() -> None:
+    weight = torch.randn(6, 5, dtype=torch.complex64).conj().imag
+    assert weight.is_neg()
+    with torch.no_grad():
+        found = masked_linear(X, weight, MASKS[0])
+    torch.testing.assert_close(found, X @ torch.where(torch.tensor(MASKS[0]), weight.resolve_neg(), 0).mT)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])

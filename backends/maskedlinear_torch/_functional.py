@@ -288,9 +288,9 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 def _can_keep(weight: Tensor, mask: Tensor) -> bool:
-    """Whether the masked weight of these may be kept: ordinary tensors, of which autograd counts the versions."""
+    """Whether the masked weight of these may be kept: ordinary ones on the CPU, of which autograd counts the versions."""
     return (
-        not weight.is_meta
+        weight.is_cpu
         and is_plain(weight)
         and weight.is_contiguous()
         and mask.is_contiguous()

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,60 +20,67 @@ _GIVEN_BACK = (
     32 << 20
 )  # bytes from which on glibc's allocator keeps nothing that was freed (DEFAULT_MMAP_THRESHOLD_MAX)
 _HUGE_PAGE = 2 << 20
-_SAMPLES = 64
-
-Key = tuple[int, int, int, int]
+_LATTICES = 16
 
 
 class Kept:
-    """The masked weight of one layer on the CPU or another device.
+    """The masked weight of one layer on the CPU.
 
-    In training it is derived at every call, into the same memory. In inference it stays as long as weight and mask have
-    the versions that autograd counts. Edits that it does not count, through ``.data`` or a NumPy view, are looked for in a
-    sample of the live weights: what changes all of them, as an average of models does, is noticed; a single one may not
+    In training it is derived at every call, into the same memory. In inference it stays as long as weight and mask are the
+    same tensors, at the same addresses, in the versions that autograd counts. Edits that it does not count, through
+    ``.data`` or a NumPy view, are looked for in a sample with a live weight of each row and of each column, and as many
+    masked places: an edit of whole rows or columns is noticed, of weight or mask; one of a few scattered entries may not
     be. Weights in memory that processes share, which others may write to, are not kept at all.
+
+    On the CPU only: elsewhere a look at the sample would wait for the device, and streams would share the memory.
+
+    Threads may share a layer: what is kept is exchanged as a whole, only the thread that derived it for training ever
+    writes to it again, and only that one reads it meanwhile.
     """
 
     def __init__(self) -> None:
-        self.key: Key | None = None
-        self.masked: Tensor | None = None
-        self._places: tuple[tuple[int, int], Tensor] | None = None  # of the sample, for a mask and its version
-        self._sample: Tensor | None = None
-        self._shared = False  # whether someone may be reading it
-        self._owner = 0
+        self._now: _Made | None = None
+
+    @property
+    def masked(self) -> Tensor | None:
+        """What is kept, if anything."""
+        now = self._now
+        return None if now is None else now.masked
 
     def derive(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the masked weight, derived now: for training, in memory of its own."""
-        mine = self.masked is not None and not self._shared and self._owner == threading.get_ident()
-        fits = mine and _like(self.masked, weight)
-        self.key = None  # until it is whole
-        self.masked = masked_by_bits(weight, mask, self.masked if fits else None)
-        self._owner, self._shared, self._sample = threading.get_ident(), False, None
-        self.key = _key(weight, mask)
-        return self.masked
+        before, thread, versions = self._now, threading.get_ident(), _versions(weight, mask)
+        self._now = None  # until it is whole
+        mine = before is not None and before.writer == thread and _like(before.masked, weight)
+        masked = masked_by_bits(weight, mask, before.masked if before is not None and mine else None)
+        sample = None if before is None else before.sample  # whose places may serve again
+        self._now = _Made(masked, weakref.ref(weight), weakref.ref(mask), versions, thread, sample)
+        return masked
 
     def of(self, weight: Tensor, mask: Tensor) -> Tensor | None:
-        """Return the masked weight if it is still that of ``weight`` and ``mask``, by their versions."""
-        key, masked = self.key, self.masked
-        return masked if key is not None and key == _key(weight, mask) else None
+        """Return the masked weight, for a backward pass, if it is still that of ``weight`` and ``mask``, by their versions.
+
+        Of tensors that are these or share their memory: saved for a backward pass, they may have become other objects.
+        """
+        now = self._now
+        if now is None or now.writer not in (0, threading.get_ident()) or now.versions != _versions(weight, mask):
+            return None
+        # As long as they are there, nothing else is at their addresses.
+        return None if now.weight() is None or now.mask() is None else now.masked
 
     def at_rest(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the masked weight for inference, derived only if weight or mask have changed."""
-        masked, sample = self.of(weight, mask), self._look(weight, mask)
-        if masked is None or self._sample is None or not torch.equal(self._sample, sample):
-            masked = masked_by_bits(weight, mask)
-            self.key = None
-            self.masked, self._sample = masked, sample
-            self.key = _key(weight, mask)
-        self._shared = True
+        now, versions = self._now, _versions(weight, mask)
+        sample = None if now is None else now.sample
+        if now is None or sample is None or not sample.has(mask, versions[2:]):
+            sample = _Sample.of(weight, mask, *_places(mask))
+        elif now.writer or now.versions != versions or now.weight() is not weight or not sample.holds(weight):
+            sample = _Sample.of(weight, mask, sample.live, sample.places)
+        else:
+            return now.masked
+        masked = masked_by_bits(weight, mask)
+        self._now = _Made(masked, weakref.ref(weight), weakref.ref(mask), versions, 0, sample)
         return masked
-
-    def _look(self, weight: Tensor, mask: Tensor) -> Tensor:
-        """Return the sample of the weight as it is now."""
-        key = (mask.data_ptr(), mask._version)
-        if self._places is None or self._places[0] != key:
-            self._places = key, _some_live(mask)
-        return weight.detach().view(-1).index_select(0, self._places[1]).view(torch.uint8)
 
     def __deepcopy__(self, _: Any) -> Kept:
         """A copied layer derives its own."""
@@ -92,19 +100,24 @@ def masked_by_bits(tensor: Tensor, mask: Tensor, into: Tensor | None = None) -> 
     if tensor.device.type != "cpu":
         return torch.where(mask, tensor, 0)
     masked = new_memory(tensor.shape, tensor.dtype) if into is None else into
-    bits, own = (matrix.view(_BITS[tensor.itemsize]) for matrix in (masked, tensor.detach()))
+    bits, own = (_bits(matrix) for matrix in (masked, tensor.detach().resolve_neg()))
     for rows in _blocks(mask):
-        torch.mul(mask[rows].view(torch.int8), -1, out=bits[rows]).bitwise_and_(own[rows])
+        _all_ones(mask[rows], bits[rows]).bitwise_and_(own[rows])
     return masked
+
+
+def _all_ones(mask: Tensor, out: Tensor) -> Tensor:
+    """Write all ones where a mask is ``True`` and all zeros elsewhere; any byte but 0 is ``True``, as in torch.where."""
+    return out.copy_(mask).neg_()
 
 
 def mask_in_place(matrix: Tensor, mask: Tensor) -> Tensor:
     """Set ``matrix`` to +0 where ``mask`` is ``False``, some rows at a time; on the CPU, where nothing differentiates it."""
-    bits, scratch = matrix.view(_BITS[matrix.itemsize]), None
+    bits, scratch = _bits(matrix), None
     for rows in _blocks(mask):
         part = bits[rows]
         scratch = torch.empty_like(part) if scratch is None else scratch[: len(part)]
-        part.bitwise_and_(torch.mul(mask[rows].view(torch.int8), -1, out=scratch))
+        part.bitwise_and_(_all_ones(mask[rows], scratch))
     return matrix
 
 
@@ -129,21 +142,80 @@ def _blocks(mask: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(mask) if mask.shape[1] else 0, step)]
 
 
-def _key(weight: Tensor, mask: Tensor) -> Key:
+class _Made(NamedTuple):
+    """What is kept at one time."""
+
+    masked: Tensor
+    weight: weakref.ref[Tensor]
+    mask: weakref.ref[Tensor]
+    versions: tuple[int, int, int, int]
+    writer: int  # the thread that may write to it again, or 0: someone may be reading it
+    sample: _Sample | None
+
+
+class _Sample(NamedTuple):
+    """What weight and mask hold at some places, as flat indices: the live ones, and these with the masked ones."""
+
+    of_mask: weakref.ref[Tensor]
+    version: tuple[int, int]
+    live: Tensor
+    places: Tensor
+    mask: Tensor
+    weight: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, mask: Tensor, live: Tensor, places: Tensor) -> _Sample:
+        """Take a sample."""
+        version = mask.data_ptr(), mask._version
+        return cls(weakref.ref(mask), version, live, places, mask.take(places), _bits(weight.take(live)))
+
+    def has(self, mask: Tensor, version: tuple[int, ...]) -> bool:
+        """Whether ``mask`` is still the one, and the same at these places."""
+        return self.of_mask() is mask and self.version == version and torch.equal(mask.take(self.places), self.mask)
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is still the same at these places."""
+        return torch.equal(_bits(weight.take(self.live)), self.weight)
+
+
+def _versions(weight: Tensor, mask: Tensor) -> tuple[int, int, int, int]:
     return weight.data_ptr(), weight._version, mask.data_ptr(), mask._version
 
 
-def _like(kept: Tensor | None, weight: Tensor) -> bool:
-    return (
-        kept is not None and kept.shape == weight.shape and kept.dtype == weight.dtype and kept.device == weight.device
-    )
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the bits of a tensor, as whole numbers: NaN is equal to itself there."""
+    return tensor.view(_BITS[tensor.itemsize])
 
 
-def _some_live(mask: Tensor) -> Tensor:
-    """Return some live places of a mask, spread over all of it."""
-    flat = mask.view(-1)
-    tried = torch.arange(min(flat.numel(), 1024 * _SAMPLES), device=flat.device) * 2654435761 % max(flat.numel(), 1)
-    live = tried[flat[tried]]
-    if len(live) < _SAMPLES:
-        live = flat.nonzero().view(-1)
-    return live[:: max(1, len(live) // _SAMPLES)]
+def _like(kept: Tensor, weight: Tensor) -> bool:
+    return kept.shape == weight.shape and kept.dtype == weight.dtype
+
+
+def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where to look: live places, and these with masked ones."""
+    live = _one_each(mask)
+    return live, torch.cat([live, _one_each(~mask)])
+
+
+def _one_each(chosen: Tensor) -> Tensor:
+    """Return places of a boolean matrix that are ``True``: one in each row and in each column that has any, spread out."""
+    out, in_ = chosen.shape
+    if not chosen.numel():
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    flat, count = chosen.view(-1), torch.arange(max(out, in_), device="cpu")
+    by_row, by_column = (torch.full((size,), -1, device="cpu") for size in (out, in_))
+    # Lattices, each of which visits every row and every column; the same one serves both where it can.
+    step = next(step for step in range(max(1, round(0.618 * in_)), in_ + 2) if math.gcd(step, in_) == 1)
+    for start in reversed(range(_LATTICES)):
+        tried = count % out * in_ + (count * step + start * (in_ // _LATTICES)) % in_
+        tried = tried[flat[tried]]
+        by_row[tried // in_] = tried
+        by_column[tried % in_] = tried
+    # And what they all missed.
+    rows, columns = ((places < 0).nonzero()[:, 0] for places in (by_row, by_column))
+    row, column = chosen[rows].nonzero().unbind(1)
+    by_row[rows[row]] = rows[row] * in_ + column
+    row, column = chosen[:, columns].nonzero().unbind(1)
+    by_column[columns[column]] = row * in_ + columns[column]
+    places: Tensor = torch.cat([by_row, by_column]).unique()
+    return places[places >= 0]

@@ -40,8 +40,9 @@ class MaskedLinear(nn.Linear):
 
     A layer on the CPU with more than 16384 weights keeps its masked weight from one call to the next, as much memory again
     as the weight: training writes it anew at every call, inference only once weight or mask have changed, as autograd
-    counts. Changes that it does not count, through ``.data`` or a NumPy view, are noticed where they change most of the
-    weight; ``weight.data[0, 0] = 1`` is not, until the layer is trained or the weight changed in another way.
+    counts. Changes that it does not count, through ``.data`` or a NumPy view, are noticed where they change weights or mask
+    of a whole row, a whole column or more; ``weight.data[0, 0] = 1`` may not be, until the layer is trained or its weight
+    or mask changed in another way. Elsewhere than on the CPU every call masks anew.
 
     Optimizers move a weight whose gradient is zero (momentum, weight decay): guard them with
     :func:`maskedlinear.torch.freeze_masked`. ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` read the
@@ -304,6 +305,7 @@ class MaskedLinear(nn.Linear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         mask = self.mask
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._kept = Kept()  # the old one holds on to as much memory as the layer has left
         if self.mask.is_meta and not mask.is_meta and self._pending_mask is None:
             self._pending_mask = whole(mask).cpu()  # as if the layer had been made there
         # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
