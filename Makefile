@@ -22,6 +22,7 @@ bench: .venv/installed
 conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax --backend nnx --backend linen
 	$(BIN)/python -m maskedlinear_conformance --backend torch --backend jax --backend nnx --format sparse
+	$(BIN)/python -m maskedlinear_conformance --backend torch-nn --format dense --format sparse
 	$(BIN)/python -m maskedlinear_conformance --faults --tb=no
 
 .venv/installed: pyproject.toml constraints.txt

@@ -108,7 +108,8 @@ class Backend(Protocol):
         """Return a context in which arithmetic is what the dtype says.
 
         Inside it 64-bit types exist, TF32 is off, and half types are not accumulated in half precision. The suite calls
-        every other method inside it.
+        every other method inside it. It must not change which code runs: what users do not run would be proven, and what
+        they do run would not.
         """
 
     def asarray(self, values: NDArray[Any], dtype: str, device: str, layout: str = "contiguous") -> Array:

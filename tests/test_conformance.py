@@ -100,8 +100,8 @@ def test_the_checks_that_laws_are_made_of() -> None:
 
 
 def test_registry() -> None:
-    assert {"jax", "linen", "nnx", "numpy", "torch"} <= set(available())
-    for name in ("numpy", "torch", "jax", "nnx", "linen"):
+    assert {"jax", "linen", "nnx", "numpy", "torch", "torch-nn"} <= set(available())
+    for name in ("numpy", "torch", "torch-nn", "jax", "nnx", "linen"):
         for backend in load(name):
             assert isinstance(backend, Backend)
             assert backend.name == name

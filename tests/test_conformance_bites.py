@@ -138,7 +138,7 @@ class Copied(torch.autograd.Function):
 class Other(TorchBackend):
     name = "other"
 
-    def masked_linear(self, x, weight, mask, bias):
+    def op(self, x, weight, mask, bias):
         return Copied.apply(x, weight, mask, bias)
 """
 

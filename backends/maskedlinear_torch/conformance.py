@@ -6,8 +6,7 @@ import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cached_property, partial
-from pathlib import Path
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,17 +18,23 @@ from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch import MaskedLinear, SparseLinear, _functional, freeze_masked, masked_linear, sparse_linear
+from maskedlinear_torch import _functional, masked_linear, sparse_linear
+from maskedlinear_torch._conformance_layers import TorchLayer, as_numpy, made, values_of
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse import product
 
 __all__ = ["TorchBackend"]
 
 Bias = Tensor | None
+Call = Callable[..., Tensor]
 
 
 class TorchBackend:
-    """The dense form in eager mode, and the sparse one. See :mod:`maskedlinear.backends`."""
+    """``masked_linear`` and ``sparse_linear``, and their layers. See :mod:`maskedlinear.backends`.
+
+    Small weights take the rules of large ones here, so that every law reaches the rules in every shape; the transform
+    ``"small"`` is the function as it is for them, and so are the layers.
+    """
 
     name = "torch"
     formats = ("dense", "sparse")
@@ -70,20 +75,15 @@ class TorchBackend:
 
     @contextmanager
     def strict(self) -> Iterator[None]:
-        """Turn TF32 and reductions in half precision off, and have small layers take the rules of large ones.
-
-        They take the plain expression, which law 2 compares the rules with.
-        """
-        matmul, small = torch.backends.cuda.matmul, _functional._SMALL
+        """Turn TF32 and reductions in half precision off."""
+        matmul = torch.backends.cuda.matmul
         precision = torch.get_float32_matmul_precision()
         half, brain = matmul.allow_fp16_reduced_precision_reduction, matmul.allow_bf16_reduced_precision_reduction
         try:
-            _functional._SMALL = 0
             torch.set_float32_matmul_precision("highest")
             matmul.allow_fp16_reduced_precision_reduction = matmul.allow_bf16_reduced_precision_reduction = False
             yield
         finally:
-            _functional._SMALL = small
             torch.set_float32_matmul_precision(precision)
             matmul.allow_fp16_reduced_precision_reduction = half
             matmul.allow_bf16_reduced_precision_reduction = brain
@@ -100,27 +100,45 @@ class TorchBackend:
 
     def asnumpy(self, array: Tensor) -> NDArray[Any]:
         """Return a copy of ``array`` in float64, or as it is if boolean."""
-        host = array.detach().cpu()
-        return np.array(host.numpy() if host.dtype is torch.bool else host.double().numpy())
+        return as_numpy(array)
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
-        """Return ``y``; of the sparse form, with the mask's pattern and the weights at its connections."""
-        if self.format == "dense":
-            return masked_linear(x, weight, mask, bias)
-        pattern = self._prepared(mask)
-        return sparse_linear(x, _values(weight, pattern), pattern, bias)
+        """Return ``y``."""
+        return self.op(x, weight, self._prepared(mask), bias)
 
-    def _prepared(self, mask: Any) -> Any:
+    def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
+        """Return ``y`` by the rules; of the sparse form, of the weights at the connections of the pattern ``mask``."""
+        if isinstance(mask, Pattern):
+            return sparse_linear(x, values_of(weight, mask), mask, bias)
+        small = _functional._SMALL
+        try:
+            _functional._SMALL = 0
+            return masked_linear(x, weight, mask, bias)
+        finally:
+            _functional._SMALL = small
+
+    def _prepared(self, mask: Tensor) -> Any:
         """Return the mask; of the sparse form its pattern, which no transform can look for."""
-        if self.format == "dense" or isinstance(mask, Pattern):
-            return mask
-        return Pattern.from_mask(mask.cpu().numpy())
+        return mask if self.format == "dense" else Pattern.from_mask(mask.cpu().numpy())
 
     def vjp(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor, wrt: Sequence[str]
     ) -> Sequence[Tensor]:
         """Return what ``torch.autograd.grad`` gives, as a training loop's ``backward`` does."""
-        return _gradients(self.masked_linear, x, weight, mask, bias, g, wrt)[1]
+        return self.through(_as_it_is, x, weight, mask, bias, g, wrt)[1]
+
+    def through(
+        self,
+        transform: Callable[[Call], Call],
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Bias,
+        g: Tensor,
+        wrt: Sequence[str] = ("x", "weight", "bias"),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return y by what ``transform`` makes of the function, and the gradients of those of ``wrt`` that exist."""
+        return _gradients(transform(self.op), x, weight, self._prepared(mask), bias, g, wrt)
 
     def jvp(
         self,
@@ -138,11 +156,11 @@ class TorchBackend:
             name: tangent for name, tangent in zip(inputs, (dx, dweight, dbias), strict=True) if tangent is not None
         }
         if not tangents:
-            return self.masked_linear(x, weight, mask, bias), torch.zeros_like(x @ weight.mT)
+            return self.op(x, weight, mask, bias), torch.zeros_like(x @ weight.mT)
         primals: dict[str, Tensor] = {name: array for name in tangents if (array := inputs[name]) is not None}
 
         def layer(moving: dict[str, Tensor]) -> Tensor:
-            return self.masked_linear(**(inputs | {"mask": mask} | moving))  # type: ignore[arg-type]
+            return self.op(**(inputs | {"mask": mask} | moving))  # type: ignore[arg-type]
 
         return tuple(torch.func.jvp(layer, (primals,), (tangents,)))
 
@@ -166,7 +184,7 @@ class TorchBackend:
         mask = self._prepared(mask)
         if mode == "reverse over reverse":
             moving = {name: given[name].detach().requires_grad_() for name in names}  # type: ignore[union-attr]
-            y = self.masked_linear(moving["x"], moving["weight"], mask, moving.get("bias"))
+            y = self.op(moving["x"], moving["weight"], mask, moving.get("bias"))
             first = [*torch.autograd.grad(y, [moving[n] for n in names[:-1]], moving["g"], create_graph=True), y]
             second = torch.autograd.grad(
                 first, [moving[n] for n in names], [directions[n] for n in names], materialize_grads=True
@@ -176,7 +194,7 @@ class TorchBackend:
 
             def gradients(moving: dict[str, Tensor]) -> dict[str, Tensor]:
                 def layer(inputs: dict[str, Tensor]) -> Tensor:
-                    return self.masked_linear(inputs["x"], inputs["weight"], mask, inputs.get("bias"))
+                    return self.op(inputs["x"], inputs["weight"], mask, inputs.get("bias"))
 
                 y, pullback = torch.func.vjp(layer, {name: moving[name] for name in names[:-1]})  # type: ignore[misc]
                 return {**pullback(moving["g"])[0], "g": y}
@@ -193,7 +211,8 @@ class TorchBackend:
         def plain(x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
             return F.linear(x, torch.where(mask, weight, 0), bias)
 
-        return _all(_gradients(plain, x, weight, mask, bias, g)[1])
+        y, gradients = _gradients(plain, x, weight, mask, bias, g)
+        return _all((y, *gradients))[1:]
 
     def dense(self, x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
         """Return ``torch.nn.functional.linear``."""
@@ -207,53 +226,52 @@ class TorchBackend:
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
-        return ("compile", "aot_eager", "checkpoint", "torch.func", "inference_mode")
+        small = ("small",) if self.format == "dense" else ()
+        return ("compile", "aot_eager", "checkpoint", "torch.func", "inference_mode", *small)
 
     def transformed(
         self, transform: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return value and gradients through ``transform``."""
-        mask = self._prepared(mask)
         if transform == "torch.func":
-            found = self._by_func(x, weight, mask, bias, g)
-            y, gradients = found[0], list(found[1:])
-        elif transform == "inference_mode":
+            return _all(self._by_func(x, weight, self._prepared(mask), bias, g))
+        ways: dict[str, Callable[[Call], Call]] = {
+            "checkpoint": lambda call: partial(checkpoint, call, use_reentrant=False),
+            "small": lambda _: masked_linear,
+        }
+        if transform in ("compile", "aot_eager"):
+            ways[transform] = partial(self.compiled, self._compilers[transform])
+        y, gradients = self.through(ways.get(transform, _as_it_is), x, weight, mask, bias, g)
+        if transform == "inference_mode":
             with torch.inference_mode():
                 y = self.masked_linear(x, weight, mask, bias)
-            gradients = _gradients(self.masked_linear, x, weight, mask, bias, g)[1]
-        elif transform == "checkpoint":
-
-            def kept(*arguments: Any) -> Tensor:
-                return checkpoint(self.masked_linear, *arguments, use_reentrant=False)  # type: ignore[no-any-return]
-
-            y, gradients = _gradients(kept, x, weight, mask, bias, g)
-        else:
-            y, gradients = _gradients(partial(self._through, self._compiled[transform]), x, weight, mask, bias, g)
-        return (y, *_all(gradients))
+        return _all((y, *gradients))
 
     @cached_property
-    def _compiled(self) -> dict[str, Callable[..., Tensor]]:
+    def _compilers(self) -> dict[str, Callable[[Call], Call]]:
         config: Any = torch._dynamo.config
         limit = "recompile_limit" if hasattr(config, "recompile_limit") else "cache_size_limit"  # its older name
         setattr(config, limit, max(getattr(config, limit), 64))  # one program for each shape and dtype
-        layer: Callable[..., Tensor] = masked_linear if self.format == "dense" else product
         return {
-            name: torch.compile(layer, fullgraph=True, backend=backend)
+            name: cache(partial(torch.compile, fullgraph=True, backend=backend))
             for name, backend in (("compile", "inductor"), ("aot_eager", "aot_eager"))
         }
 
-    def _through(self, compiled: Callable[..., Tensor], x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
-        """Call what was compiled, the pattern being made before: its size is data."""
+    def compiled(self, compiler: Callable[[Call], Call], _: Call) -> Call:
+        """Return the function compiled; of the sparse form the pattern is made before, because its size is data."""
         if self.format == "dense":
-            return compiled(x, weight, mask, bias)
-        pattern = self._prepared(mask)
-        return compiled(x, _values(weight, pattern), Indices.of(pattern, x.device), pattern.shape[1], bias)
+            return compiler(masked_linear)
 
-    def _by_func(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
+        def sparse(x: Tensor, weight: Tensor, mask: Pattern, bias: Bias) -> Tensor:
+            return compiler(product)(x, values_of(weight, mask), Indices.of(mask, x.device), mask.shape[1], bias)
+
+        return sparse
+
+    def _by_func(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
         moving = [array for array in (x, weight, bias) if array is not None]
 
         def layer(x: Tensor, weight: Tensor, bias: Bias = None) -> Tensor:
-            return self.masked_linear(x, weight, mask, bias)
+            return self.op(x, weight, mask, bias)
 
         y, pullback = torch.func.vjp(layer, *moving)  # type: ignore[misc]
         return (y, *pullback(g))
@@ -262,32 +280,14 @@ class TorchBackend:
         self, dtype: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return value and gradients with the forward pass under ``torch.autocast``."""
-
-        def cast(*arguments: Any) -> Tensor:
-            with torch.autocast(x.device.type, dtype=getattr(torch, dtype)):
-                return self.masked_linear(*arguments)
-
-        y, gradients = _gradients(cast, x, weight, mask, bias, g)
-        return (y, *_all(gradients))
+        y, gradients = self.through(
+            torch.autocast(x.device.type, dtype=getattr(torch, dtype)), x, weight, mask, bias, g
+        )
+        return _all((y, *gradients))
 
     def layer(self, weight: Tensor, mask: Tensor, bias: Bias) -> TorchLayer:
         """Return a ``MaskedLinear`` or a ``SparseLinear``."""
-        out, in_ = weight.shape
-        if self.format == "sparse":
-            pattern = self._prepared(mask)
-            sparse = SparseLinear(in_, out, bias is not None, pattern, device=weight.device, dtype=weight.dtype)
-            with torch.no_grad():
-                sparse.values.copy_(_values(weight, pattern))
-                if bias is not None and sparse.bias is not None:
-                    sparse.bias.copy_(bias)
-            return SparseTorchLayer(self, sparse)
-        module = MaskedLinear(in_, out, bias=bias is not None, device=weight.device, dtype=weight.dtype)
-        module.set_mask(mask)
-        with torch.no_grad():
-            module.weight.copy_(weight)
-            if bias is not None:
-                module.bias.copy_(bias)
-        return TorchLayer(self, module)
+        return made(weight, self._prepared(mask), bias)
 
     def random_mask(
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str
@@ -296,110 +296,15 @@ class TorchBackend:
         return torch.asarray(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)).to(device)
 
 
-class TorchLayer:
-    """A ``MaskedLinear`` as :class:`maskedlinear.backends.Layer`."""
-
-    optimizers = ("sgd with momentum", "adamw")
-
-    def __init__(self, backend: TorchBackend, module: Any) -> None:
-        self._backend, self._module = backend, module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Return ``y``."""
-        y: Tensor = self._module(x)
-        return y
-
-    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what ``backward`` leaves in ``.grad``."""
-        x = x.detach().requires_grad_()
-        self._module.zero_grad()
-        self(x).backward(g)
-        bias = self._module.bias
-        return _grad(x), _grad(self._module.weight), None if bias is None else _grad(bias)
-
-    def set_mask(self, mask: Any) -> None:
-        """Call ``set_mask``."""
-        self._module.set_mask(mask)
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Write into the parameter."""
-        with torch.no_grad():
-            self._module.weight.copy_(weight)
-
-    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Return the state as NumPy arrays."""
-        weight, mask, bias = self._module.weight, self._module.mask, self._module.bias
-        send = self._backend.asnumpy
-        return send(weight), send(mask), None if bias is None else send(bias)
-
-    def save(self, path: Path) -> None:
-        """Save the ``state_dict``."""
-        torch.save(self._module.state_dict(), path / "state.pt")
-
-    def load(self, path: Path) -> None:
-        """Load it."""
-        self._module.load_state_dict(torch.load(path / "state.pt"))
-
-    def guarded(self, optimizer: str) -> Callable[[Tensor, Tensor], None]:
-        """Return a step of SGD with momentum and weight decay, or of AdamW."""
-        parameters = self._module.parameters()
-        made: torch.optim.Optimizer
-        if optimizer == "adamw":
-            made = torch.optim.AdamW(parameters, lr=0.1, weight_decay=0.1)
-        else:
-            made = torch.optim.SGD(parameters, lr=0.1, momentum=0.9, weight_decay=0.1)
-        freeze_masked(made, self._module)
-
-        def step(x: Tensor, g: Tensor) -> None:
-            made.zero_grad()
-            self(x).backward(g)
-            made.step()
-
-        return step
-
-
-class SparseTorchLayer(TorchLayer):
-    """A ``SparseLinear`` as :class:`maskedlinear.backends.Layer`."""
-
-    def gradients(self, x: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return what ``backward`` leaves in ``.grad``, the values' laid out as a matrix."""
-        x = x.detach().requires_grad_()
-        self._module.zero_grad()
-        self(x).backward(g)
-        bias = self._module.bias
-        return _grad(x), self._matrix(_grad(self._module.values)), None if bias is None else _grad(bias)
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Write the live ones into the parameter."""
-        with torch.no_grad():
-            self._module.values.copy_(_values(weight, self._module.pattern))
-
-    def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Return the state as NumPy arrays, the values laid out as a matrix."""
-        bias, send = self._module.bias, self._backend.asnumpy
-        mask = self._module.pattern.to_mask()
-        return send(self._matrix(self._module.values)), mask, None if bias is None else send(bias)
-
-    def _matrix(self, values: Tensor) -> Tensor:
-        pattern = self._module.pattern
-        matrix = values.detach().new_zeros(pattern.shape)
-        matrix[torch.tensor(pattern.rows, dtype=torch.int64), torch.tensor(pattern.indices, dtype=torch.int64)] = (
-            values.detach()
-        )
-        return matrix
-
-
-def _values(weight: Tensor, pattern: Pattern) -> Tensor:
-    """Return the weights at the connections, in the pattern's order."""
-    flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
-    return weight.reshape(-1).index_select(0, torch.tensor(flat, device=weight.device))
+def _as_it_is(call: Call) -> Call:
+    return call
 
 
 def _gradients(
-    layer: Callable[..., Tensor],
+    call: Call,
     x: Tensor,
     weight: Tensor,
-    mask: Tensor,
+    mask: Any,
     bias: Bias,
     g: Tensor,
     wrt: Sequence[str] = ("x", "weight", "bias"),
@@ -407,14 +312,10 @@ def _gradients(
     """Return y, and the gradients of those of ``wrt`` that exist."""
     given = {"x": x, "weight": weight} | ({} if bias is None else {"bias": bias})
     leaves = {name: array.detach().requires_grad_(name in wrt) for name, array in given.items()}
-    y = layer(leaves["x"], leaves["weight"], mask, leaves.get("bias"))
+    y = call(leaves["x"], leaves["weight"], mask, leaves.get("bias"))
     return y, list(torch.autograd.grad(y, [leaves[name] for name in wrt if name in leaves], g))
 
 
-def _all(gradients: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
-    return gradients[0], gradients[1], gradients[2] if len(gradients) > 2 else None
-
-
-def _grad(tensor: Tensor) -> Tensor:
-    assert tensor.grad is not None
-    return tensor.grad.clone()
+def _all(found: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Return ``(y, dx, dW, db)``, which may be without the last."""
+    return found[0], found[1], found[2], found[3] if len(found) > 3 else None

@@ -352,3 +352,42 @@ class _TheMaskIsNumbers(SoundLayer):
     def state(self):
         weight, mask, bias = super().state()
         return weight, mask.astype(np.float64), bias
+
+
+class LargeLayerDerivesOnce(Fault):
+    """A large layer keeps the masked weight of its first call."""
+
+    name = "large layer derives once"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _LargeLayerDerivesOnce(self, weight, mask, bias)
+
+
+class _LargeLayerDerivesOnce(SoundLayer):
+    def derive(self):
+        if self.mask.size < 1000 or not hasattr(self, "masked"):
+            super().derive()
+
+
+class OneRowTakesAnOldWeight(Fault):
+    """For one row of x a layer keeps a matrix in another format, which no new weight reaches."""
+
+    name = "one row takes an old weight"
+    laws = ("11",)
+
+    def layer(self, weight, mask, bias):
+        return _OneRowTakesAnOldWeight(self, weight, mask, bias)
+
+
+class _OneRowTakesAnOldWeight(SoundLayer):
+    def __call__(self, x):
+        if x.size > x.shape[-1]:
+            return super().__call__(x)
+        if not hasattr(self, "matrix"):
+            self.matrix = self.backend.select(self.mask, self.weight)
+        return self.backend.masked_linear(x, self.matrix, np.ones_like(self.mask), self.bias)
+
+    def set_mask(self, mask):
+        super().set_mask(mask)
+        self.__dict__.pop("matrix", None)

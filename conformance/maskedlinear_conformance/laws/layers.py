@@ -105,22 +105,8 @@ class Layers:
     @law(11, needs=["dormant weights"])
     def test_a_new_mask_holds_at_the_next_call_of_the_layer(self, subject: Subject) -> None:
         """Value and gradients follow the mask, weights under it stay, and restoring restores every bit."""
-        data = PROBE.data(subject.dtype)
-        with subject.backend.strict():
-            layer = built(subject, data)
-            before = called(subject, layer, data)
-            subject.near(before, expected(data))
-            for mask in (*others(data.mask), data.mask | True, data.mask & False):
-                mine, changed = mask.copy(), data._replace(mask=mask)
-                layer.set_mask(mine)
-                mine[:] = ~mine  # the caller's array is the caller's
-                found = called(subject, layer, changed)
-                subject.near(found, expected(changed))
-                positive_zero(found["dW"][~mask], "dW under the new mask")
-                equal_bits(layer.state(), (data.weight, mask, data.bias), "the layer's state")
-                layer.set_mask(data.mask)
-                for name, result in called(subject, layer, data).items():
-                    equal_bits([result], [before[name]], name)
+        for case in (PROBE, TILED):
+            _remasked(subject, case.data(subject.dtype))
 
     @law(11, needs=["dormant weights"])
     def test_what_is_no_mask_is_refused(self, subject: Subject) -> None:
@@ -151,15 +137,41 @@ class Layers:
     @law(11, needs=["layer"])
     def test_a_new_weight_holds_at_the_next_call(self, subject: Subject) -> None:
         """Nothing derived from the old weight outlives it."""
-        data = PROBE.data(subject.dtype)
-        moved = data._replace(weight=-data.weight)
-        with subject.backend.strict():
-            layer = built(subject, data)
-            called(subject, layer, data)
-            layer.set_weight(subject.send(moved.weight))
-            subject.near(called(subject, layer, moved), expected(moved))
-            if not subject.has("dormant weights"):
-                return
-            layer.set_mask(OTHER.mask())
-            moved = moved._replace(mask=OTHER.mask())
+        for case in (PROBE, TILED):
+            data = case.data(subject.dtype)
+            row = {name: getattr(data, name)[:1] for name in ("x", "g", "dx", "dg")}
+            for some in (data, data._replace(**row)):  # one row may go another way
+                _reweighted(subject, some)
+
+
+def _remasked(subject: Subject, data: Data) -> None:
+    """Check a layer under other masks, and under the first again."""
+    with subject.backend.strict():
+        layer = built(subject, data)
+        before = called(subject, layer, data)
+        subject.near(before, expected(data))
+        for mask in (*others(data.mask), data.mask | True, data.mask & False):
+            mine, changed = mask.copy(), data._replace(mask=mask)
+            layer.set_mask(mine)
+            mine[:] = ~mine  # the caller's array is the caller's
+            found = called(subject, layer, changed)
+            subject.near(found, expected(changed))
+            positive_zero(found["dW"][~mask], "dW under the new mask")
+            equal_bits(layer.state(), (data.weight, mask, data.bias), "the layer's state")
+            layer.set_mask(data.mask)
+            for name, result in called(subject, layer, data).items():
+                equal_bits([result], [before[name]], name)
+
+
+def _reweighted(subject: Subject, data: Data) -> None:
+    """Check a layer with other weights, as an optimizer writes them, and then under another mask too."""
+    moved = data._replace(weight=-data.weight)
+    with subject.backend.strict():
+        layer = built(subject, data)
+        called(subject, layer, data)
+        layer.set_weight(subject.send(moved.weight))
+        subject.near(called(subject, layer, moved), expected(moved))
+        if subject.has("dormant weights"):
+            moved = moved._replace(mask=others(data.mask)[0])
+            layer.set_mask(moved.mask)
             subject.near(called(subject, layer, moved), expected(moved))

@@ -1,0 +1,110 @@
+"""The PyTorch layers, as the conformance suite sees them: its function gone through a module, as users write it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from maskedlinear.pattern import Pattern
+from maskedlinear_torch import MaskedLinear, SparseLinear
+from maskedlinear_torch._conformance_layers import TorchLayer, made, values_of
+from maskedlinear_torch._products import Indices
+from maskedlinear_torch.conformance import Bias, Call, TorchBackend
+
+__all__ = ["TorchNnBackend"]
+
+
+class TorchNnBackend(TorchBackend):
+    """``MaskedLinear`` and ``SparseLinear``: values as in inference, gradients as in training.
+
+    What torch compiles, checkpoints or casts is the module's call; the transforms of ``torch.func`` and second order go
+    through ``torch.func.functional_call``. A ``MaskedLinear`` is kept for each shape and dtype, and given weights and
+    mask in place, as a training loop does.
+    """
+
+    name = "torch-nn"
+
+    def __init__(self, format: str = "dense") -> None:
+        super().__init__(format)
+        self._kept: dict[Any, TorchLayer] = {}
+        self._bare = cache(_bare)
+
+    def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
+        """Return ``y`` of a layer, without gradients."""
+        return self._layer(weight, mask, bias)(x)
+
+    def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
+        """Return ``y`` of a layer whose parameters these are for one call."""
+        bare = self._bare(isinstance(mask, Pattern), weight.shape, bias is not None)
+        own: dict[str, Any] = {"bias": bias}
+        if isinstance(mask, Pattern):
+            own |= {"values": values_of(weight, mask), **Indices.of(mask, x.device)._asdict()}
+        else:
+            own |= {"weight": weight, "mask": mask}
+        y: Tensor = torch.func.functional_call(bare, own, (x,))
+        return y
+
+    def through(
+        self,
+        transform: Callable[[Call], Call],
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Bias,
+        g: Tensor,
+        wrt: Sequence[str] = ("x", "weight", "bias"),
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Return y by what ``transform`` makes of the layer, and the gradients of those of ``wrt`` that exist."""
+        layer = self._layer(weight, mask, bias)
+        leaves = {"x": x.detach(), "weight": layer.weight} | ({} if bias is None else {"bias": layer.module.bias})
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name in wrt)
+        y = transform(layer.module)(leaves["x"])
+        asked = [name for name in wrt if name in leaves]
+        found = torch.autograd.grad(y, [leaves[name] for name in asked], g)
+        return y, [layer.matrix(part) if name == "weight" else part for name, part in zip(asked, found, strict=True)]
+
+    def transforms(self) -> Sequence[str]:
+        """Return the transforms; small layers are small here."""
+        return [name for name in super().transforms() if name != "small"]
+
+    def compiled(self, compiler: Callable[[Call], Call], module: Call) -> Call:
+        """Return the call of a module compiled, with the module as an argument."""
+        call = compiler(_call)
+        return lambda x: call(module, x)
+
+    def dense(self, x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
+        """Return ``y`` of ``nn.Linear``."""
+        linear = nn.Linear(x.shape[-1], weight.shape[0], bias is not None, device="meta")
+        y: Tensor = torch.func.functional_call(linear, {"weight": weight, "bias": bias}, (x,))  # type: ignore[dict-item]
+        return y
+
+    def _layer(self, weight: Tensor, mask: Tensor, bias: Bias) -> TorchLayer:
+        if self.format == "sparse":  # its connections are fixed
+            return self.layer(weight, mask, bias)
+        key = (weight.shape, weight.dtype, weight.device, bias is not None)
+        if key not in self._kept:
+            self._kept[key] = made(weight, mask, bias)
+        layer = self._kept[key]
+        layer.set_mask(mask)
+        layer.set_weight(weight)
+        if bias is not None:
+            with torch.no_grad():
+                layer.module.bias.copy_(bias)
+        return layer
+
+
+def _call(module: Call, x: Tensor) -> Tensor:
+    return module(x)
+
+
+def _bare(sparse: bool, shape: tuple[int, int], bias: bool) -> nn.Module:
+    """Return a layer without values."""
+    out, in_ = shape
+    if sparse:
+        return SparseLinear(in_, out, bias, Pattern.from_edges([], [], shape)[0], device="meta")
+    return MaskedLinear(in_, out, bias, device="meta")
