@@ -211,6 +211,14 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(other(x), layer(x))
     drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, rngs=nnx.Rngs(0))
     assert drawn.bias is None
+    turned = scipy.sparse.csr_array([[1 + 2j]])
+    for make, name in (
+        (lambda: SparseLinear.from_scipy(turned), "matrix"),
+        (lambda: SparseLinear.from_edges([0], [0], (1, 1), [1j], param_dtype=jnp.float32), "values"),
+        (lambda: SparseLinear.from_scipy(turned.real, bias=[1j]), "bias"),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be real; got complex.*: take the real part"):
+            make()
     with pytest.raises(ValueError, match=r"one entry for each of the 15 edges; got \(3,\)"):
         SparseLinear.from_edges(to, of, (6, 5), jnp.zeros(3))
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\), one entry an output; got \(5,\)"):
@@ -232,6 +240,31 @@ def test_what_the_layer_refuses() -> None:
         SparseLinear(5, 6, fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must not be negative"):
         SparseLinear(-5, 6, rngs=nnx.Rngs(0))
+    for kind in (SparseLinear, MaskedLinear):
+        for sizes, name in (((2.9, 6), "in_features"), ((5, 6.0), "out_features"), ((True, 6), "in_features")):
+            with pytest.raises(TypeError, match=f"{name} must be a whole number; got"):
+                kind(*sizes, rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+
+
+def test_a_state_that_brings_other_indices_is_refused() -> None:
+    def layer() -> SparseLinear:
+        return SparseLinear(5, 6, mask=PATTERN, rngs=nnx.Rngs(0))
+
+    for name in ("indptr", "rows", "indices", "starts", "outputs", "order"):
+        short: Any = layer()
+        getattr(short, name).set_value(getattr(short, name)[...][:-1])
+        for call in (lambda x, short=short: short(x), nnx.jit(lambda x, short=short: short(x))):
+            with pytest.raises(ValueError, match=f"{name} must have shape .* in a layer 5 -> 6 with 15 values; got"):
+                call(jnp.ones((2, 5)))
+        wrong: Any = layer()
+        getattr(wrong, name).set_value(getattr(wrong, name)[...] + 1)
+        with pytest.raises(ValueError, match=r"must"):
+            _ = wrong.pattern
+    mixed: Any = layer()
+    mixed.order.set_value(mixed.order[...][::-1])
+    with pytest.raises(ValueError, match="order must belong to the same connections as indptr and indices"):
+        _ = mixed.pattern
+    assert layer().pattern == PATTERN
 
 
 def test_the_draw_is_scaled_to_the_live_inputs_of_each_output() -> None:

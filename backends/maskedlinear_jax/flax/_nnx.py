@@ -40,8 +40,9 @@ class MaskedLinear(nnx.Linear):
         inputs ``(..., in_features)``; output ``(..., out_features)``.
 
     Raises:
-        ValueError: if the mask has another shape or holds anything but 0 and 1, or ``fan_in`` is neither choice.
-        TypeError: if ``param_dtype`` is not real floating-point.
+        ValueError: if the mask has another shape or holds anything but 0 and 1, ``fan_in`` is neither choice, or a size is
+            negative.
+        TypeError: if ``param_dtype`` is not real floating-point, or a size no whole number.
     """
 
     mask: Mask
@@ -57,8 +58,7 @@ class MaskedLinear(nnx.Linear):
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
-        if in_features < 0 or out_features < 0:
-            raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
+        check_sizes(in_features, out_features)
         check_options(fan_in, options.get("param_dtype", jnp.float32))
         if 0 in (in_features, out_features):  # Flax's own initialiser divides by the size
             options.setdefault("kernel_init", nnx.initializers.zeros)
@@ -206,6 +206,20 @@ class MaskedLinear(nnx.Linear):
             self.set_mask(value)
         else:
             super().__setattr__(name, value)
+
+
+def check_sizes(in_features: Any, out_features: Any) -> None:
+    """Check the sizes that the two nnx layers are made with.
+
+    Raises:
+        ValueError: if one is negative.
+        TypeError: if one is no whole number.
+    """
+    for name, size in (("in_features", in_features), ("out_features", out_features)):
+        if isinstance(size, bool) or not hasattr(size, "__index__"):
+            raise TypeError(f"{name} must be a whole number; got {size!r}: round it yourself, with int()")
+    if in_features < 0 or out_features < 0:
+        raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
 
 
 def check_options(fan_in: str, param_dtype: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, Self
 
 import jax
@@ -17,7 +18,7 @@ from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import Indices
 from maskedlinear_jax._sparse import product
 from maskedlinear_jax.flax._modules import device_of
-from maskedlinear_jax.flax._nnx import MaskedLinear, check_options
+from maskedlinear_jax.flax._nnx import MaskedLinear, check_options, check_sizes
 
 __all__ = ["Connections", "SparseLinear"]
 
@@ -33,6 +34,10 @@ class SparseLinear(nnx.Module):
     made. How many connections there are is fixed, and :func:`maskedlinear.flax.regrow_model` moves them;
     :class:`MaskedLinear` is the form whose mask can change at will. Every optimizer leaves what is not there alone, so none
     needs a guard. Half types are computed in float32.
+
+    The indices are in the layer's state. Of a state that is restored a call checks their shapes only: what is not a
+    connection of the layer gives wrong numbers, because JAX takes an index out of range for the nearest one. Read
+    :attr:`pattern` after loading a state that may be damaged; it checks all of them.
 
     Args:
         in_features: the size of the input's last dimension.
@@ -54,8 +59,9 @@ class SparseLinear(nnx.Module):
         inputs ``(..., in_features)``; output ``(..., out_features)``.
 
     Raises:
-        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1.
-        TypeError: if ``param_dtype`` is not real floating-point.
+        ValueError: if the pattern or mask has another shape, a mask holds anything but 0 and 1, or a size is negative. When
+            called, if a state brought indices of other shapes.
+        TypeError: if ``param_dtype`` is not real floating-point, or a size no whole number.
     """
 
     indptr: Connections
@@ -79,8 +85,7 @@ class SparseLinear(nnx.Module):
         fan_in: Literal["live", "full"] = "live",
         rngs: nnx.Rngs,
     ) -> None:
-        if in_features < 0 or out_features < 0:
-            raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
+        check_sizes(in_features, out_features)
         check_options(fan_in, param_dtype)
         pattern = _pattern(mask, (out_features, in_features))
         self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
@@ -105,8 +110,21 @@ class SparseLinear(nnx.Module):
 
     @property
     def pattern(self) -> Pattern:
-        """The connections, (out, in); ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``."""
-        return Pattern(np.asarray(self.indptr[...]), np.asarray(self.indices[...]), self.in_features)
+        """The connections, (out, in); ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``.
+
+        Raises:
+            ValueError: if a state brought indices that are none of a layer of this shape, or do not belong together.
+        """
+        here = {name: np.asarray(array) for name, array in self._indices()._asdict().items()}
+        pattern = Pattern(here["indptr"], here["indices"], self.in_features)
+        found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.by_column, strict=True))
+        for name, expected in found.items():
+            if not np.array_equal(here[name], expected):
+                raise ValueError(
+                    f"{name} must belong to the same connections as indptr and indices; got others: restore all of the "
+                    "layer's state"
+                )
+        return pattern
 
     @property
     def sparsity(self) -> float:
@@ -156,7 +174,7 @@ class SparseLinear(nnx.Module):
 
         Raises:
             ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
-            TypeError: if indices are not whole numbers.
+            TypeError: if indices are not whole numbers, or ``values`` or ``bias`` is not real.
         """
         pattern, order = Pattern.from_edges(np.asarray(outputs), np.asarray(inputs), shape)
         if values is None:
@@ -183,9 +201,10 @@ class SparseLinear(nnx.Module):
 
         Raises:
             ValueError: if an entry is stored twice, or ``bias`` has another length.
-            TypeError: if ``matrix`` is not sparse.
+            TypeError: if ``matrix`` is not sparse, or it or ``bias`` is not real.
         """
         pattern, data = Pattern.from_scipy(matrix)
+        _check_real("matrix", data)
         return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
 
     def to_masked(self) -> MaskedLinear:
@@ -237,11 +256,13 @@ class SparseLinear(nnx.Module):
     @classmethod
     def _made(cls, pattern: Pattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
         """Return a layer with these values."""
+        _check_real("values", values)
         out, in_ = pattern.shape
         dtype = options.pop("param_dtype", values.dtype)
         if isinstance(bias, bool):
             bias = jnp.zeros(out, dtype) if bias else None
         given = None if bias is None else as_array("bias", bias)
+        _check_real("bias", given)
         if given is not None and given.shape != (out,):
             raise ValueError(f"bias must have shape ({out},), one entry an output; got {given.shape}")
         zeros = nnx.initializers.zeros
@@ -265,7 +286,22 @@ class SparseLinear(nnx.Module):
             setattr(self, name, Connections(array))
 
     def _indices(self) -> Indices:
-        return Indices(*(getattr(self, name)[...] for name in Indices._fields))
+        """Return the indices, whose shapes are checked: a state may have brought any."""
+        found = Indices(*(getattr(self, name)[...] for name in Indices._fields))
+        each = self.values[...].shape
+        expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each)
+        for name, array, shape in zip(Indices._fields, found, expected, strict=True):
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name} must have shape {shape} in a layer {self.in_features} -> {self.out_features} with "
+                    f"{math.prod(each)} values; got {array.shape}: restore the state of a layer of this size, all of it"
+                )
+        return found
+
+
+def _check_real(name: str, array: Any) -> None:
+    if jnp.iscomplexobj(array):
+        raise TypeError(f"{name} must be real; got {array.dtype}: take the real part, if the imaginary one may go")
 
 
 def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
