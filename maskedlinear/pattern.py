@@ -7,6 +7,7 @@ in every framework and in every file. A pattern is also kept by columns, because
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Hashable
 from functools import cached_property
 from typing import Any, Self
@@ -39,17 +40,17 @@ class Pattern:
         ValueError: if ``indptr`` does not start at 0, fall nowhere and end at the number of connections; if an index is
             no input, or a row's indices do not ascend (an edge is there twice, or the rows are unsorted); or if there are
             more than 2³¹ - 1 connections, inputs or outputs. :meth:`from_edges` sorts.
-        TypeError: if indices are not whole numbers.
+        TypeError: if indices or ``in_features`` are not whole numbers.
     """
 
     def __init__(self, indptr: ArrayLike, indices: ArrayLike, in_features: int) -> None:
         self.indptr = _int32("indptr", indptr)
         self.indices = _int32("indices", indices)
-        _check_size("inputs", in_features)
+        in_features = _check_size("inputs", in_features)
         _check_size("outputs", len(self.indptr) - 1)
         if len(self.indptr) == 0:
             raise ValueError("indptr must have one entry more than there are outputs; got none")
-        self.shape = (len(self.indptr) - 1, int(in_features))
+        self.shape = (len(self.indptr) - 1, in_features)
         counts = np.diff(self.indptr)
         if self.indptr[0] != 0 or self.indptr[-1] != len(self.indices) or (counts < 0).any():
             raise ValueError(
@@ -104,7 +105,7 @@ class Pattern:
     @classmethod
     def full(cls, shape: tuple[int, int]) -> Self:
         """Return the pattern of all connections of a layer of ``shape``, ``(out, in)``."""
-        out, in_ = shape
+        out, in_ = _check_size("outputs", shape[0]), _check_size("inputs", shape[1])
         _check_size("connections", out * in_)
         starts = np.arange(out + 1, dtype=np.int64) * in_
         return cls(starts, np.tile(np.arange(in_, dtype=np.int32), out), in_)
@@ -145,7 +146,7 @@ class Pattern:
 
         Raises:
             ValueError: if the two differ in length, an edge is there twice, or one leaves the shape.
-            TypeError: if indices are not whole numbers.
+            TypeError: if indices or sizes are not whole numbers.
         """
         _check_size("connections", math.prod(np.shape(outputs)))
         to, of = _int64("outputs", outputs), _int64("inputs", inputs)
@@ -153,9 +154,7 @@ class Pattern:
             raise ValueError(
                 f"outputs and inputs must be equally long, an edge's two ends; got {len(to)} outputs and {len(of)} inputs"
             )
-        out, in_ = (int(size) for size in shape)
-        _check_size("outputs", out)
-        _check_size("inputs", in_)
+        out, in_ = _check_size("outputs", shape[0]), _check_size("inputs", shape[1])
         _check_range("output", to, out)
         _check_range("input", of, in_)
         order = np.argsort(to * in_ + of, kind="stable")
@@ -179,7 +178,7 @@ class Pattern:
 
         Raises:
             ValueError: if an entry is stored twice.
-            TypeError: if ``matrix`` is not a sparse matrix.
+            TypeError: if ``matrix`` is not a sparse matrix, or is a complex one.
         """
         if not hasattr(matrix, "tocoo"):
             raise TypeError(
@@ -187,6 +186,10 @@ class Pattern:
                 "a dense mask goes to Pattern.from_mask"
             )
         entries = matrix.tocoo()
+        if np.iscomplexobj(entries.data):
+            raise TypeError(
+                f"a layer's values are real; got a matrix of dtype {entries.data.dtype}: pass its .real, or its .imag"
+            )
         pattern, order = cls.from_edges(entries.row, entries.col, entries.shape)
         return pattern, np.asarray(entries.data)[order]
 
@@ -252,9 +255,14 @@ def _int32(name: str, values: ArrayLike) -> Int32:
     return _frozen(array.astype(np.int32))
 
 
-def _check_size(what: str, size: int) -> None:
+def _check_size(what: str, size: Any) -> int:
+    try:
+        size = operator.index(size)
+    except TypeError:
+        raise TypeError(f"the number of {what} must be a whole number; got {size!r}") from None
     if not 0 <= size <= _LIMIT:
         raise ValueError(f"a pattern has 0 to 2**31 - 1 {what}, because its indices are int32; got {size}")
+    return int(size)
 
 
 def _check_range(what: str, indices: NDArray[Any], size: int) -> None:

@@ -90,6 +90,14 @@ def test_a_scipy_matrix_of_any_kind_keeps_its_explicit_zeros(rng: np.random.Gene
         (lambda: Pattern.from_edges([0, 1], [0], (2, 2)), ValueError, "equally long, .* 2 outputs and 1 inputs"),
         (lambda: Pattern.from_edges([[0]], [[0]], (2, 2)), ValueError, "must have one dimension"),
         (lambda: Pattern.from_edges([True], [False], (2, 2)), TypeError, "must be whole numbers; got .* bool"),
+        (lambda: Pattern.from_edges([0], [0], (2.9, 2)), TypeError, "outputs must be a whole number; got 2.9"),  # type: ignore[arg-type]
+        (lambda: Pattern([0, 1], [0], 1.9), TypeError, "inputs must be a whole number; got 1.9"),  # type: ignore[arg-type]
+        (lambda: Pattern.full((2, 2.0)), TypeError, "inputs must be a whole number; got 2.0"),  # type: ignore[arg-type]
+        (
+            lambda: Pattern.from_scipy(scipy.sparse.csr_array(np.array([[1 + 2j]]))),
+            TypeError,
+            "values are real; got a matrix of dtype complex128",
+        ),
         (lambda: Pattern.from_scipy(np.eye(2)), TypeError, "takes a scipy.sparse matrix or array; got ndarray"),
         (
             lambda: Pattern.from_scipy(scipy.sparse.coo_array(([1.0, 1.0], ([0, 0], [0, 0])), shape=(1, 1))),
