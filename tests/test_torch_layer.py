@@ -302,8 +302,15 @@ def test_a_default_device_of_meta(layer: MaskedLinear, x: torch.Tensor) -> None:
 
 def test_a_layer_that_moves_to_meta_keeps_its_mask(layer: MaskedLinear) -> None:
     layer.to("meta").to_empty(device="cpu")
-    layer.mask.copy_(~LIVE)  # what uninitialised memory may hold
+    assert torch.equal(layer.mask, LIVE)
     layer.reset_parameters()
+    assert torch.equal(layer.mask, LIVE)
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_layer_whose_tensors_are_emptied_keeps_its_mask(meta: bool) -> None:
+    layer = MaskedLinear(7, 5, mask=MASK, device="meta" if meta else None)
+    layer._apply(lambda tensor: torch.ones_like(tensor, device="cpu"))  # what to_empty may find in memory
     assert torch.equal(layer.mask, LIVE)
 
 

@@ -13,6 +13,7 @@ import pytest
 import scipy.sparse
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskedlinear import masks
 from maskedlinear.pattern import Pattern
@@ -227,9 +228,9 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
 
 def test_what_the_layer_refuses() -> None:
     with pytest.raises(
-        ValueError, match=r"the layer's shape \(out, in\) = \(6, 5\); got \(5, 6\), which is its transpose"
+        ValueError, match=r"a pattern must have the layer's shape .* = \(6, 5\); got \(5, 6\), which is its transpose"
     ):
-        SparseLinear(5, 6, mask=MASK.T)
+        SparseLinear(5, 6, mask=Pattern.from_mask(MASK.T))
     with pytest.raises(ValueError, match="0"):
         SparseLinear(5, 6, mask=0.5 * MASK)
     with pytest.raises(TypeError, match="a mask is passed as mask="):
@@ -240,6 +241,48 @@ def test_what_the_layer_refuses() -> None:
         SparseLinear(-5, 6)
     with pytest.raises(ValueError, match="fan_in must be 'live' or 'full'"):
         SparseLinear(5, 6, fan_in="half")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        torch.tensor(MASK).bfloat16(),
+        torch.tensor(MASK).float().requires_grad_(),
+        torch.tensor(MASK).T.contiguous().T,
+        MASK.astype(int).tolist(),
+    ],
+)
+def test_masks_of_every_kind_of_tensor(mask: Any) -> None:
+    assert SparseLinear(5, 6, mask=mask).pattern == PATTERN
+
+
+@pytest.mark.parametrize(
+    "mask", [MASK.T, 0.5 * MASK, torch.tensor(MASK).float().to_sparse(), torch.ones(6, 5, device="meta")]
+)
+def test_masks_are_refused_as_the_dense_form_refuses_them(mask: Any) -> None:
+    messages = []
+    for form in (MaskedLinear, SparseLinear):
+        with pytest.raises(ValueError, match="a mask must") as caught:
+            form(5, 6, mask=mask)
+        messages.append(str(caught.value))
+    assert messages[0] == messages[1]
+
+
+def test_edges_take_arrays_and_lists() -> None:
+    to, of = MASK.nonzero()
+    values, bias = np.arange(15.0), np.arange(6)
+    for convert in (np.asarray, np.ndarray.tolist, torch.tensor):
+        layer = SparseLinear.from_edges(to, of, (6, 5), convert(values), convert(bias))
+        assert layer.values.tolist() == values.tolist()
+        assert layer.bias is not None
+        assert layer.bias.tolist() == bias.tolist()
+        assert layer.values.dtype == (torch.float64 if convert is torch.tensor else torch.float32)
+    assert SparseLinear.from_edges(to, of, (6, 5), values.tolist(), False).bias is None
+    for wrong in ({"values": 1j * values}, {"values": values, "bias": 1j * bias}):
+        with pytest.raises(TypeError, match=r"must be real; got torch\.complex128"):
+            SparseLinear.from_edges(to, of, (6, 5), **wrong)
+    with pytest.raises(TypeError, match="bias must be real"):
+        SparseLinear.from_scipy(scipy.sparse.csr_array(MASK.astype(float)), 1j * bias)
 
 
 def test_the_draw_is_scaled_to_the_live_inputs_of_each_row() -> None:
@@ -297,6 +340,87 @@ def test_a_state_that_is_no_pattern_is_refused_and_leaves_the_layer_alone(change
     with pytest.raises(RuntimeError, match=message):
         layer.load_state_dict(layer.state_dict() | change)
     assert torch.equal(layer(x), before)
+
+
+def test_a_state_of_connections_alone_is_taken_as_a_whole_or_not_at_all() -> None:
+    other = Pattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=8))
+    state = SparseLinear(5, 6, mask=other).state_dict()
+    connections = {name: state[name] for name in ("indptr", "indices")}
+    layer, x = layer_and_x()
+    layer.load_state_dict(connections, strict=False)
+    assert layer.pattern == other
+    dense, x = layer.to_masked(), x.requires_grad_()
+    found, wanted = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (layer, dense))
+    torch.testing.assert_close(found, wanted)
+    few = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.8, seed=8)).state_dict()
+    for wrong, message in (
+        ({"indices": state["indices"]}, "both indptr and indices, .* got indptr: NoneType, indices: Tensor"),
+        ({"indptr": state["indptr"], "values": state["values"]}, "both indptr and indices"),
+        ({name: few[name] for name in ("indptr", "indices")}, r"got 6 outputs, \(15,\) values and 6 connections"),
+    ):
+        before = copy.deepcopy(layer.state_dict())
+        with pytest.raises(RuntimeError, match=message):
+            layer.load_state_dict(wrong, strict=False)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("assign", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_state_with_wide_indices(assign: bool, device: str) -> None:
+    layer, x = layer_and_x()
+    state = {
+        name: tensor.long() if tensor.dtype is torch.int32 else tensor for name, tensor in layer.state_dict().items()
+    }
+    made = SparseLinear(5, 6, mask=MASK[::-1].copy(), device=device)
+    if device == "meta" and not assign:
+        made.to_empty(device="cpu")
+    made.load_state_dict(state, assign=assign)
+    assert {tensor.dtype for tensor in made.buffers()} == {torch.int32}
+    assert not any(tensor.is_meta for tensor in made.buffers())
+    x.requires_grad_()
+    found, wanted = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (made, layer))
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("meta", [True, False])
+def test_a_layer_whose_tensors_are_emptied_keeps_its_connections(meta: bool) -> None:
+    layer = SparseLinear(5, 6, mask=MASK, device="meta" if meta else None)
+    layer._apply(lambda tensor: torch.full_like(tensor, 77, device="cpu"))  # what to_empty may find in memory
+    assert layer.pattern == PATTERN
+    expected = SparseLinear(5, 6, mask=MASK)
+    assert all(torch.equal(one, other) for one, other in zip(layer.buffers(), expected.buffers(), strict=True))
+
+
+def test_forms_convert_on_the_meta_device() -> None:
+    sparse = SparseLinear(5, 6, mask=MASK, device="meta")
+    dense = sparse.to_masked()
+    again = SparseLinear.from_masked(dense)
+    for layer in (dense, again):
+        assert all(parameter.is_meta for parameter in layer.parameters())
+        layer.to_empty(device="cpu").reset_parameters()  # type: ignore[operator]
+    assert again.pattern == PATTERN
+    assert torch.equal(dense.mask, torch.tensor(MASK))
+
+
+def test_a_conversion_draws_no_random_numbers() -> None:
+    layer, _ = layer_and_x()
+    before = torch.get_rng_state()
+    SparseLinear.from_masked(layer.to_masked())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_pattern_first_met_by_fake_tensors_serves_real_ones_too() -> None:
+    pattern = Pattern.from_mask(MASK)
+    x, values, bias = arguments()
+    for _ in range(2):  # what real tensors have left there serves fake ones
+        with FakeTensorMode():
+            fake = [torch.empty(tensor.shape, dtype=tensor.dtype, requires_grad=True) for tensor in (x, values)]
+            y = sparse_linear(fake[0], fake[1], pattern)
+            assert y.shape == (4, 3, 6)
+            assert torch.autograd.grad(y.sum(), fake[1])[0].shape == values.shape
+        y = sparse_linear(x, values, pattern, bias)
+        assert type(y) is Tensor
+        torch.testing.assert_close(y, masked_linear(x, matrix(values), MASK, bias))
 
 
 def test_the_layer_moves_and_copies_as_a_module_does() -> None:

@@ -10,6 +10,7 @@ inside compiled ``torch.func`` transforms (https://github.com/pytorch/pytorch/is
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,7 @@ __all__ = [
     "can_skip_checks",
     "check_dense",
     "checked_linear",
+    "checked_mask",
     "flat",
     "in_transform",
     "is_autocast_on",
@@ -192,6 +194,23 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
         return as_tensor(as_mask(mask.detach(), weight.shape))
     except RuntimeError as error:  # vmap refuses to look at a value
         raise unchecked from error
+
+
+def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
+    """Return a copy of a layer's ``mask`` as a boolean tensor, on the device where it is, checked.
+
+    Raises:
+        ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``).
+    """
+    if isinstance(mask, Tensor):
+        check_dense(mask)
+        if mask.is_meta:
+            raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
+        full: Tensor = whole(mask.detach())
+        if full.dtype is torch.bool and full.shape == tuple(shape):
+            return full.clone()
+        mask = full
+    return as_tensor(as_mask(mask, tuple(shape)))
 
 
 def check_dense(mask: Tensor) -> None:

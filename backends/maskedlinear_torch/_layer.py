@@ -17,8 +17,8 @@ from maskedlinear_torch._functional import (
     aligned,
     as_tensor,
     can_skip_checks,
-    check_dense,
     checked_linear,
+    checked_mask,
     masked_linear,
     select,
     small_linear,
@@ -131,15 +131,7 @@ class MaskedLinear(nn.Linear):
             ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``);
                 the layer is left as it was.
         """
-        if isinstance(mask, Tensor):
-            check_dense(mask)
-            if mask.is_meta:
-                raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
-            mask = whole(mask)
-        if isinstance(mask, Tensor) and mask.dtype is torch.bool and mask.shape == self.mask.shape:
-            checked = mask.clone()  # it may be a view of the layer's own
-        else:
-            checked = as_tensor(as_mask(mask, self.mask.shape))
+        checked = checked_mask(mask, self.mask.shape)  # a copy: it may be a view of the layer's own
         with torch.no_grad():
             self.mask.copy_(aligned(checked, self.mask))
             if self._pending_mask is not None:
@@ -169,9 +161,7 @@ class MaskedLinear(nn.Linear):
         if "mask" not in self._buffers:  # nn.Linear.__init__ calls this before there is a mask
             return
         if self._pending_mask is not None and not self.mask.is_meta:
-            with torch.no_grad():
-                self.mask.copy_(aligned(self._pending_mask, self.mask))
-            self._pending_mask = None
+            self._take_pending()
         self._scale_to_live_inputs()
 
     def _scale_to_live_inputs(self) -> None:
@@ -306,12 +296,22 @@ class MaskedLinear(nn.Linear):
         mask = self.mask
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._kept = Kept()  # the old one holds on to as much memory as the layer has left
-        if self.mask.is_meta and not mask.is_meta and self._pending_mask is None:
-            self._pending_mask = whole(mask).cpu()  # as if the layer had been made there
-        # .type(dtype) converts every tensor of a module; .to, .half and .float leave booleans alone.
-        if self.mask.dtype is not torch.bool:
-            self._buffers["mask"] = self.mask.bool()
+        if self.mask.is_meta:
+            if not mask.is_meta and self._pending_mask is None:
+                self._pending_mask = whole(mask).cpu()  # as if the layer had been made there
+        elif not mask.is_meta:
+            if self.mask is not mask:  # .to_empty leaves a tensor without values, and .type(dtype) converts every one
+                self._buffers["mask"] = mask.to(self.mask.device)
+        elif self._pending_mask is not None:
+            self._take_pending()
         return self
+
+    def _take_pending(self) -> None:
+        """Write the mask of a layer that was made on the meta device, where it has values now."""
+        self._buffers["mask"] = torch.empty_like(self.mask, dtype=torch.bool)
+        with torch.no_grad():
+            self.mask.copy_(aligned(self._pending_mask, self.mask))  # type: ignore[arg-type]
+        self._pending_mask = None
 
     def _load_from_state_dict(
         self,

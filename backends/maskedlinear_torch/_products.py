@@ -17,7 +17,7 @@ from torch.autograd import forward_ad
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch._functional import in_transform, is_autocast_on, is_grads_batched, is_plain, is_tracing
 
-__all__ = ["Indices", "Matrix", "Way", "sddmm", "spmm"]
+__all__ = ["Indices", "Matrix", "Way", "is_fake", "may_be_one_row", "sddmm", "spmm"]
 
 _LANES = 8  # columns that the sampled product takes at a time
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
@@ -114,7 +114,7 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
 
     W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(right):
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
     if is_plain(values) and is_plain(right):
         return _spmm(values, right, pattern.way(transposed))
@@ -124,12 +124,17 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
 
 def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
     """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(right):
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
     if is_plain(left) and is_plain(right):
         return _sddmm(left, right, pattern.way(False))
     rule = _SddmmInTransform if in_transform(right) else _Sddmm
     return rule.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether ``tensor`` has a shape and no values, though its device has: of these, only operators know what they give."""
+    return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "fake_mode")
 
 
 def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
@@ -331,7 +336,7 @@ def _refuse_mapped(dims: tuple[int | None, ...]) -> None:
         raise ValueError("a pattern cannot be mapped over by torch.vmap: its size is the size of the values")
 
 
-# Under torch.compile, which refuses a Function with a forward-mode rule: the same products, opaque to the compiler.
+# Under torch.compile, which refuses a Function with a forward-mode rule, and for fake tensors: the same products, opaque.
 
 
 @torch.library.custom_op("maskedlinear::spmm", mutates_args=())

@@ -8,7 +8,7 @@ from torch import Tensor
 from maskedlinear.pattern import Pattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flat
-from maskedlinear_torch._products import Indices, spmm
+from maskedlinear_torch._products import Indices, is_fake, spmm
 
 __all__ = ["check_values", "product", "sparse_linear"]
 
@@ -39,7 +39,8 @@ def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
             "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
         )
     check_values(x, values, pattern.connections, bias)
-    return product(x, values, Indices.of(pattern, values.device), pattern.shape[1], bias)
+    indices = Indices.new if is_fake(values) else Indices.of  # fake indices are not kept
+    return product(x, values, indices(pattern, values.device), pattern.shape[1], bias)
 
 
 def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | None) -> None:

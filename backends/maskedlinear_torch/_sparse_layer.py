@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch._functional import FLOATING
+from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._products import Indices, Matrix, may_be_one_row
 from maskedlinear_torch._sparse import check_values, product
@@ -40,6 +40,8 @@ class SparseLinear(nn.Module):
 
     ``state_dict`` has the keys ``values``, ``bias``, ``indptr`` and ``indices``, in the order of
     :class:`maskedlinear.pattern.Pattern`. Loading one brings its own connections along, whatever those of the layer were.
+    ``DistributedDataParallel`` sends buffers to all processes before every forward pass, the indices among them, which do
+    not change: pass it ``broadcast_buffers=False``, if the model has no other buffers that need it.
 
     Args:
         in_features: the size of x's last dimension.
@@ -56,7 +58,8 @@ class SparseLinear(nn.Module):
         x ``(..., in_features)``; y ``(..., out_features)``.
 
     Raises:
-        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1.
+        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1, is sparse or has no
+            values (``"meta"``).
         TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16.
     """
 
@@ -145,6 +148,8 @@ class SparseLinear(nn.Module):
     def from_masked(cls, layer: MaskedLinear) -> Self:
         """Return the sparse form of a ``MaskedLinear``: its live weights and its bias, copied; what is dormant is left out.
 
+        A layer on the meta device gives one there, with the connections of the mask that it waits with.
+
         Raises:
             TypeError: if ``layer`` is no ``MaskedLinear``.
         """
@@ -154,11 +159,10 @@ class SparseLinear(nn.Module):
                 "MaskedLinear.from_linear(layer, mask)"
             )
         with torch.no_grad():
-            made = cls._made(
-                Pattern.from_mask(layer.mask.cpu().numpy()),
-                layer.weight[layer.mask],
-                layer.bias,
-            )
+            mask = layer.mask if layer._pending_mask is None else layer._pending_mask
+            pattern, weight = Pattern.from_mask(mask.cpu().numpy()), layer.weight
+            live = weight.new_empty(pattern.connections) if weight.is_meta else weight[layer.mask]
+            made = cls._made(pattern, live, layer.bias)
         made.fan_in = layer.fan_in
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(getattr(layer, "weight" if name == "values" else name).requires_grad)
@@ -170,8 +174,8 @@ class SparseLinear(nn.Module):
         outputs: ArrayLike,
         inputs: ArrayLike,
         shape: tuple[int, int],
-        values: Tensor | None = None,
-        bias: Tensor | bool = True,
+        values: ArrayLike | Tensor | None = None,
+        bias: ArrayLike | Tensor | bool = True,
         *,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
@@ -184,12 +188,12 @@ class SparseLinear(nn.Module):
             shape: ``(out, in)``.
             values: shape ``(edges,)``, edge by edge, copied; drawn if ``None``.
             bias: shape ``(out,)``, copied; or whether there is one, of zeros where ``values`` are given.
-            device: as in ``nn.Linear``; where ``values`` are if ``None``.
-            dtype: as in ``nn.Linear``; that of ``values`` if ``None``.
+            device: as in ``nn.Linear``; where ``values`` are if ``None`` and they are a tensor.
+            dtype: as in ``nn.Linear``; that of ``values`` if ``None`` and they are a tensor.
 
         Raises:
             ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
-            TypeError: if indices are not whole numbers.
+            TypeError: if indices are not whole numbers, or ``values`` or ``bias`` are complex.
         """
         pattern, order = Pattern.from_edges(outputs, inputs, shape)
         if values is None and isinstance(bias, bool):
@@ -198,14 +202,14 @@ class SparseLinear(nn.Module):
             raise ValueError(
                 "a bias that is given needs values that are given; got values=None: pass both, or bias=True"
             )
+        if not isinstance(values, Tensor):
+            dtype = dtype or torch.get_default_dtype()
+        values = _real("values", values).to(device=device, dtype=dtype)
         if values.shape != order.shape:
             raise ValueError(
                 f"values must have one entry for each of the {len(order)} edges; got {tuple(values.shape)}"
             )
-        values = values.to(device=device, dtype=dtype)
-        if isinstance(bias, bool):
-            bias = values.new_zeros(pattern.shape[0]) if bias else None  # type: ignore[assignment]
-        return cls._made(pattern, values[torch.from_numpy(order).to(values.device)], bias)  # type: ignore[arg-type]
+        return cls._made(pattern, values[torch.from_numpy(order).to(values.device)], bias)
 
     @classmethod
     def from_scipy(cls, matrix: Any, bias: ArrayLike | bool = True, **options: Any) -> Self:
@@ -218,18 +222,17 @@ class SparseLinear(nn.Module):
 
         Raises:
             ValueError: if an entry is stored twice, or ``bias`` has another length.
-            TypeError: if ``matrix`` is not sparse.
+            TypeError: if ``matrix`` is not sparse, or it or ``bias`` is complex.
         """
         pattern, data = Pattern.from_scipy(matrix)
         options = {"dtype": options.pop("dtype", None) or torch.get_default_dtype(), **options}
         values = torch.tensor(np.asarray(data), **options)
-        if isinstance(bias, bool):
-            return cls._made(pattern, values, values.new_zeros(pattern.shape[0]) if bias else None)
-        return cls._made(pattern, values, torch.tensor(np.asarray(bias), **options))
+        return cls._made(pattern, values, bias)
 
     def to_masked(self) -> MaskedLinear:
-        """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
-        layer = MaskedLinear(
+        """Return the dense form with the same outputs: a copy, whose dormant weights are 0; on the meta device one there."""
+        layer: MaskedLinear = nn.utils.skip_init(  # draws nothing from the random generator
+            MaskedLinear,
             self.in_features,
             self.out_features,
             self.bias is not None,
@@ -237,10 +240,10 @@ class SparseLinear(nn.Module):
             device=self.values.device,
             dtype=self.values.dtype,
         )
-        pattern = self.pattern
-        layer.set_mask(pattern.to_mask())
+        layer.set_mask(self.pattern.to_mask())
         with torch.no_grad():
-            layer.weight.zero_()[layer.mask] = self.values
+            if not self.values.is_meta:
+                layer.weight.zero_()[layer.mask] = self.values
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
         for name, parameter in self.named_parameters():
@@ -282,15 +285,17 @@ class SparseLinear(nn.Module):
         )
 
     @classmethod
-    def _made(cls, pattern: Pattern, values: Tensor, bias: Tensor | None) -> Self:
-        """Return a layer with copies of these."""
+    def _made(cls, pattern: Pattern, values: Tensor, bias: ArrayLike | Tensor | bool | None) -> Self:
+        """Return a layer with copies of these; ``True`` is a bias of zeros."""
         out, in_ = pattern.shape
+        if isinstance(bias, bool):
+            bias = values.new_zeros(out) if bias else None
+        bias = None if bias is None else _real("bias", bias)
         if bias is not None and bias.shape != (out,):
             raise ValueError(f"bias must have shape ({out},), one entry an output; got {tuple(bias.shape)}")
         layer: Self = nn.utils.skip_init(
             cls, in_, out, bias is not None, pattern, device=values.device, dtype=values.dtype
         )
-        layer._set_pattern(pattern)
         with torch.no_grad():
             layer.values.copy_(values)
             if bias is not None and layer.bias is not None:
@@ -307,11 +312,17 @@ class SparseLinear(nn.Module):
         before = Indices(self.indptr, self.indices, self.starts, self.outputs, self.order)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._matrix = Matrix()  # the old one holds on to the memory that the layer has left
-        if self._pending is None and self.values.is_meta and not before.indices.is_meta:
-            self._pending = Pattern(before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features)
-        elif self.indices.dtype is not torch.int32:
-            # .type(dtype) converts every tensor of a module; .to, .half and .float leave whole numbers alone.
-            self._buffers.update({name: kept.to(self.values.device) for name, kept in before._asdict().items()})
+        if self.indices.is_meta:
+            if self._pending is None and not before.indices.is_meta:
+                self._pending = Pattern(before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features)
+        elif before.indices.is_meta:
+            if self._pending is not None:
+                self._set_pattern(self._pending)
+        else:
+            # .to_empty leaves indices without values, and .type(dtype) converts every tensor.
+            for name, kept in before._asdict().items():
+                if self._buffers[name] is not kept:
+                    self._buffers[name] = kept.to(self._buffers[name].device)  # type: ignore[union-attr]
         return self
 
     def _load_from_state_dict(
@@ -324,21 +335,36 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        given = [state_dict.get(prefix + name) for name in ("indptr", "indices", "values")]
-        if all(isinstance(part, Tensor) for part in given):
+        keys = [prefix + name for name in _KEPT]
+        if any(key in state_dict for key in keys):
             try:
-                self._take(*given)  # type: ignore[arg-type]
+                indptr, indices = (state_dict.get(key) for key in keys)
+                taken = self._take(indptr, indices, state_dict.get(prefix + "values", self.values))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{prefix}indices: {error}")
                 return
+            state_dict = {**state_dict, **dict(zip(keys, taken, strict=True))}
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
+        if self.starts.device != self.indptr.device:  # a state that was assigned brings its device along
+            self._set_pattern(self.pattern)
 
-    def _take(self, indptr: Tensor, indices: Tensor, values: Tensor) -> None:
-        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape."""
-        if indices.is_meta:
-            return
+    def _take(self, indptr: Any, indices: Any, values: Any) -> tuple[Tensor, Tensor]:
+        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape.
+
+        Returns:
+            ``indptr`` and ``indices`` as int32.
+        """
+        given = {"indptr": indptr, "indices": indices, "values": values}
+        if not all(isinstance(part, Tensor) for part in given.values()):
+            kinds = ", ".join(f"{name}: {type(part).__name__}" for name, part in given.items())
+            raise TypeError(
+                f"a state must have both indptr and indices, tensors as the values are; got {kinds}: pass the state of a "
+                "whole layer, or one without connections"
+            )
+        if indices.is_meta or indptr.is_meta:
+            return indptr, indices
         pattern = Pattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
         if pattern.shape[0] != self.out_features or values.shape != indices.shape:
             raise ValueError(
@@ -349,6 +375,15 @@ class SparseLinear(nn.Module):
             self.values.data = self.values.new_empty(values.shape)
             self.values.grad = None
         self._set_pattern(pattern)
+        return indptr.int(), indices.int()
+
+
+def _real(name: str, numbers: Any) -> Tensor:
+    """Return numbers as a tensor, if they are real."""
+    tensor = numbers if isinstance(numbers, Tensor) else torch.tensor(np.asarray(numbers), device="cpu")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real; got {tensor.dtype}: pass their .real")
+    return tensor
 
 
 def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
@@ -356,11 +391,9 @@ def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
         raise ValueError(f"a layer's sizes must not be negative; got in={shape[1]}, out={shape[0]}")
     if mask is None:
         return Pattern.full(shape)
-    if isinstance(mask, Pattern):
-        pattern = mask
-    else:
-        pattern = Pattern.from_mask(mask.cpu().numpy() if isinstance(mask, Tensor) else mask)
-    if pattern.shape != shape:
-        fits = ", which is its transpose" if pattern.shape == shape[::-1] else ""
-        raise ValueError(f"a mask must have the layer's shape (out, in) = {shape}; got {pattern.shape}{fits}")
-    return pattern
+    if not isinstance(mask, Pattern):
+        return Pattern.from_mask(checked_mask(mask, shape).cpu().numpy())
+    if mask.shape != shape:
+        fits = ", which is its transpose" if mask.shape == shape[::-1] else ""
+        raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {mask.shape}{fits}")
+    return mask
