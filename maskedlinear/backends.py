@@ -41,13 +41,16 @@ CAPABILITIES: Mapping[str, str | None] = {
     "jvp": "jvp",
     "reverse over reverse": "hvp",
     "forward over reverse": "hvp",
+    "forward over forward": "jvp_of_jvp",
     "expression": "expression",
     "dense": "dense",
     "vmap": "vmap",
     "vmap over the mask": "vmap",
+    "vmap of derivatives": "vmap_derivative",
     "compile": "transformed",
     "checkpoint": "transformed",
     "scan": "transformed",
+    "compile of derivatives": "compile_derivative",
     "autocast": "autocast",
     **dict.fromkeys(LAYOUTS),
     "layer": "layer",
@@ -168,6 +171,20 @@ class Capable(Protocol):
     ) -> tuple[Array, Array, Array | None, Array]:
         """Return ``(Hx, HW, Hb, Hg)`` of :func:`maskedlinear.spec.hvp`, by the modes that ``mode`` names."""
 
+    def jvp_of_jvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array | None,
+        along: Sequence[Direction],
+        also: Sequence[Direction],
+    ) -> Array:
+        """Return the derivative of y along two directions, by forward mode of forward mode.
+
+        Each direction holds how x, weight and bias move; that of the bias is ``None`` if there is none.
+        """
+
     def expression(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Gradients:
         """Return ``(dx, dW, db)`` as the framework's automatic differentiation makes them of the plain expression."""
 
@@ -187,6 +204,18 @@ class Capable(Protocol):
 
         ``axes`` says for each of x, weight, mask, bias and g along which axis it is stacked, or ``None`` if it is shared.
         """
+
+    def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Array) -> Sequence[Array]:
+        """Return what ``jvp`` or ``hvp`` gives of a batch of problems, each result stacked along axis 0.
+
+        Args:
+            derivative: ``"jvp"``, or the mode of ``hvp``, unless lacking.
+            axes: 0 for each of the arrays that is stacked along axis 0, ``None`` for each that is shared; the mask is.
+            arrays: the arguments of ``jvp``, or those of ``hvp`` up to the mode.
+        """
+
+    def compile_derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
+        """Return what ``jvp`` or ``hvp`` gives, compiled; arguments as of ``vmap_derivative``."""
 
     def transforms(self) -> Sequence[str]:
         """Return the names that ``transformed`` takes: ``compile``, ``checkpoint``, ``scan`` unless lacking, and others."""

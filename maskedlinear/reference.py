@@ -45,9 +45,8 @@ class NumpyBackend:
     def lacks(self) -> Mapping[str, str]:
         """Return what NumPy does not have."""
         none = dict.fromkeys(("expression",), "NumPy does not differentiate")
-        none |= dict.fromkeys(
-            ("vmap", "vmap over the mask", "compile", "checkpoint", "scan"), "NumPy has no function transforms"
-        )
+        transforms = ("vmap", "vmap over the mask", "vmap of derivatives", "compile", "checkpoint", "scan")
+        none |= dict.fromkeys((*transforms, "compile of derivatives"), "NumPy has no function transforms")
         none |= dict.fromkeys(("dense", "layer", "dormant weights", "save", "freeze_masked"), "NumPy has no layers")
         return none | {"autocast": "NumPy has no automatic casts"}
 
@@ -112,6 +111,19 @@ class NumpyBackend:
             _round(part, x) for part in spec.hvp(wide[0], wide[1], mask, *wide[2:])
         )
         return along_x, along_weight, along_bias, along_g
+
+    def jvp_of_jvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array | None,
+        along: Sequence[Array | None],
+        also: Sequence[Array | None],
+    ) -> Array:
+        """Return how ``spec.jvp`` moves: it is linear in x and weight, the bias not being there any more."""
+        (dx, dweight), (dx2, dweight2) = (map(_widen, direction[:2]) for direction in (along, also))
+        return _round(spec.jvp(dx2, dweight2, mask, None, dx, dweight, None)[1], x)
 
     def random_mask(
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str

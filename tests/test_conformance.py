@@ -223,7 +223,8 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "backend torch dense: torch 2." in result.stdout
     assert (
-        "lacks vmap, vmap over the mask, compile, checkpoint, scan: NumPy has no function transforms" in result.stdout
+        "lacks vmap, vmap over the mask, vmap of derivatives, compile, checkpoint, scan, compile of derivatives: NumPy "
+        "has no function transforms" in result.stdout
     )
     sections = result.stdout.split("largest difference between backends, in units of the bound (at most 1)")
     assert len(sections) == 2, "the last table compares the backends"
@@ -237,7 +238,7 @@ def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     assert found["exit_status"] == 0
     assert set(found["header"]["backends"]) == {"numpy dense", "torch dense"}
     assert found["header"]["backends"]["numpy dense"]["lacks"]["vmap"] == "NumPy has no function transforms"
-    assert found["laws"]["7"]["backends"]["numpy dense"] == {"declared": 3}, "vmap is declared, not skipped in silence"
+    assert found["laws"]["7"]["backends"]["numpy dense"] == {"declared": 9}, "vmap is declared, not skipped in silence"
     assert found["laws"]["1"]["backends"]["torch dense"]["passed"] > 30
     assert found["laws"]["13"]["backends"]["torch dense"] == {}
     assert found["not_built"] == {"12f": "maskedlinear.checkpoint is not built yet"}

@@ -41,6 +41,8 @@ class JaxBackend:
         self._vjp = jax.jit(partial(_value_and_gradients, self.op), static_argnames="wrt")
         self._jvp = jax.jit(partial(_jvp, partial(self.op, forward_mode=True)))
         self._hvp = jax.jit(partial(_hvp, self.op), static_argnames="mode")
+        self._jvp_of_jvp = jax.jit(partial(_jvp_of_jvp, partial(self.op, forward_mode=True)))
+        self._mapped_derivative = cache(self._make_mapped_derivative)
         self._expression = jax.jit(partial(_value_and_gradients, _expression))
         self._transformed = cache(self._make_transformed)
         self._mapped = cache(lambda axes: jax.jit(jax.vmap(partial(_value_and_gradients, self.op), axes)))
@@ -138,6 +140,18 @@ class JaxBackend:
         found = self._hvp(x, weight, self._prepared(mask), bias, g, dx, dweight, dbias, dg, mode=mode)
         return found["x"], found["weight"], found.get("bias"), found["g"]
 
+    def jvp_of_jvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Bias,
+        along: Sequence[Array | None],
+        also: Sequence[Array | None],
+    ) -> Array:
+        """Return what ``jax.jvp`` of ``jax.jvp`` gives through the door to forward mode."""
+        return self._jvp_of_jvp(x, weight, self._prepared(mask), bias, tuple(along), tuple(also))  # type: ignore[no-any-return]
+
     def expression(
         self, x: Array, weight: Array, mask: Array, bias: Bias, g: Array
     ) -> tuple[Array, Array, Array | None]:
@@ -155,6 +169,15 @@ class JaxBackend:
         """Return ``jax.vmap`` of value and gradients."""
         return self._mapped(tuple(axes))(x, weight, self._prepared(mask), bias, g)  # type: ignore[no-any-return]
 
+    def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Array) -> Sequence[Array]:
+        """Return ``jax.vmap`` of forward mode or second order."""
+        return self._mapped_derivative(derivative, tuple(axes))(*arrays[:2], self._prepared(arrays[2]), *arrays[3:])  # type: ignore[no-any-return]
+
+    def compile_derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
+        """Return the derivative as ever: all are compiled here."""
+        made: Callable[..., Any] = self.jvp if derivative == "jvp" else partial(self.hvp, mode=derivative)
+        return made(*arrays)  # type: ignore[no-any-return]
+
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``forward mode`` is the second door, in reverse."""
         return ("compile", "eager", "checkpoint", "scan", "forward mode")
@@ -165,6 +188,16 @@ class JaxBackend:
         """Return value and gradients through ``transform``."""
         y, dx, dweight, dbias = _padded(self._transformed(transform)(x, weight, self._prepared(mask), bias, g))
         return y, dx, dweight, dbias
+
+    def _make_mapped_derivative(self, derivative: str, axes: tuple[int | None, ...]) -> Callable[..., Any]:
+        if derivative == "jvp":
+            return jax.jit(jax.vmap(partial(_jvp, partial(self.op, forward_mode=True)), axes))
+
+        def second_order(*arrays: Array) -> tuple[Array, ...]:
+            found = _hvp(self.op, *arrays, mode=derivative)
+            return found["x"], found["weight"], found["bias"], found["g"]
+
+        return jax.jit(jax.vmap(second_order, axes))
 
     def _make_transformed(self, transform: str) -> Callable[..., Any]:
         def scanned(x: Array, weight: Array, mask: Array, bias: Bias) -> Array:
@@ -225,6 +258,15 @@ def _jvp(op: Op, x: Array, weight: Array, mask: Array, bias: Bias, *tangents: Ar
         lambda moving: op(**(given | {"mask": mask} | moving)), ({name: given[name] for name in moving},), (moving,)
     )
     return y, dy
+
+
+def _jvp_of_jvp(
+    op: Op, x: Array, weight: Array, mask: Array, bias: Bias, along: Sequence[Any], also: Sequence[Any]
+) -> Array:
+    def tangent(*moving: Any) -> Any:
+        return jax.jvp(lambda x, weight, bias: op(x, weight, mask, bias), moving, tuple(along))[1]
+
+    return jax.jvp(tangent, (x, weight, bias), tuple(also))[1]  # type: ignore[no-any-return]
 
 
 def _hvp(

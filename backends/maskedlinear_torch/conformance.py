@@ -41,6 +41,7 @@ class TorchBackend:
 
     def __init__(self, format: str = "dense") -> None:
         self.format = format
+        self._compiled_derivative = cache(self._compile_derivative)
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of torch and, where it is built for one, CUDA."""
@@ -66,6 +67,10 @@ class TorchBackend:
             lacks["compile"] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
             lacks["vmap over the mask"] = "a pattern decides how many values there are"
+            lacks["forward over forward"] = (
+                "a Function's rule loses the tangent of the outer forward mode: pytorch/pytorch#197867"
+            )
+            lacks["compile of derivatives"] = "torch's custom operators have one derivative, in reverse"
             lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
         return lacks
 
@@ -151,18 +156,7 @@ class TorchBackend:
         dbias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Return what ``torch.func.jvp`` gives."""
-        inputs, mask = {"x": x, "weight": weight, "bias": bias}, self._prepared(mask)
-        tangents = {
-            name: tangent for name, tangent in zip(inputs, (dx, dweight, dbias), strict=True) if tangent is not None
-        }
-        if not tangents:
-            return self.op(x, weight, mask, bias), torch.zeros_like(x @ weight.mT)
-        primals: dict[str, Tensor] = {name: array for name in tangents if (array := inputs[name]) is not None}
-
-        def layer(moving: dict[str, Tensor]) -> Tensor:
-            return self.op(**(inputs | {"mask": mask} | moving))  # type: ignore[arg-type]
-
-        return tuple(torch.func.jvp(layer, (primals,), (tangents,)))
+        return _jvp(self.op, x, weight, self._prepared(mask), bias, dx, dweight, dbias)
 
     def hvp(
         self,
@@ -178,30 +172,38 @@ class TorchBackend:
         mode: str,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
         """Differentiate the gradients once more: by ``create_graph``, or by ``torch.func.jvp`` of ``torch.func.vjp``."""
-        given = {"x": x, "weight": weight, "bias": bias, "g": g}
-        directions = {"x": dx, "weight": dweight, "bias": dbias, "g": dg}
-        names = [name for name, array in given.items() if array is not None]
         mask = self._prepared(mask)
-        if mode == "reverse over reverse":
-            moving = {name: given[name].detach().requires_grad_() for name in names}  # type: ignore[union-attr]
-            y = self.op(moving["x"], moving["weight"], mask, moving.get("bias"))
-            first = [*torch.autograd.grad(y, [moving[n] for n in names[:-1]], moving["g"], create_graph=True), y]
-            second = torch.autograd.grad(
-                first, [moving[n] for n in names], [directions[n] for n in names], materialize_grads=True
-            )
-            found = dict(zip(names, second, strict=True))
-        else:
-
-            def gradients(moving: dict[str, Tensor]) -> dict[str, Tensor]:
-                def layer(inputs: dict[str, Tensor]) -> Tensor:
-                    return self.op(inputs["x"], inputs["weight"], mask, inputs.get("bias"))
-
-                y, pullback = torch.func.vjp(layer, {name: moving[name] for name in names[:-1]})  # type: ignore[misc]
-                return {**pullback(moving["g"])[0], "g": y}
-
-            primals = {name: given[name] for name in names}
-            found = torch.func.jvp(gradients, (primals,), ({name: directions[name] for name in names},))[1]
+        if mode == "forward over reverse":
+            return _hvp(self.op, mode, x, weight, mask, bias, g, dx, dweight, dbias, dg)
+        given = {"x": x, "weight": weight, "bias": bias, "g": g}
+        moving = {name: array.detach().requires_grad_() for name, array in given.items() if array is not None}
+        *inputs, along_g = moving.values()
+        y = self.op(moving["x"], moving["weight"], mask, moving.get("bias"))
+        first = [*torch.autograd.grad(y, inputs, along_g, create_graph=True), y]
+        directions = [array for array in (dx, dweight, dbias, dg) if array is not None]
+        second = torch.autograd.grad(first, list(moving.values()), directions, materialize_grads=True)
+        found = dict(zip(moving, second, strict=True))
         return found["x"], found["weight"], found.get("bias"), found["g"]
+
+    def jvp_of_jvp(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        mask: Tensor,
+        bias: Bias,
+        along: Sequence[Tensor | None],
+        also: Sequence[Tensor | None],
+    ) -> Tensor:
+        """Return what ``torch.func.jvp`` of ``torch.func.jvp`` gives."""
+        some, mask = [array for array in (x, weight, bias) if array is not None], self._prepared(mask)
+
+        def layer(x: Tensor, weight: Tensor, bias: Bias = None) -> Tensor:
+            return self.op(x, weight, mask, bias)
+
+        def tangent(*moving: Tensor) -> Tensor:
+            return torch.func.jvp(layer, moving, tuple(along[: len(some)]))[1]  # type: ignore[no-any-return]
+
+        return torch.func.jvp(tangent, tuple(some), tuple(also[: len(some)]))[1]  # type: ignore[no-any-return]
 
     def expression(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
@@ -223,6 +225,25 @@ class TorchBackend:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return ``torch.func.vmap`` of value and ``torch.func.vjp``."""
         return tuple(torch.func.vmap(self._by_func, tuple(axes))(x, weight, self._prepared(mask), bias, g))  # type: ignore[return-value]
+
+    def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Tensor) -> Sequence[Tensor]:
+        """Return ``torch.func.vmap`` of the derivatives that ``torch.func`` makes."""
+        mapped = torch.func.vmap(partial(_derivative, self.op, derivative), tuple(axes))
+        return mapped(*arrays[:2], self._prepared(arrays[2]), *arrays[3:])
+
+    def compile_derivative(self, derivative: str, *arrays: Tensor) -> Sequence[Tensor]:
+        """Return the derivatives that ``torch.func`` makes, compiled."""
+        return self._compiled_derivative(derivative, self.traceable(arrays[1], arrays[3]))(*arrays)
+
+    def _compile_derivative(self, derivative: str, op: Call) -> Callable[..., Sequence[Tensor]]:
+        compiled: Callable[..., Sequence[Tensor]] = torch.compile(
+            partial(_derivative, op, derivative), fullgraph=True, backend="aot_eager"
+        )
+        return compiled
+
+    def traceable(self, weight: Tensor, bias: Bias) -> Call:
+        """Return the function without what cannot be compiled; always the same one."""
+        return masked_linear
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
@@ -294,6 +315,54 @@ class TorchBackend:
     ) -> Tensor:
         """Return ``masks.random`` as a tensor."""
         return torch.asarray(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)).to(device)
+
+
+def _derivative(op: Call, derivative: str, *arrays: Any) -> tuple[Any, ...]:
+    return _jvp(op, *arrays) if derivative == "jvp" else _hvp(op, derivative, *arrays)
+
+
+def _jvp(
+    op: Call,
+    x: Tensor,
+    weight: Tensor,
+    mask: Any,
+    bias: Bias,
+    dx: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    inputs: dict[str, Any] = {"x": x, "weight": weight, "bias": bias}
+    tangents = {name: along for name, along in zip(inputs, (dx, dweight, dbias), strict=True) if along is not None}
+    if not tangents:
+        return op(x, weight, mask, bias), torch.zeros_like(x @ weight.mT)
+
+    def layer(moving: dict[str, Tensor]) -> Tensor:
+        return op(**(inputs | {"mask": mask} | moving))
+
+    return tuple(torch.func.jvp(layer, ({name: inputs[name] for name in tangents},), (tangents,)))
+
+
+def _hvp(
+    op: Call, mode: str, x: Tensor, weight: Tensor, mask: Any, bias: Bias, g: Tensor, *directions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Return the derivative of ``torch.func.vjp`` by ``torch.func.jvp``, or by itself."""
+    given = {"x": x, "weight": weight, "bias": bias, "g": g}
+    primals = {name: array for name, array in given.items() if array is not None}
+    along = {name: array for name, array in zip(given, directions, strict=True) if array is not None}
+
+    def gradients(moving: dict[str, Tensor]) -> dict[str, Tensor]:
+        def layer(inputs: dict[str, Tensor]) -> Tensor:
+            return op(inputs["x"], inputs["weight"], mask, inputs.get("bias"))
+
+        inputs = {name: array for name, array in moving.items() if name != "g"}
+        y, pullback = torch.func.vjp(layer, inputs)  # type: ignore[misc]
+        return {**pullback(moving["g"])[0], "g": y}
+
+    if mode == "forward over reverse":
+        found = torch.func.jvp(gradients, (primals,), (along,))[1]
+    else:
+        found = torch.func.vjp(gradients, primals)[1](along)[0]
+    return found["x"], found["weight"], found.get("bias"), found["g"]
 
 
 def _as_it_is(call: Call) -> Call:

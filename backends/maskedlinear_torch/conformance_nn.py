@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ class TorchNnBackend(TorchBackend):
     def __init__(self, format: str = "dense") -> None:
         super().__init__(format)
         self._kept: dict[Any, TorchLayer] = {}
-        self._bare = cache(_bare)
+        self._calls = cache(_call_with)
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
         """Return ``y`` of a layer, without gradients."""
@@ -39,14 +39,11 @@ class TorchNnBackend(TorchBackend):
 
     def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
         """Return ``y`` of a layer whose parameters these are for one call."""
-        bare = self._bare(isinstance(mask, Pattern), weight.shape, bias is not None)
-        own: dict[str, Any] = {"bias": bias}
-        if isinstance(mask, Pattern):
-            own |= {"values": values_of(weight, mask), **Indices.of(mask, x.device)._asdict()}
-        else:
-            own |= {"weight": weight, "mask": mask}
-        y: Tensor = torch.func.functional_call(bare, own, (x,))
-        return y
+        return self._calls(isinstance(mask, Pattern), weight.shape, bias is not None)(x, weight, mask, bias)
+
+    def traceable(self, weight: Tensor, bias: Bias) -> Call:
+        """Return the call of a ``MaskedLinear`` with other parameters; always the same one."""
+        return self._calls(False, weight.shape, bias is not None)
 
     def through(
         self,
@@ -80,8 +77,8 @@ class TorchNnBackend(TorchBackend):
     def dense(self, x: Tensor, weight: Tensor, bias: Bias) -> Tensor:
         """Return ``y`` of ``nn.Linear``."""
         linear = nn.Linear(x.shape[-1], weight.shape[0], bias is not None, device="meta")
-        y: Tensor = torch.func.functional_call(linear, {"weight": weight, "bias": bias}, (x,))  # type: ignore[dict-item]
-        return y
+        own: dict[str, Any] = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(linear, own, (x,))  # type: ignore[no-any-return]
 
     def _layer(self, weight: Tensor, mask: Tensor, bias: Bias) -> TorchLayer:
         if self.format == "sparse":  # its connections are fixed
@@ -102,9 +99,20 @@ def _call(module: Call, x: Tensor) -> Tensor:
     return module(x)
 
 
-def _bare(sparse: bool, shape: tuple[int, int], bias: bool) -> nn.Module:
-    """Return a layer without values."""
+def _call_with(sparse: bool, shape: tuple[int, int], bias: bool) -> Call:
+    """Return the call of a layer that has no values of its own, and takes them as arguments."""
     out, in_ = shape
     if sparse:
-        return SparseLinear(in_, out, bias, Pattern.from_edges([], [], shape)[0], device="meta")
-    return MaskedLinear(in_, out, bias, device="meta")
+        nowhere = Pattern.from_edges([], [], shape)[0]
+        return partial(_sparse, SparseLinear(in_, out, bias, nowhere, device="meta"))
+    return partial(_dense, MaskedLinear(in_, out, bias, device="meta"))
+
+
+def _dense(module: nn.Module, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
+    own: dict[str, Any] = {"weight": weight, "mask": mask, "bias": bias}
+    return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]
+
+
+def _sparse(module: nn.Module, x: Tensor, weight: Tensor, pattern: Pattern, bias: Bias) -> Tensor:
+    own = {"values": values_of(weight, pattern), "bias": bias, **Indices.of(pattern, x.device)._asdict()}
+    return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]

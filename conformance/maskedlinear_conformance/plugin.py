@@ -17,6 +17,7 @@ from maskedlinear_conformance.cases import CASES, PROFILES, among
 from maskedlinear_conformance.faults import FAULTS, Sound
 from maskedlinear_conformance.golden import goldens
 from maskedlinear_conformance.laws import Law
+from maskedlinear_conformance.laws.compositions import DERIVATIVES
 from maskedlinear_conformance.record import Outcome, Record
 from maskedlinear_conformance.subject import MODES, Subject
 
@@ -192,6 +193,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda subject: [case for case in CASES if among(case.since, subject.profile) and says.cases(case)],
         "mode": lambda _: MODES,
+        "derivative": lambda _: list(DERIVATIVES),
         "layout": lambda _: LAYOUTS,
         "transform": _transforms,
         "golden": lambda subject: [

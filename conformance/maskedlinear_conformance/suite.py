@@ -8,6 +8,7 @@ from typing import Any
 from maskedlinear_conformance.laws.arrays import Arrays
 from maskedlinear_conformance.laws.checkpoints import Checkpoints
 from maskedlinear_conformance.laws.comparison import Comparison
+from maskedlinear_conformance.laws.compositions import Compositions
 from maskedlinear_conformance.laws.derivatives import Derivatives
 from maskedlinear_conformance.laws.generation import Generation
 from maskedlinear_conformance.laws.layers import Layers
@@ -19,7 +20,7 @@ __all__ = ["BackendConformance"]
 
 
 class BackendConformance(
-    Derivatives, Masking, Arrays, Transforms, Layers, Checkpoints, Optimizers, Generation, Comparison
+    Derivatives, Compositions, Masking, Arrays, Transforms, Layers, Checkpoints, Optimizers, Generation, Comparison
 ):
     """The laws as tests.
 

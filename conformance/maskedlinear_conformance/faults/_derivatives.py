@@ -179,3 +179,48 @@ class OneModeMissesTheCrossTerm(Fault):
         still = np.zeros_like(dweight) if mode == "reverse over reverse" else dweight
         found = super().hvp(x, weight, mask, bias, g, dx, still, dbias, dg, mode)
         return (*found[:3], super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)[3])
+
+
+class ForwardOverForwardLosesTheOuterTangent(Fault):
+    """Nested forward mode takes the tangent of the weight as constant in x."""
+
+    name = "forward over forward loses the outer tangent"
+    laws = ("1",)
+
+    def jvp_of_jvp(self, x, weight, mask, bias, along, also):
+        return super().jvp_of_jvp(x, weight, mask, bias, along, (0 * x, *also[1:]))
+
+
+class ForwardOverForwardConfusesItsDirections(Fault):
+    """Nested forward mode goes along one direction twice."""
+
+    name = "forward over forward confuses its directions"
+    laws = ("1",)
+
+    def jvp_of_jvp(self, x, weight, mask, bias, along, also):
+        return super().jvp_of_jvp(x, weight, mask, bias, along, along)
+
+
+class VmapOfADerivativeTakesOneDirection(Fault):
+    """Forward mode and second order, mapped over directions, take the first for all."""
+
+    name = "vmap of a derivative takes one direction"
+    laws = ("7",)
+
+    def vmap_derivative(self, derivative, axes, *arrays):
+        last = arrays[-1].copy()
+        last[1:] = last[0]
+        return super().vmap_derivative(derivative, axes, *arrays[:-1], last)
+
+
+class CompiledDerivativeKeepsItsMask(Fault):
+    """What compiles a derivative takes the mask of the first call for a constant."""
+
+    name = "compiled derivative keeps its mask"
+    laws = ("7",)
+
+    def compile_derivative(self, derivative, x, weight, mask, *others):
+        if not hasattr(self, "constant"):
+            self.constant = mask
+        mask = mask if mask.shape != self.constant.shape else self.constant
+        return super().compile_derivative(derivative, x, weight, mask, *others)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +125,19 @@ class Sound(NumpyBackend):
         along_g = self.jvp(x, weight, mask, bias, dx, dweight, dbias)[1]
         return along_x.astype(x.dtype), along_weight.astype(x.dtype), along_bias, along_g
 
+    def jvp_of_jvp(
+        self,
+        x: Array,
+        weight: Array,
+        mask: Array,
+        bias: Array | None,
+        along: Sequence[Array | None],
+        also: Sequence[Array | None],
+    ) -> Array:
+        """Return what moves along both directions; the function is linear in x and in the weight."""
+        parts = [self.product(one[0], self.select(mask, two[1]).T) for one, two in ((along, also), (also, along))]
+        return (parts[0] + parts[1]).astype(x.dtype)
+
     def both(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> list[Array]:
         """Return y, dx, dW and db."""
         wrt = ("x", "weight") if bias is None else ("x", "weight", "bias")
@@ -149,6 +163,24 @@ class Sound(NumpyBackend):
             for i in range(count)
         ]
         return tuple(np.stack(part) for part in zip(*found, strict=True))
+
+    def derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
+        """Return ``jvp``, or ``hvp`` by a mode."""
+        made: Any = self.jvp if derivative == "jvp" else partial(self.hvp, mode=derivative)
+        return made(*arrays)  # type: ignore[no-any-return]
+
+    def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Array) -> Sequence[Array]:
+        """Return the derivatives of each problem, stacked."""
+        count = next(len(array) for array, axis in zip(arrays, axes, strict=True) if axis is not None)
+        found = [
+            self.derivative(derivative, *(a if axis is None else a[i] for a, axis in zip(arrays, axes, strict=True)))
+            for i in range(count)
+        ]
+        return [np.stack(part) for part in zip(*found, strict=True)]
+
+    def compile_derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
+        """Call."""
+        return self.derivative(derivative, *arrays)
 
     def transforms(self) -> Sequence[str]:
         """Return those that every backend has."""

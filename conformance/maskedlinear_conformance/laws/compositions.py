@@ -1,0 +1,97 @@
+"""Laws 1, 4 and 7 of forward over forward, and of forward mode and second order under vmap and compiled."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from maskedlinear_conformance.bounds import expected
+from maskedlinear_conformance.cases import OTHER, PROBE, Case, Data, others, poisoned, small
+from maskedlinear_conformance.laws import law
+from maskedlinear_conformance.laws.derivatives import FULL
+from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
+
+__all__ = ["DERIVATIVES", "Compositions"]
+
+DERIVATIVES = {
+    "jvp": (("x", "weight", "mask", "bias", "dx", "dweight", "dbias"), ("y", "ẏ")),
+    **dict.fromkeys(("reverse over reverse", "forward over reverse"), (Data._fields, ("Hx", "HW", "Hb", "Hg"))),
+}
+"""The derivatives that transforms are asked of, each a capability, with its arguments and its results."""
+
+
+class Compositions:
+    """Derivatives of derivatives, and transforms of derivatives."""
+
+    @law(1, needs=["forward over forward"], cases=small)
+    def test_forward_over_forward_equals_the_spec(self, subject: Subject, case: Case) -> None:
+        """The derivative along two directions lies within the bound of the spec's, and nothing under the mask leaks."""
+        clean = case.data(subject.dtype)
+        # Along (dx, dW, db) and (x, 2 W, b) it is dx · 2 Wᵀ + x · dWᵀ: ẏ of a problem with twice the weight and no bias.
+        twice = clean._replace(weight=2 * clean.weight, bias=None, dbias=None)
+        want = expected(twice)["ẏ"]
+        parts = (expected(twice._replace(**{name: 0 * getattr(twice, name)}))["ẏ"].exact for name in ("dx", "dweight"))
+        want = replace(want, rounded=want.rounded + 2 * sum(map(abs, parts)))  # each of which a half type may round
+        for name, data in {"nothing": clean, **poisoned(clean)}.items():
+            along, also = (data.dx, data.dweight, data.dbias), (data.x, 2 * data.weight, data.bias)
+            with subject.backend.strict():
+                sent = [[subject.send(array) for array in arrays] for arrays in (data[:4], along, also)]
+                found = subject.fetch(subject.backend.jvp_of_jvp(*sent[0], *sent[1:]))
+            try:
+                subject.near({"ẏ by jvp": found}, {"ẏ": want})
+            except AssertionError as error:
+                raise AssertionError(f"{error}, {name} being under the mask") from error
+
+    @law(7, needs=["vmap of derivatives"], enough=FULL, dear=True)
+    def test_vmap_of_a_derivative_equals_a_loop(self, subject: Subject, derivative: str) -> None:
+        """Mapping it over all arguments but the mask, or over the directions alone, equals the problems one by one."""
+        names = DERIVATIVES[derivative][0]
+        copies = [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.6)]
+        for mapped in ([name for name in names if name != "mask"], [name for name in names if name.startswith("d")]):
+            axes = [0 if name in mapped else None for name in names]
+            singles = [_dirty(copies[0]._replace(**{name: getattr(copy, name) for name in mapped})) for copy in copies]
+            arrays = [
+                np.stack([getattr(one, name) for one in singles]) if name in mapped else getattr(singles[0], name)
+                for name in names
+            ]
+            together = _made(subject, "vmap_derivative", derivative, arrays, axes)
+            for single, found in zip(singles, _each(together, len(singles)), strict=True):
+                _near(subject, derivative, single, found)
+
+    @law(7, needs=["compile of derivatives"], enough=FULL, dear=True)
+    def test_a_compiled_derivative_equals_the_spec(self, subject: Subject, derivative: str) -> None:
+        """With one mask, another, other values, and the first again; nothing leaks."""
+        data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
+        for problem in (data, other._replace(mask=data.mask), data._replace(mask=others(data.mask)[1]), data):
+            problem = _dirty(problem)
+            arrays = [getattr(problem, name) for name in DERIVATIVES[derivative][0]]
+            found = _made(subject, "compile_derivative", derivative, arrays)
+            _near(subject, derivative, problem, dict(zip(DERIVATIVES[derivative][1], found, strict=True)))
+
+
+def _dirty(data: Data) -> Data:
+    """Put NaN under the mask of the weight and of its tangent."""
+    return data._replace(**{name: np.where(data.mask, getattr(data, name), np.nan) for name in ("weight", "dweight")})
+
+
+def _made(subject: Subject, method: str, derivative: str, arrays: Sequence[Any], *more: Any) -> list[Any]:
+    with subject.backend.strict():
+        sent = [subject.send(array) for array in arrays]
+        found = [subject.fetch(array) for array in getattr(subject.backend, method)(derivative, *more, *sent)]
+        equal_bits(map(subject.fetch, sent), arrays, "an input was changed")
+    return found
+
+
+def _each(together: Sequence[Any], count: int) -> Iterator[Results]:
+    names = ("y", "ẏ") if len(together) == 2 else ("Hx", "HW", "Hb", "Hg")
+    for index in range(count):
+        yield {name: array[index] for name, array in zip(names, together, strict=True)}
+
+
+def _near(subject: Subject, derivative: str, data: Data, found: Results) -> None:
+    subject.near({f"{name} by {derivative}": array for name, array in found.items()}, expected(data))
+    if "HW" in found:
+        positive_zero(found["HW"][~data.mask], "HW under the mask")
