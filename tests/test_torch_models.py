@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -87,6 +88,36 @@ def test_what_a_layer_carries_is_kept() -> None:
     assert calls == ["hook"]
 
 
+def test_parameters_keep_what_was_written_on_them_and_the_bias_stays_the_same() -> None:
+    layer = MaskedLinear(512, 512, mask=SPARSE)
+    layer._is_initialized = layer.weight.scale = layer.bias.scale = 2  # type: ignore[attr-defined, assignment]
+    bias, calls = layer.bias, []
+    bias.register_hook(lambda _: calls.append("hook"))
+    made: Any = layer
+    for weight in ("values", "weight"):
+        made = compress(made, "sparse") if weight == "values" else expand(made)
+        assert made._is_initialized == getattr(made, weight).scale == 2
+        assert made.bias is bias
+        assert set(vars(made)) == {*vars(type(made)(2, 2)), "_is_initialized"}
+        made(torch.zeros(2, 512)).sum().backward()
+    assert calls == ["hook", "hook"]
+
+
+def test_layers_that_were_made_in_inference_mode_can_be_trained() -> None:
+    costs = Costs.shipped("torch", "cpu")
+    close = replace(costs, sparse=costs.dense[..., None].repeat(len(costs.densities), -1), uneven=costs.uneven * 0 + 1)
+    model = nn.Sequential(MaskedLinear(32, 32, mask=masks.random((32, 32), sparsity=0.9, seed=0)))
+    with torch.inference_mode():
+        compress(model, costs=close, training=True)
+        compress(model, "sparse")
+    model(torch.randn(2, 32)).sum().backward()
+    assert model[0].values.grad is not None
+    with torch.inference_mode():
+        expand(model)
+    model(torch.randn(2, 32)).sum().backward()
+    assert model[0].weight.grad is not None
+
+
 def test_a_full_backward_hook_goes_on() -> None:
     layer = MaskedLinear(512, 512, mask=SPARSE)
     calls: list[str] = []
@@ -103,15 +134,9 @@ def replaced() -> nn.Module:
     return nn.Sequential(layer)
 
 
-def hooked() -> nn.Module:
+def changed(change: Any) -> nn.Module:
     layer = MaskedLinear(512, 512, mask=SPARSE)
-    layer.register_state_dict_post_hook(lambda *_: None)
-    return nn.Sequential(layer)
-
-
-def buffered() -> nn.Module:
-    layer = MaskedLinear(512, 512, mask=SPARSE)
-    layer.register_buffer("scale", torch.ones(3))
+    change(layer)
     return nn.Sequential(layer)
 
 
@@ -144,8 +169,26 @@ def read() -> nn.Module:
         (lambda: nn.Sequential(Doubled(512, 512, mask=SPARSE)), "it is a Doubled whose weight or forward is its own"),
         (tied, "it shares parameters with another layer"),
         (replaced, "its forward was replaced"),
-        (hooked, "it has hooks of its state, or modules of its own"),
-        (buffered, "it has buffers of its own"),
+        *(
+            (partial(changed, change), "its state or its weight has hooks")
+            for change in (
+                lambda layer: layer.register_state_dict_post_hook(lambda *_: None),
+                lambda layer: layer.register_state_dict_pre_hook(lambda *_: None),
+                lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None),
+                lambda layer: layer.register_load_state_dict_post_hook(lambda *_: None),
+                lambda layer: layer.weight.register_hook(lambda g: g),
+                lambda layer: layer.weight.register_post_accumulate_grad_hook(lambda _: None),
+            )
+        ),
+        *(
+            (partial(changed, change), "it has parameters, buffers or modules of its own")
+            for change in (
+                lambda layer: layer.register_buffer("scale", torch.ones(3)),
+                lambda layer: layer.register_parameter("scale", nn.Parameter(torch.ones(3))),
+                lambda layer: layer.add_module("more", nn.ReLU()),
+            )
+        ),
+        (partial(changed, lambda layer: layer.compile(backend="eager")), "it is compiled"),
         (parametrized, "whose weight or forward is its own"),
         (read, "the module around it reads its weight"),
         (lambda: nn.Sequential(MaskedLinear(512, 512, mask=SPARSE, device="meta")), "it has no values yet"),

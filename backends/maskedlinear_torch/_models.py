@@ -5,13 +5,21 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.costs import Choice, Costs, Format, Layer, choose_forms, table
 from maskedlinear_torch._functional import _SMALL
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import dressed, exchange, owners, readers_of_weights
+from maskedlinear_torch._modules import (
+    dressed,
+    exchange,
+    has_gradient_hooks,
+    has_state_hooks,
+    owners,
+    readers_of_weights,
+)
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._trial import measured_seconds
@@ -19,6 +27,7 @@ from maskedlinear_torch._trial import measured_seconds
 __all__ = ["compress", "expand"]
 
 _BUFFERS = {"mask", *Indices._fields}
+_PARAMETERS = {"weight", "values", "bias"}
 
 
 def compress(
@@ -33,13 +42,15 @@ def compress(
 ) -> nn.Module:
     """Give each masked layer of a model the form that is faster, in place, and return the model.
 
-    A layer used in several places is exchanged in all of them. Live weights, biases, device, dtype, ``requires_grad``,
-    training state and hooks are kept; dormant weights are lost where a layer becomes sparse. The exchanged layers have new
-    parameters: make the optimizer afterwards.
+    A layer used in several places is exchanged in all of them. Live weights, device, dtype, ``requires_grad``, training
+    state, hooks of calls, attributes of the layer and of its weight are kept, and the bias stays the same parameter. The
+    weights are a new parameter, without a gradient: make the optimizer afterwards. Dormant weights are lost where a layer
+    becomes sparse.
 
-    These keep their form, and ``explain`` says why: subclasses, parametrized layers and those whose ``forward`` was
-    replaced or whose state has hooks, weights shared between layers, sharded and meta tensors, and layers of modules that
-    read weights past ``forward`` (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``).
+    These keep their form, and ``explain`` says why: subclasses, compiled and parametrized layers and those whose
+    ``forward`` was replaced, whose state or weight has hooks, or which have parameters, buffers or modules of their own;
+    weights shared between layers, sharded and meta tensors, and layers of modules that read weights past ``forward``
+    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``).
 
     Args:
         model: any module; a ``MaskedLinear`` or ``SparseLinear`` itself is not changed, and its new form returned.
@@ -77,7 +88,7 @@ def compress(
 def expand(model: nn.Module) -> nn.Module:
     """Turn each ``SparseLinear`` of a model into a ``MaskedLinear`` with the same outputs, in place; return the model.
 
-    The form whose masks can change. As with :func:`compress`, the layers have new parameters.
+    The form whose masks can change. As with :func:`compress`, the weights are new parameters.
 
     Raises:
         ValueError: if a layer must keep its form; the model is left as it was.
@@ -92,11 +103,16 @@ def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLin
     found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear | SparseLinear):
-            weight = module._parameters.get("weight" if isinstance(module, MaskedLinear) else "values")
+            weight = _weight(module)
             shared = any(len(held[id(own)]) > 1 for own in module._parameters.values() if own is not None)
             fixed = _why_fixed(module, weight, shared, id(module) in readers)
             found[id(module)] = module, _facts(name, module, fixed)
     return found
+
+
+def _weight(layer: nn.Module) -> Any:
+    """Return the parameter of a layer's weights, if they are one."""
+    return layer._parameters.get("weight" if isinstance(layer, MaskedLinear) else "values")
 
 
 def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
@@ -104,10 +120,12 @@ def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
         return f"it is a {type(module).__name__} whose weight or forward is its own"
     if "forward" in vars(module):
         return "its forward was replaced"
-    if module._state_dict_hooks or module._load_state_dict_pre_hooks or module._modules:
-        return "it has hooks of its state, or modules of its own"
-    if set(module._buffers) - _BUFFERS:
-        return "it has buffers of its own"
+    if module._compiled_call_impl is not None:
+        return "it is compiled"
+    if has_state_hooks(module) or has_gradient_hooks(weight):
+        return "its state or its weight has hooks"
+    if module._modules or set(module._buffers) - _BUFFERS or set(module._parameters) - _PARAMETERS:
+        return "it has parameters, buffers or modules of its own"
     if shared:
         return "it shares parameters with another layer"
     if read:
@@ -140,6 +158,7 @@ def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
     )
 
 
+@torch.inference_mode(False)  # the new layers may be trained later
 def _exchange(
     model: nn.Module, layers: dict[int, tuple[MaskedLinear | SparseLinear, Layer]], choices: list[Choice]
 ) -> nn.Module:
@@ -147,5 +166,7 @@ def _exchange(
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
             new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+            new._parameters["bias"] = layer._parameters["bias"]
+            vars(_weight(new)).update(vars(_weight(layer)))  # what a user has written on it
             made[key] = dressed(new, layer)
     return exchange(model, made)

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
-__all__ = ["dressed", "exchange", "has_call_hooks", "owners", "readers_of_weights"]
+__all__ = [
+    "dressed",
+    "exchange",
+    "has_call_hooks",
+    "has_gradient_hooks",
+    "has_state_hooks",
+    "owners",
+    "readers_of_weights",
+]
 
 _HOOKS = (
     "_forward_hooks",
@@ -16,6 +24,13 @@ _HOOKS = (
     "_backward_pre_hooks",
     "_is_full_backward_hook",
 )
+_STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+_LAYERS_OWN = {"fan_in", "_kept", "_pending_mask", "_matrix", "_pending"}  # what only one of the layers has
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -39,12 +54,22 @@ def has_call_hooks(module: nn.Module) -> bool:
     return any(vars(module)[name] for name in _HOOKS)
 
 
+def has_state_hooks(module: nn.Module) -> bool:
+    """Whether something looks on when the module's state is read or loaded."""
+    return any(vars(module)[name] for name in _STATE_HOOKS)
+
+
+def has_gradient_hooks(parameter: Tensor) -> bool:
+    """Whether something looks on when a parameter gets its gradient."""
+    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+
+
 def dressed(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give ``new`` the hooks of ``old``, and what a user has written on it."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
     for name, value in vars(old).items():
-        if name not in vars(new) and not name.startswith("_") and name != "fan_in":
+        if name not in vars(new) and name not in _LAYERS_OWN:
             setattr(new, name, value)
     return new
 

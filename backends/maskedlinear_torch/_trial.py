@@ -14,6 +14,7 @@ from maskedlinear_torch._sparse_layer import SparseLinear
 __all__ = ["inference", "measured_seconds", "training_step"]
 
 
+@torch.inference_mode(False)  # tensors that were made in inference cannot be trained
 def measured_seconds(layer: MaskedLinear | SparseLinear, batch: int, training: bool) -> dict[str, float]:
     """Return how long a step with Adam, or an inference, takes in each form of a layer, on ``batch`` rows of x.
 
