@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -160,6 +161,18 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
             "backend 'other' cannot be made: no licence. Its class is called with each of its formats: dense",
         ),
         ("    def lacks(self):\n        return None\n", "backend 'other' cannot say what it lacks"),
+        (
+            "    def lacks(self):\n        return {**super().lacks(), 'save': ' '}\n",
+            "backend 'other' lacks save for no reason; got ' ': say why, in words",
+        ),
+        (
+            "    def expected_failures(self, device):\n        return {'test_any*': ''}\n",
+            "expected_failures must give a reason in words, or a reason and an exception; got '' for 'test_any*'",
+        ),
+        (
+            "    def expected_failures(self, device):\n        return {'test_any*': ('upstream #1', 'OSError')}\n",
+            "must give a reason in words, or a reason and an exception; got ('upstream #1', 'OSError')",
+        ),
         ("    def lacks(self):\n        raise KeyError('x')\n", "backend 'other' cannot say what it lacks"),
     ],
 )
@@ -399,15 +412,18 @@ WRONG = "test_value_and_gradients_equal_the_spec[[]other dense *, batch 33,*"
     ("patterns", "status", "shown"),
     [
         ({WRONG: "upstream #1"}, 0, "expected failure"),
+        ({WRONG: ("upstream #1", AssertionError)}, 0, "expected failure"),
+        ({WRONG: ("upstream #1", ValueError)}, 1, "FAILED 1 of"),
         ({WRONG: "upstream #1", "test_no_such_law*": "gone"}, 0, "stale: expected failures that match no test"),
         ({WRONG.replace("33", "12"): "upstream #1"}, 1, "XPASS(strict)"),
         ({}, 1, "FAILED 1 of"),
     ],
 )
 def test_expected_failures_are_reported_and_strict(
-    patterns: dict[str, str], status: int, shown: str, tmp_path: Path
+    patterns: dict[str, Any], status: int, shown: str, tmp_path: Path
 ) -> None:
-    distribution(tmp_path, HEAD + EXPECTING.replace("PATTERNS", repr(patterns)))
+    written = re.sub(r"<class '(\w+)'>", r"\1", repr(patterns))
+    distribution(tmp_path, HEAD + EXPECTING.replace("PATTERNS", written))
     result = suite("--backend", "other", "--profile", "quick", "-k", "gradients_equal_the_spec", path=tmp_path)
     assert result.returncode == status, result.stdout
     assert shown in result.stdout
@@ -428,6 +444,25 @@ def test_a_skip_that_a_backend_raises_is_a_failure(error: str, tmp_path: Path) -
     laws = json.loads(path.read_text())["laws"]
     assert set(laws["1"]["backends"]["other dense"]) == {"failed"}
     assert set(laws["3"]["backends"]["other dense"]) == {"failed"}, "within Hypothesis too"
+
+
+def test_what_a_backend_lacks_may_differ_from_device_to_device(tmp_path: Path) -> None:
+    code = """
+    def devices(self):
+        return ("cpu", "abacus")
+
+    def lacks(self, device):
+        return {**super().lacks(), **({"jvp": "beads move once"} if device == "abacus" else {})}
+"""
+    distribution(tmp_path, HEAD + code)
+    for device, status in (("cpu", "passed"), ("abacus", "declared")):
+        path = tmp_path / f"{device}.json"
+        asked = ("--backend", "other", "--profile", "quick", "-k", "any_subset_of", "--device", device)
+        result = suite(*asked, "--report", str(path), path=tmp_path)
+        assert result.returncode == 0, result.stdout
+        found = json.loads(path.read_text())
+        assert status in found["laws"]["1"]["backends"]["other dense"]
+        assert ("jvp" in found["header"]["backends"]["other dense"]["capabilities"]) == (device == "cpu")
 
 
 def test_each_format_is_run_as_a_backend_of_its_own(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, load
+from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, lacking, load
 from maskedlinear_conformance import report
 from maskedlinear_conformance.bounds import DTYPES
 from maskedlinear_conformance.cases import CASES, PROFILES, among
@@ -106,6 +106,17 @@ class Run:
                 f"{called}: expected_failures must return a dictionary of patterns and reasons; got {expected!r}: "
                 "return {} if there are none"
             )
+        for pattern, why in expected.items():
+            reason, raised = _reason_and_exception(why)
+            if not isinstance(reason, str) or not reason.strip() or not _is_exception(raised):
+                raise pytest.UsageError(
+                    f"{called}: expected_failures must give a reason in words, or a reason and an exception; "
+                    f"got {why!r} for {pattern!r}"
+                )
+        try:
+            checked(backend, called, self.device)
+        except TypeError as error:
+            raise pytest.UsageError(f"{error} (device {self.device!r})") from error
         if not dtypes or not set(dtypes) <= set(DTYPES):
             raise pytest.UsageError(
                 f"{called}: dtypes must return one or more of {', '.join(DTYPES)}; got {list(dtypes)}: leave out the others"
@@ -152,7 +163,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="NAME",
         help="only this format of the backends named; once for each (default: each one's first; with --profile full, all)",
     )
-    group.addoption("--device", default="cpu", choices=("cpu", "cuda"), help="where to run (default: cpu)")
+    group.addoption(
+        "--device", default="cpu", metavar="NAME", help="where to run, as the backends call it (default: cpu)"
+    )
     group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")
     group.addoption("--report", type=Path, metavar="FILE.json", help="write what was found to this file as well")
     group.addoption("--faults", action="store_true", help="prove the suite itself: run it on faulty backends instead")
@@ -243,14 +256,14 @@ def _product(
 
 def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) -> Any:
     needs = [*says.needs, *(value for value in values if isinstance(value, str))]
-    lacking = {
-        f"{subject.label} lacks {need}: {subject.backend.lacks()[need]}"
+    declared = {
+        f"{subject.label} lacks {need}: {why}"
         for subject in subjects
-        for need in needs
-        if need in subject.backend.lacks()
+        for need, why in lacking(subject.backend, subject.device).items()
+        if need in needs
     }
     names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
-    marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(lacking)))] if lacking else []
+    marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(declared)))] if declared else []
     what = subjects if len(subjects) > 1 else subjects[0]
     return pytest.param(what, *values, id=", ".join([names, *map(str, values)]), marks=marks)
 
@@ -262,11 +275,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     unused = {label: set(patterns) for label, patterns in run.expected.items()}
     for item in items:
         for subject in _subjects(item):
-            for pattern, reason in subject.backend.expected_failures(run.device).items():
+            for pattern, why in subject.backend.expected_failures(run.device).items():
                 if fnmatch.fnmatchcase(item.name, pattern):
-                    item.add_marker(pytest.mark.xfail(reason=reason, strict=True))
+                    reason, raised = _reason_and_exception(why)
+                    item.add_marker(pytest.mark.xfail(reason=reason, raises=raised, strict=True))
                     unused[subject.label].discard(pattern)
     run.expected = unused
+
+
+def _reason_and_exception(why: Any) -> tuple[Any, Any]:
+    """Return the reason of an expected failure, and the exception that it must raise."""
+    return why if isinstance(why, tuple) and len(why) == 2 else (why, AssertionError)
+
+
+def _is_exception(raised: Any) -> bool:
+    return isinstance(raised, type) and issubclass(raised, Exception)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from maskedlinear import __version__
-from maskedlinear.backends import CAPABILITIES
+from maskedlinear.backends import CAPABILITIES, lacking
 from maskedlinear_conformance import golden
 from maskedlinear_conformance.faults import FAULTS, Sound
 from maskedlinear_conformance.laws import LAWS
@@ -38,8 +38,8 @@ def header(run: Run) -> dict[str, Any]:
                 "versions": dict(backend.versions()),
                 "runs on": backend.device_name(run.device),
                 "dtypes": list(backend.dtypes(run.device)),
-                "capabilities": [name for name in CAPABILITIES if name not in backend.lacks()],
-                "lacks": dict(backend.lacks()),
+                "capabilities": [name for name in CAPABILITIES if name not in lacking(backend, run.device)],
+                "lacks": dict(lacking(backend, run.device)),
             }
             for label, backend in run.backends.items()
         },

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from maskedlinear.backends import lacking
 from maskedlinear_conformance.bounds import QUANTITIES, Expected, expected
 from maskedlinear_conformance.cases import Case, Data, round_to
 from maskedlinear_conformance.record import Record
@@ -69,7 +70,7 @@ class Subject:
 
     def has(self, capability: str) -> bool:
         """Whether the backend does not declare that it lacks ``capability``."""
-        return capability not in self.backend.lacks()
+        return capability not in lacking(self.backend, self.device)
 
     def send(self, values: Any, layout: str = "contiguous", dtype: str | None = None) -> Any:
         """Return ``values`` as the framework's array; ``None`` stays."""
