@@ -189,6 +189,14 @@ def test_a_sparse_layer_that_cannot_change_keeps_its_form(
         expand(model)
 
 
+def test_a_stack_is_called_one_layer_after_the_other() -> None:
+    stack, x = sparse_stack(), jnp.ones((2, 512))
+    scanned = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+    assert scanned(x, stack).shape == (2, 512)
+    with pytest.raises(ValueError, match="a stack of layers has a pattern for each of them; got values of shape"):
+        stack(x)
+
+
 def test_a_report_has_a_row_for_each_of_a_stack() -> None:
     rows = report(nnx.Dict(a=sparse_stack(), b=SparseLinear.from_masked(wide()))).rows
     assert [row.name for row in rows] == ["a[0]", "a[1]", "a[2]", "b"]

@@ -289,6 +289,11 @@ class SparseLinear(nnx.Module):
         """Return the indices, whose shapes are checked: a state may have brought any."""
         found = Indices(*(getattr(self, name)[...] for name in Indices._fields))
         each = self.values[...].shape
+        if len(each) != 1:
+            raise ValueError(
+                f"a stack of layers has a pattern for each of them; got values of shape {each}: call them one after the "
+                "other, with nnx.scan"
+            )
         expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each)
         for name, array, shape in zip(Indices._fields, found, expected, strict=True):
             if array.shape != shape:
