@@ -446,6 +446,35 @@ def test_a_skip_that_a_backend_raises_is_a_failure(error: str, tmp_path: Path) -
     assert set(laws["3"]["backends"]["other dense"]) == {"failed"}, "within Hypothesis too"
 
 
+@pytest.mark.parametrize(
+    ("pattern", "stale"),
+    [
+        ("test_value_and_gradients_equal_the_spec[[]other dense float16, batch 4097x3,*", False),  # of another profile
+        ("test_vmap_takes_any_batch[[]other dense*", True),  # declared
+        ("test_value_and_gradients_equal_the_spec[[]other sparse*", True),
+    ],
+)
+def test_an_expected_failure_is_stale_if_no_test_of_any_profile_can_match(
+    pattern: str, stale: bool, tmp_path: Path
+) -> None:
+    distribution(tmp_path, HEAD + EXPECTING.replace("PATTERNS", repr({pattern: "upstream #1"})).replace("257", "9999"))
+    path = tmp_path / "report.json"
+    asked = (
+        "--backend",
+        "other",
+        "--profile",
+        "quick",
+        "-k",
+        "gradients_equal_the_spec or vmap",
+        "--report",
+        str(path),
+    )
+    result = suite(*asked, path=tmp_path)
+    assert result.returncode == 0, result.stdout
+    found = json.loads(path.read_text())["stale_expected_failures"]
+    assert found == ([f"other dense: {pattern}"] if stale else [])
+
+
 def test_what_a_backend_lacks_may_differ_from_device_to_device(tmp_path: Path) -> None:
     code = """
     def devices(self):

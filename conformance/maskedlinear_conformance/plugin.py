@@ -42,7 +42,7 @@ class Run:
             raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
         self.left_out: list[str] = []  # further formats than a backend's first, which only full runs unasked
         self.backends: dict[str, Backend] = {}
-        self.expected: dict[str, set[str]] = {}
+        self.stale: dict[str, set[str]] = {}  # expected failures of each that match no test of any profile
         self.chosen: set[str] = set()  # those of the backends that a test was selected for
         self.partial = False  # whether the caller chose among the tests, so that a law may be left out
         names = list(dict.fromkeys(config.getoption("--backend")))
@@ -83,7 +83,7 @@ class Run:
         if label not in self.backends:
             self._heed(backend)
             self.backends[label] = backend
-            self.expected[label] = set(backend.expected_failures(self.device))
+            self.stale[label] = set(backend.expected_failures(self.device))
         return label
 
     def _heed(self, backend: Backend) -> None:
@@ -129,19 +129,19 @@ class Run:
         kinds = [set(self.backends[label].dtypes(self.device)) for label in labels]
         return not set.intersection(*kinds, set(says.dtypes or DTYPES))
 
-    def subjects(self, labels: Sequence[str], says: Law) -> list[Subject]:
-        """Return the backends of ``labels``, in each dtype that a test runs in and that all of them have.
+    def subjects(self, labels: Sequence[str], says: Law, profile: str) -> list[Subject]:
+        """Return the backends of ``labels``, in each dtype that a test of ``profile`` runs in and that all of them have.
 
         Of a faulty one, nothing for a law that it need not break.
         """
         if self.faults and not all(label == Sound.name or says.number in FAULTS[label].laws for label in labels):
             return []
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
-        if not among(says.since, "default" if self.faults and self.profile == "quick" else self.profile):
+        if not among(says.since, "default" if self.faults and profile == "quick" else profile):
             return []
         return [
-            Subject(self.backends[label], label, dtype, self.device, self.profile, self.record, self.seeded)
-            for dtype in says.kinds(dtypes, "full" if self.faults else self.profile)
+            Subject(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
+            for dtype in says.kinds(dtypes, "full" if self.faults else profile)
             for label in labels
         ]
 
@@ -202,7 +202,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     together: list[tuple[str, ...]] = [(label,) for label in labels]
     if first == "pair":
         together = [] if run.faults else list(combinations(labels, 2))
-    rows = [row for several in together for row in _batched(run.subjects(several, says), len(several))]
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda subject: [case for case in CASES if among(case.since, subject.profile) and says.cases(case)],
         "mode": lambda _: MODES,
@@ -214,7 +213,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ],
     }
     used = [name for name in axes if name in metafunc.fixturenames]
-    params = [_param(says, subjects, values) for subjects in rows for values in _product(subjects[0], used, axes)]
+
+    def tests(profile: str) -> list[Any]:
+        rows = [row for several in together for row in _batched(run.subjects(several, says, profile), len(several))]
+        return [_param(says, subjects, values) for subjects in rows for values in _product(subjects[0], used, axes)]
+
+    if any(run.stale[label] for label in labels):
+        for param in tests("full"):
+            _heed_expected(run, f"{metafunc.function.__name__}[{param.id}]", param)
+    params = tests(run.profile)
     params += [_without_a_dtype(run, says, several, len(used)) for several in together if run.dtypeless(several, says)]
     if not params:
         # One backend has no partner, no half type, or the profile is too small: nothing to run, and no test that says so.
@@ -223,6 +230,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 _NOTHING = "nothing to run"
+
+
+def _heed_expected(run: Run, name: str, param: Any) -> None:
+    """Note which expected failures match a test; one that is declared not to run is none."""
+    subjects = param.values[0] if isinstance(param.values[0], tuple) else param.values[:1]
+    for subject in () if param.marks else subjects:
+        matched = {pattern for pattern in run.stale[subject.label] if fnmatch.fnmatchcase(name, pattern)}
+        run.stale[subject.label] -= matched
 
 
 def _batched(subjects: Sequence[Subject], size: int) -> list[tuple[Subject, ...]]:
@@ -272,15 +287,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Mark the failures that a backend expects, and drop what has nothing to run on."""
     run = config.stash[_RUN]
     items[:] = [item for item in items if not item.name.endswith(f"[{_NOTHING}]")]
-    unused = {label: set(patterns) for label, patterns in run.expected.items()}
     for item in items:
         for subject in _subjects(item):
             for pattern, why in subject.backend.expected_failures(run.device).items():
                 if fnmatch.fnmatchcase(item.name, pattern):
                     reason, raised = _reason_and_exception(why)
                     item.add_marker(pytest.mark.xfail(reason=reason, raises=raised, strict=True))
-                    unused[subject.label].discard(pattern)
-    run.expected = unused
 
 
 def _reason_and_exception(why: Any) -> tuple[Any, Any]:

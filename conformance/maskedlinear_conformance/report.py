@@ -71,7 +71,7 @@ def sections(run: Run) -> list[tuple[str, list[str]]]:
     found = []
     stale = _stale(run)
     if stale:
-        found.append(("stale: expected failures that match no test", stale))
+        found.append(("stale: expected failures that match no test that runs", stale))
     found.append(("laws", _law_table(run) + [_left_out(run.left_out)] * bool(run.left_out)))
     nothing = unproven(run)
     if nothing:
@@ -178,7 +178,7 @@ def _cell(counts: dict[str, int]) -> str:
 
 
 def _stale(run: Run) -> list[str]:
-    return [f"{label}: {pattern}" for label, patterns in run.expected.items() for pattern in sorted(patterns)]
+    return [f"{label}: {pattern}" for label, patterns in run.stale.items() for pattern in sorted(patterns)]
 
 
 def _caught(run: Run) -> dict[str, dict[str, str]]:
