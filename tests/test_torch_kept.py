@@ -137,9 +137,7 @@ def test_an_edit_of_any_row_or_column_is_noticed(sparsity: float) -> None:
     x = torch.randn(2, 50)
     edits: list[Callable[[Any], Any]] = [
         lambda line: layer.weight.data[line].mul_(2),
-        lambda line: layer.mask.data[line].logical_not_(),
-        lambda line: layer.mask.numpy().__setitem__(line, True),
-        lambda line: layer.mask.numpy().__setitem__(line, False),
+        lambda line: layer.weight.detach().numpy().__setitem__(line, 3),
     ]
     with torch.no_grad():
         layer(x)
@@ -149,9 +147,41 @@ def test_an_edit_of_any_row_or_column_is_noticed(sparsity: float) -> None:
                 assert torch.equal(layer(x), plain(layer, x)), line
 
 
+@pytest.mark.parametrize("density", [0.001, 0.5, 0.999])
+def test_an_edit_of_most_of_the_mask_is_noticed(density: float) -> None:
+    layer = MaskedLinear(200, 300, mask=masks.random((300, 200), sparsity=1 - density, seed=3))
+    x = torch.randn(2, 200)
+    edits: list[Callable[[], Any]] = [
+        layer.mask.data.logical_not_,
+        lambda: layer.mask.numpy().fill(True),
+        lambda: layer.mask.numpy().fill(False),
+    ]
+    with torch.no_grad():
+        layer(x)
+        for edit in edits:
+            edit()
+            assert torch.equal(layer(x), plain(layer, x))
+
+
+@pytest.mark.parametrize("shape", [(60, 50), (7, 300), (300, 7), (1, 5), (5, 1), (0, 3), (3, 0)])
+@pytest.mark.parametrize("density", [0, 0.003, 0.1, 0.5, 0.99, 1])
+def test_the_sample_has_a_place_in_each_row_and_column_and_few_twice(shape: tuple[int, int], density: float) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+    places = _kept._one_each(mask)
+    sampled = torch.zeros_like(mask)
+    sampled.view(-1)[places] = True
+    assert not (sampled & ~mask).any()
+    for dim in range(2):
+        assert torch.equal(sampled.any(dim), mask.any(dim))
+    if density >= 0.1:
+        assert len(places) <= 1.2 * max(shape)
+
+
 def unseen(layer: MaskedLinear) -> tuple[int, int]:
     """A place that no sample is taken at."""
-    seen = layer._kept._now.sample.places.tolist()  # type: ignore[union-attr]
+    sample = layer._kept._now.sample  # type: ignore[union-attr]
+    assert sample is not None
+    seen = {*sample.live.tolist(), *sample.places.tolist()}
     return divmod(next(place for place in range(layer.weight.numel()) if place not in seen), layer.in_features)
 
 

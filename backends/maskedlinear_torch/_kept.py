@@ -20,7 +20,8 @@ _GIVEN_BACK = (
     32 << 20
 )  # bytes from which on glibc's allocator keeps nothing that was freed (DEFAULT_MMAP_THRESHOLD_MAX)
 _HUGE_PAGE = 2 << 20
-_LATTICES = 16
+_LATTICES, _ROUNDS = 16, 8
+_SAMPLES = 64
 
 
 class Kept:
@@ -28,9 +29,9 @@ class Kept:
 
     In training it is derived at every call, into the same memory. In inference it stays as long as weight and mask are the
     same tensors, at the same addresses, in the versions that autograd counts. Edits that it does not count, through
-    ``.data`` or a NumPy view, are looked for in a sample with a live weight of each row and of each column, and as many
-    masked places: an edit of whole rows or columns is noticed, of weight or mask; one of a few scattered entries may not
-    be. Weights in memory that processes share, which others may write to, are not kept at all.
+    ``.data`` or a NumPy view, are looked for in a sample: a live weight of each row and of each column, so that an edit of
+    whole rows or columns is noticed, and some entries of the mask, for one of all of it. An edit of a few scattered weights
+    may not be. Weights in memory that processes share, which others may write to, are not kept at all.
 
     On the CPU only: elsewhere a look at the sample would wait for the device, and streams would share the memory.
 
@@ -154,7 +155,7 @@ class _Made(NamedTuple):
 
 
 class _Sample(NamedTuple):
-    """What weight and mask hold at some places, as flat indices: the live ones, and these with the masked ones."""
+    """What the weight holds at the places ``live``, and the mask at ``places``, as flat indices."""
 
     of_mask: weakref.ref[Tensor]
     version: tuple[int, int]
@@ -192,30 +193,63 @@ def _like(kept: Tensor, weight: Tensor) -> bool:
 
 
 def _places(mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where to look: live places, and these with masked ones."""
-    live = _one_each(mask)
-    return live, torch.cat([live, _one_each(~mask)])
+    """Return where to look at the weight: a live place in each row and column; and at the mask: some live, some masked."""
+    live, flat = _one_each(mask), mask.view(-1)
+    tried = torch.arange(min(flat.numel(), 1024 * _SAMPLES), device="cpu") * 2654435761 % max(flat.numel(), 1)
+    masked = tried[~flat[tried]]
+    if len(masked) < _SAMPLES:
+        masked = (~flat).nonzero()[:, 0]
+    return live, torch.cat([places[:: max(1, len(places) // _SAMPLES)] for places in (live, masked)])
 
 
 def _one_each(chosen: Tensor) -> Tensor:
-    """Return places of a boolean matrix that are ``True``: one in each row and in each column that has any, spread out."""
+    """Return places of a boolean matrix that are ``True``: one in each row and each column that has any.
+
+    As few as it easily can, for each costs a miss of the cache: most serve a row and a column.
+    """
     out, in_ = chosen.shape
     if not chosen.numel():
         return torch.empty(0, dtype=torch.int64, device="cpu")
-    flat, count = chosen.view(-1), torch.arange(max(out, in_), device="cpu")
     by_row, by_column = (torch.full((size,), -1, device="cpu") for size in (out, in_))
-    # Lattices, each of which visits every row and every column; the same one serves both where it can.
+
+    def pair(row: Tensor, column: Tensor) -> None:
+        """Take places of which both row and column have none yet, at most one of each."""
+        for _ in range(_ROUNDS):
+            free = (by_row[row] < 0) & (by_column[column] < 0)
+            row, column = row[free], column[free]
+            if not len(row):
+                return
+            order = torch.arange(len(row), device="cpu")
+            for line, size in ((row, out), (column, in_)):  # one in each row; of these, one in each column
+                one = torch.full((size,), -1, device="cpu")
+                one[line[order]] = order
+                order = one[one >= 0]
+            by_row[row[order]] = by_column[column[order]] = row[order] * in_ + column[order]
+
+    def fill(row: Tensor, column: Tensor) -> None:
+        """Take a place for each row and each column that has none yet."""
+        for taken, line in ((by_row, row), (by_column, column)):
+            free = taken[line] < 0
+            taken[line[free]] = row[free] * in_ + column[free]
+
+    # Lattices, each of which visits every row and every column, find them where many are True.
+    flat, count = chosen.view(-1), torch.arange(max(out, in_), device="cpu")
     step = next(step for step in range(max(1, round(0.618 * in_)), in_ + 2) if math.gcd(step, in_) == 1)
-    for start in reversed(range(_LATTICES)):
-        tried = count % out * in_ + (count * step + start * (in_ // _LATTICES)) % in_
-        tried = tried[flat[tried]]
-        by_row[tried // in_] = tried
-        by_column[tried % in_] = tried
-    # And what they all missed.
-    rows, columns = ((places < 0).nonzero()[:, 0] for places in (by_row, by_column))
+    lattices = []
+    for start in range(_LATTICES):
+        row, column = count % out, (count * step + start * (in_ // _LATTICES)) % in_
+        found = flat[row * in_ + column]
+        lattices.append((row[found], column[found]))
+        pair(*lattices[-1])
+    rows = (by_row < 0).nonzero()[:, 0]
     row, column = chosen[rows].nonzero().unbind(1)
-    by_row[rows[row]] = rows[row] * in_ + column
+    mixed = torch.randperm(len(row), generator=torch.Generator().manual_seed(0), device="cpu")
+    pair(rows[row][mixed], column[mixed])
+    fill(rows[row], column)
+    for lattice in lattices:
+        fill(*lattice)
+    columns = (by_column < 0).nonzero()[:, 0]
     row, column = chosen[:, columns].nonzero().unbind(1)
-    by_column[columns[column]] = row * in_ + columns[column]
+    fill(row, columns[column])
     places: Tensor = torch.cat([by_row, by_column]).unique()
     return places[places >= 0]

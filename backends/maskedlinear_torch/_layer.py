@@ -40,9 +40,10 @@ class MaskedLinear(nn.Linear):
 
     A layer on the CPU with more than 16384 weights keeps its masked weight from one call to the next, as much memory again
     as the weight: training writes it anew at every call, inference only once weight or mask have changed, as autograd
-    counts. Changes that it does not count, through ``.data`` or a NumPy view, are noticed where they change weights or mask
-    of a whole row, a whole column or more; ``weight.data[0, 0] = 1`` may not be, until the layer is trained or its weight
-    or mask changed in another way. Elsewhere than on the CPU every call masks anew.
+    counts. Changes that it does not count, through ``.data`` or a NumPy view, are noticed where they change the weights of a
+    whole row, a whole column or more, or most of the mask; ``weight.data[0, 0] = 1`` and ``mask.data[3] = False`` may not
+    be, until the layer is trained or its weight or mask changed in another way (``mask[3] = False`` and ``set_mask`` are
+    counted). Elsewhere than on the CPU every call masks anew.
 
     Optimizers move a weight whose gradient is zero (momentum, weight decay): guard them with
     :func:`maskedlinear.torch.freeze_masked`. ``nn.TransformerEncoderLayer`` and ``nn.MultiheadAttention`` read the
