@@ -58,8 +58,8 @@ def _times(rows: Sequence[dict[str, Any]], path: Path) -> None:
         found = crossover([100 * row["density"] for row in group], sparse, dense)
         if found is not None:
             axis.axvline(found, color="gray", linewidth=0.8)
-            place = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
-            axis.annotate(f"{found:.0f} %", (found, 0), xytext=(3, 4), **place)
+            place = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points", "ha": "right"}
+            axis.annotate(f"{found:.0f} %", (found, 0), xytext=(-3, 4), **place)
 
     _panels(_groups(rows), taken, "training step, ms", path, cross)
 
