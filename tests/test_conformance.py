@@ -299,7 +299,37 @@ def test_laws_reach_a_backend_of_one_dtype(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     laws = json.loads(path.read_text())["laws"]
     without = {law for law, row in laws.items() if not row["backends"]["other dense"].get("passed")}
-    assert without == {"9", "12f", "pairs"}, "no half type, not built, and no partner"
+    assert without == {"9", "12f", "12x", "pairs"}, "no half type, not built, and no partner"
+    rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    for law in ("12x", "pairs"):
+        assert rows[law].endswith("not run: one backend")
+
+
+def test_what_one_of_a_pair_lacks_is_declared_and_what_both_have_by_other_modes_is_compared(tmp_path: Path) -> None:
+    made = """
+    def lacks(self):
+        return {**super().lacks(), 'jvp': 'not yet', 'LACKED': 'not yet'}
+"""
+    distribution(tmp_path, HEAD + made.replace("LACKED", "reverse over reverse"))
+    (tmp_path / "single.py").write_text(
+        "from maskedlinear.reference import NumpyBackend\n\nclass Single(NumpyBackend):\n    name = 'single'\n"
+        + made.replace("'jvp': 'not yet', ", "").replace("LACKED", "forward over reverse")
+        + "    def hvp(self, x, *arrays, mode):\n"
+        "        found = super().hvp(x, *arrays, mode)\n"
+        "        return (found[0] + WRONG * (x.size == 144), *found[1:])\n"
+    )
+    entry = tmp_path / "other-1.0.dist-info" / "entry_points.txt"
+    entry.write_text(entry.read_text() + "single = single:Single\n")
+    asked = ("--backend", "other", "--backend", "single", "--profile", "quick", "-k", "equals_each_other")
+    for wrong, counts in (("0", {"passed": 10, "declared": 10}), ("1", {"passed": 9, "failed": 1, "declared": 10})):
+        code = (tmp_path / "single.py").read_text()
+        (tmp_path / "single.py").write_text(re.sub(r"\+ \w+ \*", f"+ {wrong} *", code))
+        path = tmp_path / f"{wrong}.json"
+        result = suite(*asked, "--report", str(path), path=tmp_path)
+        assert result.returncode == int(wrong), result.stdout
+        laws = json.loads(path.read_text())["laws"]
+        assert laws["pairs"]["backends"] == {"other dense": counts, "single dense": counts}
+    assert laws["12x"]["backends"]["other dense"] == {}
 
 
 def test_what_no_dtype_allows_is_declared(tmp_path: Path) -> None:
@@ -314,7 +344,7 @@ def test_what_no_dtype_allows_is_declared(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout
     rows = {line.split()[0]: line for line in result.stdout.splitlines() if line}
     assert rows["9"].split()[-4:] == ["3", "declared", "3", "declared"], "neither has a half type"
-    assert rows["pairs"].split()[-4:] == ["1", "declared", "1", "declared"], "they have no dtype in common"
+    assert rows["pairs"].split()[-4:] == ["3", "declared", "3", "declared"], "they have no dtype in common"
 
 
 def test_a_law_that_did_not_run_is_named() -> None:
@@ -323,7 +353,7 @@ def test_a_law_that_did_not_run_is_named() -> None:
     record = Record()
     record.outcomes = outcomes
     run: Any = SimpleNamespace(faults=False, partial=False, command=True, backends=["a", "b"], record=record)
-    assert report.silent(run) == ["b: law 6", "a: law pairs", "b: law pairs"]
+    assert report.silent(run) == ["b: law 6", "a: law pairs", "b: law pairs"], "12x ran, by the first line"
     run.partial = True
     assert report.silent(run) == [], "it was left out on purpose"
     run.partial, run.backends = False, ["a"]

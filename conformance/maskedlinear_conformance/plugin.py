@@ -271,12 +271,13 @@ def _product(
 
 def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) -> Any:
     needs = [*says.needs, *(value for value in values if isinstance(value, str))]
-    declared = {
-        f"{subject.label} lacks {need}: {why}"
-        for subject in subjects
-        for need, why in lacking(subject.backend, subject.device).items()
-        if need in needs
-    }
+    declared = set()
+    for subject in subjects:
+        lacks = lacking(subject.backend, subject.device)
+        for need in needs:
+            ways = (need,) if isinstance(need, str) else need
+            if all(way in lacks for way in ways):
+                declared |= {f"{subject.label} lacks {way}: {lacks[way]}" for way in ways}
     names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
     marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(declared)))] if declared else []
     what = subjects if len(subjects) > 1 else subjects[0]

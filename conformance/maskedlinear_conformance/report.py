@@ -13,7 +13,7 @@ from maskedlinear import __version__
 from maskedlinear.backends import CAPABILITIES, lacking
 from maskedlinear_conformance import golden
 from maskedlinear_conformance.faults import FAULTS, Sound
-from maskedlinear_conformance.laws import LAWS
+from maskedlinear_conformance.laws import LAWS, OF_PAIRS
 from maskedlinear_conformance.record import pivot, table
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def silent(run: Run) -> list[str]:
     """Return the laws of which nothing ran and nothing was declared, of a run in which the caller left nothing out."""
     if run.faults or run.partial or not run.command:
         return []
-    excused = {*_not_built(), *(["pairs"] if len(run.backends) == 1 else [])}
+    excused = {*_not_built(), *(OF_PAIRS if len(run.backends) == 1 else ())}
     cells = run.record.law_table(LAWS, run.backends)
     return [
         f"{label}: law {law}" for law in LAWS if law not in excused for label in run.backends if not cells[law][label]
@@ -163,6 +163,8 @@ def _law_table(run: Run) -> list[str]:
     body = []
     for law, cells in run.record.law_table(LAWS, labels).items():
         row = ["not built" if law in not_built else _cell(cells.get(label, {})) for label in labels]
+        if law in OF_PAIRS and len(labels) == 1:
+            row = ["not run: one backend"]
         body.append([law, LAWS[law], *row])
     return table(["law", "", *labels], body)
 

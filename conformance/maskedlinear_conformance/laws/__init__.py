@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from maskedlinear_conformance.cases import Case
 
-__all__ = ["LAWS", "Law", "law"]
+__all__ = ["LAWS", "OF_PAIRS", "Law", "law"]
 
 LAWS = {
     "1": "value and derivatives equal the spec",
@@ -22,7 +22,8 @@ LAWS = {
     "9": "dtypes",
     "10": "inputs unchanged; same bits twice",
     "11": "a new mask holds at once; restoring",
-    "12": "checkpoints, and from one framework to another",
+    "12": "checkpoints",
+    "12x": "weights and mask from one framework to another",
     "12f": "the project's own file format",
     "13": "freeze_masked",
     "14": "random masks",
@@ -31,7 +32,11 @@ LAWS = {
 }
 """The laws of the design by number, and the two that are not numbered there."""
 
+OF_PAIRS = ("12x", "pairs")
+"""Those that two backends are needed for."""
+
 F = TypeVar("F", bound=Callable[..., None])
+Need = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,8 @@ class Law:
 
     Attributes:
         number: a key of ``LAWS``.
-        needs: the capabilities that it needs; on a backend that declares one lacking it is reported as declared.
+        needs: the capabilities that it needs; on a backend that declares one lacking it is reported as declared. Of
+            several together one is enough.
         dtypes: the dtypes that it is about; all if ``None``. A backend without any has nothing to check.
         enough: the dtypes that suffice, where others would show nothing more; all if ``None``. A backend without any of
             them is checked in the first that it has.
@@ -50,7 +56,7 @@ class Law:
     """
 
     number: str
-    needs: tuple[str, ...] = ()
+    needs: tuple[Need, ...] = ()
     dtypes: tuple[str, ...] | None = None
     enough: tuple[str, ...] | None = None
     cases: Callable[[Case], bool] = lambda _: True
@@ -76,7 +82,7 @@ class Law:
 def law(
     number: int | str,
     *,
-    needs: Sequence[str] = (),
+    needs: Sequence[Need] = (),
     dtypes: Sequence[str] | None = None,
     enough: Sequence[str] | None = None,
     cases: Callable[[Case], bool] = lambda _: True,

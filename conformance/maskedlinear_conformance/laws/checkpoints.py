@@ -49,7 +49,7 @@ class Checkpoints:
                         fresh.state(), (stored(subject, data)[0], other.mask, data.bias), "a new mask after that"
                     )
 
-    @law(12, needs=["layer"], enough=["float32", "bfloat16"])
+    @law("12x", needs=["layer"], enough=["float32", "bfloat16"])
     def test_weights_and_mask_pass_from_one_framework_to_the_other(self, pair: tuple[Subject, Subject]) -> None:
         """The state of one's layer, put into the other's, is the same there, bit for bit, and computes the same."""
         data = with_odd_dormant_values(PROBE.data(pair[0].dtype))

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 from maskedlinear_conformance.cases import Case
 from maskedlinear_conformance.golden import Golden
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.subject import Subject, equal_bits, expectations, quantity
+from maskedlinear_conformance.subject import MODES, Subject, equal_bits, expectations, quantity
 
 __all__ = ["Comparison"]
+
+Pair = tuple[Subject, Subject]
 
 
 class Comparison:
@@ -21,13 +26,32 @@ class Comparison:
             equal_bits([result + 0.0], [golden.rounded(quantity(name), subject.dtype)], f"{name} of {golden.name}")
 
     @law("pairs")
-    def test_backends_equal_each_other(self, pair: tuple[Subject, Subject], case: Case) -> None:
-        """Every result that both have lies within the bound of the other's."""
-        one, other = (subject.on(case) for subject in pair)
-        dtype = pair[0].dtype
-        want = expectations(case, dtype)
-        for name in one.keys() & other.keys():
-            assert one[name].shape == other[name].shape, f"the shape of {name}"
-            used = want[quantity(name)].between(one[name], other[name], dtype)
-            pair[0].record.between((pair[0].label, pair[1].label), quantity(name), dtype, used)
-            assert used <= 1, f"{name} differs by {used:.3g} times the bound"
+    def test_backends_equal_each_other(self, pair: Pair, case: Case) -> None:
+        """Value and gradients lie within the bound of the other's."""
+        _compare(pair, case, ("y", "dx", "dW", "db"))
+
+    @law("pairs", needs=["jvp"])
+    def test_forward_mode_equals_each_other(self, pair: Pair, case: Case) -> None:
+        """The directional derivative lies within the bound of the other's."""
+        _compare(pair, case, ("ẏ",))
+
+    @law("pairs", needs=[MODES])
+    def test_second_order_equals_each_other(self, pair: Pair, case: Case) -> None:
+        """The Hessian-vector product, by whichever modes each has, lies within the bound of the other's."""
+        _compare(pair, case, ("Hx", "HW", "Hb", "Hg"))
+
+
+def _compare(pair: Pair, case: Case, quantities: Sequence[str]) -> None:
+    """Check each of the quantities, by every way that one has to it against every way of the other."""
+    want, dtype = expectations(case, pair[0].dtype), pair[0].dtype
+    for about in quantities:
+        if about not in want:  # no bias
+            continue
+        one, other = ([a for name, a in subject.on(case).items() if quantity(name) == about] for subject in pair)
+        assert one, f"{pair[0].label} must have {about}"
+        assert other, f"{pair[1].label} must have {about}"
+        for mine, yours in product(one, other):
+            assert mine.shape == yours.shape, f"the shape of {about}"
+            used = want[about].between(mine, yours, dtype)
+            pair[0].record.between((pair[0].label, pair[1].label), about, dtype, used)
+            assert used <= 1, f"{about} differs by {used:.3g} times the bound"
