@@ -212,8 +212,9 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
     drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, rngs=nnx.Rngs(0))
     assert drawn.bias is None
     turned = scipy.sparse.csr_array([[1 + 2j]])
+    with pytest.raises(TypeError, match="real; got a matrix of dtype complex"):
+        SparseLinear.from_scipy(turned)
     for make, name in (
-        (lambda: SparseLinear.from_scipy(turned), "matrix"),
         (lambda: SparseLinear.from_edges([0], [0], (1, 1), [1j], param_dtype=jnp.float32), "values"),
         (lambda: SparseLinear.from_scipy(turned.real, bias=[1j]), "bias"),
     ):

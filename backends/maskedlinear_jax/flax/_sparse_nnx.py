@@ -204,7 +204,6 @@ class SparseLinear(nnx.Module):
             TypeError: if ``matrix`` is not sparse, or it or ``bias`` is not real.
         """
         pattern, data = Pattern.from_scipy(matrix)
-        _check_real("matrix", data)
         return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
 
     def to_masked(self) -> MaskedLinear:
