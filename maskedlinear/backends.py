@@ -60,6 +60,7 @@ CAPABILITIES: Mapping[str, str | None] = {
     "save": "layer",
     "freeze_masked": "layer",
     "masks": "random_mask",
+    "bernoulli masks": "bernoulli_mask",
 }
 """What a backend may declare that it lacks, and the method that it must have otherwise (``None``: no method of its own)."""
 
@@ -247,6 +248,11 @@ class Capable(Protocol):
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str
     ) -> Array:
         """Return the mask of :func:`maskedlinear.masks.random`, on ``device``."""
+
+    def bernoulli_mask(
+        self, shape: tuple[int, int], threshold: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Array:
+        """Return the mask of :func:`maskedlinear.masks.bernoulli`, on ``device``."""
 
 
 class Layer(Protocol):

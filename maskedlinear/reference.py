@@ -131,6 +131,12 @@ class NumpyBackend:
         """Return ``masks.random``."""
         return masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)
 
+    def bernoulli_mask(
+        self, shape: tuple[int, int], threshold: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Array:
+        """Return ``masks.bernoulli``."""
+        return masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard)
+
 
 def laid_out(values: NDArray[Any], layout: str) -> NDArray[Any]:
     """Return a copy of ``values`` that lies in memory as ``layout`` says; see ``maskedlinear.backends.Backend.asarray``."""

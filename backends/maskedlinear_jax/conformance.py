@@ -164,10 +164,11 @@ class JaxBackend:
         return _dense(x, weight, bias)  # type: ignore[no-any-return]
 
     def vmap(
-        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
-    ) -> tuple[Array, Array, Array, Array]:
+        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Bias, g: Array
+    ) -> tuple[Array, Array, Array, Array | None]:
         """Return ``jax.vmap`` of value and gradients."""
-        return self._mapped(tuple(axes))(x, weight, self._prepared(mask), bias, g)  # type: ignore[no-any-return]
+        y, dx, dweight, dbias = _padded(self._mapped(tuple(axes))(x, weight, self._prepared(mask), bias, g))
+        return y, dx, dweight, dbias
 
     def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Array) -> Sequence[Array]:
         """Return ``jax.vmap`` of forward mode or second order."""
@@ -217,6 +218,12 @@ class JaxBackend:
     ) -> Array:
         """Return ``masks.random`` as an array."""
         return _placed(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard), device)
+
+    def bernoulli_mask(
+        self, shape: tuple[int, int], threshold: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Array:
+        """Return ``masks.bernoulli`` as an array."""
+        return _placed(masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard), device)
 
 
 def _device(device: str) -> Any:

@@ -221,10 +221,10 @@ class TorchBackend:
         return F.linear(x, weight, bias)
 
     def vmap(
-        self, axes: Sequence[int | None], x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, g: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self, axes: Sequence[int | None], x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return ``torch.func.vmap`` of value and ``torch.func.vjp``."""
-        return tuple(torch.func.vmap(self._by_func, tuple(axes))(x, weight, self._prepared(mask), bias, g))  # type: ignore[return-value]
+        return _all(torch.func.vmap(self._by_func, tuple(axes))(x, weight, self._prepared(mask), bias, g))
 
     def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Tensor) -> Sequence[Tensor]:
         """Return ``torch.func.vmap`` of the derivatives that ``torch.func`` makes."""
@@ -315,6 +315,12 @@ class TorchBackend:
     ) -> Tensor:
         """Return ``masks.random`` as a tensor."""
         return torch.asarray(masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)).to(device)
+
+    def bernoulli_mask(
+        self, shape: tuple[int, int], threshold: int, seed: int, shard: tuple[slice, slice] | None, device: str
+    ) -> Tensor:
+        """Return ``masks.bernoulli`` as a tensor."""
+        return torch.asarray(masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard)).to(device)
 
 
 def _derivative(op: Call, derivative: str, *arrays: Any) -> tuple[Any, ...]:

@@ -10,8 +10,9 @@ from scipy.sparse import csr_array
 
 from maskedlinear import masks
 from maskedlinear.backends import CAPABILITIES, LAYOUTS
+from maskedlinear.reference import laid_out
 
-HAS = ("jvp", "masks", *LAYOUTS)
+HAS = ("jvp", "masks", "bernoulli masks", *LAYOUTS)
 
 
 class ScipyBackend:
@@ -46,16 +47,7 @@ class ScipyBackend:
         return np.errstate(invalid="ignore")
 
     def asarray(self, values, dtype, device, layout="contiguous"):
-        array = np.array(values, dtype=bool if values.dtype == bool else dtype)
-        if layout == "transposed":
-            array = np.ascontiguousarray(array.T).T
-        elif layout == "strided":
-            array = np.repeat(array, 2, axis=-1)[..., ::2]
-        elif layout == "broadcast":
-            array = np.broadcast_to(array[:1], array.shape)
-        elif layout == "read-only":
-            array.flags.writeable = False
-        return array
+        return laid_out(np.array(values, dtype=bool if values.dtype == bool else dtype), layout)
 
     def asnumpy(self, array):
         return np.array(array, dtype=None if array.dtype == bool else np.float64)
@@ -88,6 +80,9 @@ class ScipyBackend:
 
     def random_mask(self, shape, num_zeros, seed, shard, device):
         return masks.random(shape, num_zeros=num_zeros, seed=seed, shard=shard)
+
+    def bernoulli_mask(self, shape, threshold, seed, shard, device):
+        return masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard)
 
     def _sparse(self, weight, mask):
         rows, columns = np.nonzero(mask)

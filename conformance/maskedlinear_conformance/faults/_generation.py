@@ -128,3 +128,48 @@ class WordsAreSigned(Fault):
 
     def words(self, seed, count):
         return super().words(seed, count) ^ np.uint32(0x80000000)
+
+
+class CounterLosesItsHighWord(Fault):
+    """Blocks from 2**32 on are counted from 0 again."""
+
+    name = "counter loses its high word"
+    laws = ("14",)
+
+    def bernoulli_mask(self, shape, threshold, seed, shard, device):
+        if shape[0] * shape[1] <= 2**33:
+            return super().bernoulli_mask(shape, threshold, seed, shard, device)
+        rows, columns = shard
+        again = [row % (2**33 // shape[1]) for row in range(rows.start, rows.stop)]
+        shards = [(slice(row, row + 1), columns) for row in again]
+        return np.concatenate([masks.bernoulli(shape, threshold=threshold, seed=seed, shard=one) for one in shards])
+
+
+class ThresholdIsKept(Fault):
+    """A Bernoulli mask keeps the word that equals its threshold."""
+
+    name = "threshold is kept"
+    laws = ("14",)
+
+    def bernoulli_mask(self, shape, threshold, seed, shard, device):
+        return super().bernoulli_mask(shape, min(threshold + 1, 2**32), seed, shard, device)
+
+
+class ThresholdWraps(Fault):
+    """The threshold is a word, so that the one that keeps everything is 0."""
+
+    name = "threshold wraps"
+    laws = ("14",)
+
+    def bernoulli_mask(self, shape, threshold, seed, shard, device):
+        return super().bernoulli_mask(shape, threshold & 0xFFFFFFFF, seed, shard, device)
+
+
+class BernoulliMaskKeepsTheOthers(Fault):
+    """A Bernoulli mask keeps the words that are not below its threshold."""
+
+    name = "bernoulli mask keeps the others"
+    laws = ("14",)
+
+    def bernoulli_mask(self, shape, threshold, seed, shard, device):
+        return ~super().bernoulli_mask(shape, threshold, seed, shard, device)
