@@ -150,7 +150,10 @@ class Backend(Protocol):
 
 
 class Capable(Protocol):
-    """What a backend has besides, unless it declares in ``lacks`` that it does not. Shapes as in :class:`Backend`."""
+    """What a backend has besides, unless it declares in ``lacks`` that it does not. Shapes as in :class:`Backend`.
+
+    A result may be ``None`` only if it is the gradient of a bias that is not there.
+    """
 
     def jvp(
         self,

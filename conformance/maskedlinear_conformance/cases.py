@@ -179,9 +179,12 @@ CASES = (
     Case((5,), 4, 0, 1.0, since="default"),
     Case((3,), 1, 9, 0.5, since="default"),
     Case((3, 5, 7), 65, 33, 0.5, since="default"),
-    Case((61,), 1023, 1025, 0.01, since="default"),
-    Case((2049,), 63, 65, 0.5, since="default"),
+    Case((61,), 1031, 1033, 0.01, bias=False, since="default"),  # a mask of more than 2²⁰ entries
+    Case((2051,), 63, 65, 0.5, since="default"),  # more than 2²² products of live connections
     Case((1,), 769, 1021, 0.1, since="default"),
+    *(Case((33,), 257, 129, density, since="default") for density in (0.0, "one", "all but one", 1.0)),
+    Case((), 5, 3, 0.5, bias=False, since="default"),
+    Case((12,), 12, 12, 0.5, bias=False, since="default"),
     Case((3,), 9, 1, 0.5, since="full"),
     Case((3,), 16384, 17, 0.5, since="full"),
     Case((3,), 17, 16383, 0.5, since="full"),
@@ -214,8 +217,22 @@ def odd(case: Case) -> bool:
 
 
 def others(mask: Mask) -> list[Mask]:
-    """Return masks unlike ``mask`` in the same shape: two with as many connections, in each row and in each column."""
-    return [OTHER.mask() if mask.shape == OTHER.mask().shape else ~mask, mask[:, ::-1].copy(), mask[::-1].copy()]
+    """Return masks unlike ``mask`` in the same shape: some with as many connections, in all, in each row, in each column.
+
+    Two differ from it in the middle only: in one connection, and in two.
+    """
+    one, two = _nearby(mask)
+    another = OTHER.mask() if mask.shape == OTHER.mask().shape else ~mask
+    return [another, mask[:, ::-1].copy(), mask[::-1].copy(), one, two]
+
+
+def _nearby(mask: Mask) -> list[Mask]:
+    outwards = np.argsort(abs(np.arange(mask.size) - mask.size // 2))
+    live, dead = (outwards[mask.flat[outwards] == kind][0] for kind in (True, False))
+    one, two = mask.copy(), mask.copy()
+    one.flat[live] = two.flat[live] = False
+    two.flat[dead] = True
+    return [one, two]
 
 
 def poisoned(data: Data) -> dict[str, Data]:

@@ -129,6 +129,10 @@ class Run:
         kinds = [set(self.backends[label].dtypes(self.device)) for label in labels]
         return not set.intersection(*kinds, set(says.dtypes or DTYPES))
 
+    def includes(self, since: str, profile: str) -> bool:
+        """Whether what belongs to ``since`` runs in ``profile``; on faults what the default one has always does."""
+        return among(since, "default" if self.faults and profile == "quick" else profile)
+
     def subjects(self, labels: Sequence[str], says: Law, profile: str) -> list[Subject]:
         """Return the backends of ``labels``, in each dtype that a test of ``profile`` runs in and that all of them have.
 
@@ -137,7 +141,7 @@ class Run:
         if self.faults and not all(label == Sound.name or says.number in FAULTS[label].laws for label in labels):
             return []
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
-        if not among(says.since, "default" if self.faults and profile == "quick" else profile):
+        if not self.includes(says.since, profile):
             return []
         return [
             Subject(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
@@ -203,7 +207,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if first == "pair":
         together = [] if run.faults else list(combinations(labels, 2))
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
-        "case": lambda subject: [case for case in CASES if among(case.since, subject.profile) and says.cases(case)],
+        "case": lambda subject: [case for case in CASES if run.includes(case.since, subject.profile) and says.cases(case)],
         "mode": lambda _: MODES,
         "derivative": lambda _: list(DERIVATIVES),
         "layout": lambda _: LAYOUTS,

@@ -18,10 +18,12 @@ from maskedlinear_conformance.cases import Case, Data, round_to
 from maskedlinear_conformance.record import Record
 
 __all__ = [
+    "FIRST",
     "INPUTS",
     "MODES",
     "Results",
     "Subject",
+    "by_name",
     "equal_bits",
     "expectations",
     "positive_zero",
@@ -38,7 +40,11 @@ Float = NDArray[np.float64]
 Results = dict[str, Float]
 """Results by name: a quantity, or a quantity and the way it was come by, ``"y by jvp"``."""
 
-_NAMES = dict(zip(INPUTS, ("dx", "dW", "db"), strict=True))
+FIRST = ("y", "dx", "dW", "db")
+"""The results that every way to value and gradients gives."""
+
+_NAMES = dict(zip(INPUTS, FIRST[1:], strict=True))
+_FORWARD = ("y by jvp", "ẏ")
 _EXAMPLES = {"quick": 2, "default": 4, "full": 100}
 
 
@@ -97,23 +103,19 @@ class Subject:
     def gradients(self, data: Data, wrt: Sequence[str] = INPUTS) -> Results:
         """Return dx, dW and db: those of ``wrt`` that exist, by name."""
         asked = [name for name in wrt if getattr(data, name) is not None]
-        found = self.call("vjp", *data[:5], wrt=asked)
-        assert len(found) == len(asked), f"vjp must return a gradient for each of {asked}; got {len(found)}"
-        return {_NAMES[name]: gradient for name, gradient in zip(asked, found, strict=True)}
+        return by_name([_NAMES[name] for name in asked], self.call("vjp", *data[:5], wrt=asked), data.bias)
 
     def tangent(self, data: Data) -> Results:
         """Return y and ẏ."""
-        return dict(zip(("y by jvp", "ẏ"), self.call("jvp", *data[:4], *data[5:8]), strict=True))
+        return by_name(_FORWARD, self.call("jvp", *data[:4], *data[5:8]), data.bias)
 
     def curvature(self, data: Data, mode: str) -> Results:
         """Return Hx, HW, Hb and Hg by one of ``MODES``."""
-        found = zip(("Hx", "HW", "Hb", "Hg"), self.call("hvp", *data, mode=mode), strict=True)
-        return {f"{name} by {mode}": array for name, array in found if array is not None}
+        return by_name(_second(mode), self.call("hvp", *data, mode=mode), data.bias)
 
     def both(self, data: Data, method: str, *first: Any) -> Results:
         """Return y, dx, dW and db of one of the methods that give all of them."""
-        found = zip(("y", "dx", "dW", "db"), self.call(method, *first, *data[:5]), strict=True)
-        return {name: array for name, array in found if array is not None}
+        return by_name(FIRST, self.call(method, *first, *data[:5]), data.bias)
 
     def plain(self, data: Data) -> Results:
         """Return y, dx, dW and db."""
@@ -133,14 +135,12 @@ class Subject:
         arguments, (g, *directions) = sent[:4], sent[4:]
         wrt = INPUTS if arguments[3] is not None else INPUTS[:2]
         gradients = self.backend.vjp(*arguments, g, wrt=wrt)
-        found = {"y": self.backend.masked_linear(*arguments)}
-        found |= zip((_NAMES[name] for name in wrt), gradients, strict=True)
+        ways: dict[tuple[str, ...], Any] = {FIRST[: 1 + len(wrt)]: (self.backend.masked_linear(*arguments), *gradients)}
         if self.has("jvp") and "ẏ" in quantities:
-            found |= zip(("y by jvp", "ẏ"), self.backend.jvp(*arguments, *directions[:3]), strict=True)
+            ways[_FORWARD] = self.backend.jvp(*arguments, *directions[:3])
         for mode in self.modes() if "Hx" in quantities else ():
-            second = zip(("Hx", "HW", "Hb", "Hg"), self.backend.hvp(*sent, mode=mode), strict=True)
-            found |= {f"{name} by {mode}": array for name, array in second if array is not None}
-        return found
+            ways[_second(mode)] = self.backend.hvp(*sent, mode=mode)
+        return {n: array for names, found in ways.items() for n, array in by_name(names, found, arguments[3]).items()}
 
     def modes(self) -> list[str]:
         """Return those of ``MODES`` that the backend has."""
@@ -191,6 +191,19 @@ class Subject:
             examples(given(*strategies)(property))()
 
         return check
+
+
+def by_name(names: Sequence[str], found: Sequence[Any], bias: Any) -> dict[str, Any]:
+    """Return results by name; only the gradients of a bias that is not there may be ``None``, and are left out."""
+    assert len(found) == len(names), f"there must be {len(names)} results, {', '.join(names)}; got {len(found)}"
+    named = dict(zip(names, found, strict=True))
+    for name, array in named.items():
+        assert array is not None or (bias is None and quantity(name) in ("db", "Hb")), f"{name} must not be None"
+    return {name: array for name, array in named.items() if array is not None}
+
+
+def _second(mode: str) -> tuple[str, ...]:
+    return tuple(f"{name} by {mode}" for name in ("Hx", "HW", "Hb", "Hg"))
 
 
 def quantity(name: str) -> str:

@@ -10,7 +10,9 @@ from maskedlinear_conformance.faults import (
     _derivatives,
     _dtypes,
     _generation,
+    _large,
     _layers,
+    _missing,
     _optimizers,
     _transforms,
     _vmap,
@@ -29,6 +31,8 @@ FAULTS: dict[str, type[Fault]] = {
         _transforms,
         _layers,
         _checkpoints,
+        _missing,
+        _large,
         _optimizers,
         _generation,
     )

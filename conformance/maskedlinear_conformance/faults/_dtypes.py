@@ -221,3 +221,15 @@ class AutocastReusesItsResults(_Half):
         kept = vars(self).setdefault("kept", {}).setdefault(y.shape, y)
         kept[...] = y
         return [kept, *gradients]
+
+
+class AutocastMultipliesTheGradient(_Half):
+    """Under automatic casts the weight's gradient is multiplied with the mask: NaN of x and g shows under it."""
+
+    name = "autocast multiplies the gradient"
+    laws = ("9",)
+
+    def autocast(self, dtype, x, weight, mask, bias, g):
+        found = super().autocast(dtype, x, weight, mask, bias, g)
+        raw = super().autocast(dtype, x, weight, mask | True, bias, g)[2]
+        return [*found[:2], raw * mask + raw.dtype.type(0), found[3]]

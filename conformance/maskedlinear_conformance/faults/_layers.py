@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer, flat
+from maskedlinear_conformance.faults._sound import Fault, SoundLayer, flat, in_memory
 
 
 class StaleMask(Fault):
@@ -391,3 +391,36 @@ class _OneRowTakesAnOldWeight(SoundLayer):
     def set_mask(self, mask):
         super().set_mask(mask)
         self.__dict__.pop("matrix", None)
+
+
+class LayerIgnoresStrides(Fault):
+    """The layer reads x and g as if they were contiguous."""
+
+    name = "layer ignores strides"
+    laws = ("8",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerIgnoresStrides(self, weight, mask, bias)
+
+
+class _LayerIgnoresStrides(SoundLayer):
+    def __call__(self, x):
+        return super().__call__(in_memory(x))
+
+    def gradients(self, x, g):
+        return super().gradients(in_memory(x), in_memory(g))
+
+
+class NewMaskReadAsItLies(Fault):
+    """``set_mask`` reads a mask as if it were contiguous."""
+
+    name = "new mask read as it lies"
+    laws = ("8",)
+
+    def layer(self, weight, mask, bias):
+        return _NewMaskReadAsItLies(self, weight, mask, bias)
+
+
+class _NewMaskReadAsItLies(SoundLayer):
+    def set_mask(self, mask):
+        super().set_mask(in_memory(mask) if isinstance(mask, np.ndarray) else mask)

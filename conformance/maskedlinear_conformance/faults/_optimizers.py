@@ -194,3 +194,36 @@ class _OptimizerFreezesTheBias(SoundLayer):
             self.bias = bias
 
         return held
+
+
+class OptimizerGuardInSinglePrecision(Fault):
+    """The guard keeps dormant weights of double precision in single while a step runs."""
+
+    name = "optimizer guard in single precision"
+    laws = ("13",)
+
+    def dtypes(self, device):
+        return ("float64",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerGuardInSinglePrecision(self, weight, mask, bias)
+
+
+class _OptimizerGuardInSinglePrecision(SoundLayer):
+    def guard(self):
+        return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float32))
+
+
+class OptimizerWithoutBiasNotGuarded(Fault):
+    """The guard looks for weights that have a bias beside them."""
+
+    name = "optimizer without bias not guarded"
+    laws = ("13",)
+
+    def layer(self, weight, mask, bias):
+        return _OptimizerWithoutBiasNotGuarded(self, weight, mask, bias)
+
+
+class _OptimizerWithoutBiasNotGuarded(SoundLayer):
+    def guard(self):
+        return super().guard() if self.bias is not None else lambda moved: moved

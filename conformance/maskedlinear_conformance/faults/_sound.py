@@ -153,7 +153,7 @@ class Sound(NumpyBackend):
         return NumpyBackend.masked_linear(self, x, weight, np.ones(weight.shape, bool), bias)
 
     def vmap(
-        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array, g: Array
+        self, axes: Sequence[int | None], x: Array, weight: Array, mask: Array, bias: Array | None, g: Array
     ) -> tuple[Array, ...]:
         """Return y, dx, dW and db of each problem, stacked."""
         arrays = (x, weight, mask, bias, g)
@@ -162,7 +162,7 @@ class Sound(NumpyBackend):
             self.both(*(a if axis is None else np.take(a, i, axis) for a, axis in zip(arrays, axes, strict=True)))
             for i in range(count)
         ]
-        return tuple(np.stack(part) for part in zip(*found, strict=True))
+        return tuple(None if part[0] is None else np.stack(part) for part in zip(*found, strict=True))
 
     def derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
         """Return ``jvp``, or ``hvp`` by a mode."""

@@ -29,7 +29,8 @@ class VmapAddsUpTheBiasGradient(Fault):
 
     def vmap(self, axes, x, weight, mask, bias, g):
         y, dx, dweight, dbias = super().vmap(axes, x, weight, mask, bias, g)
-        return y, dx, dweight, np.broadcast_to(dbias.sum(0), dbias.shape).astype(dbias.dtype)
+        total = None if bias is None else np.broadcast_to(dbias.sum(0), dbias.shape).astype(dbias.dtype)
+        return y, dx, dweight, total
 
 
 class VmapDropsTheMaskOfDweight(Fault):
@@ -98,9 +99,10 @@ class VmapReusesItsResults(Fault):
 
     def vmap(self, axes, x, weight, mask, bias, g):
         found = super().vmap(axes, x, weight, mask, bias, g)
-        kept = vars(self).setdefault("kept", {}).setdefault((axes, tuple(part.shape for part in found)), found)
+        kept = vars(self).setdefault("kept", {}).setdefault((axes, x.shape, weight.shape, bias is None), found)
         for old, new in zip(kept, found, strict=True):
-            old[...] = new
+            if new is not None:
+                old[...] = new
         return kept
 
 
@@ -125,3 +127,38 @@ class VmapFlipsABitWhenLarge(Fault):
         if weight.size > 10_000:
             mask[..., -1, -1] ^= True
         return super().vmap(axes, x, weight, mask, bias, g)
+
+
+class VmapFiltersNanOnly(Fault):
+    """The rule for mapping filters NaN and multiplies with the mask: infinity leaks."""
+
+    name = "vmap filters nan only"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        kept = np.where(np.isnan(weight), weight.dtype.type(0), weight)
+        y, *gradients = super().vmap(axes, x, kept, mask, bias, g)
+        return (y + (0 * kept).sum(dtype=y.dtype), *gradients)
+
+
+class VmapMultipliesTheGradient(Fault):
+    """The rule for mapping multiplies the weight's gradient with the mask: NaN of x and g shows under it."""
+
+    name = "vmap multiplies the gradient"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        y, dx, _, dbias = super().vmap(axes, x, weight, mask, bias, g)
+        raw = super().vmap(axes, x, weight, mask | True, bias, g)[2]
+        live = mask if axes[2] is None else np.moveaxis(mask, axes[2], 0)
+        return y, dx, raw * live + raw.dtype.type(0), dbias
+
+
+class VmapWithoutBiasDropsTheMask(Fault):
+    """The rule for mapping layers without bias drops the mask."""
+
+    name = "vmap without bias drops the mask"
+    laws = ("7",)
+
+    def vmap(self, axes, x, weight, mask, bias, g):
+        return super().vmap(axes, x, weight, mask | (bias is None), bias, g)

@@ -10,12 +10,24 @@ from typing import Any
 import numpy as np
 
 from maskedlinear_conformance.bounds import QUANTITIES, expected
-from maskedlinear_conformance.cases import OTHER, PROBE, SEVERAL, TILED, WIDE, Case, Data, draw, poisoned, round_to
+from maskedlinear_conformance.cases import (
+    OTHER,
+    PROBE,
+    SEVERAL,
+    TILED,
+    WIDE,
+    Case,
+    Data,
+    draw,
+    poisoned,
+    round_to,
+    with_nan,
+)
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL, problems
-from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero, quantity
+from maskedlinear_conformance.subject import FIRST, Subject, by_name, equal_bits, positive_zero, quantity
 
-__all__ = ["Arrays"]
+__all__ = ["Arrays", "alike_rows"]
 
 HALF = ("bfloat16", "float16")
 LONG = 6144  # ones added up in bfloat16 stop at 256, in float16 at 2048; both hold this number
@@ -79,13 +91,18 @@ class Arrays:
 
     @law(9, needs=["autocast"], dtypes=HALF)
     def test_autocast_computes_in_the_narrow_type(self, subject: Subject) -> None:
-        """Under automatic casts float32 inputs are rounded first, and nothing leaks; gradients may be wider."""
+        """Under automatic casts float32 inputs are rounded first, and nothing leaks, for NaN too; gradients may be wider."""
         full = PROBE.data("float32")
         for name, dirty in {"nothing": full, **poisoned(full)}.items():
             try:
                 _cast(subject, PROBE, dirty)
             except AssertionError as error:
                 raise AssertionError(f"{error}, {name} being under the mask") from error
+        for case in (PROBE, TILED):
+            full, mask = case.data("float32"), case.mask()
+            for name in ("x", "g"):
+                dweight = subject.call("autocast", subject.dtype, *_sent(subject, with_nan(full, name)))[2]
+                positive_zero(dweight[~mask], f"dW under the mask, {name} holding NaN,")
 
     @law(9, needs=["autocast"], dtypes=HALF)
     def test_autocast_takes_any_shape_and_keeps_nothing(self, subject: Subject) -> None:
@@ -121,23 +138,28 @@ def _cast(subject: Subject, case: Case, full: Data) -> tuple[list[Any], list[Any
     data = Data(*(a if a is None or a.dtype == bool else round_to(a, subject.dtype) for a in clean))
     want = expected(data)
     with subject.backend.strict():
-        arrays = [subject.send(array, dtype="float32") for array in full[:4]]
-        g = subject.send(data.g)
-        found = list(subject.backend.autocast(subject.dtype, *arrays, g))
-        y, *gradients = at_once = [subject.fetch(array) for array in found]
-        equal_bits([*map(subject.fetch, arrays), subject.fetch(g)], (*full[:4], data.g), "an input was written to")
-    subject.near({"y": y}, want)
-    named = dict(zip(("dx", "dW", "db"), gradients, strict=True))
-    subject.near({name: array for name, array in named.items() if array is not None}, want, wide=True)
-    positive_zero(gradients[1][~data.mask], "dW under the mask")
+        sent = _sent(subject, full)
+        found = list(subject.backend.autocast(subject.dtype, *sent))
+        at_once = [subject.fetch(array) for array in found]
+        equal_bits(map(subject.fetch, sent), (*full[:4], data.g), "an input was written to")
+    results = by_name(FIRST, at_once, data.bias)
+    subject.near({"y": results.pop("y")}, want)
+    subject.near(results, want, wide=True)
+    positive_zero(results["dW"][~data.mask], "dW under the mask")
     return found, at_once
+
+
+def _sent(subject: Subject, full: Data) -> list[Any]:
+    """Return the arguments of autocast, ``g`` in the narrow type."""
+    g = round_to(full.g, subject.dtype)
+    return [*(subject.send(array, dtype="float32") for array in full[:4]), subject.send(g)]
 
 
 def _laid_out(subject: Subject, case: Case, layout: str, laid: Sequence[str], quantities: Sequence[str]) -> None:
     """Check the results of a case, those of its arrays that ``laid`` names being laid out."""
     data = case.data(subject.dtype)
     if layout == "broadcast":
-        data = _alike_rows(data)
+        data = alike_rows(data)
     with subject.backend.strict():
         sent = [subject.send(array, layout if name in laid else "contiguous") for name, array in data._asdict().items()]
         made = subject.made(sent, quantities)
@@ -151,7 +173,9 @@ def _laid_out(subject: Subject, case: Case, layout: str, laid: Sequence[str], qu
         raise AssertionError(f"{error}, {which}") from error
 
 
-def _alike_rows(data: Data) -> Data:
+def alike_rows(data: Data) -> Data:
+    """Return ``data`` with the first row of each array as all its rows."""
+
     def alike(array: Any) -> Any:
         return None if array is None else np.broadcast_to(array[:1], array.shape)
 

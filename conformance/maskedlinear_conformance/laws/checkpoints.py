@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import OTHER, PROBE, Data
+from maskedlinear_conformance.cases import PROBE, TILED, Data, others
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.layers import built, called, stored
 from maskedlinear_conformance.subject import Subject, equal_bits
@@ -29,11 +31,10 @@ class Checkpoints:
     @law(12, needs=["save"])
     def test_a_checkpoint_keeps_every_bit(self, subject: Subject, tmp_path: Path) -> None:
         """Weights, live and dormant, mask and bias come back, into a layer that had others."""
-        data, other = with_odd_dormant_values(PROBE.data(subject.dtype)), OTHER.data(subject.dtype)
-        for bias in (True, False):
-            if not bias:
-                data, other = data._replace(bias=None), other._replace(bias=None)
-            path = tmp_path / str(bias)
+        for case in (PROBE, replace(PROBE, bias=False), TILED):
+            data = with_odd_dormant_values(case.data(subject.dtype))
+            other = data._replace(weight=-data.weight, mask=others(data.mask)[0])
+            path = tmp_path / str(case)
             path.mkdir()
             with subject.backend.strict():
                 layer, fresh = built(subject, data), built(subject, other)
@@ -52,9 +53,9 @@ class Checkpoints:
     @law("12x", needs=["layer"], enough=["float32", "bfloat16"])
     def test_weights_and_mask_pass_from_one_framework_to_the_other(self, pair: tuple[Subject, Subject]) -> None:
         """The state of one's layer, put into the other's, is the same there, bit for bit, and computes the same."""
-        data = with_odd_dormant_values(PROBE.data(pair[0].dtype))
-        want = expected(PROBE.data(pair[0].dtype))
-        for source, target in (pair, pair[::-1]):
+        for case, (source, target) in product((PROBE, TILED), (pair, pair[::-1])):
+            data = with_odd_dormant_values(case.data(pair[0].dtype))
+            want = expected(case.data(pair[0].dtype))
             with source.backend.strict():
                 layer = built(source, data)
                 state = layer.state()

@@ -7,11 +7,13 @@ from typing import Any
 
 import numpy as np
 
+from maskedlinear.reference import laid_out
 from maskedlinear_conformance.bounds import expected
 from maskedlinear_conformance.cases import OTHER, PROBE, TILED, Case, Data, odd, others, poisoned, with_nan
 from maskedlinear_conformance.laws import law
+from maskedlinear_conformance.laws.arrays import alike_rows
 from maskedlinear_conformance.laws.derivatives import FULL
-from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
+from maskedlinear_conformance.subject import FIRST, Results, Subject, by_name, equal_bits, positive_zero
 
 __all__ = ["Layers", "built", "called", "stored"]
 
@@ -27,18 +29,23 @@ def stored(subject: Subject, data: Data) -> tuple[Any, Any, Any]:
     return (weight if subject.has("dormant weights") else np.where(data.mask, weight, 0)), data.mask, data.bias
 
 
-def called(subject: Subject, layer: Any, data: Data) -> Results:
+def called(subject: Subject, layer: Any, data: Data, layout: str = "contiguous") -> Results:
     """Return y, dx, dW and db of a layer."""
-    x, g = subject.send(data.x), subject.send(data.g)
+    x, g = subject.send(data.x, layout), subject.send(data.g, layout)
     found = (layer(x), *layer.gradients(x, g))
-    named = zip(("y", "dx", "dW", "db"), map(subject.fetch, found), strict=True)
-    return {name: array for name, array in named if array is not None}
+    return by_name(FIRST, [subject.fetch(array) for array in found], data.bias)
 
 
 class Layers:
-    """The layer's share of laws 1, 4 and 10, and law 11."""
+    """The layer's share of laws 1, 4, 8 and 10, and law 11."""
 
-    @law(1, needs=["layer"], enough=FULL, dear=True, cases=lambda case: case.since == "quick" or odd(case))
+    @law(
+        1,
+        needs=["layer"],
+        enough=FULL,
+        dear=True,
+        cases=lambda case: case.since == "quick" or odd(case) or not case.bias,
+    )
     def test_a_layer_takes_any_shape(self, subject: Subject, case: Case) -> None:
         """Value and gradients equal the spec's, of large layers, odd ones and ones without bias or connections."""
         data = case.data(subject.dtype)
@@ -58,6 +65,24 @@ class Layers:
                     positive_zero(found["dW"][~dirty.mask], f"dW under the mask, {what},")
                     if not nan:
                         subject.near(found, expected(large if len(dirty.x) == len(large.x) else data))
+
+    @law(8, needs=["layer"], enough=FULL, dear=True)
+    def test_a_layer_takes_any_layout(self, subject: Subject, layout: str) -> None:
+        """However x, g and what a layer is made of or given later lie in memory, it computes the same and leaves them."""
+        broadcast = layout == "broadcast"
+        for case in (PROBE, TILED):
+            data = case.data(subject.dtype)
+            data = alike_rows(data) if broadcast else data
+            with subject.backend.strict():
+                sent = [subject.send(array, layout) for array in (data.weight, data.mask, data.bias)]
+                layer = subject.backend.layer(*sent)
+                subject.near(called(subject, layer, data, layout), expected(data), hard=broadcast)
+                equal_bits(map(subject.fetch, sent), (data.weight, data.mask, data.bias), "an argument was written to")
+                if subject.has("dormant weights"):
+                    data = data._replace(mask=~data.mask, weight=-data.weight)
+                    layer.set_mask(laid_out(data.mask, layout))
+                    layer.set_weight(subject.send(data.weight, layout))
+                    subject.near(called(subject, layer, data, layout), expected(data), hard=broadcast)
 
     @law(10, needs=["layer"])
     def test_a_layer_leaves_its_arguments_alone(self, subject: Subject) -> None:
@@ -93,14 +118,14 @@ class Layers:
     @law(11)
     def test_a_new_mask_holds_at_the_next_call_of_the_function(self, subject: Subject) -> None:
         """The mask is an argument like the others, and going back to the old one gives the old bits."""
-        data = PROBE.data(subject.dtype)
-        before = subject.everything(data)
-        for mask in others(data.mask):
-            changed = data._replace(mask=mask)
-            subject.near(subject.everything(changed), expected(changed))
-            again = subject.everything(data)
-            for name, result in before.items():
-                equal_bits([again[name]], [result], name)
+        for data in (PROBE.data(subject.dtype), TILED.data(subject.dtype)):
+            before = subject.everything(data)
+            for mask in others(data.mask):
+                changed = data._replace(mask=mask)
+                subject.near(subject.everything(changed), expected(changed))
+                again = subject.everything(data)
+                for name, result in before.items():
+                    equal_bits([again[name]], [result], name)
 
     @law(11, needs=["dormant weights"])
     def test_a_new_mask_holds_at_the_next_call_of_the_layer(self, subject: Subject) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import PROBE, Case, poisoned, small, with_nan
+from maskedlinear_conformance.cases import PROBE, TILED, Case, poisoned, small, with_nan
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
 
@@ -34,8 +35,8 @@ class Masking:
     @law(4)
     def test_masked_gradient_is_positive_zero_for_nan(self, subject: Subject) -> None:
         """It is +0 even where x or g holds NaN, which reaches the live connections; so is the second derivative."""
-        data = PROBE.data(subject.dtype)
-        for nan in ("x", "g", "dx", "dg"):
+        for case, nan in product((PROBE, TILED), ("x", "g", "dx", "dg")):
+            data = case.data(subject.dtype)
             dirty = with_nan(data, nan)
             found = {"dW": subject.gradients(dirty)["dW"]} if nan in ("x", "g") else {}
             for mode in subject.modes():

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from maskedlinear_conformance.bounds import expected, smallest
-from maskedlinear_conformance.cases import OTHER, PROBE, Data
+from maskedlinear_conformance.cases import OTHER, PROBE, TILED, Data
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.layers import built
 from maskedlinear_conformance.subject import Subject, equal_bits
@@ -27,37 +28,23 @@ def downhill(data: Data, weights: Sequence[Any], name: str) -> None:
 class Optimizers:
     """Law 13."""
 
-    @law(13, needs=["freeze_masked"], enough=["float32", "bfloat16"])
+    @law(13, needs=["freeze_masked"], enough=["float64", "float32", "bfloat16"])
     def test_a_guarded_optimizer_leaves_dormant_weights(self, subject: Subject) -> None:
         """Whatever they hold, and the optimizer's momentum and decay, after a change of mask too; the live ones train."""
         data = PROBE.data(subject.dtype)
         with subject.backend.strict():
-            x, g = subject.send(data.x), subject.send(data.g)
             optimizers = built(subject, data).optimizers
             assert optimizers, "the layer names no optimizer"
             for name in optimizers:
-                layer = built(subject, data)
-                step = layer.guarded(name)
-                for mask in (data.mask, OTHER.mask(), ~data.mask):
-                    layer.set_mask(mask)
-                    trained = None
-                    for dormant in (None, np.nan, np.inf, -0.0):
-                        if dormant is not None:
-                            layer.set_weight(subject.send(np.where(mask, layer.state()[0], dormant)))
-                        states = [layer.state()]
-                        for _ in range(3):
-                            step(x, g)
-                            states.append(layer.state())
-                        (before, _, bias), (after, kept, biased) = states[0], states[-1]
-                        equal_bits([after[~mask]], [before[~mask]], f"dormant weights, {dormant}, under {name}")
-                        equal_bits([kept], [mask], f"the mask, under {name}")
-                        assert (after[mask] != before[mask]).mean() > 0.9, f"live weights must train under {name}"
-                        if trained is None:
-                            trained = after
-                            if mask is data.mask:  # no momentum of another mask yet
-                                assert (biased != bias).all(), f"the bias, which has no mask, must train under {name}"
-                                downhill(data, [state[0] for state in states], name)
-                    layer.set_weight(subject.send(trained))
+                _guarded(subject, data, name, (data.mask, OTHER.mask(), ~data.mask), (np.nan, np.inf, -0.0))
+
+    @law(13, needs=["freeze_masked"], enough=["float32"], since="default")
+    def test_a_guarded_optimizer_takes_large_layers_and_no_bias(self, subject: Subject) -> None:
+        """There, too, dormant weights stay and live ones train."""
+        for data in (replace(PROBE, bias=False).data(subject.dtype), TILED.data(subject.dtype)):
+            with subject.backend.strict():
+                for name in built(subject, data).optimizers:
+                    _guarded(subject, data, name, (data.mask, ~data.mask), (np.nan,))
 
     @law(13, needs=["freeze_masked"], enough=["float32", "bfloat16"])
     def test_a_guarded_optimizer_leaves_subnormal_dormant_weights(self, subject: Subject) -> None:
@@ -69,3 +56,31 @@ class Optimizers:
             step = layer.guarded(layer.optimizers[0])
             step(subject.send(data.x), subject.send(data.g))
             equal_bits([layer.state()[0][~data.mask]], [data.weight[~data.mask]], "dormant weights")
+
+
+def _guarded(subject: Subject, data: Data, name: str, masks: Sequence[Any], values: Sequence[float]) -> None:
+    """Train a layer under each of ``masks``, its dormant weights being what they were and then each of ``values``."""
+    x, g = subject.send(data.x), subject.send(data.g)
+    layer = built(subject, data)
+    step = layer.guarded(name)
+    for mask in masks:
+        layer.set_mask(mask)
+        trained = None
+        for dormant in (None, *values):
+            if dormant is not None:
+                layer.set_weight(subject.send(np.where(mask, layer.state()[0], dormant)))
+            states = [layer.state()]
+            for _ in range(3):
+                step(x, g)
+                states.append(layer.state())
+            (before, _, bias), (after, kept, biased) = states[0], states[-1]
+            equal_bits([after[~mask]], [before[~mask]], f"dormant weights, {dormant}, under {name}")
+            equal_bits([kept], [mask], f"the mask, under {name}")
+            assert (after[mask] != before[mask]).mean() > 0.9, f"live weights must train under {name}"
+            if trained is None:
+                trained = after
+                if mask is data.mask:  # no momentum of another mask yet
+                    trains = biased is bias is None or (biased != bias).all()
+                    assert trains, f"the bias, which has no mask, must train under {name}"
+                    downhill(data, [state[0] for state in states], name)
+        layer.set_weight(subject.send(trained))

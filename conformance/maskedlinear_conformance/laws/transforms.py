@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +24,7 @@ from maskedlinear_conformance.cases import (
 )
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL
-from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
+from maskedlinear_conformance.subject import FIRST, Results, Subject, by_name, equal_bits, positive_zero
 
 __all__ = ["Transforms"]
 
@@ -58,10 +58,11 @@ class Transforms:
 
     @law(7, needs=["vmap"], enough=FULL, dear=True, since="default")
     def test_vmap_takes_any_batch(self, subject: Subject) -> None:
-        """The problems that are mapped over may have no batch dimension, several, or an empty one, or be large."""
-        for batch, in_, out in (((), 5, 3), ((2, 3), 17, 13), ((0,), 4, 6), ((5,), 0, 4), ((33,), 257, 129)):
-            copies = [Case(batch, in_, out, density).data(subject.dtype) for density in (0.5, 0.3)]
-            over = 0 if subject.has("vmap over the mask") else None
+        """The problems that are mapped over may have no batch dimension, several, or an empty one, no bias, or be large."""
+        over = 0 if subject.has("vmap over the mask") else None
+        plain, empty, no_inputs = Case((), 5, 3, 0.5), Case((0,), 4, 6, 0.5), Case((5,), 0, 4, 0.5)
+        for case in (plain, SEVERAL, empty, no_inputs, TILED, replace(PROBE, bias=False)):
+            copies = [replace(case, density=density).data(subject.dtype) for density in (0.5, 0.3)]
             _mapped(subject, (0, 0, over, 0, 0), copies)
 
     @law(7, dear=True)
@@ -95,6 +96,9 @@ class Transforms:
         want = _wanted(data, transform)
         for dirty in (data,) if odd(case) else poisoned(data).values():
             positive_zero(_through(subject, transform, dirty, want)["dW"][~case.mask()], "dW under the mask")
+        for name in () if odd(case) else ("x", "g"):
+            found = subject.both(with_nan(data, name), "transformed", transform)
+            positive_zero(found["dW"][~case.mask()], f"dW under the mask, {name} holding NaN,")
 
     @law(8, needs=["transposed"], enough=FULL, dear=True, since="default")
     def test_layouts_through_transforms(self, subject: Subject, transform: str) -> None:
@@ -106,7 +110,7 @@ class Transforms:
             sent = [subject.send(array, "transposed") for array in data[:5]]
             found = [subject.fetch(array) for array in subject.backend.transformed(transform, *sent)]
             equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
-        subject.near(dict(zip(("y", "dx", "dW", "db"), found, strict=True)), want)
+        subject.near(by_name(FIRST, found, data.bias), want)
 
     @law(7, dear=True)
     def test_nothing_leaks_through_a_transform(self, subject: Subject, transform: str) -> None:
@@ -140,7 +144,9 @@ class Transforms:
 
 
 def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
-    """Check vmap over ``copies``, which have the first one's values of what is not mapped, with NaN under the masks."""
+    """Check vmap over ``copies``, which have the first one's values of what is not mapped, and that nothing leaks."""
+    if copies[0].bias is None:
+        axes = (*axes[:3], None, axes[4])
     mapped = [name for name, axis in zip(Data._fields, axes, strict=False) if axis is not None]
     singles = [copies[0]._replace(**{name: getattr(copy, name) for name in mapped}) for copy in copies]
     live = np.any([single.mask for single in singles], axis=0)
@@ -148,8 +154,9 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
     for name, axis in zip(Data._fields[:5], axes, strict=True):
         arrays = [getattr(single, name) for single in singles]
         if name == "weight":  # one that is shared is dead only where no mask has it live
+            poison = np.resize([np.nan, np.inf, -np.inf], live.shape)
             dead = [~live if axis is None else ~single.mask for single in singles]
-            arrays = [np.where(under, np.nan, array) for under, array in zip(dead, arrays, strict=True)]
+            arrays = [np.where(under, poison, array) for under, array in zip(dead, arrays, strict=True)]
         stacked.append(arrays[0] if axis is None else np.stack(arrays, axis))
     # The same problems backwards, as they may lie in memory, must find nothing of the first call.
     backwards = [
@@ -163,7 +170,16 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
         together, reverse = ([subject.fetch(array) for array in found] for found in (first, second))
         equal_bits(map(subject.fetch, sent), stacked, "an input was changed")
         equal_bits(map(subject.fetch, later), backwards, "an input was changed")
-    for single, *both in zip(singles, _each(together), reversed(list(_each(reverse))), strict=True):
+        for place, name in ((0, "x"), (4, "g")):
+            nan = subject.send(np.full_like(stacked[place], np.nan))
+            found = subject.backend.vmap(axes, *sent[:place], nan, *sent[place + 1 :])
+            for single, spoilt in zip(singles, _each(map(subject.fetch, found), singles[0]), strict=True):
+                positive_zero(
+                    spoilt["dW"][~single.mask], f"vmap over axes {axes}: dW under the mask, {name} being NaN,"
+                )
+    for single, *both in zip(
+        singles, _each(together, singles[0]), reversed(list(_each(reverse, singles[0]))), strict=True
+    ):
         try:
             for found in both:
                 subject.near(found, expected(single))
@@ -172,9 +188,10 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
             raise AssertionError(f"vmap over axes {axes} of batches {single.x.shape[:-1]}: {error}") from error
 
 
-def _each(together: Sequence[Any]) -> Iterator[Results]:
-    for parts in zip(*together, strict=True):
-        yield dict(zip(("y", "dx", "dW", "db"), parts, strict=True))
+def _each(together: Iterable[Any], data: Data) -> Iterator[Results]:
+    named = by_name(FIRST, list(together), data.bias)
+    for parts in zip(*named.values(), strict=True):
+        yield dict(zip(named, parts, strict=True))
 
 
 def _wanted(data: Data, transform: str) -> dict[str, Expected]:
