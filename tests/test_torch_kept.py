@@ -159,6 +159,7 @@ def test_an_edit_of_most_of_the_mask_is_noticed(density: float) -> None:
     with torch.no_grad():
         layer(x)
         for edit in edits:
+            layer(x)
             edit()
             assert torch.equal(layer(x), plain(layer, x))
 
@@ -175,6 +176,39 @@ def test_the_sample_has_a_place_in_each_row_and_column_and_few_twice(shape: tupl
         assert torch.equal(sampled.any(dim), mask.any(dim))
     if density >= 0.1:
         assert len(places) <= 1.2 * max(shape)
+
+
+def test_masks_that_are_used_once_are_not_sampled(layer: MaskedLinear, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Tensor] = []
+    choose = _kept._places
+    monkeypatch.setattr(_kept, "_places", lambda mask: (asked.append(mask), choose(mask))[1])
+    with torch.no_grad():
+        for mask in MASKS * 2:
+            layer.set_mask(mask)
+            assert torch.equal(layer(X), plain(layer))
+        assert not asked
+        for _ in range(3):
+            layer(X)
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (1024, 4096), (2048, 2048)])
+@pytest.mark.parametrize("density", [0.01, 0.5, 1.0])
+def test_places_are_chosen_in_a_moment(shape: tuple[int, int], density: float) -> None:
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(1)) < density
+    looked: list[int] = []
+    nonzero = Tensor.nonzero
+
+    class Counted(Tensor):
+        @classmethod
+        def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            found = super().__torch_function__(function, types, args, kwargs or {})
+            if function is nonzero:
+                looked.append(len(found))
+            return found
+
+    _kept._one_each(mask.as_subclass(Counted))
+    assert sum(looked) <= 0.1 * mask.numel(), "where many are live, not all of them are listed"
 
 
 def unseen(layer: MaskedLinear) -> tuple[int, int]:
@@ -196,7 +230,9 @@ def test_another_tensor_at_the_same_address_is_not_taken_for_the_first(name: str
         return tensor if name == "mask" else nn.Parameter(tensor)
 
     with torch.no_grad():
-        torch.func.functional_call(layer, {name: other()}, (x,))
+        first = other()
+        for _ in range(2):
+            torch.func.functional_call(layer, {name: first}, (x,))
         memory[unseen(layer)] = ~memory[unseen(layer)] if name == "mask" else 5
         tensor = other()
         found = torch.func.functional_call(layer, {name: tensor}, (x,))

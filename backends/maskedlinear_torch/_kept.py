@@ -54,8 +54,7 @@ class Kept:
         self._now = None  # until it is whole
         mine = before is not None and before.writer == thread and _like(before.masked, weight)
         masked = masked_by_bits(weight, mask, before.masked if before is not None and mine else None)
-        sample = None if before is None else before.sample  # whose places may serve again
-        self._now = _Made(masked, weakref.ref(weight), weakref.ref(mask), versions, thread, sample)
+        self._now = _Made(masked, weakref.ref(weight), weakref.ref(mask), versions, thread, None)
         return masked
 
     def of(self, weight: Tensor, mask: Tensor) -> Tensor | None:
@@ -71,15 +70,17 @@ class Kept:
 
     def at_rest(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Return the masked weight for inference, derived only if weight or mask have changed."""
-        now, versions = self._now, _versions(weight, mask)
-        sample = None if now is None else now.sample
-        if now is None or sample is None or not sample.has(mask, versions[2:]):
-            sample = _Sample.of(weight, mask, *_places(mask))
-        elif now.writer or now.versions != versions or now.weight() is not weight or not sample.holds(weight):
-            sample = _Sample.of(weight, mask, sample.live, sample.places)
-        else:
-            return now.masked
+        now, versions, sample = self._now, _versions(weight, mask), None
+        if now is not None and not now.writer and now.versions == versions and now.is_of(weight, mask):
+            # Chosen when it is first asked for, which takes longer than to derive a small masked weight.
+            sample = now.sample or _Sample.of(now.masked, mask, *_places(mask))
+            if sample.has(mask) and sample.holds(weight):
+                if now.sample is None:
+                    self._now = now._replace(sample=sample)
+                return now.masked
         masked = masked_by_bits(weight, mask)
+        if sample is not None:
+            sample = _Sample.of(masked, mask, sample.live, sample.places) if sample.has(mask) else None
         self._now = _Made(masked, weakref.ref(weight), weakref.ref(mask), versions, 0, sample)
         return masked
 
@@ -153,26 +154,27 @@ class _Made(NamedTuple):
     writer: int  # the thread that may write to it again, or 0: someone may be reading it
     sample: _Sample | None
 
+    def is_of(self, weight: Tensor, mask: Tensor) -> bool:
+        """Whether it is of these very tensors."""
+        return self.weight() is weight and self.mask() is mask
+
 
 class _Sample(NamedTuple):
-    """What the weight holds at the places ``live``, and the mask at ``places``, as flat indices."""
+    """What a weight holds at some live places and a mask at some places, as flat indices, by the masked weight of them."""
 
-    of_mask: weakref.ref[Tensor]
-    version: tuple[int, int]
     live: Tensor
     places: Tensor
     mask: Tensor
     weight: Tensor
 
     @classmethod
-    def of(cls, weight: Tensor, mask: Tensor, live: Tensor, places: Tensor) -> _Sample:
-        """Take a sample."""
-        version = mask.data_ptr(), mask._version
-        return cls(weakref.ref(mask), version, live, places, mask.take(places), _bits(weight.take(live)))
+    def of(cls, masked: Tensor, mask: Tensor, live: Tensor, places: Tensor) -> _Sample:
+        """Take a sample; a masked place whose masked weight is not 0 was a live one."""
+        return cls(live, places, mask.take(places) | (masked.take(places) != 0), _bits(masked.take(live)))
 
-    def has(self, mask: Tensor, version: tuple[int, ...]) -> bool:
-        """Whether ``mask`` is still the one, and the same at these places."""
-        return self.of_mask() is mask and self.version == version and torch.equal(mask.take(self.places), self.mask)
+    def has(self, mask: Tensor) -> bool:
+        """Whether ``mask`` is still the same at these places."""
+        return torch.equal(mask.take(self.places), self.mask)
 
     def holds(self, weight: Tensor) -> bool:
         """Whether ``weight`` is still the same at these places."""
@@ -241,15 +243,16 @@ def _one_each(chosen: Tensor) -> Tensor:
         found = flat[row * in_ + column]
         lattices.append((row[found], column[found]))
         pair(*lattices[-1])
+    # Then where row and column are still free, and then a place of its own for each that is left.
     rows = (by_row < 0).nonzero()[:, 0]
-    row, column = chosen[rows].nonzero().unbind(1)
+    row, column = (chosen[rows] & (by_column < 0)).nonzero().unbind(1)
     mixed = torch.randperm(len(row), generator=torch.Generator().manual_seed(0), device="cpu")
     pair(rows[row][mixed], column[mixed])
-    fill(rows[row], column)
     for lattice in lattices:
         fill(*lattice)
-    columns = (by_column < 0).nonzero()[:, 0]
-    row, column = chosen[:, columns].nonzero().unbind(1)
-    fill(row, columns[column])
+    rows = (by_row < 0).nonzero()[:, 0]
+    row, column = chosen[rows].nonzero().unbind(1)
+    fill(rows[row], column)
+    fill(*(chosen & (by_column < 0)).nonzero().unbind(1))
     places: Tensor = torch.cat([by_row, by_column]).unique()
     return places[places >= 0]
