@@ -26,7 +26,7 @@ DERIVATIVES = {
 class Compositions:
     """Derivatives of derivatives, and transforms of derivatives."""
 
-    @law(1, needs=["forward over forward"], cases=small)
+    @law(1, needs=["forward over forward"], cases=lambda case: small(case) and len(case.batch) != 1)
     def test_forward_over_forward_equals_the_spec(self, subject: Subject, case: Case) -> None:
         """The derivative along two directions lies within the bound of the spec's, and nothing under the mask leaks."""
         clean = case.data(subject.dtype)
@@ -50,7 +50,8 @@ class Compositions:
         """Mapping it over all arguments but the mask, or over the directions alone, equals the problems one by one."""
         names = DERIVATIVES[derivative][0]
         copies = [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.6)]
-        for mapped in ([name for name in names if name != "mask"], [name for name in names if name.startswith("d")]):
+        ways = ([name for name in names if name != "mask"], [name for name in names if name.startswith("d")])
+        for mapped in ways[:1] if subject.profile == "quick" else ways:
             axes = [0 if name in mapped else None for name in names]
             singles = [_dirty(copies[0]._replace(**{name: getattr(copy, name) for name in mapped})) for copy in copies]
             arrays = [

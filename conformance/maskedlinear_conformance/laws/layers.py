@@ -162,11 +162,10 @@ class Layers:
     @law(11, needs=["layer"])
     def test_a_new_weight_holds_at_the_next_call(self, subject: Subject) -> None:
         """Nothing derived from the old weight outlives it."""
-        for case in (PROBE, TILED):
-            data = case.data(subject.dtype)
-            row = {name: getattr(data, name)[:1] for name in ("x", "g", "dx", "dg")}
-            for some in (data, data._replace(**row)):  # one row may go another way
-                _reweighted(subject, some)
+        data, large = PROBE.data(subject.dtype), TILED.data(subject.dtype)
+        row = {name: getattr(large, name)[:1] for name in ("x", "g", "dx", "dg")}
+        for some in (data, large, large._replace(**row)):  # one row may go another way
+            _reweighted(subject, some)
 
 
 def _remasked(subject: Subject, data: Data) -> None:
