@@ -207,7 +207,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if first == "pair":
         together = [] if run.faults else list(combinations(labels, 2))
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
-        "case": lambda subject: [case for case in CASES if run.includes(case.since, subject.profile) and says.cases(case)],
+        "case": lambda subject: [
+            case for case in CASES if run.includes(case.since, subject.profile) and says.cases(case)
+        ],
         "mode": lambda _: MODES,
         "derivative": lambda _: list(DERIVATIVES),
         "layout": lambda _: LAYOUTS,

@@ -115,7 +115,7 @@ class Layers:
                 "what a method was called with",
             )
 
-    @law(11)
+    @law(11, enough=["float32", "bfloat16"])
     def test_a_new_mask_holds_at_the_next_call_of_the_function(self, subject: Subject) -> None:
         """The mask is an argument like the others, and going back to the old one gives the old bits."""
         for data in (PROBE.data(subject.dtype), TILED.data(subject.dtype)):
