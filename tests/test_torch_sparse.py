@@ -19,6 +19,7 @@ from maskedlinear import masks
 from maskedlinear.pattern import Pattern
 from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
 from maskedlinear_torch import _products
+from maskedlinear_torch._sparse import product
 
 MASK = masks.random((6, 5), sparsity=0.5, seed=7)
 PATTERN = Pattern.from_mask(MASK)
@@ -517,3 +518,43 @@ print(used() - before)
 def test_a_layer_whose_matrix_would_fill_40_gigabytes_trains_in_one() -> None:
     result = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 2**30
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_forward_mode_keeps_every_tangent(compiled: bool) -> None:
+    x, values, bias = arguments(requires_grad=False)
+
+    def along(function: Any, compiled: bool = False) -> tuple[Tensor, Tensor]:
+        def tangent(x: Tensor, values: Tensor) -> Any:
+            return torch.func.jvp(function, (x, values), (2 * x, 3 * values))[1]
+
+        once = torch.compile(tangent, fullgraph=True, backend="aot_eager") if compiled else tangent
+        return once(x, values), torch.func.jvp(tangent, (x, values), (5 * x, 7 * values))[1]
+
+    indices = _products.Indices.of(PATTERN, x.device)
+    found = along(lambda x, values: product(x, values, indices, 5, bias), compiled)
+    wanted = along(lambda x, values: nn.functional.linear(x, matrix(values), bias))
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other)
+    assert wanted[1].abs().max() > 1
+
+
+def test_the_sampled_product_keeps_every_tangent() -> None:
+    x, values, _ = arguments(requires_grad=False)
+    g = torch.randn(4, 3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+
+    def second(function: Any) -> Tensor:
+        pullback = torch.func.vjp(function, values)[1]
+
+        def squared(g: Tensor) -> Any:
+            return pullback(g * g)[0]
+
+        def once(g: Tensor) -> Any:
+            return torch.func.jvp(squared, (g,), (g,))[1]
+
+        return torch.func.jvp(once, (g,), (3 * g,))[1]  # type: ignore[no-any-return]
+
+    found = second(lambda values: sparse_linear(x, values, PATTERN))
+    wanted = second(lambda values: nn.functional.linear(x, matrix(values)))
+    torch.testing.assert_close(found, wanted)
+    assert wanted.abs().max() > 1

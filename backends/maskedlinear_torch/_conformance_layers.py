@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch import Tensor
 
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked
+from maskedlinear_torch._products import Indices
 
-__all__ = ["SparseTorchLayer", "TorchLayer", "as_numpy", "made", "values_of"]
+__all__ = ["Placed", "SparseTorchLayer", "TorchLayer", "as_numpy", "made", "values_of"]
 
 
 class TorchLayer:
@@ -137,10 +138,26 @@ def made(weight: Tensor, mask: Tensor | Pattern, bias: Tensor | None) -> TorchLa
     return layer
 
 
+class Placed(NamedTuple):
+    """A pattern in tensors alone, which can be compiled: where its connections are in a flat weight, and its indices."""
+
+    places: Tensor
+    indices: Indices
+
+    @classmethod
+    def of(cls, pattern: Pattern, device: torch.device) -> Placed:
+        """Return that of ``pattern``."""
+        flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
+        return cls(torch.tensor(flat, device=device), Indices.of(pattern, device))
+
+    def values(self, weight: Tensor) -> Tensor:
+        """Return the weights at the connections, in the pattern's order."""
+        return weight.reshape(-1).index_select(0, self.places)
+
+
 def values_of(weight: Tensor, pattern: Pattern) -> Tensor:
     """Return the weights at the connections, in the pattern's order."""
-    flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
-    return weight.reshape(-1).index_select(0, torch.tensor(flat, device=weight.device))
+    return Placed.of(pattern, weight.device).values(weight)
 
 
 def as_numpy(array: Tensor) -> NDArray[Any]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ __all__ = [
     "in_transform",
     "is_autocast_on",
     "is_grads_batched",
+    "is_nested",
     "is_plain",
     "is_tracing",
     "mask_tensor",
@@ -89,7 +90,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
     x, weight, bias = autocast_arguments(x, weight, bias, "weight")
-    if torch.compiler.is_compiling() or _nested_forward_mode():
+    if torch.compiler.is_compiling() or is_nested("Jvp"):
         return _linear(x, select(weight, mask), bias)
     return checked_linear(x, weight, mask, bias, None)
 
@@ -276,15 +277,15 @@ def is_grads_batched(tensor: Tensor) -> bool:
     return _is_batch is None or bool(_is_batch(tensor))
 
 
-def _nested_forward_mode() -> bool:
-    """Whether forward mode is on twice: then a Function's rule loses the outer tangent, which the expression keeps.
+def is_nested(mode: Literal["Grad", "Jvp"]) -> bool:
+    """Whether a transform of ``torch.func`` is on twice: of forward mode a Function's rule then loses the outer tangent.
 
     https://github.com/pytorch/pytorch/issues/197867
     """
     if _peek is None or _peek() is None:  # the ordinary call: no transform is on
         return False
-    levels = torch._C._functorch.get_interpreter_stack() or ()
-    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in levels) > 1
+    kind = getattr(torch._C._functorch.TransformType, mode)
+    return bool(sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or ()) > 1)
 
 
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from maskedlinear.pattern import Pattern
-from maskedlinear_torch._functional import in_transform, is_autocast_on, is_grads_batched, is_plain, is_tracing
+from maskedlinear_torch._functional import (
+    in_transform,
+    is_autocast_on,
+    is_grads_batched,
+    is_nested,
+    is_plain,
+    is_tracing,
+)
 
 __all__ = ["Indices", "Matrix", "Way", "is_fake", "may_be_one_row", "sddmm", "spmm"]
 
@@ -52,6 +59,10 @@ class Indices(NamedTuple):
         arrays = (pattern.indptr, pattern.indices, *pattern.by_column)
         with torch.inference_mode(False):  # they outlive the call, and others may differentiate
             return cls(*(torch.tensor(array, device=device) for array in arrays))
+
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Return the row and the column of each value."""
+        return torch.zeros_like(self.outputs).index_copy(0, self.order.long(), self.outputs), self.indices
 
     def way(self, transposed: bool) -> Way:
         """Return the pattern by rows, or, transposed, by columns."""
@@ -115,9 +126,13 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
     W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
     """
     if torch.compiler.is_compiling() or is_fake(right):
+        if _is_past_operators():
+            return _spmm_expression(values, right, pattern, transposed)
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
     if is_plain(values) and is_plain(right):
         return _spmm(values, right, pattern.way(transposed))
+    if is_nested("Jvp"):
+        return _spmm_expression(values, right, pattern, transposed)
     rule = _SpmmInTransform if in_transform(right) else _Spmm
     return rule.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -125,11 +140,40 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
 def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
     """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
     if torch.compiler.is_compiling() or is_fake(right):
+        if _is_past_operators():
+            return _sddmm_expression(left, right, pattern)
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
     if is_plain(left) and is_plain(right):
         return _sddmm(left, right, pattern.way(False))
+    if is_nested("Jvp"):
+        return _sddmm_expression(left, right, pattern)
     rule = _SddmmInTransform if in_transform(right) else _Sddmm
     return rule.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
+
+
+# Where a rule of ours would lose tangents without a word, torch differentiates an expression: a Function's rule loses those
+# of the outer of two forward modes (https://github.com/pytorch/pytorch/issues/197867); a custom operator has none, and one
+# derivative in reverse. It gathers all of connections x batch at once.
+
+
+def _spmm_expression(values: Tensor, right: Tensor, pattern: Indices, transposed: bool) -> Tensor:
+    rows, across = pattern.ends()
+    starts = pattern.indptr
+    if transposed:
+        rows, across, starts = across, rows, pattern.starts
+    gathered = values[:, None] * right.index_select(0, across)
+    return right.new_zeros(starts.shape[0] - 1, right.shape[1]).index_add(0, rows, gathered)
+
+
+def _sddmm_expression(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
+    rows, columns = pattern.ends()
+    return (left.index_select(0, rows) * right.index_select(0, columns)).sum(1)
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _is_past_operators() -> bool:
+    """Whether forward mode is on, or reverse mode twice; a program that is compiled knows what was on when it was traced."""
+    return forward_ad._current_level >= 0 or is_nested("Grad")
 
 
 def is_fake(tensor: Tensor) -> bool:

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from maskedlinear import masks
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch import _functional, masked_linear, sparse_linear
-from maskedlinear_torch._conformance_layers import TorchLayer, as_numpy, made, values_of
+from maskedlinear_torch._conformance_layers import Placed, TorchLayer, as_numpy, made, values_of
 from maskedlinear_torch._products import Indices
 from maskedlinear_torch._sparse import product
 
@@ -67,10 +67,6 @@ class TorchBackend:
             lacks["compile"] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
             lacks["vmap over the mask"] = "a pattern decides how many values there are"
-            lacks["forward over forward"] = (
-                "a Function's rule loses the tangent of the outer forward mode: pytorch/pytorch#197867"
-            )
-            lacks["compile of derivatives"] = "torch's custom operators have one derivative, in reverse"
             lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
         return lacks
 
@@ -233,7 +229,9 @@ class TorchBackend:
 
     def compile_derivative(self, derivative: str, *arrays: Tensor) -> Sequence[Tensor]:
         """Return the derivatives that ``torch.func`` makes, compiled."""
-        return self._compiled_derivative(derivative, self.traceable(arrays[1], arrays[3]))(*arrays)
+        x, weight, mask, bias, *more = arrays
+        fixed = mask if self.format == "dense" else Placed.of(self._prepared(mask), x.device)
+        return self._compiled_derivative(derivative, self.traceable(weight, bias))(x, weight, fixed, bias, *more)
 
     def _compile_derivative(self, derivative: str, op: Call) -> Callable[..., Sequence[Tensor]]:
         compiled: Callable[..., Sequence[Tensor]] = torch.compile(
@@ -243,7 +241,7 @@ class TorchBackend:
 
     def traceable(self, weight: Tensor, bias: Bias) -> Call:
         """Return the function without what cannot be compiled; always the same one."""
-        return masked_linear
+        return masked_linear if self.format == "dense" else _by_places
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
@@ -321,6 +319,10 @@ class TorchBackend:
     ) -> Tensor:
         """Return ``masks.bernoulli`` as a tensor."""
         return torch.asarray(masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard)).to(device)
+
+
+def _by_places(x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
+    return product(x, mask.values(weight), mask.indices, weight.shape[1], bias)
 
 
 def _derivative(op: Call, derivative: str, *arrays: Any) -> tuple[Any, ...]:

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch import MaskedLinear, SparseLinear
-from maskedlinear_torch._conformance_layers import TorchLayer, made, values_of
-from maskedlinear_torch._products import Indices
+from maskedlinear_torch._conformance_layers import Placed, TorchLayer, made
 from maskedlinear_torch.conformance import Bias, Call, TorchBackend
 
 __all__ = ["TorchNnBackend"]
@@ -39,11 +38,12 @@ class TorchNnBackend(TorchBackend):
 
     def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
         """Return ``y`` of a layer whose parameters these are for one call."""
-        return self._calls(isinstance(mask, Pattern), weight.shape, bias is not None)(x, weight, mask, bias)
+        fixed = Placed.of(mask, x.device) if isinstance(mask, Pattern) else mask
+        return self.traceable(weight, bias)(x, weight, fixed, bias)
 
     def traceable(self, weight: Tensor, bias: Bias) -> Call:
-        """Return the call of a ``MaskedLinear`` with other parameters; always the same one."""
-        return self._calls(False, weight.shape, bias is not None)
+        """Return the call of a layer with other parameters; always the same one."""
+        return self._calls(self.format == "sparse", weight.shape, bias is not None)
 
     def through(
         self,
@@ -113,6 +113,6 @@ def _dense(module: nn.Module, x: Tensor, weight: Tensor, mask: Tensor, bias: Bia
     return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]
 
 
-def _sparse(module: nn.Module, x: Tensor, weight: Tensor, pattern: Pattern, bias: Bias) -> Tensor:
-    own = {"values": values_of(weight, pattern), "bias": bias, **Indices.of(pattern, x.device)._asdict()}
+def _sparse(module: nn.Module, x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
+    own = {"values": mask.values(weight), "bias": bias, **mask.indices._asdict()}
     return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]
