@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from functools import cache
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,7 @@ class NnxLayer:
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
         """Return what ``nnx.grad`` gives."""
-        of_layer, of_x = _nnx_gradients(self._module, x, g)
-        return of_x, of_layer["kernel"][...].T, of_layer["bias"][...] if "bias" in of_layer else None
+        return _nnx_gradients(self._module, x, g)  # type: ignore[no-any-return]
 
     def set_mask(self, mask: Any) -> None:
         """Call ``set_mask``."""
@@ -110,7 +109,7 @@ class NnxLayer:
         """Return the state as NumPy arrays."""
         layer, send = self._module, self._backend.asnumpy
         bias = None if layer.bias is None else send(layer.bias[...])
-        return send(layer.kernel[...].T), send(layer.mask[...].T), bias
+        return send(layer.kernel[...]).T, send(layer.mask[...]).T, bias
 
     def save(self, path: Path) -> None:
         """Save the module's state with orbax."""
@@ -139,8 +138,8 @@ class SparseNnxLayer(NnxLayer):
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
         """Return what ``nnx.grad`` gives, the values' laid out as a matrix."""
-        of_layer, of_x = _nnx_gradients(self._module, x, g)
-        return of_x, self._matrix(of_layer["values"][...]), of_layer["bias"][...] if "bias" in of_layer else None
+        of_x, of_values, of_bias = _nnx_gradients(self._module, x, g)
+        return of_x, self._matrix(of_values), of_bias
 
     def set_weight(self, weight: Array) -> None:
         """Write the live ones into the parameter."""
@@ -195,21 +194,14 @@ class LinenLayer:
         self._backend, self._variables = backend, variables
         kernel = variables["params"]["kernel"]
         self._model = MaskedDense(kernel.shape[1], use_bias="bias" in variables["params"])
-        self._apply = jax.jit(self._model.apply)
 
     def __call__(self, x: Array) -> Array:
         """Return ``y``, by a call that was compiled before the mask changed."""
-        y: Array = self._apply(self._variables, x)
-        return y
+        return _linen_call(self._model, self._variables, x)  # type: ignore[no-any-return]
 
     def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
         """Return what ``jax.grad`` gives, of the parameters."""
-
-        def loss(params: Any, x: Array) -> Any:
-            return jnp.vdot(g, self._apply({**self._variables, "params": params}, x))
-
-        of_params, of_x = jax.grad(loss, (0, 1))(self._variables["params"], x)
-        return of_x, of_params["kernel"].T, of_params.get("bias")
+        return _linen_gradients(self._model, self._variables, x, g)  # type: ignore[no-any-return]
 
     def set_mask(self, mask: Any) -> None:
         """Put another mask, checked, into the collection."""
@@ -224,7 +216,7 @@ class LinenLayer:
         """Return the state as NumPy arrays."""
         params, send = self._variables["params"], self._backend.asnumpy
         bias = send(params["bias"]) if "bias" in params else None
-        return send(params["kernel"].T), send(self._variables["masks"]["mask"].T), bias
+        return send(params["kernel"]).T, send(self._variables["masks"]["mask"]).T, bias
 
     def save(self, path: Path) -> None:
         """Save the variables with orbax."""
@@ -292,10 +284,9 @@ def _nnx_fill(kind: Any, weight: Array, bias: Bias, more: Mapping[str, Array] | 
 def _nnx_made(kind: Any, shape: tuple[int, int], bias: bool, dtype: Any, **options: Any) -> Any:
     """Return a layer taken apart; to make one takes most of the time that tracing it does."""
     out, in_ = shape
-    with jax.ensure_compile_time_eval():
-        options |= {"use_bias": bias, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
-        # Flax's own initialiser fails for 0 inputs or outputs.
-        return nnx.split(kind(in_, out, kernel_init=nnx.initializers.zeros, **options))
+    options |= {"use_bias": bias, "param_dtype": dtype}
+    zeros = nnx.initializers.zeros  # Flax's own initialiser fails for 0 inputs or outputs
+    return nnx.split(nnx.eval_shape(lambda: kind(in_, out, kernel_init=zeros, rngs=nnx.Rngs(0), **options)))
 
 
 @nnx.jit
@@ -304,8 +295,25 @@ def _nnx_call(module: MaskedLinear, x: Array) -> Array:
 
 
 @nnx.jit
-def _nnx_gradients(module: MaskedLinear, x: Array, g: Array) -> Any:
-    return nnx.grad(lambda module, x: jnp.vdot(g, module(x)), argnums=(0, 1))(module, x)
+def _nnx_gradients(module: MaskedLinear | SparseLinear, x: Array, g: Array) -> Any:
+    of_layer, of_x = nnx.grad(lambda module, x: jnp.vdot(g, module(x)), argnums=(0, 1))(module, x)
+    of_weight = of_layer["values"][...] if isinstance(module, SparseLinear) else of_layer["kernel"][...].T
+    return of_x, of_weight, of_layer["bias"][...] if "bias" in of_layer else None
+
+
+@partial(jax.jit, static_argnums=0)
+def _linen_call(model: MaskedDense, variables: Any, x: Array) -> Any:
+    return model.apply(variables, x)
+
+
+@partial(jax.jit, static_argnums=0)
+def _linen_gradients(model: MaskedDense, variables: Any, x: Array, g: Array) -> Any:
+    def loss(params: Any, x: Array) -> Any:
+        y: Any = model.apply({**variables, "params": params}, x)
+        return jnp.vdot(g, y)
+
+    of_params, of_x = jax.grad(loss, (0, 1))(variables["params"], x)
+    return of_x, of_params["kernel"].T, of_params.get("bias")
 
 
 def _linen_variables(weight: Array, mask: Array, bias: Bias) -> dict[str, Any]:

@@ -47,7 +47,10 @@ _PROBLEMS = {
 }
 
 
-_SINCE = {"wide": "default", "long": "default", "many rows": "default", "tall": "full", "one row": "full"}
+_SINCE = {
+    **dict.fromkeys(("no batch", "no bias", "wide", "long", "many rows"), "default"),
+    **dict.fromkeys(("tall", "one row"), "full"),
+}
 
 
 @dataclass(frozen=True)

@@ -78,7 +78,8 @@ class Arrays:
     @law(9, dtypes=HALF)
     def test_half_types_accumulate_in_a_wider_type(self, subject: Subject) -> None:
         """Sums of thousands of ones come out exactly, in the value and in every derivative; others within the bound."""
-        for batch, in_, out in ((1, LONG, 2), (LONG, 2, 2), (1, 2, LONG)):
+        shapes = ((1, LONG, 2), (LONG, 2, 2), (1, 2, LONG))
+        for batch, in_, out in shapes[: 2 if subject.profile == "quick" else 3]:
             mask = np.ones((out, in_), bool)
             data = draw(np.ones, (batch,), mask, True, subject.dtype)
             data = data._replace(bias=np.zeros(out), dbias=np.zeros(out))
