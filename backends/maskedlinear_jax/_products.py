@@ -127,12 +127,15 @@ def _sddmm_in_slices(left: Array, right: Array, pattern: Indices) -> Array:
         products = [left[:, part][of] * right[:, part][across] for part in parts]
         return sum(products[1:], products[0]) @ jnp.ones(width, right.dtype)
 
-    return _gathered(dot, pattern, width)
+    # In two steps at least: out of a loop XLA would gather from the sides as they were before they were transposed, number
+    # by number from all over the memory. It heeds no optimization_barrier here.
+    return _gathered(dot, pattern, width, steps=2)
 
 
-def _gathered(dot: Callable[[Array, Array], Array], pattern: Indices, width: int) -> Array:
-    """Return ``dot`` of the two ends of all connections, as many at a time as make ``_CHUNK`` numbers."""
-    size, step = pattern.indices.size, max(1, _CHUNK // width)
+def _gathered(dot: Callable[[Array, Array], Array], pattern: Indices, width: int, steps: int = 1) -> Array:
+    """Return ``dot`` of the two ends of all connections, as many at a time as make ``_CHUNK`` numbers, or in ``steps``."""
+    size = pattern.indices.size
+    step = max(1, min(_CHUNK // width, -(-size // steps)))
     ends = (pattern.rows, pattern.indices)
     if size <= step:
         return dot(*ends)
