@@ -208,6 +208,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     together: list[tuple[str, ...]] = [(label,) for label in labels]
     if first == "pair":
         together = [] if run.faults else list(combinations(labels, 2))
+        for label in labels:  # whether one matches nothing can be said with all partners only
+            run.stale[label] = {p for p in run.stale[label] if p.partition("[")[0] != metafunc.function.__name__}
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda subject: [
             case
