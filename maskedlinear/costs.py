@@ -47,6 +47,7 @@ class Layer:
         dtype: what its weights are, and what it computes in, in words.
         mask_bytes: the bytes that the dense form keeps for each weight, beside it: its mask, and what is derived of both.
         index_bytes: the bytes of indices that the sparse form keeps for each connection.
+        copies: how many layers of this shape are stacked in it, whose connections are counted together.
     """
 
     name: str
@@ -60,11 +61,12 @@ class Layer:
     dtype: str = "float32"
     mask_bytes: int = 1
     index_bytes: int = 12
+    copies: int = 1
 
     @property
     def size(self) -> int:
         """The number of connections that there could be."""
-        return self.out_features * self.in_features
+        return self.copies * self.out_features * self.in_features
 
 
 @dataclass(frozen=True)
@@ -381,7 +383,7 @@ def _known(layer: Layer, format: Format, framework: str, given: Costs | None, me
 
 def _bytes(layer: Layer, training: bool) -> tuple[int, int]:
     weight = (4 if training else 1) * layer.itemsize
-    ends = 4 * (layer.in_features + layer.out_features + 2)
+    ends = 4 * layer.copies * (layer.in_features + layer.out_features + 2)
     return layer.size * (weight + layer.mask_bytes), layer.connections * (weight + layer.index_bytes) + ends
 
 

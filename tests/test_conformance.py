@@ -29,7 +29,8 @@ HEAD = "from maskedlinear.reference import NumpyBackend\n\nclass Other(NumpyBack
 
 def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "maskedlinear_conformance", *arguments],
+        # -B: a file that is written anew within a second, as long as before, is taken for what was compiled of it.
+        [sys.executable, "-B", "-m", "maskedlinear_conformance", *arguments],
         capture_output=True,
         text=True,
         check=False,

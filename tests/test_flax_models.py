@@ -189,6 +189,21 @@ def test_a_sparse_layer_that_cannot_change_keeps_its_form(
         expand(model)
 
 
+def dense_stack() -> MaskedLinear:
+    make = nnx.vmap(lambda rngs: MaskedLinear(512, 512, rngs=rngs))
+    stack: MaskedLinear = make(nnx.Rngs(0).split(3))
+    return stack
+
+
+@pytest.mark.parametrize(("make", "share"), [(sparse_stack, SPARSE.mean()), (dense_stack, 1.0)])
+def test_the_connections_of_a_stack_are_those_of_all_its_layers(
+    make: Any, share: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compress(nnx.List([make()]), explain=True, measure=False)
+    live = round(3 * 512 * 512 * share)
+    assert f"{live} ({100 * share:.3g} %)" in capsys.readouterr().out
+
+
 def test_a_stack_is_called_one_layer_after_the_other() -> None:
     stack, x = sparse_stack(), jnp.ones((2, 512))
     scanned = nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ __all__ = ["as_function", "compress", "expand"]
 
 Model = TypeVar("Model")
 
+_STACK = "it is a stack of layers"
 _OPTIONS = {
     "dot_general": lax.dot_general,
     "promote_dtype": dtypes.promote_dtype,
@@ -132,8 +134,10 @@ def _facts(name: str, layer: Any, shared: bool) -> Layer:
     dense = isinstance(layer, MaskedLinear)
     weight = (layer.kernel if dense else layer.values).get_value()
     fixed, live = _why_fixed(layer, shared), weight.size
-    if dense and not fixed:
-        live = int(layer.mask.get_value().sum())
+    copies = math.prod(weight.shape[: -2 if dense else -1])
+    if dense and fixed in ("", _STACK):
+        mask = layer.mask.get_value()
+        live = int(mask.sum()) * (weight.size // max(mask.size, 1))  # a stack may share one
     return Layer(
         name,
         layer.out_features,
@@ -145,6 +149,7 @@ def _facts(name: str, layer: Any, shared: bool) -> Layer:
         min(device.platform for device in weight.devices()) if isinstance(weight, jax.Array) else jax.default_backend(),
         f"{weight.dtype}, computed in {layer.dtype or weight.dtype}",
         index_bytes=16,
+        copies=copies,
     )
 
 
@@ -161,7 +166,7 @@ def _why_fixed(layer: Any, shared: bool) -> str:
     if len(layers_of(layer, nnx.Module)) > 1:
         return "it has modules of its own"
     if values[0].ndim != (2 if dense else 1):
-        return "it is a stack of layers"
+        return _STACK
     if any(type(part) is not nnx.Param for part in parameters):
         return "its parameters are of a type of their own"
     metadata = [entry for part in parameters for entry in part.get_metadata().items()]
