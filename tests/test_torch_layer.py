@@ -373,7 +373,7 @@ def test_traced_by_jit_and_by_fx(layer: MaskedLinear, x: torch.Tensor) -> None:
 
 
 SHARDED = """
-import sys, warnings
+import os, sys, warnings
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -443,6 +443,7 @@ def parallel(mesh, mask, style):  # which cuts the weight, and makes a DTensor o
 
 
 main(int(sys.argv[1]), sys.argv[2])
+os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
 """
 
 
