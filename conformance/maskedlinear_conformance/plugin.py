@@ -208,8 +208,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     together: list[tuple[str, ...]] = [(label,) for label in labels]
     if first == "pair":
         together = [] if run.faults else list(combinations(labels, 2))
-        for label in labels:  # whether one matches nothing can be said with all partners only
-            run.stale[label] = {p for p in run.stale[label] if p.partition("[")[0] != metafunc.function.__name__}
+        for label in labels:
+            _forgive_absent_partners(run, metafunc.function.__name__, label, labels)
     axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
         "case": lambda subject: [
             case
@@ -250,6 +250,16 @@ def _heed_expected(run: Run, name: str, param: Any) -> None:
     for subject in () if param.marks else subjects:
         matched = {pattern for pattern in run.stale[subject.label] if fnmatch.fnmatchcase(name, pattern)}
         run.stale[subject.label] -= matched
+
+
+def _forgive_absent_partners(run: Run, test: str, label: str, labels: Sequence[str]) -> None:
+    """Take no expected failure of a pair for stale unless it names a partner that is here."""
+    others = [other for other in labels if other != label]
+    run.stale[label] = {
+        pattern
+        for pattern in run.stale[label]
+        if pattern.partition("[")[0] != test or any(other in pattern for other in others)
+    }
 
 
 def _batched(subjects: Sequence[Subject], size: int) -> list[tuple[Subject, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ class Steps:
         self.steps = int(state["steps"])
 
 
-class Pruning(Steps):
+class Pruning(Steps, ABC):
     """Prunes a model at the steps of a schedule; a framework's class says how."""
 
     def __init__(self, model: Any, schedule: Cubic, **how: Any) -> None:
@@ -56,8 +57,9 @@ class Pruning(Steps):
             self._prune(self.schedule(step), **{**self.how, **more})
         return due
 
+    @abstractmethod
     def _prune(self, sparsity: float, **how: Any) -> None:
-        raise NotImplementedError
+        """Bring the model to a sparsity, as the framework's ``prune_model`` does."""
 
 
 class Regrowth(Steps):
