@@ -12,6 +12,7 @@ import numpy as np
 from maskedlinear import masks
 
 ROOT = Path(__file__).parent.parent
+OTHER_BACKEND = "from maskedlinear.reference import NumpyBackend\n\nclass Other(NumpyBackend):\n    name = 'other'\n"
 
 
 class Problem(NamedTuple):
@@ -37,3 +38,24 @@ def problem(rng: np.random.Generator) -> Problem:
 def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run code in a new interpreter, outside the repository."""
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or "/", check=False)
+
+
+def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the conformance suite with these arguments, in the folder ``path``."""
+    return subprocess.run(
+        # -B: a file that is written anew within a second, as long as before, is taken for what was compiled of it.
+        [sys.executable, "-B", "-m", "maskedlinear_conformance", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=path or "/",
+    )
+
+
+def distribution(path: Path, code: str) -> None:
+    """Lay down an installed distribution that registers the class ``Other`` of ``code`` as the backend ``other``."""
+    (path / "other.py").write_text(code)
+    info = path / "other-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
