@@ -5,12 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-__all__ = ["Progress", "teller"]
+__all__ = ["Progress", "progress_callback"]
 
 Progress = bool | Callable[[float], object]  # True for a line; or a function of the fraction that is done, from 0 to 1
 
 
-def teller(progress: Progress, what: str) -> Callable[[float], object]:
+def progress_callback(progress: Progress, what: str) -> Callable[[float], object]:
     """Return what is called with the fraction that is done: the user's function, a line that renews itself, or nothing.
 
     Raises:

@@ -98,7 +98,7 @@ def _flat(xp: Any, array: Array) -> Array:
     return xp.reshape(array, (math.prod(array.shape[:-1]), array.shape[-1]))
 
 
-def _select(xp: Any, mask: Array, array: Array) -> Array:
+def _apply_mask(xp: Any, mask: Array, array: Array) -> Array:
     return xp.where(mask, array, xp.zeros_like(array))
 
 
@@ -113,7 +113,7 @@ def masked_weight(weight: Array, mask: Array) -> Array:
         ValueError: if the mask does not fit the weight or holds anything but 0 and 1.
     """
     xp = array_namespace(weight)
-    return _select(xp, xp.asarray(as_mask(mask, weight.shape), dtype=xp.bool), weight)
+    return _apply_mask(xp, xp.asarray(as_mask(mask, weight.shape), dtype=xp.bool), weight)
 
 
 def forward(x: Array, weight: Array, mask: Array, bias: Array | None = None) -> Array:
@@ -130,7 +130,7 @@ def forward(x: Array, weight: Array, mask: Array, bias: Array | None = None) -> 
         TypeError: if an argument other than the mask is not real floating-point.
     """
     xp, mask = _checked(x, weight, mask, bias)
-    y = _flat(xp, x) @ _select(xp, mask, weight).T
+    y = _flat(xp, x) @ _apply_mask(xp, mask, weight).T
     if bias is not None:
         y = y + bias[None, :]
     return xp.reshape(y, (*x.shape[:-1], weight.shape[0]))
@@ -153,8 +153,8 @@ def vjp(x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> C
     _check_like("g", g, (*x.shape[:-1], weight.shape[0]))
     x2, g2 = _flat(xp, x), _flat(xp, g)
     return Cotangents(
-        x=xp.reshape(g2 @ _select(xp, mask, weight), x.shape),
-        weight=_select(xp, mask, g2.T @ x2),
+        x=xp.reshape(g2 @ _apply_mask(xp, mask, weight), x.shape),
+        weight=_apply_mask(xp, mask, g2.T @ x2),
         bias=None if bias is None else xp.sum(g2, axis=0),
     )
 

@@ -114,19 +114,19 @@ def test_each_way_to_a_product_gives_it(
         monkeypatch.setattr(_products, "_CHUNK", 1000)
     mask, batch = SHAPES[name], 9
     pattern = Pattern.from_mask(mask)
-    indices = _products.Indices.of(pattern)
+    device_pattern = _products.DevicePattern.of(pattern)
     values = jnp.asarray(rng.standard_normal(pattern.connections), jnp.float32)
     left, right = (jnp.asarray(rng.standard_normal((size, batch)), jnp.float32) for size in mask.shape)
     matrix = np.zeros(mask.shape)
     matrix[mask] = values
     for transposed, side in ((False, right), (True, left)):
-        got = _products._spmm(values, side, *indices, transposed=transposed, cpu=way == "rows")
+        got = _products._spmm(values, side, *device_pattern, transposed=transposed, cpu=way == "rows")
         np.testing.assert_allclose(got, (matrix.T if transposed else matrix) @ side, atol=1e-4)
     wanted = (left @ right.T)[mask]
     if way == "in blocks":
-        got = jax.jit(_products._sddmm_in_blocks)(left, right, indices)
+        got = jax.jit(_products._sddmm_in_blocks)(left, right, device_pattern)
     else:
-        got = _products._sddmm(left, right, *indices, cpu=way == "in parts")
+        got = _products._sddmm(left, right, *device_pattern, cpu=way == "in parts")
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_each_way_to_a_product_gives_it(
 def test_the_sampled_product_in_slices_of_any_batch(batch: int, rng: np.random.Generator) -> None:
     mask = SHAPES["even"]
     left, right = (jnp.asarray(rng.integers(-4, 5, (size, batch)), jnp.float32) for size in mask.shape)
-    got = jax.jit(_products._sddmm_in_slices)(left, right, _products.Indices.of(Pattern.from_mask(mask)))
+    got = jax.jit(_products._sddmm_in_slices)(left, right, _products.DevicePattern.of(Pattern.from_mask(mask)))
     np.testing.assert_array_equal(got, (left @ right.T)[mask])
 
 
@@ -184,7 +184,7 @@ def test_training_equals_that_of_the_dense_form(rng: np.random.Generator) -> Non
             step(layer, optimizer)
     np.testing.assert_allclose(layers[1].values[...], masked.kernel[...].T[MASK], rtol=1e-4, atol=1e-5)
     assert set(nnx.to_pure_dict(nnx.state(layers[1], nnx.Param))) == {"values", "bias"}
-    assert set(nnx.to_pure_dict(nnx.state(layers[1], Connections))) == set(_products.Indices._fields)
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], Connections))) == set(_products.DevicePattern._fields)
 
 
 def test_forms_convert_without_loss() -> None:

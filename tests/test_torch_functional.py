@@ -15,7 +15,7 @@ from helpers import problem
 from maskedlinear import spec
 from maskedlinear.torch import masked_linear
 from maskedlinear_torch import _functional
-from maskedlinear_torch._functional import _select_bits, select
+from maskedlinear_torch._functional import _apply_mask_bitwise, apply_mask
 
 COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
@@ -320,7 +320,7 @@ def test_arguments_that_are_no_tensors_are_refused(p: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_the_select_of_bits_is_the_select(dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_apply_mask_bitwise_is_apply_mask(dtype: torch.dtype, rng: np.random.Generator) -> None:
     values = torch.asarray(rng.standard_normal((33, 47))).to(dtype)
     values[::3, ::2] = torch.nan
     values[1::3, ::2] = -0.0
@@ -328,9 +328,9 @@ def test_the_select_of_bits_is_the_select(dtype: torch.dtype, rng: np.random.Gen
     mask = torch.asarray(rng.random((33, 47)) > 0.5)
     for tensor, live in ((values, mask), (values.T, mask.T), (values[::2, 1:], mask[::2, 1:]), (values[:0], mask[:0])):
         with torch.no_grad():
-            got = _select_bits(tensor, live)
+            got = _apply_mask_bitwise(tensor, live)
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
-        assert torch.equal(got.view(kind), select(tensor, live).contiguous().view(kind))
+        assert torch.equal(got.view(kind), apply_mask(tensor, live).contiguous().view(kind))
     tensor = values.nan_to_num().requires_grad_()
-    _select_bits(tensor, mask).sum().backward()  # where it is differentiated, it can be
+    _apply_mask_bitwise(tensor, mask).sum().backward()  # where it is differentiated, it can be
     assert torch.equal(tensor.grad, mask.to(dtype))

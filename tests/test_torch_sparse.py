@@ -112,11 +112,11 @@ def test_what_does_not_belong_together_is_refused(change: Any, error: type[Excep
 
 
 def test_a_map_over_the_pattern_is_refused() -> None:
-    indices = _products.Indices.of(PATTERN, torch.device("cpu"))
-    mapped = [torch.stack([index, index]) for index in indices]
+    device_pattern = _products.DevicePattern.of(PATTERN, torch.device("cpu"))
+    mapped = [torch.stack([index, index]) for index in device_pattern]
     with pytest.raises(ValueError, match=r"a pattern cannot be mapped over by torch.vmap"):
         torch.func.vmap(
-            lambda *pattern: _products.spmm(torch.zeros(15), torch.zeros(5, 2), _products.Indices(*pattern))
+            lambda *pattern: _products.spmm(torch.zeros(15), torch.zeros(5, 2), _products.DevicePattern(*pattern))
         )(*mapped)
 
 
@@ -476,12 +476,12 @@ def test_compiles_without_a_graph_break(dynamic: bool) -> None:
 
 
 def test_the_products_are_sound_custom_operators() -> None:
-    indices = _products.Indices.of(PATTERN, torch.device("cpu"))
+    device_pattern = _products.DevicePattern.of(PATTERN, torch.device("cpu"))
     values = torch.randn(15, dtype=torch.float64, requires_grad=True)
     left, right = (torch.randn(size, 3, dtype=torch.float64, requires_grad=True) for size in (6, 5))
-    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, right, *indices, False))
-    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, left, *indices, True))
-    torch.library.opcheck(torch.ops.maskedlinear.sddmm.default, (left, right, *indices))
+    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, right, *device_pattern, False))
+    torch.library.opcheck(torch.ops.maskedlinear.spmm.default, (values, left, *device_pattern, True))
+    torch.library.opcheck(torch.ops.maskedlinear.sddmm.default, (left, right, *device_pattern))
 
 
 def test_exports_and_traces_symbolically() -> None:
@@ -531,8 +531,8 @@ def test_forward_mode_keeps_every_tangent(compiled: bool) -> None:
         once = torch.compile(tangent, fullgraph=True, backend="aot_eager") if compiled else tangent
         return once(x, values), torch.func.jvp(tangent, (x, values), (5 * x, 7 * values))[1]
 
-    indices = _products.Indices.of(PATTERN, x.device)
-    found = along(lambda x, values: product(x, values, indices, 5, bias), compiled)
+    device_pattern = _products.DevicePattern.of(PATTERN, x.device)
+    found = along(lambda x, values: product(x, values, device_pattern, 5, bias), compiled)
     wanted = along(lambda x, values: nn.functional.linear(x, matrix(values), bias))
     for one, other in zip(found, wanted, strict=True):
         torch.testing.assert_close(one, other)

@@ -119,7 +119,7 @@ def _names(devices: set[Any]) -> str:
     return ", ".join(sorted(map(str, devices)))
 
 
-def _select(mask: Array, array: Array) -> Array:
+def _apply_mask(mask: Array, array: Array) -> Array:
     return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
 
@@ -145,7 +145,7 @@ def expression(
 
     ``in_axis`` is 1 for a weight ``(out, in)`` and 0 for a Flax kernel ``(in, out)``; a mask has its weight's shape.
     """
-    y = _dot(x, _select(mask, weight), ((x.ndim - 1,), (in_axis,)), precision)
+    y = _dot(x, _apply_mask(mask, weight), ((x.ndim - 1,), (in_axis,)), precision)
     if bias is not None:
         y = y + _row(bias, y).astype(y.dtype)
     return y.astype(x.dtype)
@@ -179,7 +179,7 @@ def _backward(
     # adds it up in float32; a sum over devices is in x's dtype, as in every layer of Flax.
     def layer(x: Array, weight: Array, bias: Array | None) -> Array:
         axes = (((x.ndim - 1,), (in_axis,)), ((), ()))
-        y = lax.dot_general(x, _select(mask, weight), axes, precision=precision).astype(wide)
+        y = lax.dot_general(x, _apply_mask(mask, weight), axes, precision=precision).astype(wide)
         return y if bias is None else y + _row(bias, y).astype(wide)
 
     _, pull = jax.vjp(layer, x, weight, bias)

@@ -23,7 +23,7 @@ from jax.interpreters import ad, batching, mlir
 
 from maskedlinear.pattern import Pattern
 
-__all__ = ["Indices", "sddmm", "spmm"]
+__all__ = ["DevicePattern", "sddmm", "spmm"]
 
 _CHUNK = 1 << 20  # numbers that a product gathers at once
 _BLOCK = 128  # rows that a product in blocks multiplies at once
@@ -32,7 +32,7 @@ _SLICES = 8  # parts of a batch that the sampled product adds up while it gather
 _WIDE = 32  # columns that such a part has at least
 
 
-class Indices(NamedTuple):
+class DevicePattern(NamedTuple):
     """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.Pattern`."""
 
     indptr: Array
@@ -43,7 +43,7 @@ class Indices(NamedTuple):
     order: Array
 
     @classmethod
-    def of(cls, pattern: Pattern) -> Indices:
+    def of(cls, pattern: Pattern) -> DevicePattern:
         """Return the indices of ``pattern``, which may be traced."""
         return cls(*(jnp.asarray(array) for array in _flatten(pattern)[0]))
 
@@ -62,7 +62,7 @@ def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> Pattern:
 jax.tree_util.register_pytree_node(Pattern, _flatten, _unflatten)
 
 
-def spmm(values: Array, right: Array, pattern: Indices, transposed: bool = False) -> Array:
+def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
     """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
 
     W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
@@ -70,14 +70,14 @@ def spmm(values: Array, right: Array, pattern: Indices, transposed: bool = False
     return _spmm_p.bind(values, right, *pattern, transposed=transposed)
 
 
-def sddmm(left: Array, right: Array, pattern: Indices) -> Array:
+def sddmm(left: Array, right: Array, pattern: DevicePattern) -> Array:
     """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
     return _sddmm_p.bind(left, right, *pattern)
 
 
 def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool) -> Array:
     """The product, on the CPU by JAX's kernel for compressed rows, elsewhere by gathering."""
-    pattern = Indices(*rest)
+    pattern = DevicePattern(*rest)
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     depth, batch = right.shape
     count = starts.shape[0] - 1
@@ -100,7 +100,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool
 
 def _sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
     """The sampled product, by gathering, or on the CPU block by block where that takes less time."""
-    pattern = Indices(*rest)
+    pattern = DevicePattern(*rest)
     size, batch = pattern.indices.size, right.shape[1]
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
@@ -111,7 +111,7 @@ def _sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
     return _sddmm_in_blocks(left, right, pattern) if gathering > in_blocks else _sddmm_in_slices(left, right, pattern)
 
 
-def _sddmm_in_slices(left: Array, right: Array, pattern: Indices) -> Array:
+def _sddmm_in_slices(left: Array, right: Array, pattern: DevicePattern) -> Array:
     """Gather both sides in slices of the batch, which are added up while they are gathered: less is written, and read again.
 
     What is left of each dot product is added up by a product with ones: XLA adds up a row one number at a time, and a
@@ -132,7 +132,7 @@ def _sddmm_in_slices(left: Array, right: Array, pattern: Indices) -> Array:
     return _gathered(dot, pattern, width, steps=2)
 
 
-def _gathered(dot: Callable[[Array, Array], Array], pattern: Indices, width: int, steps: int = 1) -> Array:
+def _gathered(dot: Callable[[Array, Array], Array], pattern: DevicePattern, width: int, steps: int = 1) -> Array:
     """Return ``dot`` of the two ends of all connections, as many at a time as make ``_CHUNK`` numbers, or in ``steps``."""
     size = pattern.indices.size
     step = max(1, min(_CHUNK // width, -(-size // steps)))
@@ -143,7 +143,7 @@ def _gathered(dot: Callable[[Array, Array], Array], pattern: Indices, width: int
     return lax.map(lambda part: dot(*part), parts).reshape(-1)[:size]
 
 
-def _sddmm_in_blocks(left: Array, right: Array, pattern: Indices) -> Array:
+def _sddmm_in_blocks(left: Array, right: Array, pattern: DevicePattern) -> Array:
     """Multiply some rows at a time in full, and take from each block what the pattern asks for: no more is ever there.
 
     A step takes the rows from that of the next connection on, and as many connections as are in them, up to a number
@@ -181,22 +181,22 @@ def _in_parts(add: Any, total: Array, entries: tuple[Array, ...], batch: int) ->
 
 
 def _spmm_shape(values: Any, right: Any, *rest: Any, transposed: bool) -> Any:
-    starts = Indices(*rest).starts if transposed else Indices(*rest).indptr
+    starts = DevicePattern(*rest).starts if transposed else DevicePattern(*rest).indptr
     return right.update(shape=(starts.shape[0] - 1, right.shape[1]), weak_type=False)
 
 
 def _sddmm_shape(left: Any, right: Any, *rest: Any) -> Any:
-    return right.update(shape=Indices(*rest).indices.shape, weak_type=False)
+    return right.update(shape=DevicePattern(*rest).indices.shape, weak_type=False)
 
 
 def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
     return _bilinear_jvp(
-        lambda one, other: spmm(one, other, Indices(*primals[2:]), transposed), primals[:2], tangents[:2]
+        lambda one, other: spmm(one, other, DevicePattern(*primals[2:]), transposed), primals[:2], tangents[:2]
     )
 
 
 def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
-    return _bilinear_jvp(lambda one, other: sddmm(one, other, Indices(*primals[2:])), primals[:2], tangents[:2])
+    return _bilinear_jvp(lambda one, other: sddmm(one, other, DevicePattern(*primals[2:])), primals[:2], tangents[:2])
 
 
 def _bilinear_jvp(product: Any, sides: Any, tangents: Any) -> tuple[Array, Any]:
@@ -210,7 +210,7 @@ def _bilinear_jvp(product: Any, sides: Any, tangents: Any) -> tuple[Array, Any]:
 
 
 def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: bool) -> list[Any]:
-    pattern = Indices(*rest)
+    pattern = DevicePattern(*rest)
     if ad.is_undefined_primal(values):
         if isinstance(g, ad.Zero):
             return [ad.Zero(values.aval), None, *(None,) * 6]
@@ -221,7 +221,7 @@ def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: boo
 
 
 def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:
-    pattern = Indices(*rest)
+    pattern = DevicePattern(*rest)
     if ad.is_undefined_primal(left):
         return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 6]
     return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 6]
@@ -230,7 +230,7 @@ def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:
 def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, int]:
     values, right, *rest = arguments
     _refuse_mapped(dims[2:])
-    pattern = Indices(*rest)
+    pattern = DevicePattern(*rest)
     if dims[0] is None:  # one product, of all batches side by side
         right = jnp.moveaxis(right, dims[1], 1)
         side_by_side = right.reshape(right.shape[0], math.prod(right.shape[1:]))
@@ -241,7 +241,7 @@ def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, 
 
 def _sddmm_batch(arguments: Any, dims: Any) -> tuple[Array, int]:
     _refuse_mapped(dims[2:])
-    return _one_by_one(lambda one, other: sddmm(one, other, Indices(*arguments[2:])), arguments[:2], dims[:2])
+    return _one_by_one(lambda one, other: sddmm(one, other, DevicePattern(*arguments[2:])), arguments[:2], dims[:2])
 
 
 def _one_by_one(function: Any, arguments: Any, dims: Any) -> tuple[Array, int]:

@@ -11,7 +11,7 @@ from jax.typing import ArrayLike
 from maskedlinear.pattern import Pattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._products import Indices, spmm
+from maskedlinear_jax._products import DevicePattern, spmm
 
 __all__ = ["product", "sparse_linear"]
 
@@ -46,10 +46,10 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: Array
             f"pattern must be a maskedlinear.pattern.Pattern; got {type(pattern).__name__}: make one with "
             "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
         )
-    return product(x, values, Indices.of(pattern), pattern.shape[1], bias)
+    return product(x, values, DevicePattern.of(pattern), pattern.shape[1], bias)
 
 
-def product(x: ArrayLike, values: ArrayLike, pattern: Indices, in_features: int, bias: ArrayLike | None) -> Array:
+def product(x: ArrayLike, values: ArrayLike, pattern: DevicePattern, in_features: int, bias: ArrayLike | None) -> Array:
     """Return y, for the indices of a pattern."""
     x, values = as_array("x", x), as_array("values", values)
     bias = None if bias is None else as_array("bias", bias)

@@ -11,7 +11,7 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
-from maskedlinear.pruning._layers import Include, Scoring, is_meant, layer_seed, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, layer_seed, matches, score_layers
 from maskedlinear_jax._functional import as_array, boolean_mask
 
 __all__ = ["apply_masks", "chosen_parameters", "is_turned", "named_leaves", "prune_tree", "regrow_tree", "turned"]
@@ -152,7 +152,7 @@ def chosen_parameters(params: Any, include: Include) -> dict[str, tuple[int, Any
     found = {
         name: (place, leaf)
         for place, (name, leaf) in enumerate(leaves.items())
-        if getattr(leaf, "ndim", 0) == 2 and is_meant(name, leaf, include)
+        if getattr(leaf, "ndim", 0) == 2 and matches(name, leaf, include)
     }
     if not found:
         raise ValueError(

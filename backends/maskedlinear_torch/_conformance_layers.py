@@ -13,7 +13,7 @@ from torch import Tensor
 
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked
-from maskedlinear_torch._products import Indices
+from maskedlinear_torch._products import DevicePattern
 
 __all__ = ["Placed", "SparseTorchLayer", "TorchLayer", "as_numpy", "made", "values_of"]
 
@@ -142,13 +142,13 @@ class Placed(NamedTuple):
     """A pattern in tensors alone, which can be compiled: where its connections are in a flat weight, and its indices."""
 
     places: Tensor
-    indices: Indices
+    indices: DevicePattern
 
     @classmethod
     def of(cls, pattern: Pattern, device: torch.device) -> Placed:
         """Return that of ``pattern``."""
         flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
-        return cls(torch.tensor(flat, device=device), Indices.of(pattern, device))
+        return cls(torch.tensor(flat, device=device), DevicePattern.of(pattern, device))
 
     def values(self, weight: Tensor) -> Tensor:
         """Return the weights at the connections, in the pattern's order."""

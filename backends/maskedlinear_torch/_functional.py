@@ -25,14 +25,16 @@ from maskedlinear_torch._kept import Kept, mask_in_place, masked_by_bits, new_me
 
 __all__ = [
     "FLOATING",
-    "aligned",
+    "apply_mask",
+    "as_dtensor_like",
     "as_tensor",
     "autocast_arguments",
     "can_skip_checks",
     "check_dense",
     "checked_linear",
     "checked_mask",
-    "flat",
+    "flatten_batch",
+    "full_tensor",
     "in_transform",
     "is_autocast_on",
     "is_grads_batched",
@@ -41,9 +43,7 @@ __all__ = [
     "is_tracing",
     "mask_tensor",
     "masked_linear",
-    "select",
     "small_linear",
-    "whole",
 ]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -86,24 +86,28 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
                 f"{name} must be a torch.Tensor; got {type(tensor).__name__}: convert it with torch.as_tensor"
             )
     if is_tracing() and isinstance(mask, Tensor) and mask.dtype is torch.bool:  # shapes are no numbers there
-        return F.linear(x, select(weight, mask), bias)
+        return F.linear(x, apply_mask(weight, mask), bias)
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
     x, weight, bias = autocast_arguments(x, weight, bias, "weight")
     if torch.compiler.is_compiling() or is_nested("Jvp"):
-        return _linear(x, select(weight, mask), bias)
+        return _linear(x, apply_mask(weight, mask), bias)
     return checked_linear(x, weight, mask, bias, None)
 
 
 def checked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
     """Return y for arguments that are checked; a layer hands in what it keeps of its masked weight."""
     if weight.numel() <= _SMALL and weight.itemsize > 2:
-        return F.linear(x, select(weight, mask), bias)
+        return F.linear(x, apply_mask(weight, mask), bias)
     if torch.is_grad_enabled() or in_transform(x):
         rule = _MaskedLinearInTransform if in_transform(x) else _MaskedLinear
         return rule.apply(x, weight, mask, bias, kept)  # type: ignore[no-any-return, no-untyped-call]
     # Nothing to differentiate: a Function would only cost time.
-    masked = kept.at_rest(weight, mask) if kept is not None and _can_keep(weight, mask) else _select_bits(weight, mask)
+    masked = (
+        kept.at_rest(weight, mask)
+        if kept is not None and _can_keep(weight, mask)
+        else _apply_mask_bitwise(weight, mask)
+    )
     return _linear(x, masked, bias)
 
 
@@ -207,7 +211,7 @@ def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
         check_dense(mask)
         if mask.is_meta:
             raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
-        full: Tensor = whole(mask.detach())
+        full: Tensor = full_tensor(mask.detach())
         if full.dtype is torch.bool and full.shape == tuple(shape):
             return full.clone()
         mask = full
@@ -215,7 +219,7 @@ def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
 
 
 def check_dense(mask: Tensor) -> None:
-    """Raise a ``ValueError`` that names the layout if ``mask`` is sparse, which torch's select cannot take."""
+    """Raise a ``ValueError`` that names the layout if ``mask`` is sparse, which ``torch.where`` cannot take."""
     if mask.layout is not torch.strided:
         raise ValueError(f"a mask must be a dense tensor; got one of layout {mask.layout}: pass mask.to_dense()")
 
@@ -226,14 +230,16 @@ def as_tensor(mask: Any) -> Tensor:
     return mask if isinstance(mask, Tensor) else torch.tensor(np.ascontiguousarray(mask), device="cpu")
 
 
-def select(tensor: Tensor, mask: Tensor) -> Tensor:
+def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     """Return ``where(mask, tensor, 0)``: nothing stored under the mask gets through, NaN included."""
     return torch.where(mask, tensor, 0)
 
 
-def _select_bits(tensor: Tensor, mask: Tensor) -> Tensor:
-    """:func:`select`, several times as fast where nothing differentiates it."""
-    return masked_by_bits(tensor, mask) if is_plain(tensor) and tensor.device.type == "cpu" else select(tensor, mask)
+def _apply_mask_bitwise(tensor: Tensor, mask: Tensor) -> Tensor:
+    """:func:`apply_mask`, several times as fast where nothing differentiates it."""
+    return (
+        masked_by_bits(tensor, mask) if is_plain(tensor) and tensor.device.type == "cpu" else apply_mask(tensor, mask)
+    )
 
 
 def is_plain(tensor: Tensor) -> bool:
@@ -246,19 +252,21 @@ def is_plain(tensor: Tensor) -> bool:
     )
 
 
-def aligned(tensor: Tensor, like: Tensor) -> Tensor:
+def as_dtensor_like(tensor: Tensor, like: Tensor) -> Tensor:
     """Return ``tensor`` cut as ``like`` is if that is a DTensor, as FSDP and tensor parallelism make it; else as it is."""
     mesh = getattr(like, "device_mesh", None)
     if mesh is None:
         return tensor
     from torch.distributed.tensor import DTensor, Replicate
 
-    everywhere = DTensor.from_local(whole(tensor).to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False)
+    everywhere = DTensor.from_local(
+        full_tensor(tensor).to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
+    )
     return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return the whole of a DTensor, on every process; another tensor as it is."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor of a DTensor, on every process; another tensor as it is."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -299,10 +307,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if bias is None or x.dim() == 2 or x.itemsize > 2 or x.is_contiguous():
         return F.linear(x, weight, bias)
-    return F.linear(flat(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
+    return F.linear(flatten_batch(x), weight, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-def flat(tensor: Tensor) -> Tensor:
+def flatten_batch(tensor: Tensor) -> Tensor:
     """Merge all batch dimensions into one, of whatever size; ``reshape(-1, n)`` cannot when n is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
@@ -325,7 +333,7 @@ def _gradient(g: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     if g.device.type == "cpu" and is_plain(g) and is_plain(x):
         product = new_memory((g.shape[1], x.shape[1]), g.dtype)
         return mask_in_place(torch.mm(g.mT, x, out=product), mask)
-    return select(g.mT @ x, mask)
+    return apply_mask(g.mT @ x, mask)
 
 
 class _MaskedLinear(torch.autograd.Function):
@@ -342,11 +350,11 @@ class _MaskedLinear(torch.autograd.Function):
         dx = dweight = dbias = None
         if ctx.needs_input_grad[0]:
             masked = ctx.kept.of(weight, mask) if ctx.kept is not None and _can_keep(weight, mask) else None
-            dx = g @ (_select_bits(weight, mask) if masked is None else masked)
+            dx = g @ (_apply_mask_bitwise(weight, mask) if masked is None else masked)
         if ctx.needs_input_grad[1]:
-            dweight = _gradient(flat(g), flat(x), mask)
+            dweight = _gradient(flatten_batch(g), flatten_batch(x), mask)
         if ctx.needs_input_grad[3]:
-            dbias = flat(g).sum(0)
+            dbias = flatten_batch(g).sum(0)
         return dx, dweight, None, dbias, None
 
     @staticmethod
@@ -356,9 +364,9 @@ class _MaskedLinear(torch.autograd.Function):
         wide = torch.promote_types(x.dtype, torch.float32)
         dy = torch.zeros((), dtype=wide, device=x.device).expand(*x.shape[:-1], weight.shape[0])
         if dx is not None:
-            dy = dy + F.linear(dx.to(wide), select(weight, mask).to(wide))
+            dy = dy + F.linear(dx.to(wide), apply_mask(weight, mask).to(wide))
         if dweight is not None:
-            dy = dy + F.linear(x.to(wide), select(dweight, mask).to(wide))
+            dy = dy + F.linear(x.to(wide), apply_mask(dweight, mask).to(wide))
         if dbias is not None:
             dy = dy + dbias.to(wide)
         return dy.to(x.dtype)
@@ -371,7 +379,7 @@ class _MaskedLinearInTransform(_MaskedLinear):
     def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
         if kept is not None and _can_keep(weight, mask):
             return _linear(x, kept.derive(weight, mask), bias)
-        return _linear(x, _select_bits(weight, mask), bias)
+        return _linear(x, _apply_mask_bitwise(weight, mask), bias)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -398,7 +406,7 @@ class _MaskedLinearInTransform(_MaskedLinear):
             return _MaskedLinearInTransform.apply(x, weight, mask, bias, kept), 0  # type: ignore[no-untyped-call]
         copies: int = info.batch_size
         x = x if in_dims[0] is not None else x.expand(copies, *x.shape)
-        masked = select(weight, mask).expand(copies, *weight.shape[-2:])
+        masked = apply_mask(weight, mask).expand(copies, *weight.shape[-2:])
         rows = x.reshape(copies, math.prod(x.shape[1:-1]), x.shape[-1])
         if bias is None:
             y = torch.bmm(rows, masked.mT)

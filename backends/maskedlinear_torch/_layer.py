@@ -14,15 +14,15 @@ from torch.nn.utils import skip_init
 from maskedlinear.masks import as_mask
 from maskedlinear_torch._functional import (
     FLOATING,
-    aligned,
+    apply_mask,
+    as_dtensor_like,
     as_tensor,
     can_skip_checks,
     checked_linear,
     checked_mask,
+    full_tensor,
     masked_linear,
-    select,
     small_linear,
-    whole,
 )
 from maskedlinear_torch._kept import Kept
 
@@ -134,14 +134,14 @@ class MaskedLinear(nn.Linear):
         """
         checked = checked_mask(mask, self.mask.shape)  # a copy: it may be a view of the layer's own
         with torch.no_grad():
-            self.mask.copy_(aligned(checked, self.mask))
+            self.mask.copy_(as_dtensor_like(checked, self.mask))
             if self._pending_mask is not None:
                 self._pending_mask.copy_(checked)
 
     @property
     def masked_weight(self) -> Tensor:
         """``where(mask, weight, 0)``, shape ``(out_features, in_features)``; differentiable in the weight."""
-        return select(self.weight, aligned(self.mask, self.weight))
+        return apply_mask(self.weight, as_dtensor_like(self.mask, self.weight))
 
     @property
     def sparsity(self) -> float:
@@ -171,9 +171,9 @@ class MaskedLinear(nn.Linear):
         with torch.no_grad():
             live = self.mask.sum(dim=1)
             scale = torch.where(live > 0, (self.in_features / live.clamp(min=1)).sqrt(), 1.0).to(self.weight.dtype)
-            self.weight.mul_(aligned(scale[:, None].expand(self.mask.shape).contiguous(), self.weight))
+            self.weight.mul_(as_dtensor_like(scale[:, None].expand(self.mask.shape).contiguous(), self.weight))
             if self.bias is not None:
-                self.bias.mul_(aligned(scale, self.bias))
+                self.bias.mul_(as_dtensor_like(scale, self.bias))
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, mask: Any = None) -> Self:
@@ -254,7 +254,7 @@ class MaskedLinear(nn.Linear):
             )
         if not self.weight.is_meta:
             with torch.no_grad():
-                self.weight.copy_(select(self.weight, aligned(self.mask, self.weight)))
+                self.weight.copy_(apply_mask(self.weight, as_dtensor_like(self.mask, self.weight)))
         return self._plain()
 
     def _plain(self) -> nn.Linear:
@@ -276,7 +276,7 @@ class MaskedLinear(nn.Linear):
         )
         _copy_parameters(self, linear)
         with torch.no_grad():
-            linear.weight.copy_(select(linear.weight, whole(self.mask)))
+            linear.weight.copy_(apply_mask(linear.weight, full_tensor(self.mask)))
         return linear
 
     def extra_repr(self) -> str:
@@ -299,7 +299,7 @@ class MaskedLinear(nn.Linear):
         self._kept = Kept()  # the old one holds on to as much memory as the layer has left
         if self.mask.is_meta:
             if not mask.is_meta and self._pending_mask is None:
-                self._pending_mask = whole(mask).cpu()  # as if the layer had been made there
+                self._pending_mask = full_tensor(mask).cpu()  # as if the layer had been made there
         elif not mask.is_meta:
             if self.mask is not mask:  # .to_empty leaves a tensor without values, and .type(dtype) converts every one
                 self._buffers["mask"] = mask.to(self.mask.device)
@@ -311,7 +311,7 @@ class MaskedLinear(nn.Linear):
         """Write the mask of a layer that was made on the meta device, where it has values now."""
         self._buffers["mask"] = torch.empty_like(self.mask, dtype=torch.bool)
         with torch.no_grad():
-            self.mask.copy_(aligned(self._pending_mask, self.mask))  # type: ignore[arg-type]
+            self.mask.copy_(as_dtensor_like(self._pending_mask, self.mask))  # type: ignore[arg-type]
         self._pending_mask = None
 
     def _load_from_state_dict(
@@ -346,5 +346,5 @@ def _copy_parameters(source: nn.Linear, target: nn.Linear) -> None:
     for name, parameter in target.named_parameters():
         original = getattr(source, name)  # which a parametrization may compute
         with torch.no_grad():
-            parameter.copy_(whole(original))
+            parameter.copy_(full_tensor(original))
         parameter.requires_grad_(original.requires_grad)

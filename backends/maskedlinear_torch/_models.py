@@ -13,20 +13,20 @@ from maskedlinear.costs import Choice, Costs, Format, Layer, choose_forms, table
 from maskedlinear_torch._functional import _SMALL
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import (
-    dressed,
-    exchange,
+    copy_hooks_and_attributes,
     has_gradient_hooks,
     has_state_hooks,
-    owners,
+    parameter_users,
     readers_of_weights,
+    replace_modules,
 )
-from maskedlinear_torch._products import Indices
+from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._trial import measured_seconds
 
 __all__ = ["compress", "expand"]
 
-_BUFFERS = {"mask", *Indices._fields}
+_BUFFERS = {"mask", *DevicePattern._fields}
 _PARAMETERS = {"weight", "values", "bias"}
 
 
@@ -99,7 +99,7 @@ def expand(model: nn.Module) -> nn.Module:
 
 def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLinear, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
-    held, readers = owners(model), readers_of_weights(model)
+    held, readers = parameter_users(model), readers_of_weights(model)
     found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear | SparseLinear):
@@ -168,5 +168,5 @@ def _exchange(
             new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
             new._parameters["bias"] = layer._parameters["bias"]
             vars(_weight(new)).update(vars(_weight(layer)))  # what a user has written on it
-            made[key] = dressed(new, layer)
-    return exchange(model, made)
+            made[key] = copy_hooks_and_attributes(new, layer)
+    return replace_modules(model, made)

@@ -1,17 +1,17 @@
-"""What is asked of a whole model, who holds a parameter and whose weight is read from outside; and its layers exchanged."""
+"""What is asked of a whole model, who holds a parameter and whose weight is read from outside; and its layers replaced."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
 __all__ = [
-    "dressed",
-    "exchange",
+    "copy_hooks_and_attributes",
     "has_call_hooks",
     "has_gradient_hooks",
     "has_state_hooks",
-    "owners",
+    "parameter_users",
     "readers_of_weights",
+    "replace_modules",
 ]
 
 _HOOKS = (
@@ -34,7 +34,7 @@ _LAYERS_OWN = {"fan_in", "_kept", "_pending_mask", "_matrix", "_pending"}  # wha
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
-def owners(model: nn.Module) -> dict[int, list[nn.Module]]:
+def parameter_users(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Return the modules that hold each parameter, by its identity: more than one where it is shared."""
     found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
@@ -64,7 +64,7 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
     return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
 
 
-def dressed(new: nn.Module, old: nn.Module) -> nn.Module:
+def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give ``new`` the hooks of ``old``, and what a user has written on it."""
     for name in _HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
@@ -74,8 +74,8 @@ def dressed(new: nn.Module, old: nn.Module) -> nn.Module:
     return new
 
 
-def exchange(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """Put new modules in the places of old ones, by their identity, in place; return the model, or its own exchange."""
+def replace_modules(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
+    """Put new modules in the places of old ones, by their identity, in place; return the model, or its own replacement."""
     places = [
         (parent, name) for parent in model.modules() for name, child in parent._modules.items() if id(child) in made
     ]

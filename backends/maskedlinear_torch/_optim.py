@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskedlinear_torch._functional import aligned, whole
+from maskedlinear_torch._functional import as_dtensor_like, full_tensor
 from maskedlinear_torch._layer import MaskedLinear
 
 __all__ = ["Guard", "freeze_masked", "renew"]
@@ -54,17 +54,17 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     if getattr(step, "guard", None) is model:
         return optimizer
     guard = Guard(optimizer, model)
-    optimizer.register_load_state_dict_post_hook(lambda _: guard.forget())
+    optimizer.register_load_state_dict_post_hook(lambda _: guard.reset())
 
     # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's
     # attributes, because learning rate schedulers put their own step around it and recognise it again.
     @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        guard.hold()
+        guard.before_step()
         try:
             return step(*args, **kwargs)
         finally:
-            guard.release()
+            guard.after_step()
 
     guarded.guard = model  # type: ignore[attr-defined]
     optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
@@ -72,7 +72,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
 
 
 class Guard:
-    """Holds the masked weights of a model while an optimizer steps: :meth:`hold` before a step, :meth:`release` after it."""
+    """Keeps the masked weights of a model still while an optimizer steps: :meth:`before_step` and :meth:`after_step`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._optimizer, self._model = optimizer, model
@@ -81,7 +81,7 @@ class Guard:
         for layers in _users(model):
             _start_anew(optimizer, layers, self._known)
 
-    def hold(self) -> None:
+    def before_step(self) -> None:
         """Copy the weights, and let the optimizer's state start clean where a mask has changed since the last step."""
         held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
         users = [layers for layers in _users(self._model) if id(layers[0].weight) in held]
@@ -90,7 +90,7 @@ class Guard:
                 _start_anew(self._optimizer, layers, self._known)
         self._before = {id(layers[0].weight): layers[0].weight.detach().clone() for layers in users}
 
-    def release(self) -> None:
+    def after_step(self) -> None:
         """Put the dormant entries back, by the masks that hold at this moment."""
         before, self._before = self._before, {}
         with torch.no_grad():
@@ -99,7 +99,7 @@ class Guard:
                 if id(weight) in before:
                     weight.copy_(torch.where(_live(layers, weight), weight, before[id(weight)]))
 
-    def forget(self) -> None:
+    def reset(self) -> None:
         """Take the masks of the next step for those of the last: a state was loaded, and with it its masks."""
         self._known.clear()
 
@@ -129,7 +129,7 @@ def _live(layers: list[MaskedLinear], weight: Tensor) -> Tensor:
     mask = layers[0].mask
     for layer in layers[1:]:
         mask = mask | layer.mask
-    return aligned(mask, weight)
+    return as_dtensor_like(mask, weight)
 
 
 def _start_anew(optimizer: torch.optim.Optimizer, layers: list[MaskedLinear], known: dict[int, Known]) -> None:
@@ -139,11 +139,11 @@ def _start_anew(optimizer: torch.optim.Optimizer, layers: list[MaskedLinear], kn
     last = known.get(id(weight))
     if last is not None and last[0] == versions:
         return
-    live = whole(_live(layers, weight))
+    live = full_tensor(_live(layers, weight))
     known[id(weight)] = versions, live.clone()
     if last is None or last[1].shape != live.shape:
         return
-    renew(optimizer, weight, aligned(last[1].to(live.device) != live, weight))
+    renew(optimizer, weight, as_dtensor_like(last[1].to(live.device) != live, weight))
 
 
 def renew(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None = None) -> None:

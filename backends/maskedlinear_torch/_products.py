@@ -24,21 +24,21 @@ from maskedlinear_torch._functional import (
     is_tracing,
 )
 
-__all__ = ["Indices", "Matrix", "Way", "is_fake", "may_be_one_row", "sddmm", "spmm"]
+__all__ = ["CSR", "DevicePattern", "Matrix", "is_fake", "may_be_one_row", "sddmm", "spmm"]
 
 _LANES = 8  # columns that the sampled product takes at a time
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
 
 
-class Way(NamedTuple):
-    """One way to walk a pattern: the compressed rows of a matrix, and where the values are, if not in its order."""
+class CSR(NamedTuple):
+    """The compressed rows of a pattern or of its transpose, and where the values are, if not in its order."""
 
     starts: Tensor
     across: Tensor
     order: Tensor | None
 
 
-class Indices(NamedTuple):
+class DevicePattern(NamedTuple):
     """A pattern on a device: int32 tensors, as in :class:`maskedlinear.pattern.Pattern` by rows and by columns."""
 
     indptr: Tensor
@@ -48,13 +48,13 @@ class Indices(NamedTuple):
     order: Tensor
 
     @classmethod
-    def of(cls, pattern: Pattern, device: torch.device) -> Indices:
+    def of(cls, pattern: Pattern, device: torch.device) -> DevicePattern:
         """Return the indices of ``pattern`` on ``device``, made once for each."""
-        made: Indices = pattern.derived(("torch", device), lambda: cls.new(pattern, device))
+        made: DevicePattern = pattern.derived(("torch", device), lambda: cls.new(pattern, device))
         return made
 
     @classmethod
-    def new(cls, pattern: Pattern, device: torch.device) -> Indices:
+    def new(cls, pattern: Pattern, device: torch.device) -> DevicePattern:
         """Return tensors of the pattern's own."""
         arrays = (pattern.indptr, pattern.indices, *pattern.by_column)
         with torch.inference_mode(False):  # they outlive the call, and others may differentiate
@@ -64,11 +64,11 @@ class Indices(NamedTuple):
         """Return the row and the column of each value."""
         return torch.zeros_like(self.outputs).index_copy(0, self.order.long(), self.outputs), self.indices
 
-    def way(self, transposed: bool) -> Way:
+    def csr(self, transposed: bool) -> CSR:
         """Return the pattern by rows, or, transposed, by columns."""
         if transposed:
-            return Way(self.starts, self.outputs, self.order)
-        return Way(self.indptr, self.indices, None)
+            return CSR(self.starts, self.outputs, self.order)
+        return CSR(self.indptr, self.indices, None)
 
 
 def may_be_one_row(x: Any, in_features: int) -> bool:
@@ -102,7 +102,7 @@ class Matrix:
             if not values.numel() or values.itemsize < 4 or not values.is_contiguous() or not _has_kernels(x):
                 return None
             with torch.inference_mode(False), torch.no_grad():  # it outlives the call
-                matrix = _csr(Way(indptr, indices, None), values.detach(), x.numel())
+                matrix = _csr(CSR(indptr, indices, None), values.detach(), x.numel())
             self._made = made = place, indices, matrix
         vector = x if x.dim() == 1 else x.reshape(-1)
         try:
@@ -120,7 +120,7 @@ class Matrix:
         return Matrix, ()
 
 
-def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = False) -> Tensor:
+def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool = False) -> Tensor:
     """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
 
     W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
@@ -130,21 +130,21 @@ def spmm(values: Tensor, right: Tensor, pattern: Indices, transposed: bool = Fal
             return _spmm_expression(values, right, pattern, transposed)
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
     if is_plain(values) and is_plain(right):
-        return _spmm(values, right, pattern.way(transposed))
+        return _spmm(values, right, pattern.csr(transposed))
     if is_nested("Jvp"):
         return _spmm_expression(values, right, pattern, transposed)
     rule = _SpmmInTransform if in_transform(right) else _Spmm
     return rule.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
+def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
     if torch.compiler.is_compiling() or is_fake(right):
         if _is_past_operators():
             return _sddmm_expression(left, right, pattern)
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
     if is_plain(left) and is_plain(right):
-        return _sddmm(left, right, pattern.way(False))
+        return _sddmm(left, right, pattern.csr(False))
     if is_nested("Jvp"):
         return _sddmm_expression(left, right, pattern)
     rule = _SddmmInTransform if in_transform(right) else _Sddmm
@@ -156,7 +156,7 @@ def sddmm(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
 # derivative in reverse. It gathers all of connections x batch at once.
 
 
-def _spmm_expression(values: Tensor, right: Tensor, pattern: Indices, transposed: bool) -> Tensor:
+def _spmm_expression(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool) -> Tensor:
     rows, across = pattern.ends()
     starts = pattern.indptr
     if transposed:
@@ -165,7 +165,7 @@ def _spmm_expression(values: Tensor, right: Tensor, pattern: Indices, transposed
     return right.new_zeros(starts.shape[0] - 1, right.shape[1]).index_add(0, rows, gathered)
 
 
-def _sddmm_expression(left: Tensor, right: Tensor, pattern: Indices) -> Tensor:
+def _sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     rows, columns = pattern.ends()
     return (left.index_select(0, rows) * right.index_select(0, columns)).sum(1)
 
@@ -181,15 +181,15 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "fake_mode")
 
 
-def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
-    rows, (depth, batch) = len(way.starts) - 1, right.shape
+def _spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
+    rows, (depth, batch) = len(csr.starts) - 1, right.shape
     if not values.numel() or not batch:
         return right.new_zeros(rows, batch)
-    if way.order is not None:
-        values = values.index_select(0, way.order)
+    if csr.order is not None:
+        values = values.index_select(0, csr.order)
     if not _has_kernels(values, right):
-        return _spmm_plain(values, right, way)
-    matrix = _csr(way, values.contiguous(), depth)
+        return _spmm_plain(values, right, csr)
+    matrix = _csr(csr, values.contiguous(), depth)
     with _no_autocast(right.device.type):
         if batch == 1:  # a matrix times a vector takes less than half the time
             return torch.mv(matrix, right.reshape(depth))[:, None]
@@ -197,46 +197,46 @@ def _spmm(values: Tensor, right: Tensor, way: Way) -> Tensor:
     return product
 
 
-def _sddmm(left: Tensor, right: Tensor, way: Way) -> Tensor:
+def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     depth, batch = right.shape
-    if not way.across.numel() or not batch:
-        return right.new_zeros(way.across.shape)
+    if not csr.across.numel() or not batch:
+        return right.new_zeros(csr.across.shape)
     if not _has_kernels(left, right):
-        return _sddmm_plain(left, right, way)
+        return _sddmm_plain(left, right, csr)
     if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
         left, right = (torch.nn.functional.pad(side, (0, _LANES - batch)) for side in (left, right))
-    matrix = _csr(way, right.new_zeros(way.across.shape), depth)
+    matrix = _csr(csr, right.new_zeros(csr.across.shape), depth)
     with _no_autocast(right.device.type):
         sampled: Tensor = torch.sparse.sampled_addmm(matrix, left.contiguous(), right.contiguous().mT, beta=0)
     return sampled.values()
 
 
-def _spmm_plain(values: Tensor, right: Tensor, way: Way) -> Tensor:
-    product = right.new_zeros(len(way.starts) - 1, right.shape[1])
-    rows = _rows(way)
-    for part in _parts(way, right.shape[1]):
+def _spmm_plain(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
+    product = right.new_zeros(len(csr.starts) - 1, right.shape[1])
+    rows = _rows(csr)
+    for part in _parts(csr, right.shape[1]):
         # Not in place, which a batch of gradients refuses.
-        product = product.index_add(0, rows[part], values[part, None] * right.index_select(0, way.across[part]))
+        product = product.index_add(0, rows[part], values[part, None] * right.index_select(0, csr.across[part]))
     return product
 
 
-def _sddmm_plain(left: Tensor, right: Tensor, way: Way) -> Tensor:
-    rows = _rows(way)
+def _sddmm_plain(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
+    rows = _rows(csr)
     parts = [
-        (left.index_select(0, rows[part]) * right.index_select(0, way.across[part])).sum(1)
-        for part in _parts(way, right.shape[1])
+        (left.index_select(0, rows[part]) * right.index_select(0, csr.across[part])).sum(1)
+        for part in _parts(csr, right.shape[1])
     ]
     return torch.cat(parts)
 
 
-def _rows(way: Way) -> Tensor:
-    counts = way.starts.diff()
+def _rows(csr: CSR) -> Tensor:
+    counts = csr.starts.diff()
     return torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts)
 
 
-def _parts(way: Way, batch: int) -> list[slice]:
+def _parts(csr: CSR, batch: int) -> list[slice]:
     step = max(1, _CHUNK // batch)
-    return [slice(start, start + step) for start in range(0, way.across.numel(), step)]
+    return [slice(start, start + step) for start in range(0, csr.across.numel(), step)]
 
 
 def _has_kernels(*operands: Tensor) -> bool:
@@ -250,8 +250,8 @@ def _no_autocast(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def _csr(way: Way, values: Tensor, depth: int) -> Tensor:
-    return torch.sparse_csr_tensor(way.starts, way.across, values, (len(way.starts) - 1, depth), check_invariants=False)
+def _csr(csr: CSR, values: Tensor, depth: int) -> Tensor:
+    return torch.sparse_csr_tensor(csr.starts, csr.across, values, (len(csr.starts) - 1, depth), check_invariants=False)
 
 
 def _silence() -> None:
@@ -274,7 +274,7 @@ def _tangent(product: Callable[..., Tensor], sides: Any, moved: Any, *rest: Any)
 
 
 class _Spmm(torch.autograd.Function):
-    """Arguments: values, right, the five of ``Indices``, and whether the product is the transposed one."""
+    """Arguments: values, right, the five of ``DevicePattern``, and whether the product is the transposed one."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -284,7 +284,7 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, right, *rest = ctx.saved_tensors
-        pattern, g = Indices(*rest), g.contiguous()  # once for both products
+        pattern, g = DevicePattern(*rest), g.contiguous()  # once for both products
         dvalues = dright = None
         if ctx.needs_input_grad[0]:
             dvalues = sddmm(right, g, pattern) if ctx.transposed else sddmm(g, right, pattern)
@@ -295,7 +295,7 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dvalues: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
         values, right, *rest = ctx.saved_tensors
-        return _tangent(spmm, (values, right), (dvalues, dright), Indices(*rest), ctx.transposed)
+        return _tangent(spmm, (values, right), (dvalues, dright), DevicePattern(*rest), ctx.transposed)
 
 
 class _SpmmInTransform(_Spmm):
@@ -303,7 +303,7 @@ class _SpmmInTransform(_Spmm):
 
     @staticmethod
     def forward(values: Tensor, right: Tensor, *rest: Any) -> Tensor:
-        return _spmm(values, right, Indices(*rest[:5]).way(rest[5]))
+        return _spmm(values, right, DevicePattern(*rest[:5]).csr(rest[5]))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -313,7 +313,7 @@ class _SpmmInTransform(_Spmm):
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], values: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, int]:
-        pattern, transposed = Indices(*rest[:5]), rest[5]
+        pattern, transposed = DevicePattern(*rest[:5]), rest[5]
         _refuse_mapped(dims[2:7])
         if dims[0] is None:  # one product, of all batches side by side
             right = right.movedim(dims[1] or 0, 0)
@@ -328,7 +328,7 @@ class _SpmmInTransform(_Spmm):
 
 
 class _Sddmm(torch.autograd.Function):
-    """Arguments: left, right, and the five of ``Indices``."""
+    """Arguments: left, right, and the five of ``DevicePattern``."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -338,7 +338,7 @@ class _Sddmm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         left, right, *rest = ctx.saved_tensors
-        pattern = Indices(*rest)
+        pattern = DevicePattern(*rest)
         dleft = spmm(g, right, pattern) if ctx.needs_input_grad[0] else None
         dright = spmm(g, left, pattern, True) if ctx.needs_input_grad[1] else None
         return dleft, dright, *(None,) * 5
@@ -346,7 +346,7 @@ class _Sddmm(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dleft: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
         left, right, *rest = ctx.saved_tensors
-        return _tangent(sddmm, (left, right), (dleft, dright), Indices(*rest))
+        return _tangent(sddmm, (left, right), (dleft, dright), DevicePattern(*rest))
 
 
 class _SddmmInTransform(_Sddmm):
@@ -354,7 +354,7 @@ class _SddmmInTransform(_Sddmm):
 
     @staticmethod
     def forward(left: Tensor, right: Tensor, *rest: Tensor) -> Tensor:
-        return _sddmm(left, right, Indices(*rest).way(False))
+        return _sddmm(left, right, DevicePattern(*rest).csr(False))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -368,7 +368,7 @@ class _SddmmInTransform(_Sddmm):
             sddmm(
                 left if dims[0] is None else left.select(dims[0], i),
                 right if dims[1] is None else right.select(dims[1], i),
-                Indices(*rest),
+                DevicePattern(*rest),
             )
             for i in range(info.batch_size)
         ]
@@ -394,7 +394,7 @@ def _spmm_op(
     order: Tensor,
     transposed: bool,
 ) -> Tensor:
-    return _spmm(values, right, Indices(indptr, indices, starts, outputs, order).way(transposed))
+    return _spmm(values, right, DevicePattern(indptr, indices, starts, outputs, order).csr(transposed))
 
 
 @_spmm_op.register_fake
@@ -416,7 +416,7 @@ def _(
 def _sddmm_op(
     left: Tensor, right: Tensor, indptr: Tensor, indices: Tensor, starts: Tensor, outputs: Tensor, order: Tensor
 ) -> Tensor:
-    return _sddmm(left, right, Way(indptr, indices, None))
+    return _sddmm(left, right, CSR(indptr, indices, None))
 
 
 @_sddmm_op.register_fake

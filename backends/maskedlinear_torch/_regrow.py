@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, is_meant, layer_seed
-from maskedlinear_torch._functional import aligned, flat, whole
+from maskedlinear.pruning._layers import Include, layer_seed, matches
+from maskedlinear_torch._functional import as_dtensor_like, flatten_batch, full_tensor
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import owners
+from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
 from maskedlinear_torch._sparse_layer import SparseLinear
 
@@ -34,7 +34,7 @@ class Growth:
 
     def add(self, layer: Masked, x: Tensor, g: Tensor) -> None:
         """Take down x and the cotangent of y of one call of a layer."""
-        self._pairs.setdefault(layer, []).append((flat(x.detach()), flat(g.detach())))
+        self._pairs.setdefault(layer, []).append((flatten_batch(x.detach()), flatten_batch(g.detach())))
 
     def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of the gradient of a layer's whole weight, shape ``(stop - start, in)``.
@@ -116,7 +116,7 @@ def regrow_model(
             ``growth`` lacks a layer. The model is left as it was.
     """
     layers = [
-        layer for name, layer in model.named_modules() if isinstance(layer, Masked) and is_meant(name, layer, include)
+        layer for name, layer in model.named_modules() if isinstance(layer, Masked) and matches(name, layer, include)
     ]
     if not layers:
         raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")
@@ -128,13 +128,13 @@ def regrow_model(
         if isinstance(layer, SparseLinear):
             plan = pruning.regrow_pattern(layer.pattern, layer.values, fraction, rows, seed=own)
         else:
-            plan = pruning.regrow(whole(layer.mask), whole(layer.weight), fraction, rows, seed=own)
+            plan = pruning.regrow(full_tensor(layer.mask), full_tensor(layer.weight), fraction, rows, seed=own)
         planned.append(plan)
     return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
 
 
 def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
-    held = owners(model)
+    held = parameter_users(model)
     for layer in layers:
         name = "values" if isinstance(layer, SparseLinear) else "weight"
         weight = layer._parameters.get(name)
@@ -162,12 +162,12 @@ def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> 
         if optimizer is not None:
             renew(optimizer, layer.values, places < 0, places.clamp(min=0))
         return int(np.count_nonzero(source < 0))
-    old = whole(layer.mask)
+    old = full_tensor(layer.mask)
     found = torch.from_numpy(plan).to(old.device)
     new, changed = found & ~old, found != old  # before the mask, which old may be, changes
     with torch.no_grad():
-        layer.weight.masked_fill_(aligned(new, layer.weight), 0.0)
+        layer.weight.masked_fill_(as_dtensor_like(new, layer.weight), 0.0)
     layer.set_mask(found)
     if optimizer is not None:
-        renew(optimizer, layer.weight, aligned(changed, layer.weight))
+        renew(optimizer, layer.weight, as_dtensor_like(changed, layer.weight))
     return int(new.sum())

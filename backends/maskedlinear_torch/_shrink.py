@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from maskedlinear._table import lines
 from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import dressed, exchange, has_call_hooks, owners
+from maskedlinear_torch._modules import copy_hooks_and_attributes, has_call_hooks, parameter_users, replace_modules
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["shrink"]
@@ -146,7 +146,7 @@ class _Walk:
         self.flow = Flow()
         self._model = model
         self._values: dict[fx.Node, int] = {}
-        self._held = owners(model)
+        self._held = parameter_users(model)
         calls = [node for node in graph.nodes if node.op == "call_module"]
         called = Counter(id(model.get_submodule(str(node.target))) for node in calls)
         self._twice = {key for key, count in called.items() if count > 1}
@@ -264,7 +264,7 @@ def _smaller(model: Model, plan: Plan) -> Model:
         module = model.get_submodule(name)
         if not kept.all():
             made[id(module)] = _fewer_features(copy.deepcopy(module), torch.from_numpy(kept))
-    exchange(model, made)
+    replace_modules(model, made)
     return model
 
 
@@ -289,7 +289,7 @@ def _smaller_layer(layer: nn.Linear, rows: Any, columns: Any, added: Any) -> nn.
         new.bias.copy_(old + added)
         new.bias.requires_grad_((weight if bias is None else bias).requires_grad)
     new.train(layer.training)
-    return dressed(new, layer)  # type: ignore[return-value]
+    return copy_hooks_and_attributes(new, layer)  # type: ignore[return-value]
 
 
 def _fewer_features(module: nn.Module, kept: Tensor) -> nn.Module:

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from maskedlinear.pattern import Pattern
 from maskedlinear.spec import check_floating, check_shapes
-from maskedlinear_torch._functional import FLOATING, autocast_arguments, flat
-from maskedlinear_torch._products import Indices, is_fake, spmm
+from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
+from maskedlinear_torch._products import DevicePattern, is_fake, spmm
 
 __all__ = ["check_values", "product", "sparse_linear"]
 
@@ -39,8 +39,8 @@ def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
             "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
         )
     check_values(x, values, pattern.connections, bias)
-    indices = Indices.new if is_fake(values) else Indices.of  # fake indices are not kept
-    return product(x, values, indices(pattern, values.device), pattern.shape[1], bias)
+    device_pattern = DevicePattern.new if is_fake(values) else DevicePattern.of  # fake indices are not kept
+    return product(x, values, device_pattern(pattern, values.device), pattern.shape[1], bias)
 
 
 def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | None) -> None:
@@ -59,13 +59,13 @@ def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | Non
         )
 
 
-def product(x: Tensor, values: Tensor, pattern: Indices, in_features: int, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int, bias: Tensor | None) -> Tensor:
     """Return y, for arguments whose values are checked already."""
     out = len(pattern.indptr) - 1
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     x, values, bias = autocast_arguments(x, values, bias, "values")
     wide = torch.promote_types(x.dtype, torch.float32)
-    columns = spmm(values.to(wide), flat(x).mT.to(wide).contiguous(), pattern)
+    columns = spmm(values.to(wide), flatten_batch(x).mT.to(wide).contiguous(), pattern)
     y = columns.mT.contiguous()
     if bias is not None:
         y = y + bias.to(wide)

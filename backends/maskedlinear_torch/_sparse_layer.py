@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._products import Indices, Matrix, may_be_one_row
+from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
 from maskedlinear_torch._sparse import check_values, product
 
 __all__ = ["SparseLinear"]
 
-_PATTERN = Indices._fields
+_PATTERN = DevicePattern._fields
 _KEPT = ("indptr", "indices")  # the others are derived of them
 
 
 def _forward(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
     check_values(x, values, len(values), bias)
-    return product(x, values, Indices(*pattern), in_features, bias)
+    return product(x, values, DevicePattern(*pattern), in_features, bias)
 
 
 torch.fx.wrap("_forward")  # one node of a traced graph: the checks of its arguments cannot be traced
@@ -306,10 +306,10 @@ class SparseLinear(nn.Module):
         """Write the indices, where the values are."""
         device, self._matrix = self.values.device, Matrix()
         self._pending = pattern if device.type == "meta" else None
-        self._buffers.update(Indices.new(pattern, device)._asdict())
+        self._buffers.update(DevicePattern.new(pattern, device)._asdict())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = Indices(self.indptr, self.indices, self.starts, self.outputs, self.order)
+        before = DevicePattern(self.indptr, self.indices, self.starts, self.outputs, self.order)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._matrix = Matrix()  # the old one holds on to the memory that the layer has left
         if self.indices.is_meta:

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
-from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
 from maskedlinear.reports import Report, Row
-from maskedlinear_torch._functional import as_tensor, check_dense, whole
+from maskedlinear_torch._functional import as_tensor, check_dense, full_tensor
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import owners, readers_of_weights
+from maskedlinear_torch._modules import parameter_users, readers_of_weights
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
@@ -52,7 +52,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         for name, layer in model.named_modules()
         if type(layer) is nn.Linear and id(layer) not in readers and "weight" in layer._parameters
     }
-    layers = chosen(model, possible, masks, include)
+    layers = select_weights(model, possible, masks, include)
     made = {name: _checked(masks[name], layer.weight, name) for name, layer in layers.items() if name in masks}
     for name, layer in layers.items():
         MaskedLinear.adopt(layer, made.get(name))
@@ -78,11 +78,11 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     layers = {
         name: layer
         for name, layer in _masked(model).items()
-        if type(layer) is MaskedLinear and "weight" in layer._parameters and is_meant(name, layer, include)
+        if type(layer) is MaskedLinear and "weight" in layer._parameters and matches(name, layer, include)
     }
-    held = owners(model)
+    held = parameter_users(model)
     for name, layer in layers.items():
-        if not layer.mask.is_meta and bool(whole(layer.mask).all()):
+        if not layer.mask.is_meta and bool(full_tensor(layer.mask).all()):
             continue  # no weight becomes 0
         for other in held[id(layer.weight)]:
             if not isinstance(other, MaskedLinear) or not _same(layer.mask, other.mask):
@@ -152,19 +152,19 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
             model is left as it was.
     """
-    layers = {name: layer for name, layer in _masked(model).items() if is_meant(name, layer, include)}
+    layers = {name: layer for name, layer in _masked(model).items() if matches(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
-    weights = {name: whole(layer.weight.detach()) for name, layer in layers.items()}
+    weights = {name: full_tensor(layer.weight.detach()) for name, layer in layers.items()}
     gradients = {
-        name: None if layer.weight.grad is None else whole(layer.weight.grad) for name, layer in layers.items()
+        name: None if layer.weight.grad is None else full_tensor(layer.weight.grad) for name, layer in layers.items()
     }
     scores = score_layers(score, weights, gradients, seed)
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     made = pruning.prune(
         scores,
         sparsity=sparsity,
-        masks={k: whole(m) for k, m in before.items()},
+        masks={k: full_tensor(m) for k, m in before.items()},
         scope=scope,
         block=block,
         empty=empty,
@@ -185,7 +185,7 @@ def report(model: nn.Module) -> Report:
             if isinstance(layer, SparseLinear):
                 rows.append(Row.of_pattern(name, layer.pattern, nbytes))
             else:
-                rows.append(Row.of_mask(name, whole(layer.mask).cpu().numpy(), nbytes))
+                rows.append(Row.of_mask(name, full_tensor(layer.mask).cpu().numpy(), nbytes))
     return Report(rows)
 
 
@@ -194,13 +194,13 @@ def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.is_meta or torch.equal(whole(one), whole(other))
+    return one is other or one.is_meta or torch.equal(full_tensor(one), full_tensor(other))
 
 
 def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:
     if isinstance(mask, Tensor):
         check_dense(mask)
     try:
-        return as_tensor(as_mask(whole(mask) if isinstance(mask, Tensor) else mask, weight.shape))
+        return as_tensor(as_mask(full_tensor(mask) if isinstance(mask, Tensor) else mask, weight.shape))
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error

@@ -20,7 +20,7 @@ from maskedlinear import masks
 from maskedlinear.pattern import Pattern
 from maskedlinear_torch import _functional, masked_linear, sparse_linear
 from maskedlinear_torch._conformance_layers import Placed, TorchLayer, as_numpy, made, values_of
-from maskedlinear_torch._products import Indices
+from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse import product
 
 __all__ = ["TorchBackend"]
@@ -282,7 +282,7 @@ class TorchBackend:
             return compiler(masked_linear)
 
         def sparse(x: Tensor, weight: Tensor, mask: Pattern, bias: Bias) -> Tensor:
-            return compiler(product)(x, values_of(weight, mask), Indices.of(mask, x.device), mask.shape[1], bias)
+            return compiler(product)(x, values_of(weight, mask), DevicePattern.of(mask, x.device), mask.shape[1], bias)
 
         return sparse
 

@@ -50,12 +50,12 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Hold the masked weights."""
         if self._guard is not None:
-            self._guard.hold()
+            self._guard.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put them back."""
         if self._guard is not None:
-            self._guard.release()
+            self._guard.after_step()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune and move."""

@@ -34,10 +34,13 @@ def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: Sparsity) -> list[int
         raise ValueError(f"shapes must not have negative sizes; got {shapes}")
     sizes = [math.prod(shape) for shape in dims]
     live = sum(sizes) - math.floor(checked_fraction(sparsity) * sum(sizes))
-    return [size - part for size, part in zip(sizes, shares([sum(shape) for shape in dims], sizes, live), strict=True)]
+    return [
+        size - part
+        for size, part in zip(sizes, allocate_proportionally([sum(shape) for shape in dims], sizes, live), strict=True)
+    ]
 
 
-def shares(weights: Sequence[int], most: Sequence[int], total: int) -> list[int]:
+def allocate_proportionally(weights: Sequence[int], most: Sequence[int], total: int) -> list[int]:
     """Divide ``total`` in proportion to ``weights``, none above its ``most``, in whole numbers.
 
     What does not divide goes to the largest remainders, the first of equal ones.

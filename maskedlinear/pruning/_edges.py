@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 
 from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
-from maskedlinear._progress import Progress, teller
-from maskedlinear.masks._distribution import shares
+from maskedlinear._progress import Progress, progress_callback
+from maskedlinear.masks._distribution import allocate_proportionally
 from maskedlinear.masks._random import Sparsity, checked_zeros
 from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
-from maskedlinear.pruning._layers import Scores, named, unnamed
+from maskedlinear.pruning._layers import Scores, as_dict, like_input
 from maskedlinear.pruning._select import clear_smallest, first_nan, passes
 
 __all__ = ["Scope", "n_m", "prune", "threshold", "zeros_by_scope"]
@@ -64,7 +64,7 @@ def prune(
             not fit; if there are more zeros already than asked for; or if a layer would lose its last connection.
         TypeError: if scores are not arrays of real numbers.
     """
-    layers = named(scores, as_numpy)
+    layers = as_dict(scores, as_numpy)
     if not layers:
         raise ValueError("there must be scores of at least one layer; got none")
     if scope not in ("global", "layer", "erdos_renyi"):
@@ -73,7 +73,7 @@ def prune(
     _check_empty(empty, layers)
     if block is not None:
         layers, before = _of_blocks(layers, before, block)
-    tell = teller(progress, "pruning")
+    tell = progress_callback(progress, "pruning")
     keys = _comparable(layers)
     work = sum(key.size * passes(key) for key in keys.values())
     seen = 0
@@ -99,7 +99,7 @@ def prune(
     if block is not None:
         found = {name: of_blocks(mask, block) for name, mask in found.items()}
     tell(1.0)
-    return unnamed(found, scores)
+    return like_input(found, scores)
 
 
 def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal["refuse", "allow"] = "refuse") -> Any:
@@ -115,7 +115,7 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal
         ValueError: as by :func:`prune`.
         TypeError: if scores are not arrays of real numbers.
     """
-    layers = named(scores, as_numpy)
+    layers = as_dict(scores, as_numpy)
     if math.isnan(least):
         raise ValueError("a threshold must be a number; got NaN")
     for name, array in layers.items():
@@ -125,7 +125,7 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal
     found = {name: before[name] & (array >= least) for name, array in layers.items()}
     if empty == "refuse":
         _refuse_empty(before, found)
-    return unnamed(found, scores)
+    return like_input(found, scores)
 
 
 def n_m(scores: Scores, n: int, m: int) -> Any:
@@ -144,7 +144,7 @@ def n_m(scores: Scores, n: int, m: int) -> Any:
         TypeError: if scores are not arrays of real numbers.
     """
     found = {}
-    for name, array in named(scores, as_numpy).items():
+    for name, array in as_dict(scores, as_numpy).items():
         _check_matrix(name, array)
         _refuse_nan(name, array)
         check_groups(array.shape, n, m)
@@ -153,7 +153,7 @@ def n_m(scores: Scores, n: int, m: int) -> Any:
         mask = np.zeros(groups.shape, bool)
         np.put_along_axis(mask, last, True, axis=1)
         found[name] = mask.reshape(array.shape)
-    return unnamed(found, scores)
+    return like_input(found, scores)
 
 
 def masks_so_far(masks: Any, scores: Scores, layers: Mapping[Any, NDArray[Any]]) -> dict[Any, Mask]:
@@ -162,7 +162,7 @@ def masks_so_far(masks: Any, scores: Scores, layers: Mapping[Any, NDArray[Any]])
         _check_matrix(name, array)
     if masks is None:
         return {name: np.ones(array.shape, bool) for name, array in layers.items()}
-    given = named(masks, lambda mask: mask)
+    given = as_dict(masks, lambda mask: mask)
     if isinstance(masks, Mapping) is not isinstance(scores, Mapping) or set(given) != set(layers):
         raise ValueError(
             f"there must be a mask for each layer with scores and no other; got masks of {list(given)} and scores of "
@@ -209,7 +209,7 @@ def zeros_by_scope(
     counts = [live[name] for name in shapes]
     if total - zeros > sum(counts):
         return [(list(shapes), zeros)]  # which is refused, as more than there are
-    kept = shares([sum(shape) for shape in shapes.values()], counts, total - zeros)
+    kept = allocate_proportionally([sum(shape) for shape in shapes.values()], counts, total - zeros)
     return [([name], sizes[name] - count) for name, count in zip(shapes, kept, strict=True)]
 
 

@@ -17,13 +17,13 @@ __all__ = [
     "Score",
     "Scores",
     "Scoring",
+    "as_dict",
     "check_known",
-    "chosen",
-    "is_meant",
     "layer_seed",
-    "named",
+    "like_input",
+    "matches",
     "score_layers",
-    "unnamed",
+    "select_weights",
 ]
 
 Include = str | Sequence[str] | Callable[[str, Any], bool] | None
@@ -34,7 +34,7 @@ Scores = Any  # an array, a mapping of names to arrays, or a sequence of arrays
 T = TypeVar("T")
 
 
-def named(arrays: Scores, convert: Callable[[Any], T]) -> dict[Any, T]:
+def as_dict(arrays: Scores, convert: Callable[[Any], T]) -> dict[Any, T]:
     """Return a single array, a mapping or a sequence of arrays as a dictionary, whose order is the order of layers."""
     if isinstance(arrays, Mapping):
         return {name: convert(array) for name, array in arrays.items()}
@@ -43,7 +43,7 @@ def named(arrays: Scores, convert: Callable[[Any], T]) -> dict[Any, T]:
     return {0: convert(arrays)}
 
 
-def unnamed(found: dict[Any, T], like: Scores) -> Any:
+def like_input(found: dict[Any, T], like: Scores) -> Any:
     """Return ``found`` in the form that ``like`` has."""
     if isinstance(like, Mapping):
         return found
@@ -52,8 +52,8 @@ def unnamed(found: dict[Any, T], like: Scores) -> Any:
     return found[0]
 
 
-def is_meant(name: str, layer: Any, include: Include) -> bool:
-    """Whether ``include`` means a layer: a shell pattern of names, several of them, a function, or ``None`` for all."""
+def matches(name: str, layer: Any, include: Include) -> bool:
+    """Whether a layer matches ``include``: a shell pattern of names, several of them, a function, or ``None`` for all."""
     if include is None:
         return True
     if callable(include):
@@ -71,8 +71,8 @@ def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
         )
 
 
-def chosen(model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], include: Include) -> dict[str, T]:
-    """Return the layers of a model to mask: those that masks are given for, and those that ``include`` means.
+def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], include: Include) -> dict[str, T]:
+    """Return the layers of a model to mask: those that masks are given for, and those that match ``include``.
 
     Without ``include`` all of them, or, if there are masks, no other.
 
@@ -84,7 +84,7 @@ def chosen(model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], incl
     found = {
         name: layer
         for name, layer in possible.items()
-        if name in masks or every or (include is not None and is_meant(name, layer, include))
+        if name in masks or every or (include is not None and matches(name, layer, include))
     }
     if not possible:
         raise ValueError(f"there is no linear layer to mask in {type(model).__name__}")

@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
-from maskedlinear._progress import Progress, teller
+from maskedlinear._progress import Progress, progress_callback
 from maskedlinear.pruning._layers import Include
 from maskedlinear.pruning._schedules import Cubic, Geometric, cosine
 
@@ -111,7 +111,7 @@ def rounds_of(
     Raises:
         ValueError: as by :class:`Geometric`, at once.
     """
-    schedule, tell = Geometric(sparsity, rounds), teller(progress, f"{rounds + 1} trainings")
+    schedule, tell = Geometric(sparsity, rounds), progress_callback(progress, f"{rounds + 1} trainings")
 
     def run() -> Iterator[float]:
         yield schedule(0)

@@ -14,7 +14,13 @@ from jax import lax
 from maskedlinear._timing import median_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose_forms, table
 from maskedlinear_jax._trial import LayerCall, inference, training_step
-from maskedlinear_jax.flax._modules import device_of, dressed, exchanged, layers_of, owners
+from maskedlinear_jax.flax._modules import (
+    copy_metadata_and_attributes,
+    device_of,
+    layers_of,
+    parameter_users,
+    replace_modules,
+)
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -79,8 +85,8 @@ def compress(
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
             new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
-            made[key] = dressed(new, layer)
-    model = exchanged(model, made, set())
+            made[key] = copy_metadata_and_attributes(new, layer)
+    model = replace_modules(model, made, set())
     if explain:
         print(table(choices, batch, training))
     return model
@@ -122,7 +128,7 @@ def as_function(layer: Any) -> tuple[LayerCall, Any, Any]:
 
 def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
-    held = owners(model)
+    held = parameter_users(model)
     found: dict[int, tuple[Any, Layer]] = {}
     for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
         shared = any(len(held[id(own)]) > 1 for own in vars(layer).values() if isinstance(own, nnx.Variable))

@@ -1,4 +1,4 @@
-"""What is asked of a whole nnx model, its layers, who holds a variable, kernels' gradients; and its layers exchanged."""
+"""What is asked of a whole nnx model, its layers, who holds a variable, kernels' gradients; and its layers replaced."""
 
 from __future__ import annotations
 
@@ -10,7 +10,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-__all__ = ["device_of", "dressed", "exchanged", "kernel_gradients", "layers_of", "owners", "pure", "refuse_shared"]
+__all__ = [
+    "copy_metadata_and_attributes",
+    "device_of",
+    "kernel_gradients",
+    "layers_of",
+    "parameter_users",
+    "pure",
+    "refuse_shared",
+    "replace_modules",
+]
 
 
 def layers_of(model: Any, kind: Any) -> dict[str, Any]:
@@ -18,7 +27,7 @@ def layers_of(model: Any, kind: Any) -> dict[str, Any]:
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
 
 
-def owners(model: Any) -> dict[int, list[Any]]:
+def parameter_users(model: Any) -> dict[int, list[Any]]:
     """Return the modules that hold each variable, by its identity: more than one where it is shared."""
     found: dict[int, list[Any]] = {}
     for _, node in nnx.iter_graph(model):
@@ -31,7 +40,7 @@ def owners(model: Any) -> dict[int, list[Any]]:
 
 def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
     """Raise a ``ValueError`` if a masked layer, whose connections are to move, shares its weight."""
-    held = owners(model)
+    held = parameter_users(model)
     for layer in layers.values():
         users = len(held[id(_weight(layer))])
         if users > 1:
@@ -62,7 +71,7 @@ def device_of(array: Any) -> jax.Device | None:
     return devices[0] if len(devices) == 1 else None
 
 
-def dressed(new: Any, old: Any) -> Any:
+def copy_metadata_and_attributes(new: Any, old: Any) -> Any:
     """Give ``new``, the other form of a layer, what a user has written on ``old``: metadata and attributes."""
     for one, other in ((_weight(new), _weight(old)), (new.bias, old.bias)):
         for name, value in () if other is None else other.get_metadata().items():
@@ -75,12 +84,12 @@ def dressed(new: Any, old: Any) -> Any:
     return new
 
 
-def exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
-    """Return ``node`` with all layers that ``made`` has a new form of exchanged, in place where it can change."""
+def replace_modules(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
+    """Return ``node`` with all layers that ``made`` has a new form of replaced, in place where it can change."""
     if id(node) in made:
         return made[id(node)]
     if isinstance(node, tuple):
-        parts = [exchanged(part, made, seen) for part in node]
+        parts = [replace_modules(part, made, seen) for part in node]
         if all(new is old for new, old in zip(parts, node, strict=True)):
             return node
         return type(node)(*parts) if hasattr(node, "_fields") else tuple(parts)
@@ -92,7 +101,7 @@ def exchanged(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
     else:
         children = list((node if isinstance(node, dict) else vars(node)).items())
     for name, child in children:
-        new = child if str(name).startswith("_pytree") else exchanged(child, made, seen)
+        new = child if str(name).startswith("_pytree") else replace_modules(child, made, seen)
         if new is child:
             continue
         if isinstance(node, list | dict | nnx.List):

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from maskedlinear import pruning
-from maskedlinear.pruning._layers import Include, is_meant, layer_seed
+from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_jax._optim import renewed_state
 from maskedlinear_jax._tree import named_leaves
 from maskedlinear_jax.flax._modules import layers_of, pure, refuse_shared
@@ -60,7 +60,7 @@ def regrow_model(
     layers = {
         name: layer
         for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items()
-        if is_meant(name, layer, include)
+        if matches(name, layer, include)
     }
     if not layers:
         raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")

@@ -19,7 +19,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 from maskedlinear._table import lines
 from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
 from maskedlinear_jax._functional import enable_x64
-from maskedlinear_jax.flax._modules import exchanged, layers_of, owners
+from maskedlinear_jax.flax._modules import layers_of, parameter_users, replace_modules
 from maskedlinear_jax.flax._nnx import MaskedLinear
 
 __all__ = ["shrink"]
@@ -119,7 +119,7 @@ def _planned(model: Any, given: Any, unfollowed: Unfollowed) -> Plan:
         id(copies[name]): _Marker(name, layer.num_features if isinstance(layer, nnx.BatchNorm) else layer.out_features)
         for name, layer in layers.items()
     }
-    traced = exchanged(traced, markers, set())
+    traced = replace_modules(traced, markers, set())
     try:
         jaxpr = jax.make_jaxpr(lambda inputs, named: traced(*inputs, **named))(*given)
     except Exception as error:
@@ -232,7 +232,7 @@ def _bodies(eqn: Any) -> list[Jaxpr]:
 
 def _followed(model: Any) -> dict[str, Any]:
     """Return the layers that are followed as such, by name: others are seen as what they compute."""
-    held, found = owners(model), {}
+    held, found = parameter_users(model), {}
     for name, layer in layers_of(model, (nnx.Linear, nnx.BatchNorm)).items():
         if type(layer) not in (nnx.Linear, MaskedLinear, nnx.BatchNorm):
             continue
@@ -276,7 +276,7 @@ def _smaller(model: Any, plan: Plan) -> Any:
             for own in vars(layer).values():
                 if isinstance(own, nnx.Variable) and own.get_value() is not None:
                     own.set_value(own.get_value()[kept])
-    return exchanged(model, made, set())
+    return replace_modules(model, made, set())
 
 
 def _smaller_layer(layer: Any, rows: Any, columns: Any, added: Any) -> nnx.Linear:

@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from maskedlinear.pattern import Pattern
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._products import Indices
+from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
 from maskedlinear_jax.flax._modules import device_of
 from maskedlinear_jax.flax._nnx import MaskedLinear, check_options, check_sizes
@@ -106,7 +106,7 @@ class SparseLinear(nnx.Module):
         inputs, values, bias = dtypes.promote_dtype(
             (as_array("inputs", inputs), self.values[...], bias), dtype=self.dtype
         )
-        return product(inputs, values, self._indices(), self.in_features, bias)
+        return product(inputs, values, self._device_pattern(), self.in_features, bias)
 
     @property
     def pattern(self) -> Pattern:
@@ -115,7 +115,7 @@ class SparseLinear(nnx.Module):
         Raises:
             ValueError: if a state brought indices that are none of a layer of this shape, or do not belong together.
         """
-        here = {name: np.asarray(array) for name, array in self._indices()._asdict().items()}
+        here = {name: np.asarray(array) for name, array in self._device_pattern()._asdict().items()}
         pattern = Pattern(here["indptr"], here["indices"], self.in_features)
         found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.by_column, strict=True))
         for name, expected in found.items():
@@ -249,7 +249,7 @@ class SparseLinear(nnx.Module):
         if pattern.connections != values.size or (places >= values.size).any():
             raise ValueError(f"source must say where each of the {values.size} connections was, or -1")
         self.values[...] = jnp.where(places >= 0, values[np.maximum(places, 0)], jnp.zeros((), values.dtype))
-        for name, array in Indices.of(pattern)._asdict().items():
+        for name, array in DevicePattern.of(pattern)._asdict().items():
             getattr(self, name).set_value(array)
 
     @classmethod
@@ -281,12 +281,12 @@ class SparseLinear(nnx.Module):
         return layer
 
     def _set_pattern(self, pattern: Pattern) -> None:
-        for name, array in Indices.of(pattern)._asdict().items():
+        for name, array in DevicePattern.of(pattern)._asdict().items():
             setattr(self, name, Connections(array))
 
-    def _indices(self) -> Indices:
+    def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
-        found = Indices(*(getattr(self, name)[...] for name in Indices._fields))
+        found = DevicePattern(*(getattr(self, name)[...] for name in DevicePattern._fields))
         each = self.values[...].shape
         if len(each) != 1:
             raise ValueError(
@@ -294,7 +294,7 @@ class SparseLinear(nnx.Module):
                 "other, with nnx.scan"
             )
         expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each)
-        for name, array, shape in zip(Indices._fields, found, expected, strict=True):
+        for name, array, shape in zip(DevicePattern._fields, found, expected, strict=True):
             if array.shape != shape:
                 raise ValueError(
                     f"{name} must have shape {shape} in a layer {self.in_features} -> {self.out_features} with "

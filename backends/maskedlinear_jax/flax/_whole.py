@@ -14,11 +14,11 @@ from jax import Array
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.pattern import Pattern
-from maskedlinear.pruning._layers import Include, Scoring, check_known, chosen, is_meant, score_layers
+from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
 from maskedlinear.reports import Report, Row
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER
-from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, owners
+from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, parameter_users
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -52,7 +52,7 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
         for name, layer in layers_of(model, nnx.Linear).items()
         if type(layer) is nnx.Linear and _is_flat(layer)
     }
-    layers = chosen(model, possible, masks, include)
+    layers = select_weights(model, possible, masks, include)
     made = {name: _checked(masks[name], layer, name) for name, layer in layers.items() if name in masks}
     for name, layer in layers.items():
         MaskedLinear.adopt(layer, made.get(name))
@@ -74,9 +74,9 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
     layers = {
         name: layer
         for name, layer in layers_of(model, MaskedLinear).items()
-        if type(layer) is MaskedLinear and is_meant(name, layer, include)
+        if type(layer) is MaskedLinear and matches(name, layer, include)
     }
-    held = owners(model)
+    held = parameter_users(model)
     for name, layer in layers.items():
         if bool(layer.mask[...].all()):
             continue  # no weight becomes 0
@@ -151,7 +151,7 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
             model is left as it was.
     """
-    layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if is_meant(name, layer, include)}
+    layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if matches(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
     weights = {name: layer.kernel[...].T for name, layer in layers.items()}

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from maskedlinear.masks import as_mask
 from maskedlinear.pattern import Pattern
 from maskedlinear_jax import freeze_masked
-from maskedlinear_jax._products import Indices
+from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax.conformance import JaxBackend
 from maskedlinear_jax.flax import MaskedDense, MaskedLinear, SparseLinear, param_masks
 
@@ -258,7 +258,7 @@ def _nnx_sparse(weight: Array, pattern: Pattern, bias: Bias) -> SparseLinear:
     """Return a layer with these values, the pattern being traced perhaps."""
     graph, state = _nnx_sparse_made(pattern.shape, bias is not None, weight.dtype)
     state = jax.tree.map(lambda leaf: leaf, state)
-    parts = {"values": weight[pattern.rows, pattern.indices], **Indices.of(pattern)._asdict()}
+    parts = {"values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern)._asdict()}
     nnx.replace_by_pure_dict(state, parts | ({} if bias is None else {"bias": bias}))
     layer: SparseLinear = nnx.merge(graph, state)
     return layer
