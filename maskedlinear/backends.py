@@ -2,8 +2,8 @@
 
 A backend shows one framework's masked linear layer to the conformance suite. It is a class with the methods of
 :class:`Backend` and no base class of ours, registered under the entry-point group ``maskedlinear.backends``, whether it
-ships with this package or with a third party's. What it cannot do, it declares in ``lacks``; the methods of
-:class:`Capable` that it does not declare away, it must have.
+ships with this package or with a third party's. What it cannot do, it declares in ``unsupported``; the methods of
+:class:`OptionalMethods` that it does not declare away, it must have.
 
 Values cross the border as NumPy arrays: float64 for every floating dtype (it holds each of their values exactly), bool
 for masks. So a backend needs no NumPy counterpart of its dtypes, bfloat16 for one.
@@ -26,8 +26,8 @@ __all__ = [
     "LAYOUTS",
     "Backend",
     "BackendNotAvailableError",
-    "Capable",
     "Layer",
+    "OptionalMethods",
     "available",
     "checked",
     "lacking",
@@ -44,7 +44,7 @@ CAPABILITIES: Mapping[str, str | None] = {
     "reverse over reverse": "hvp",
     "forward over reverse": "hvp",
     "forward over forward": "jvp_of_jvp",
-    "expression": "expression",
+    "autodiff_vjp": "autodiff_vjp",
     "dense": "dense",
     "vmap": "vmap",
     "vmap over the mask": "vmap",
@@ -100,10 +100,10 @@ class Backend(Protocol):
     def dtypes(self, device: str) -> Sequence[str]:
         """Return the floating dtypes that the layer supports there, by name: ``"float32"``, ``"bfloat16"``, ..."""
 
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Return what of ``CAPABILITIES`` this backend does not have, each with the reason why.
 
-        It may take the device, ``def lacks(self, device)``, where they differ in it.
+        It may take the device, ``def unsupported(self, device)``, where they differ in it.
         """
 
     def expected_failures(self, device: str) -> Mapping[str, str | tuple[str, type[Exception]]]:
@@ -115,7 +115,7 @@ class Backend(Protocol):
         exception: ``("openxla/xla#22858", NotImplementedError)``.
         """
 
-    def strict(self) -> AbstractContextManager[Any]:
+    def strict_precision(self) -> AbstractContextManager[Any]:
         """Return a context in which arithmetic is what the dtype says.
 
         Inside it 64-bit types exist, TF32 is off, and half types are not accumulated in half precision. The suite calls
@@ -149,8 +149,8 @@ class Backend(Protocol):
         """
 
 
-class Capable(Protocol):
-    """What a backend has besides, unless it declares in ``lacks`` that it does not. Shapes as in :class:`Backend`.
+class OptionalMethods(Protocol):
+    """What a backend has besides, unless it declares in ``unsupported`` that it does not. Shapes as in :class:`Backend`.
 
     A result may be ``None`` only if it is the gradient of a bias that is not there.
     """
@@ -188,15 +188,15 @@ class Capable(Protocol):
         weight: Array,
         mask: Array,
         bias: Array | None,
-        along: Sequence[Direction],
-        also: Sequence[Direction],
+        tangent1: Sequence[Direction],
+        tangent2: Sequence[Direction],
     ) -> Array:
         """Return the derivative of y along two directions, by forward mode of forward mode.
 
         Each direction holds how x, weight and bias move; that of the bias is ``None`` if there is none.
         """
 
-    def expression(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Gradients:
+    def autodiff_vjp(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Gradients:
         """Return ``(dx, dW, db)`` as the framework's automatic differentiation makes them of the plain expression."""
 
     def dense(self, x: Array, weight: Array, bias: Array | None) -> Array:
@@ -292,7 +292,7 @@ class Layer(Protocol):
     def load(self, path: Path) -> None:
         """Read it again."""
 
-    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+    def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a function of x and g that takes one step of an optimizer of weight and bias under ``freeze_masked``.
 
         The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function. The step
@@ -312,7 +312,7 @@ def load(name: str) -> tuple[Backend, ...]:
         BackendNotAvailableError: if no backend has that name, or several have; if it cannot be imported or made, for want
             of its framework or whatever else.
         TypeError: if what is registered has another name, or does not have the methods of :class:`Backend`, or of
-            :class:`Capable` where it does not declare them lacking.
+            :class:`OptionalMethods` where it does not declare them lacking.
     """
     found = tuple(entry_points(group=GROUP, name=name))
     if not found:
@@ -360,9 +360,11 @@ def _origin(entry: EntryPoint) -> str:
 
 
 def lacking(backend: Any, device: str) -> Mapping[str, str]:
-    """Return what a backend lacks on ``device``, which its ``lacks`` takes if it wants to."""
-    lacks: Mapping[str, str] = backend.lacks(device) if signature(backend.lacks).parameters else backend.lacks()
-    return lacks
+    """Return what a backend lacks on ``device``, which its ``unsupported`` takes if it wants to."""
+    unsupported: Mapping[str, str] = (
+        backend.unsupported(device) if signature(backend.unsupported).parameters else backend.unsupported()
+    )
+    return unsupported
 
 
 def checked(backend: Any, called: str, device: str = "cpu") -> Backend:
@@ -376,24 +378,24 @@ def checked(backend: Any, called: str, device: str = "cpu") -> Backend:
     if missing:
         raise TypeError(f"{called} lacks {', '.join(missing)} of maskedlinear.backends.Backend")
     try:
-        lacks = dict(lacking(backend, device))
+        unsupported = dict(lacking(backend, device))
     except Exception as error:
         raise TypeError(
             f"{called} cannot say what it lacks, a dictionary of capabilities and reasons: {error}"
         ) from error
-    unknown = sorted(set(lacks) - set(CAPABILITIES))
+    unknown = sorted(set(unsupported) - set(CAPABILITIES))
     if unknown:
         raise TypeError(
             f"{called} declares that it lacks {', '.join(unknown)}; capabilities are: {', '.join(CAPABILITIES)}"
         )
-    for capability, reason in lacks.items():
+    for capability, reason in unsupported.items():
         if not isinstance(reason, str) or not reason.strip():
             raise TypeError(f"{called} lacks {capability} for no reason; got {reason!r}: say why, in words")
     for capability, method in CAPABILITIES.items():
-        if method and capability not in lacks and not hasattr(backend, method):
+        if method and capability not in unsupported and not hasattr(backend, method):
             raise TypeError(
                 f"{called} has no method {method!r} for the capability {capability!r}: write it, as "
-                f"maskedlinear.backends.Capable says, or declare it in lacks() with the reason"
+                f"maskedlinear.backends.OptionalMethods says, or declare it in unsupported() with the reason"
             )
     checked_backend: Backend = backend
     return checked_backend

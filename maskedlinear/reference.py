@@ -42,9 +42,9 @@ class NumpyBackend:
         """Return NumPy's floating dtypes."""
         return ("float64", "float32", "float16")
 
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Return what NumPy does not have."""
-        none = dict.fromkeys(("expression",), "NumPy does not differentiate")
+        none = dict.fromkeys(("autodiff_vjp",), "NumPy does not differentiate")
         transforms = ("vmap", "vmap over the mask", "vmap of derivatives", "compile", "checkpoint", "scan")
         none |= dict.fromkeys((*transforms, "compile of derivatives"), "NumPy has no function transforms")
         none |= dict.fromkeys(("dense", "layer", "dormant weights", "save", "freeze_masked"), "NumPy has no layers")
@@ -54,7 +54,7 @@ class NumpyBackend:
         """Return nothing: the spec obeys every law."""
         return {}
 
-    def strict(self) -> AbstractContextManager[Any]:
+    def strict_precision(self) -> AbstractContextManager[Any]:
         """Return a context that is silent on NaN and infinity; NumPy always computes as the dtype says."""
         return np.errstate(all="ignore")
 
@@ -118,11 +118,11 @@ class NumpyBackend:
         weight: Array,
         mask: Array,
         bias: Array | None,
-        along: Sequence[Array | None],
-        also: Sequence[Array | None],
+        tangent1: Sequence[Array | None],
+        tangent2: Sequence[Array | None],
     ) -> Array:
         """Return how ``spec.jvp`` moves: it is linear in x and weight, the bias not being there any more."""
-        (dx, dweight), (dx2, dweight2) = (map(_widen, direction[:2]) for direction in (along, also))
+        (dx, dweight), (dx2, dweight2) = (map(_widen, direction[:2]) for direction in (tangent1, tangent2))
         return _round(spec.jvp(dx2, dweight2, mask, None, dx, dweight, None)[1], x)
 
     def random_mask(

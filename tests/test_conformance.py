@@ -17,11 +17,11 @@ from maskedlinear import masks, spec
 from maskedlinear.backends import Backend, BackendNotAvailableError, available, checked, load
 from maskedlinear.reference import NumpyBackend
 from maskedlinear_conformance import golden, report
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits, positive_zero
 from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
 from maskedlinear_conformance.cases import CASES, PROFILES, Case, among, draw, round_to
 from maskedlinear_conformance.laws import LAWS
 from maskedlinear_conformance.record import Outcome, Record
-from maskedlinear_conformance.subject import Subject, equal_bits, positive_zero
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
@@ -68,14 +68,14 @@ def test_the_checks_that_laws_are_made_of() -> None:
     for values in ([-0.0], [np.nan], [1e-300]):
         with pytest.raises(AssertionError):
             positive_zero(np.array(values), "zero")
-    subject = Subject(NumpyBackend(), "numpy dense", "float16")
+    subject = BackendUnderTest(NumpyBackend(), "numpy dense", "float16")
     data = Case((4,), 7, 5, 0.5).data("float16")
     y = subject.value(data)
-    subject.near({"y": y}, expected(data))
+    subject.assert_matches_spec({"y": y}, expected(data))
     with pytest.raises(AssertionError, match="another dtype"):
-        subject.near({"y": y + 2.0**-20}, expected(data))
+        subject.assert_matches_spec({"y": y + 2.0**-20}, expected(data))
     with pytest.raises(AssertionError, match="the shape of y"):
-        subject.near({"y": y[None]}, expected(data))
+        subject.assert_matches_spec({"y": y[None]}, expected(data))
 
 
 def test_registry() -> None:
@@ -92,17 +92,17 @@ def test_registry() -> None:
 
 def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
     class Lacking(NumpyBackend):
-        def lacks(self) -> dict[str, str]:
+        def unsupported(self) -> dict[str, str]:
             return {"telepathy": "none here"}
 
     class Silent(NumpyBackend):
-        def lacks(self) -> dict[str, str]:
+        def unsupported(self) -> dict[str, str]:
             return {}
 
     with pytest.raises(TypeError, match=r"declares that it lacks telepathy; capabilities are: jvp"):
         checked(Lacking(), "backend 'x'")
     with pytest.raises(
-        TypeError, match=r"no method 'expression' for the capability 'expression': write it, .* or declare"
+        TypeError, match=r"no method 'autodiff_vjp' for the capability 'autodiff_vjp': write it, .* or declare"
     ):
         checked(Silent(), "backend 'x'")
     with pytest.raises(TypeError, match=r"lacks asarray, asnumpy, .* of maskedlinear.backends.Backend"):
@@ -138,9 +138,9 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
             "    def __init__(self, format):\n        raise RuntimeError('no licence')\n",
             "backend 'other' cannot be made: no licence. Its class is called with each of its formats: dense",
         ),
-        ("    def lacks(self):\n        return None\n", "backend 'other' cannot say what it lacks"),
+        ("    def unsupported(self):\n        return None\n", "backend 'other' cannot say what it lacks"),
         (
-            "    def lacks(self):\n        return {**super().lacks(), 'save': ' '}\n",
+            "    def unsupported(self):\n        return {**super().unsupported(), 'save': ' '}\n",
             "backend 'other' lacks save for no reason; got ' ': say why, in words",
         ),
         (
@@ -151,7 +151,7 @@ def test_a_backend_that_breaks_the_protocol_is_refused() -> None:
             "    def expected_failures(self, device):\n        return {'test_any*': ('upstream #1', 'OSError')}\n",
             "must give a reason in words, or a reason and an exception; got ('upstream #1', 'OSError')",
         ),
-        ("    def lacks(self):\n        raise KeyError('x')\n", "backend 'other' cannot say what it lacks"),
+        ("    def unsupported(self):\n        raise KeyError('x')\n", "backend 'other' cannot say what it lacks"),
     ],
 )
 def test_a_backend_that_would_not_run_is_refused(code: str, message: str, tmp_path: Path) -> None:
@@ -270,7 +270,10 @@ def test_one_of_several_backends_of_which_nothing_is_proven_is_a_failure() -> No
 
 
 def test_laws_reach_a_backend_of_one_dtype(tmp_path: Path) -> None:
-    code = "from maskedlinear_conformance.faults._sound import Sound\n\nclass Other(Sound):\n    name = 'other'\n"
+    code = (
+        "from maskedlinear_conformance.faults._reference_backend import ReferenceBackend\n\n"
+        "class Other(ReferenceBackend):\n    name = 'other'\n"
+    )
     distribution(tmp_path, code + "    def dtypes(self, device):\n        return ('float64',)\n")
     path = tmp_path / "report.json"
     one_of_each = (
@@ -290,8 +293,8 @@ def test_laws_reach_a_backend_of_one_dtype(tmp_path: Path) -> None:
 
 def test_what_one_of_a_pair_lacks_is_declared_and_what_both_have_by_other_modes_is_compared(tmp_path: Path) -> None:
     made = """
-    def lacks(self):
-        return {**super().lacks(), 'jvp': 'not yet', 'LACKED': 'not yet'}
+    def unsupported(self):
+        return {**super().unsupported(), 'jvp': 'not yet', 'LACKED': 'not yet'}
 """
     distribution(tmp_path, OTHER_BACKEND + made.replace("LACKED", "reverse over reverse"))
     (tmp_path / "single.py").write_text(

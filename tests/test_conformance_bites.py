@@ -12,7 +12,7 @@ import pytest
 
 from maskedlinear_conformance.bounds import expected
 from maskedlinear_conformance.cases import CASES, Case
-from maskedlinear_conformance.faults import FAULTS, Sound
+from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
 from maskedlinear_conformance.laws import LAWS
 from test_conformance import distribution, suite
 
@@ -23,7 +23,7 @@ def test_every_planted_fault_is_caught_by_a_law_that_it_breaks(tmp_path: Path) -
     report = json.loads(path.read_text())
     assert report["uncaught"] == []
     assert [row for row in report["not_passed"] if row["status"] == "failed"] == [], (
-        "an exception, or the sound one fails"
+        "an exception, or the reference backend fails"
     )
     assert result.returncode == 0, result.stdout[-3000:]
     assert len(report["faults"]) >= 140
@@ -37,17 +37,17 @@ def test_a_fault_that_no_law_catches_fails_the_run(tmp_path: Path) -> None:
     code = """
 import sys
 from maskedlinear_conformance import faults
-from maskedlinear_conformance.faults._sound import Fault
+from maskedlinear_conformance.faults._reference_backend import Mutant
 from maskedlinear_conformance.__main__ import main
 
 
-class Harmless(Fault):
+class Harmless(Mutant):
     "Nothing is wrong."
     name = "harmless"
     laws = ("14",)
 
 
-class Crash(Fault):
+class Crash(Mutant):
     "Raises what has nothing to do with a law."
     name = "crash"
     laws = ("14",)
@@ -75,7 +75,7 @@ def test_faults_say_what_is_wrong_and_which_laws_must_break() -> None:
     for name, fault in FAULTS.items():
         assert fault.laws, name
         assert set(fault.laws) <= set(LAWS), name
-        assert fault.__doc__ != Sound.__doc__, name
+        assert fault.__doc__ != ReferenceBackend.__doc__, name
     described = [fault.__doc__ for fault in FAULTS.values()]
     assert len(set(described)) == len(described)
 

@@ -135,8 +135,8 @@ def test_what_a_backend_lacks_may_differ_from_device_to_device(tmp_path: Path) -
     def devices(self):
         return ("cpu", "abacus")
 
-    def lacks(self, device):
-        return {**super().lacks(), **({"jvp": "beads move once"} if device == "abacus" else {})}
+    def unsupported(self, device):
+        return {**super().unsupported(), **({"jvp": "beads move once"} if device == "abacus" else {})}
 """
     distribution(tmp_path, OTHER_BACKEND + code)
     for device, status in (("cpu", "passed"), ("abacus", "declared")):

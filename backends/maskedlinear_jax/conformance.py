@@ -73,7 +73,7 @@ class JaxBackend:
         """Return the dtypes of the layer."""
         return ("float64", "float32", "bfloat16", "float16")
 
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Return what JAX does not have."""
         functions = "these are functions; the layers are the backends nnx and linen"
         none = dict.fromkeys(("layer", "dormant weights", "save", "freeze_masked"), functions)
@@ -86,7 +86,7 @@ class JaxBackend:
         return {}
 
     @contextmanager
-    def strict(self) -> Iterator[None]:
+    def strict_precision(self) -> Iterator[None]:
         """Turn 64-bit types on and TF32 off."""
         with enable_x64(True), jax.default_matmul_precision("highest"):
             yield
@@ -146,13 +146,13 @@ class JaxBackend:
         weight: Array,
         mask: Array,
         bias: Bias,
-        along: Sequence[Array | None],
-        also: Sequence[Array | None],
+        tangent1: Sequence[Array | None],
+        tangent2: Sequence[Array | None],
     ) -> Array:
         """Return what ``jax.jvp`` of ``jax.jvp`` gives through the door to forward mode."""
-        return self._jvp_of_jvp(x, weight, self._prepared(mask), bias, tuple(along), tuple(also))  # type: ignore[no-any-return]
+        return self._jvp_of_jvp(x, weight, self._prepared(mask), bias, tuple(tangent1), tuple(tangent2))  # type: ignore[no-any-return]
 
-    def expression(
+    def autodiff_vjp(
         self, x: Array, weight: Array, mask: Array, bias: Bias, g: Array
     ) -> tuple[Array, Array, Array | None]:
         """Return the gradients that JAX makes of the plain expression."""
@@ -268,12 +268,12 @@ def _jvp(op: Op, x: Array, weight: Array, mask: Array, bias: Bias, *tangents: Ar
 
 
 def _jvp_of_jvp(
-    op: Op, x: Array, weight: Array, mask: Array, bias: Bias, along: Sequence[Any], also: Sequence[Any]
+    op: Op, x: Array, weight: Array, mask: Array, bias: Bias, tangent1: Sequence[Any], tangent2: Sequence[Any]
 ) -> Array:
     def tangent(*moving: Any) -> Any:
-        return jax.jvp(lambda x, weight, bias: op(x, weight, mask, bias), moving, tuple(along))[1]
+        return jax.jvp(lambda x, weight, bias: op(x, weight, mask, bias), moving, tuple(tangent1))[1]
 
-    return jax.jvp(tangent, (x, weight, bias), tuple(also))[1]  # type: ignore[no-any-return]
+    return jax.jvp(tangent, (x, weight, bias), tuple(tangent2))[1]  # type: ignore[no-any-return]
 
 
 def _hvp(

@@ -76,7 +76,7 @@ class TorchLayer:
         """Load it."""
         self.module.load_state_dict(torch.load(path / "state.pt"))
 
-    def guarded(self, optimizer: str) -> Callable[[Tensor, Tensor], None]:
+    def frozen_step(self, optimizer: str) -> Callable[[Tensor, Tensor], None]:
         """Return a step of SGD with momentum and weight decay, or of AdamW."""
         parameters = self.module.parameters()
         made: torch.optim.Optimizer

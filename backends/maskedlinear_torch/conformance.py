@@ -60,22 +60,24 @@ class TorchBackend:
         """Return the dtypes of the layer."""
         return ("float64", "float32", "bfloat16", "float16")
 
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Return what torch does not have."""
-        lacks = {"scan": "torch has no stable scan", "read-only": "torch has no read-only tensors"}
+        unsupported = {"scan": "torch has no stable scan", "read-only": "torch has no read-only tensors"}
         if not shutil.which("g++"):
-            lacks["compile"] = "torch.compile needs a C++ compiler, and there is none here"
+            unsupported["compile"] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
-            lacks["vmap over the mask"] = "a pattern decides how many values there are"
-            lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
-        return lacks
+            unsupported["vmap over the mask"] = "a pattern decides how many values there are"
+            unsupported |= dict.fromkeys(
+                ("dormant weights", "freeze_masked"), "the sparse form has live connections only"
+            )
+        return unsupported
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
         """Return nothing: no law is known to break."""
         return {}
 
     @contextmanager
-    def strict(self) -> Iterator[None]:
+    def strict_precision(self) -> Iterator[None]:
         """Turn TF32 and reductions in half precision off."""
         matmul = torch.backends.cuda.matmul
         precision = torch.get_float32_matmul_precision()
@@ -187,8 +189,8 @@ class TorchBackend:
         weight: Tensor,
         mask: Tensor,
         bias: Bias,
-        along: Sequence[Tensor | None],
-        also: Sequence[Tensor | None],
+        tangent1: Sequence[Tensor | None],
+        tangent2: Sequence[Tensor | None],
     ) -> Tensor:
         """Return what ``torch.func.jvp`` of ``torch.func.jvp`` gives."""
         some, mask = [array for array in (x, weight, bias) if array is not None], self._prepared(mask)
@@ -197,11 +199,11 @@ class TorchBackend:
             return self.op(x, weight, mask, bias)
 
         def tangent(*moving: Tensor) -> Tensor:
-            return torch.func.jvp(layer, moving, tuple(along[: len(some)]))[1]  # type: ignore[no-any-return]
+            return torch.func.jvp(layer, moving, tuple(tangent1[: len(some)]))[1]  # type: ignore[no-any-return]
 
-        return torch.func.jvp(tangent, tuple(some), tuple(also[: len(some)]))[1]  # type: ignore[no-any-return]
+        return torch.func.jvp(tangent, tuple(some), tuple(tangent2[: len(some)]))[1]  # type: ignore[no-any-return]
 
-    def expression(
+    def autodiff_vjp(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the gradients that autograd makes of the plain expression."""

@@ -10,7 +10,7 @@ try:
     import pytest
 
     # Before the modules with the assertions are imported, so that a failure shows its values.
-    pytest.register_assert_rewrite("maskedlinear_conformance.subject", "maskedlinear_conformance.laws")
+    pytest.register_assert_rewrite("maskedlinear_conformance.backend_under_test", "maskedlinear_conformance.laws")
 
     from maskedlinear_conformance.bounds import Expected, accumulation_unit, expected, output_unit
     from maskedlinear_conformance.suite import BackendConformance

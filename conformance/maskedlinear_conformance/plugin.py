@@ -12,15 +12,15 @@ import pytest
 
 from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, lacking, load
 from maskedlinear_conformance import report
+from maskedlinear_conformance.backend_under_test import MODES, BackendUnderTest
 from maskedlinear_conformance.bounds import DTYPES
 from maskedlinear_conformance.cases import CASES, PROFILES, Case, among
-from maskedlinear_conformance.faults import FAULTS, Sound
+from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
 from maskedlinear_conformance.golden import goldens
 from maskedlinear_conformance.laws import Law
 from maskedlinear_conformance.laws.compositions import DERIVATIVES
 from maskedlinear_conformance.laws.derivatives import FULL
 from maskedlinear_conformance.record import Outcome, Record
-from maskedlinear_conformance.subject import MODES, Subject
 
 __all__: list[str] = []
 
@@ -51,7 +51,7 @@ class Run:
         if self.faults:
             if names:
                 raise pytest.UsageError("--faults brings its own backends: leave out --backend")
-            for made in (Sound(), *(fault() for fault in FAULTS.values())):
+            for made in (ReferenceBackend(), *(fault() for fault in FAULTS.values())):
                 self.add(made)
         elif self.command and not names:
             raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
@@ -135,18 +135,20 @@ class Run:
         """Whether what belongs to ``since`` runs in ``profile``; on faults what the default one has always does."""
         return among(since, "default" if self.faults and profile == "quick" else profile)
 
-    def subjects(self, labels: Sequence[str], says: Law, profile: str) -> list[Subject]:
+    def subjects(self, labels: Sequence[str], says: Law, profile: str) -> list[BackendUnderTest]:
         """Return the backends of ``labels``, in each dtype that a test of ``profile`` runs in and that all of them have.
 
         Of a faulty one, nothing for a law that it need not break.
         """
-        if self.faults and not all(label == Sound.name or says.number in FAULTS[label].laws for label in labels):
+        if self.faults and not all(
+            label == ReferenceBackend.name or says.number in FAULTS[label].laws for label in labels
+        ):
             return []
         dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
         if not self.includes(says.since, profile):
             return []
         return [
-            Subject(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
+            BackendUnderTest(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
             for dtype in says.kinds(dtypes, "full" if self.faults else profile)
             for label in labels
         ]
@@ -210,7 +212,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         together = [] if run.faults else list(combinations(labels, 2))
         for label in labels:
             _forgive_absent_partners(run, metafunc.function.__name__, label, labels)
-    axes: dict[str, Callable[[Subject], Sequence[Any]]] = {
+    axes: dict[str, Callable[[BackendUnderTest], Sequence[Any]]] = {
         "case": lambda subject: [
             case
             for case in CASES
@@ -262,13 +264,13 @@ def _forgive_absent_partners(run: Run, test: str, label: str, labels: Sequence[s
     }
 
 
-def _batched(subjects: Sequence[Subject], size: int) -> list[tuple[Subject, ...]]:
+def _batched(subjects: Sequence[BackendUnderTest], size: int) -> list[tuple[BackendUnderTest, ...]]:
     return [tuple(subjects[start : start + size]) for start in range(0, len(subjects), size)]
 
 
 def _without_a_dtype(run: Run, says: Law, labels: Sequence[str], values: int) -> Any:
     """Return the parameters of a test that is declared, by the dtypes that the backends name, not to run."""
-    subjects = [Subject(run.backends[label], label, "no dtype") for label in labels]
+    subjects = [BackendUnderTest(run.backends[label], label, "no dtype") for label in labels]
     names = " and ".join(labels)
     about = f"{names} lack {' and '.join(says.dtypes)}" if says.dtypes else f"{names} have no dtype in common"
     what = tuple(subjects) if len(subjects) > 1 else subjects[0]
@@ -276,21 +278,21 @@ def _without_a_dtype(run: Run, says: Law, labels: Sequence[str], values: int) ->
     return pytest.param(what, *([None] * values), id=f"{' - '.join(labels)} no dtype", marks=[mark])
 
 
-def _shows(case: Case, subject: Subject) -> bool:
+def _shows(case: Case, subject: BackendUnderTest) -> bool:
     """Whether a case is for this dtype: small shapes that the quick profile lacks are left to wide types, if there are."""
     wide = set(FULL).intersection(subject.backend.dtypes(subject.device))
     small = case.since != "quick" and case.size < _LARGE
     return subject.profile != "default" or subject.dtype in FULL or not small or not wide
 
 
-def _transforms(subject: Subject) -> Sequence[str]:
+def _transforms(subject: BackendUnderTest) -> Sequence[str]:
     musts = ("compile", "checkpoint", "scan")
     own = subject.backend.transforms() if hasattr(subject.backend, "transforms") else ()
     return list(dict.fromkeys((*musts, *own)))
 
 
 def _product(
-    subject: Subject, used: Sequence[str], axes: dict[str, Callable[[Subject], Sequence[Any]]]
+    subject: BackendUnderTest, used: Sequence[str], axes: dict[str, Callable[[BackendUnderTest], Sequence[Any]]]
 ) -> list[tuple[Any, ...]]:
     rows: list[tuple[Any, ...]] = [()]
     for name in used:
@@ -298,15 +300,15 @@ def _product(
     return rows
 
 
-def _param(says: Law, subjects: tuple[Subject, ...], values: tuple[Any, ...]) -> Any:
+def _param(says: Law, subjects: tuple[BackendUnderTest, ...], values: tuple[Any, ...]) -> Any:
     needs = [*says.needs, *(value for value in values if isinstance(value, str))]
     declared = set()
     for subject in subjects:
-        lacks = lacking(subject.backend, subject.device)
+        unsupported = lacking(subject.backend, subject.device)
         for need in needs:
             ways = (need,) if isinstance(need, str) else need
-            if all(way in lacks for way in ways):
-                declared |= {f"{subject.label} lacks {way}: {lacks[way]}" for way in ways}
+            if all(way in unsupported for way in ways):
+                declared |= {f"{subject.label} lacks {way}: {unsupported[way]}" for way in ways}
     names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
     marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(declared)))] if declared else []
     what = subjects if len(subjects) > 1 else subjects[0]
@@ -341,10 +343,10 @@ def pytest_deselected(items: Sequence[pytest.Item]) -> None:
             item.config.stash[_RUN].partial = True
 
 
-def _subjects(item: pytest.Item) -> tuple[Subject, ...]:
+def _subjects(item: pytest.Item) -> tuple[BackendUnderTest, ...]:
     params = getattr(getattr(item, "callspec", None), "params", {})
     found: tuple[Any, ...] = params["pair"] if "pair" in params else (params.get("subject"),)
-    return tuple(subject for subject in found if isinstance(subject, Subject))
+    return tuple(subject for subject in found if isinstance(subject, BackendUnderTest))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -372,7 +374,7 @@ def pytest_runtest_makereport(
         _skipped_by_itself(result)
     status, message = _status(result)
     broken = call.excinfo is not None and call.excinfo.errisinstance(AssertionError)
-    if run.faults and status == "failed" and broken and subjects[0].label != Sound.name:
+    if run.faults and status == "failed" and broken and subjects[0].label != ReferenceBackend.name:
         status, result.outcome, result.wasxfail = "caught", "skipped", "the fault was caught"
         message = str(call.excinfo.value).partition("\n")[0] if call.excinfo else ""
     labels = tuple(subject.label for subject in subjects)
@@ -391,7 +393,7 @@ def _skipped_by_itself(result: pytest.TestReport) -> None:
     """Make a failure of a skip that nobody declared."""
     reason = str(result.__dict__.pop("wasxfail", None) or _reason(result))
     result.outcome = "failed"
-    result.longrepr = f"skipped, which proves nothing: {reason}: declare it in lacks() or expected_failures()"
+    result.longrepr = f"skipped, which proves nothing: {reason}: declare it in unsupported() or expected_failures()"
 
 
 def _reason(result: pytest.TestReport) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from maskedlinear import __version__
 from maskedlinear.backends import CAPABILITIES, lacking
 from maskedlinear_conformance import golden
-from maskedlinear_conformance.faults import FAULTS, Sound
+from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
 from maskedlinear_conformance.laws import LAWS, OF_PAIRS
 from maskedlinear_conformance.record import pivot, table
 
@@ -209,6 +209,6 @@ def _faults_left(run: Run) -> list[tuple[str, list[str]]]:
     caught = _caught(run)
     missing = {name: [law for law in FAULTS[name].laws if law not in caught.get(name, {})] for name in uncaught(run)}
     lines = [f"{name}: not caught by law {', '.join(laws)}" for name, laws in missing.items()]
-    sound = [o for o in run.record.outcomes if o.labels[0] == Sound.name and o.status == "failed"]
-    lines += [f"{Sound.name}: {outcome.test}: {outcome.message}" for outcome in sound]
+    reference = [o for o in run.record.outcomes if o.labels[0] == ReferenceBackend.name and o.status == "failed"]
+    lines += [f"{ReferenceBackend.name}: {outcome.test}: {outcome.message}" for outcome in reference]
     return [("what is missing from the laws", lines)] if lines else []

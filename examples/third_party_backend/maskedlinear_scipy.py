@@ -36,14 +36,14 @@ class ScipyBackend:
     def dtypes(self, device):
         return ("float64", "float32")
 
-    def lacks(self):
+    def unsupported(self):
         why = "SciPy has products, and nothing that differentiates them"
         return {name: why for name in CAPABILITIES if name not in HAS}
 
     def expected_failures(self, device):
         return {}
 
-    def strict(self):
+    def strict_precision(self):
         return np.errstate(invalid="ignore")
 
     def asarray(self, values, dtype, device, layout="contiguous"):

@@ -40,13 +40,15 @@ class _FlaxBackend(JaxBackend):
         """Return the versions of jax, jaxlib and flax."""
         return {**super().versions(), "flax": flax.__version__, "optax": version("optax")}
 
-    def lacks(self) -> Mapping[str, str]:
+    def unsupported(self) -> Mapping[str, str]:
         """Return what Flax does not have: what JAX does not, but for layers."""
         layers = ("layer", "dormant weights", "save", "freeze_masked")
-        lacks = {name: why for name, why in super().lacks().items() if name not in layers}
+        unsupported = {name: why for name, why in super().unsupported().items() if name not in layers}
         if self.format == "sparse":
-            lacks |= dict.fromkeys(("dormant weights", "freeze_masked"), "the sparse form has live connections only")
-        return lacks
+            unsupported |= dict.fromkeys(
+                ("dormant weights", "freeze_masked"), "the sparse form has live connections only"
+            )
+        return unsupported
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
         """Return what XLA's arithmetic on the CPU cannot do."""
@@ -107,9 +109,9 @@ class NnxLayer:
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays."""
-        layer, send = self._module, self._backend.asnumpy
-        bias = None if layer.bias is None else send(layer.bias[...])
-        return send(layer.kernel[...]).T, send(layer.mask[...]).T, bias
+        layer, to_numpy = self._module, self._backend.asnumpy
+        bias = None if layer.bias is None else to_numpy(layer.bias[...])
+        return to_numpy(layer.kernel[...]).T, to_numpy(layer.mask[...]).T, bias
 
     def save(self, path: Path) -> None:
         """Save the module's state with orbax."""
@@ -121,7 +123,7 @@ class NnxLayer:
         nnx.replace_by_pure_dict(state, _load(path, nnx.to_pure_dict(state)))
         nnx.update(self._module, state)
 
-    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+    def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a step of an ``nnx.Optimizer``."""
         made = nnx.Optimizer(self._module, freeze_masked(OPTIMIZERS[optimizer]()), wrt=nnx.Param)
 
@@ -148,9 +150,9 @@ class SparseNnxLayer(NnxLayer):
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays, the values laid out as a matrix."""
-        layer, send = self._module, self._backend.asnumpy
-        bias = None if layer.bias is None else send(layer.bias[...])
-        return send(self._matrix(layer.values[...])), layer.pattern.to_mask(), bias
+        layer, to_numpy = self._module, self._backend.asnumpy
+        bias = None if layer.bias is None else to_numpy(layer.bias[...])
+        return to_numpy(self._matrix(layer.values[...])), layer.pattern.to_mask(), bias
 
     def load(self, path: Path) -> None:
         """Load the state of a layer that may have had other connections: its shapes are those of the file."""
@@ -214,9 +216,9 @@ class LinenLayer:
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays."""
-        params, send = self._variables["params"], self._backend.asnumpy
-        bias = send(params["bias"]) if "bias" in params else None
-        return send(params["kernel"]).T, send(self._variables["masks"]["mask"]).T, bias
+        params, to_numpy = self._variables["params"], self._backend.asnumpy
+        bias = to_numpy(params["bias"]) if "bias" in params else None
+        return to_numpy(params["kernel"]).T, to_numpy(self._variables["masks"]["mask"]).T, bias
 
     def save(self, path: Path) -> None:
         """Save the variables with orbax."""
@@ -226,7 +228,7 @@ class LinenLayer:
         """Load them."""
         self._variables = _load(path, self._variables)
 
-    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+    def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a step of the optax transformation."""
         transformation = freeze_masked(OPTIMIZERS[optimizer]())
         state = transformation.init(self._variables["params"])

@@ -1,6 +1,6 @@
 """Faulty backends: what an author of a backend could really get wrong, each to be caught by a law.
 
-``python -m maskedlinear_conformance --faults`` runs the suite on all of them, and on the sound backend that they are made
+``python -m maskedlinear_conformance --faults`` runs the suite on all of them, and on the reference backend they are made
 from. A fault that no law catches is a missing law; so is one that only an unrelated exception gives away.
 """
 
@@ -17,11 +17,11 @@ from maskedlinear_conformance.faults import (
     _transforms,
     _vmap,
 )
-from maskedlinear_conformance.faults._sound import Fault, Sound
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceBackend
 
-__all__ = ["FAULTS", "Sound"]
+__all__ = ["FAULTS", "ReferenceBackend"]
 
-FAULTS: dict[str, type[Fault]] = {
+FAULTS: dict[str, type[Mutant]] = {
     fault.name: fault
     for module in (
         _arithmetic,
@@ -37,6 +37,6 @@ FAULTS: dict[str, type[Fault]] = {
         _generation,
     )
     for fault in vars(module).values()
-    if isinstance(fault, type) and issubclass(fault, Fault) and fault.name != Sound.name
+    if isinstance(fault, type) and issubclass(fault, Mutant) and fault.name != ReferenceBackend.name
 }
 """The faults by name. Each says in its docstring what is wrong, and in ``laws`` which laws must catch it, every one."""

@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat, in_memory
 
 
 def _flipped(mask):
@@ -15,7 +15,7 @@ def _flipped(mask):
     return mask
 
 
-class MaskIgnoredForward(Fault):
+class MaskIgnoredForward(Mutant):
     """The mask is dropped in the forward pass."""
 
     name = "mask ignored forward"
@@ -25,7 +25,7 @@ class MaskIgnoredForward(Fault):
         return super().output(x, weight, np.ones_like(mask), bias)
 
 
-class MaskDroppedInDx(Fault):
+class MaskDroppedInDx(Mutant):
     """The mask is dropped in dx."""
 
     name = "mask dropped in dx"
@@ -35,7 +35,7 @@ class MaskDroppedInDx(Fault):
         return self.product(g, weight)
 
 
-class MaskDroppedInDweight(Fault):
+class MaskDroppedInDweight(Mutant):
     """The mask is dropped in dW: a straight-through gradient."""
 
     name = "mask dropped in dweight"
@@ -45,7 +45,7 @@ class MaskDroppedInDweight(Fault):
         return self.product(flat(g).T, flat(x))
 
 
-class MaskDroppedInJvp(Fault):
+class MaskDroppedInJvp(Mutant):
     """The tangent of the weight is not masked in forward mode."""
 
     name = "mask dropped in jvp"
@@ -56,7 +56,7 @@ class MaskDroppedInJvp(Fault):
         return y, dy if dweight is None else (dy + self.product(x, dweight.T)).astype(x.dtype)
 
 
-class MaskTransposedWhenSquare(Fault):
+class MaskTransposedWhenSquare(Mutant):
     """A square mask is read as (in, out)."""
 
     name = "mask transposed when square"
@@ -66,7 +66,7 @@ class MaskTransposedWhenSquare(Fault):
         return super().select(mask.T if mask.shape[0] == mask.shape[1] else mask, array)
 
 
-class ProductForSelect(Fault):
+class ProductForSelect(Mutant):
     """The mask is multiplied: 0 * NaN is NaN."""
 
     name = "product for select"
@@ -76,7 +76,7 @@ class ProductForSelect(Fault):
         return array * mask
 
 
-class NanFilteredInfinityNot(Fault):
+class NanFilteredInfinityNot(Mutant):
     """NaN is filtered after a product with the mask, infinity is not."""
 
     name = "nan filtered infinity not"
@@ -86,7 +86,7 @@ class NanFilteredInfinityNot(Fault):
         return np.nan_to_num(array, nan=0.0, posinf=np.inf, neginf=-np.inf) * mask
 
 
-class ProductInDweight(Fault):
+class ProductInDweight(Mutant):
     """The weight's gradient is multiplied with the mask: -0 and NaN."""
 
     name = "product in dweight"
@@ -96,7 +96,7 @@ class ProductInDweight(Fault):
         return self.product(flat(g).T, flat(x)) * mask
 
 
-class NegativeZeroInDweight(Fault):
+class NegativeZeroInDweight(Mutant):
     """The weight's gradient is -0 under the mask."""
 
     name = "negative zero in dweight"
@@ -106,7 +106,7 @@ class NegativeZeroInDweight(Fault):
         return np.where(mask, super().weight_gradient(g, x, mask), -0.0)
 
 
-class ProductInTangent(Fault):
+class ProductInTangent(Mutant):
     """The tangent of the weight is multiplied with the mask."""
 
     name = "product in tangent"
@@ -117,7 +117,7 @@ class ProductInTangent(Fault):
         return y, dy if dweight is None else (dy + self.product(x, (dweight * mask).T)).astype(x.dtype)
 
 
-class OneBitOfALargeMaskFlipped(Fault):
+class OneBitOfALargeMaskFlipped(Mutant):
     """One bit of a large mask is wrong."""
 
     name = "one bit of a large mask flipped"
@@ -127,7 +127,7 @@ class OneBitOfALargeMaskFlipped(Fault):
         return super().output(x, weight, _flipped(mask), bias)
 
 
-class OneBitFlippedInDx(Fault):
+class OneBitFlippedInDx(Mutant):
     """One bit of a large mask is wrong in dx only."""
 
     name = "one bit flipped in dx"
@@ -137,7 +137,7 @@ class OneBitFlippedInDx(Fault):
         return super().input_gradient(g, weight, _flipped(mask))
 
 
-class OneBitFlippedInDweight(Fault):
+class OneBitFlippedInDweight(Mutant):
     """One bit of a large mask is wrong in dW only."""
 
     name = "one bit flipped in dweight"
@@ -147,7 +147,7 @@ class OneBitFlippedInDweight(Fault):
         return super().weight_gradient(g, x, _flipped(mask))
 
 
-class LastRowUnmasked(Fault):
+class LastRowUnmasked(Mutant):
     """The last row of a large mask is read as live, as by a tile that is not full."""
 
     name = "last row unmasked"
@@ -159,7 +159,7 @@ class LastRowUnmasked(Fault):
         return super().select(mask, array)
 
 
-class BiasGradientOverTheFirstAxisOnly(Fault):
+class BiasGradientOverTheFirstAxisOnly(Mutant):
     """The bias' gradient is summed over the first batch dimension, not over all."""
 
     name = "bias gradient over the first axis only"
@@ -169,7 +169,7 @@ class BiasGradientOverTheFirstAxisOnly(Fault):
         return super().bias_gradient(g if g.ndim < 3 else g[:, :1])
 
 
-class BiasGradientIsAMean(Fault):
+class BiasGradientIsAMean(Mutant):
     """The bias' gradient is the mean over the batch."""
 
     name = "bias gradient is a mean"
@@ -179,7 +179,7 @@ class BiasGradientIsAMean(Fault):
         return super().bias_gradient(g) / max(1, flat(g).shape[0])
 
 
-class BiasGradientOverTheWrongAxis(Fault):
+class BiasGradientOverTheWrongAxis(Mutant):
     """The bias' gradient of a square batch is summed over the outputs."""
 
     name = "bias gradient over the wrong axis"
@@ -189,7 +189,7 @@ class BiasGradientOverTheWrongAxis(Fault):
         return super().bias_gradient(g.T if g.ndim == 2 and g.shape[0] == g.shape[1] else g)
 
 
-class WritesIntoTheWeight(Fault):
+class WritesIntoTheWeight(Mutant):
     """The forward pass masks the user's weight in place."""
 
     name = "writes into the weight"
@@ -201,7 +201,7 @@ class WritesIntoTheWeight(Fault):
         return super().output(x, weight, mask, bias)
 
 
-class WritesIntoTheCotangent(Fault):
+class WritesIntoTheCotangent(Mutant):
     """The backward pass writes into the user's cotangent."""
 
     name = "writes into the cotangent"
@@ -214,7 +214,7 @@ class WritesIntoTheCotangent(Fault):
         return found
 
 
-class WritesIntoX(Fault):
+class WritesIntoX(Mutant):
     """The forward pass adds to the user's x in place."""
 
     name = "writes into x"
@@ -227,7 +227,7 @@ class WritesIntoX(Fault):
         return found
 
 
-class NotDeterministic(Fault):
+class NotDeterministic(Mutant):
     """The order of the sum changes from call to call."""
 
     name = "not deterministic"
@@ -238,7 +238,7 @@ class NotDeterministic(Fault):
         return super().product(a[..., order], b[order])
 
 
-class BatchesInAnotherOrder(Fault):
+class BatchesInAnotherOrder(Mutant):
     """Several batch dimensions are flattened in Fortran's order."""
 
     name = "batches in another order"
@@ -251,7 +251,7 @@ class BatchesInAnotherOrder(Fault):
         return super().output(rows, weight, mask, bias).reshape(*x.shape[:-1], weight.shape[0])
 
 
-class RowsSeeEachOther(Fault):
+class RowsSeeEachOther(Mutant):
     """The batch is centred first."""
 
     name = "rows see each other"
@@ -262,7 +262,7 @@ class RowsSeeEachOther(Fault):
         return y - y.mean(0) if y.ndim == 2 and len(y) > 1 else y
 
 
-class EmptyBatchLeavesGarbage(Fault):
+class EmptyBatchLeavesGarbage(Mutant):
     """The weight's gradient of an empty batch is not written."""
 
     name = "empty batch leaves garbage"
@@ -273,7 +273,7 @@ class EmptyBatchLeavesGarbage(Fault):
         return found if flat(x).shape[0] else found + mask.astype(found.dtype)
 
 
-class NoInputsNoBias(Fault):
+class NoInputsNoBias(Mutant):
     """A layer without inputs forgets its bias."""
 
     name = "no inputs no bias"
@@ -283,7 +283,7 @@ class NoInputsNoBias(Fault):
         return super().output(x, weight, mask, bias if x.shape[-1] else None)
 
 
-class ABatchDimensionAppears(Fault):
+class ABatchDimensionAppears(Mutant):
     """An input without batch dimensions gets one."""
 
     name = "a batch dimension appears"
@@ -294,7 +294,7 @@ class ABatchDimensionAppears(Fault):
         return y[None] if y.ndim == 1 else y
 
 
-class StridesIgnored(Fault):
+class StridesIgnored(Mutant):
     """Memory is read as if it were contiguous."""
 
     name = "strides ignored"
@@ -304,7 +304,7 @@ class StridesIgnored(Fault):
         return super().masked_linear(in_memory(x), in_memory(weight), mask, bias)
 
 
-class ExplicitZerosDropped(Fault):
+class ExplicitZerosDropped(Mutant):
     """A live weight that is 0 is taken for a masked one."""
 
     name = "explicit zeros dropped"
@@ -314,7 +314,7 @@ class ExplicitZerosDropped(Fault):
         return super().vjp(x, weight, mask & (weight != 0), bias, g, wrt)
 
 
-class FullMaskTakesAWrongShortCut(Fault):
+class FullMaskTakesAWrongShortCut(Mutant):
     """The short cut for full masks forgets the bias."""
 
     name = "full mask takes a wrong short cut"
@@ -324,7 +324,7 @@ class FullMaskTakesAWrongShortCut(Fault):
         return super().output(x, weight, mask, None if mask.size and mask.all() else bias)
 
 
-class EmptyMaskTakesAWrongShortCut(Fault):
+class EmptyMaskTakesAWrongShortCut(Mutant):
     """The short cut for empty masks gives zeros."""
 
     name = "empty mask takes a wrong short cut"
@@ -335,7 +335,7 @@ class EmptyMaskTakesAWrongShortCut(Fault):
         return y if mask.any() else 0 * y
 
 
-class LiveWeightsRescaled(Fault):
+class LiveWeightsRescaled(Mutant):
     """Outputs are divided by the density, as dropout does."""
 
     name = "live weights rescaled"
@@ -346,7 +346,7 @@ class LiveWeightsRescaled(Fault):
         return (super().output(x, weight, mask, bias) / density).astype(np.promote_types(x.dtype, np.float32))
 
 
-class ProductForSelectInLargeLayers(Fault):
+class ProductForSelectInLargeLayers(Mutant):
     """The kernel for large layers multiplies with the mask."""
 
     name = "product for select in large layers"
@@ -356,7 +356,7 @@ class ProductForSelectInLargeLayers(Fault):
         return super().select(mask, array) if mask.size < 1024 else array * mask + array.dtype.type(0)
 
 
-class StridesOfLargeBatchesIgnored(Fault):
+class StridesOfLargeBatchesIgnored(Mutant):
     """The kernel for large batches reads x as if it were contiguous."""
 
     name = "strides of large batches ignored"
@@ -366,7 +366,7 @@ class StridesOfLargeBatchesIgnored(Fault):
         return super().masked_linear(in_memory(x) if x.size >= 200 else x, weight, mask, bias)
 
 
-class ResultsAreReused(Fault):
+class ResultsAreReused(Mutant):
     """Every value of one shape is written to the same place."""
 
     name = "results are reused"
@@ -379,7 +379,7 @@ class ResultsAreReused(Fault):
         return kept
 
 
-class KeptByTheNumberOfConnections(Fault):
+class KeptByTheNumberOfConnections(Mutant):
     """What is derived from a mask is kept by its shape and number of connections."""
 
     name = "kept by the number of connections"
@@ -390,7 +390,7 @@ class KeptByTheNumberOfConnections(Fault):
         return super().output(x, weight, kept, bias)
 
 
-class LiveNanFiltered(Fault):
+class LiveNanFiltered(Mutant):
     """NaN in x is taken for 0, and so hidden."""
 
     name = "live nan filtered"
@@ -400,7 +400,7 @@ class LiveNanFiltered(Fault):
         return super().output(np.where(np.isnan(x), x.dtype.type(0), x), weight, mask, bias)
 
 
-class LiveInfinityClamped(Fault):
+class LiveInfinityClamped(Mutant):
     """Weights are clamped to finite numbers."""
 
     name = "live infinity clamped"
@@ -410,7 +410,7 @@ class LiveInfinityClamped(Fault):
         return super().output(x, np.clip(weight, -3e38, 3e38), mask, bias)
 
 
-class BiasGradientOverTwoAxesOnly(Fault):
+class BiasGradientOverTwoAxesOnly(Mutant):
     """The bias' gradient is summed over two batch dimensions at most."""
 
     name = "bias gradient over two axes only"

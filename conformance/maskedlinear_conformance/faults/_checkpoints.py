@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
 
 
-class CheckpointLosesDormantWeights(Fault):
+class CheckpointLosesDormantWeights(Mutant):
     """A checkpoint keeps the masked weight."""
 
     name = "checkpoint loses dormant weights"
@@ -17,12 +17,12 @@ class CheckpointLosesDormantWeights(Fault):
         return _CheckpointLosesDormantWeights(self, weight, mask, bias)
 
 
-class _CheckpointLosesDormantWeights(SoundLayer):
+class _CheckpointLosesDormantWeights(ReferenceLayer):
     def kept(self, name, array):
         return np.where(self.mask, array, 0) if name == "weight" else array
 
 
-class CheckpointLosesTheMask(Fault):
+class CheckpointLosesTheMask(Mutant):
     """A checkpoint has weights only."""
 
     name = "checkpoint loses the mask"
@@ -32,7 +32,7 @@ class CheckpointLosesTheMask(Fault):
         return _CheckpointLosesTheMask(self, weight, mask, bias)
 
 
-class _CheckpointLosesTheMask(SoundLayer):
+class _CheckpointLosesTheMask(ReferenceLayer):
     def load(self, path):
         mask = self.mask
         super().load(path)
@@ -40,7 +40,7 @@ class _CheckpointLosesTheMask(SoundLayer):
         self.derive()
 
 
-class CheckpointInHalfPrecision(Fault):
+class CheckpointInHalfPrecision(Mutant):
     """A checkpoint keeps half precision."""
 
     name = "checkpoint in half precision"
@@ -50,12 +50,12 @@ class CheckpointInHalfPrecision(Fault):
         return _CheckpointInHalfPrecision(self, weight, mask, bias)
 
 
-class _CheckpointInHalfPrecision(SoundLayer):
+class _CheckpointInHalfPrecision(ReferenceLayer):
     def kept(self, name, array):
         return array.astype(np.float16) if array.dtype.kind == "f" else array
 
 
-class CheckpointCleansNan(Fault):
+class CheckpointCleansNan(Mutant):
     """A checkpoint turns NaN and infinity into numbers."""
 
     name = "checkpoint cleans nan"
@@ -65,12 +65,12 @@ class CheckpointCleansNan(Fault):
         return _CheckpointCleansNan(self, weight, mask, bias)
 
 
-class _CheckpointCleansNan(SoundLayer):
+class _CheckpointCleansNan(ReferenceLayer):
     def kept(self, name, array):
         return np.nan_to_num(array) if name == "weight" else array
 
 
-class CheckpointLosesNegativeZero(Fault):
+class CheckpointLosesNegativeZero(Mutant):
     """A checkpoint turns -0 into +0."""
 
     name = "checkpoint loses negative zero"
@@ -80,12 +80,12 @@ class CheckpointLosesNegativeZero(Fault):
         return _CheckpointLosesNegativeZero(self, weight, mask, bias)
 
 
-class _CheckpointLosesNegativeZero(SoundLayer):
+class _CheckpointLosesNegativeZero(ReferenceLayer):
     def kept(self, name, array):
         return array + 0.0 if name == "weight" else array
 
 
-class StaleAfterLoading(Fault):
+class StaleAfterLoading(Mutant):
     """What was derived before a checkpoint was loaded is used after it."""
 
     name = "stale after loading"
@@ -95,14 +95,14 @@ class StaleAfterLoading(Fault):
         return _StaleAfterLoading(self, weight, mask, bias)
 
 
-class _StaleAfterLoading(SoundLayer):
+class _StaleAfterLoading(ReferenceLayer):
     def load(self, path):
         masked = self.masked
         super().load(path)
         self.masked = masked
 
 
-class MaskFixedAfterLoading(Fault):
+class MaskFixedAfterLoading(Mutant):
     """A layer that was loaded takes no new mask."""
 
     name = "mask fixed after loading"
@@ -112,7 +112,7 @@ class MaskFixedAfterLoading(Fault):
         return _MaskFixedAfterLoading(self, weight, mask, bias)
 
 
-class _MaskFixedAfterLoading(SoundLayer):
+class _MaskFixedAfterLoading(ReferenceLayer):
     def load(self, path):
         super().load(path)
         self.loaded = True
@@ -122,7 +122,7 @@ class _MaskFixedAfterLoading(SoundLayer):
             super().set_mask(mask)
 
 
-class StaleMaskInTheGradientAfterLoading(Fault):
+class StaleMaskInTheGradientAfterLoading(Mutant):
     """The gradient of a layer that was loaded has the mask from before."""
 
     name = "stale mask in the gradient after loading"
@@ -132,7 +132,7 @@ class StaleMaskInTheGradientAfterLoading(Fault):
         return _StaleMaskInTheGradientAfterLoading(self, weight, mask, bias)
 
 
-class _StaleMaskInTheGradientAfterLoading(SoundLayer):
+class _StaleMaskInTheGradientAfterLoading(ReferenceLayer):
     def load(self, path):
         self.before = self.mask.copy()
         super().load(path)

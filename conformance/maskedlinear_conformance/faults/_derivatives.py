@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat, in_memory
 
 
-class BiasTangentDropped(Fault):
+class BiasTangentDropped(Mutant):
     """The tangent of the bias is dropped."""
 
     name = "bias tangent dropped"
@@ -17,7 +17,7 @@ class BiasTangentDropped(Fault):
         return super().jvp(x, weight, mask, bias, dx, dweight, None)
 
 
-class StillInputMoves(Fault):
+class StillInputMoves(Mutant):
     """An input without a tangent is given itself as one."""
 
     name = "still input moves"
@@ -27,7 +27,7 @@ class StillInputMoves(Fault):
         return super().jvp(x, weight, mask, bias, x if dx is None else dx, dweight, dbias)
 
 
-class DweightNeedsDx(Fault):
+class DweightNeedsDx(Mutant):
     """The weight's gradient is zero unless x asks for one too."""
 
     name = "dweight needs dx"
@@ -40,7 +40,7 @@ class DweightNeedsDx(Fault):
         return [0 * part if name == "weight" else part for name, part in zip(wrt, found, strict=True)]
 
 
-class SecondOrderMissesTheCrossTermOfX(Fault):
+class SecondOrderMissesTheCrossTermOfX(Mutant):
     """The gradient of x is taken as constant in the weight."""
 
     name = "second order misses the cross term of x"
@@ -51,7 +51,7 @@ class SecondOrderMissesTheCrossTermOfX(Fault):
         return (self.input_gradient(dg, weight, mask).astype(x.dtype), *found[1:])
 
 
-class SecondOrderMissesTheCrossTermOfTheWeight(Fault):
+class SecondOrderMissesTheCrossTermOfTheWeight(Mutant):
     """The gradient of the weight is taken as constant in x."""
 
     name = "second order misses the cross term of the weight"
@@ -62,7 +62,7 @@ class SecondOrderMissesTheCrossTermOfTheWeight(Fault):
         return (found[0], self.weight_gradient(dg, x, mask).astype(x.dtype), *found[2:])
 
 
-class SecondOrderWithoutTheMask(Fault):
+class SecondOrderWithoutTheMask(Mutant):
     """The second derivative of the weight is not masked."""
 
     name = "second order without the mask"
@@ -74,7 +74,7 @@ class SecondOrderWithoutTheMask(Fault):
         return (found[0], raw.astype(x.dtype), *found[2:])
 
 
-class SecondOrderOfGDropped(Fault):
+class SecondOrderOfGDropped(Mutant):
     """The double backward gives the cotangent no gradient."""
 
     name = "second order of g dropped"
@@ -85,7 +85,7 @@ class SecondOrderOfGDropped(Fault):
         return (*found[:3], np.zeros_like(found[3]))
 
 
-class ForwardOverReverseDropped(Fault):
+class ForwardOverReverseDropped(Mutant):
     """Forward over reverse leaves out how g moves."""
 
     name = "forward over reverse dropped"
@@ -96,7 +96,7 @@ class ForwardOverReverseDropped(Fault):
         return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, still, mode)
 
 
-class ValueOfForwardModeIsAnother(Fault):
+class ValueOfForwardModeIsAnother(Mutant):
     """Forward mode gives a value without the bias."""
 
     name = "value of forward mode is another"
@@ -107,7 +107,7 @@ class ValueOfForwardModeIsAnother(Fault):
         return self.masked_linear(x, weight, mask, None), found[1]
 
 
-class ForwardOverReverseByAProduct(Fault):
+class ForwardOverReverseByAProduct(Mutant):
     """Forward over reverse multiplies with the mask: what lies under it leaks."""
 
     name = "forward over reverse by a product"
@@ -119,7 +119,7 @@ class ForwardOverReverseByAProduct(Fault):
         return super().hvp(x, weight, mask | (mode == "forward over reverse"), bias, g, dx, dweight, dbias, dg, mode)
 
 
-class SecondDerivativeByAProduct(Fault):
+class SecondDerivativeByAProduct(Mutant):
     """The second derivative of the weight is multiplied with the mask: NaN of x and g shows under it."""
 
     name = "second derivative by a product"
@@ -131,7 +131,7 @@ class SecondDerivativeByAProduct(Fault):
         return (found[0], raw * mask + np.float32(0), *found[2:])
 
 
-class StridesIgnoredInForwardMode(Fault):
+class StridesIgnoredInForwardMode(Mutant):
     """Forward mode reads tangents as if they were contiguous."""
 
     name = "strides ignored in forward mode"
@@ -142,7 +142,7 @@ class StridesIgnoredInForwardMode(Fault):
         return super().jvp(x, weight, mask, bias, dx, moved, dbias)
 
 
-class OneBitFlippedInJvp(Fault):
+class OneBitFlippedInJvp(Mutant):
     """One bit of a large mask is wrong in what the weight's tangent adds."""
 
     name = "one bit flipped in jvp"
@@ -156,7 +156,7 @@ class OneBitFlippedInJvp(Fault):
         return y, dy if dweight is None else (dy + self.product(x, self.select(mask, dweight).T)).astype(x.dtype)
 
 
-class OneBitFlippedInSecondOrder(Fault):
+class OneBitFlippedInSecondOrder(Mutant):
     """One bit of a large mask is wrong in forward over reverse."""
 
     name = "one bit flipped in second order"
@@ -169,7 +169,7 @@ class OneBitFlippedInSecondOrder(Fault):
         return super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)
 
 
-class OneModeMissesTheCrossTerm(Fault):
+class OneModeMissesTheCrossTerm(Mutant):
     """The double backward takes the gradient of x as constant in the weight; forward over reverse does not."""
 
     name = "one mode misses the cross term"
@@ -181,27 +181,27 @@ class OneModeMissesTheCrossTerm(Fault):
         return (*found[:3], super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)[3])
 
 
-class ForwardOverForwardLosesTheOuterTangent(Fault):
+class ForwardOverForwardLosesTheOuterTangent(Mutant):
     """Nested forward mode takes the tangent of the weight as constant in x."""
 
     name = "forward over forward loses the outer tangent"
     laws = ("1",)
 
-    def jvp_of_jvp(self, x, weight, mask, bias, along, also):
-        return super().jvp_of_jvp(x, weight, mask, bias, along, (0 * x, *also[1:]))
+    def jvp_of_jvp(self, x, weight, mask, bias, tangent1, tangent2):
+        return super().jvp_of_jvp(x, weight, mask, bias, tangent1, (0 * x, *tangent2[1:]))
 
 
-class ForwardOverForwardConfusesItsDirections(Fault):
+class ForwardOverForwardConfusesItsDirections(Mutant):
     """Nested forward mode goes along one direction twice."""
 
     name = "forward over forward confuses its directions"
     laws = ("1",)
 
-    def jvp_of_jvp(self, x, weight, mask, bias, along, also):
-        return super().jvp_of_jvp(x, weight, mask, bias, along, along)
+    def jvp_of_jvp(self, x, weight, mask, bias, tangent1, tangent2):
+        return super().jvp_of_jvp(x, weight, mask, bias, tangent1, tangent1)
 
 
-class VmapOfADerivativeTakesOneDirection(Fault):
+class VmapOfADerivativeTakesOneDirection(Mutant):
     """Forward mode and second order, mapped over directions, take the first for all."""
 
     name = "vmap of a derivative takes one direction"
@@ -213,7 +213,7 @@ class VmapOfADerivativeTakesOneDirection(Fault):
         return super().vmap_derivative(derivative, axes, *arrays[:-1], last)
 
 
-class CompiledDerivativeKeepsItsMask(Fault):
+class CompiledDerivativeKeepsItsMask(Mutant):
     """What compiles a derivative takes the mask of the first call for a constant."""
 
     name = "compiled derivative keeps its mask"

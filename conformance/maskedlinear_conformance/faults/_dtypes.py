@@ -4,7 +4,7 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat
 
 
 def _tf32(array):
@@ -15,7 +15,7 @@ def _tf32(array):
     return np.ldexp(np.round(mantissa * 2**11) / 2**11, exponent).astype(np.float32)
 
 
-class _Half(Fault):
+class _Half(Mutant):
     """A fault that half types show."""
 
     def dtypes(self, device):
@@ -48,7 +48,7 @@ class RoundsBeforeTheBias(_Half):
         return y if bias is None else y + bias
 
 
-class Float64InFloat32(Fault):
+class Float64InFloat32(Mutant):
     """Double precision is computed in single."""
 
     name = "float64 in float32"
@@ -61,7 +61,7 @@ class Float64InFloat32(Fault):
         return super().product(a.astype(np.float32), b.astype(np.float32)).astype(a.dtype)
 
 
-class ReadsAsTf32(Fault):
+class ReadsAsTf32(Mutant):
     """Inputs are rounded to 11 bits, as tensor cores do by default."""
 
     name = "reads as tf32"

@@ -5,10 +5,10 @@
 import numpy as np
 
 from maskedlinear import masks
-from maskedlinear_conformance.faults._sound import Fault
+from maskedlinear_conformance.faults._reference_backend import Mutant
 
 
-class StreamStartsOneWordLate(Fault):
+class StreamStartsOneWordLate(Mutant):
     """Random masks start at the second word of the stream."""
 
     name = "stream starts one word late"
@@ -18,7 +18,7 @@ class StreamStartsOneWordLate(Fault):
         return masks.words(seed, 1, count + 1)
 
 
-class SeedLosesItsUpperHalf(Fault):
+class SeedLosesItsUpperHalf(Mutant):
     """Seeds from 2**32 on lose their upper half."""
 
     name = "seed loses its upper half"
@@ -28,7 +28,7 @@ class SeedLosesItsUpperHalf(Fault):
         return super().words(seed & 0xFFFFFFFF, count)
 
 
-class WordsOfAPairSwapped(Fault):
+class WordsOfAPairSwapped(Mutant):
     """The two words of a block are swapped."""
 
     name = "words of a pair swapped"
@@ -38,7 +38,7 @@ class WordsOfAPairSwapped(Fault):
         return masks.words(seed, 0, count + count % 2).reshape(-1, 2)[:, ::-1].reshape(-1)[:count]
 
 
-class AShardIsAMaskOfItsOwn(Fault):
+class AShardIsAMaskOfItsOwn(Mutant):
     """A shard is drawn as a mask of the shard's shape."""
 
     name = "a shard is a mask of its own"
@@ -52,7 +52,7 @@ class AShardIsAMaskOfItsOwn(Fault):
         return super().random_mask(part.shape, int((~part).sum()), seed, None, device)
 
 
-class ZerosTakenForOnes(Fault):
+class ZerosTakenForOnes(Mutant):
     """The number of zeros is taken for the number of live connections."""
 
     name = "zeros taken for ones"
@@ -62,7 +62,7 @@ class ZerosTakenForOnes(Fault):
         return super().random_mask(shape, shape[0] * shape[1] - num_zeros, seed, shard, device)
 
 
-class FrameworkGenerator(Fault):
+class FrameworkGenerator(Mutant):
     """Masks come from NumPy's generator."""
 
     name = "framework generator"
@@ -72,7 +72,7 @@ class FrameworkGenerator(Fault):
         return np.random.default_rng(seed).integers(0, 2**32, count, np.uint32)
 
 
-class TiesGoToTheLater(Fault):
+class TiesGoToTheLater(Mutant):
     """Of two equal words, the later one is cleared first."""
 
     name = "ties go to the later"
@@ -85,7 +85,7 @@ class TiesGoToTheLater(Fault):
         return mask.reshape(shape) if shard is None else mask.reshape(shape)[shard]
 
 
-class NoZerosClearsOne(Fault):
+class NoZerosClearsOne(Mutant):
     """A mask without zeros has one all the same."""
 
     name = "no zeros clears one"
@@ -95,7 +95,7 @@ class NoZerosClearsOne(Fault):
         return super().random_mask(shape, max(num_zeros, min(1, shape[0] * shape[1])), seed, shard, device)
 
 
-class AllZerosLeavesOne(Fault):
+class AllZerosLeavesOne(Mutant):
     """A mask of nothing but zeros keeps one connection, as a partition needs."""
 
     name = "all zeros leaves one"
@@ -106,7 +106,7 @@ class AllZerosLeavesOne(Fault):
         return super().random_mask(shape, min(num_zeros, size - 1) if size > 1 else num_zeros, seed, shard, device)
 
 
-class OddShardsStartOneWordEarly(Fault):
+class OddShardsStartOneWordEarly(Mutant):
     """A shard that starts at an odd place reads the block's first word."""
 
     name = "odd shards start one word early"
@@ -120,7 +120,7 @@ class OddShardsStartOneWordEarly(Fault):
         return np.roll(whole.reshape(-1), start % 2).reshape(shape)[shard]
 
 
-class WordsAreSigned(Fault):
+class WordsAreSigned(Mutant):
     """Words are compared as signed integers."""
 
     name = "words are signed"
@@ -130,7 +130,7 @@ class WordsAreSigned(Fault):
         return super().words(seed, count) ^ np.uint32(0x80000000)
 
 
-class CounterLosesItsHighWord(Fault):
+class CounterLosesItsHighWord(Mutant):
     """Blocks from 2**32 on are counted from 0 again."""
 
     name = "counter loses its high word"
@@ -145,7 +145,7 @@ class CounterLosesItsHighWord(Fault):
         return np.concatenate([masks.bernoulli(shape, threshold=threshold, seed=seed, shard=one) for one in shards])
 
 
-class ThresholdIsKept(Fault):
+class ThresholdIsKept(Mutant):
     """A Bernoulli mask keeps the word that equals its threshold."""
 
     name = "threshold is kept"
@@ -155,7 +155,7 @@ class ThresholdIsKept(Fault):
         return super().bernoulli_mask(shape, min(threshold + 1, 2**32), seed, shard, device)
 
 
-class ThresholdWraps(Fault):
+class ThresholdWraps(Mutant):
     """The threshold is a word, so that the one that keeps everything is 0."""
 
     name = "threshold wraps"
@@ -165,7 +165,7 @@ class ThresholdWraps(Fault):
         return super().bernoulli_mask(shape, threshold & 0xFFFFFFFF, seed, shard, device)
 
 
-class BernoulliMaskKeepsTheOthers(Fault):
+class BernoulliMaskKeepsTheOthers(Mutant):
     """A Bernoulli mask keeps the words that are not below its threshold."""
 
     name = "bernoulli mask keeps the others"

@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer, flat
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer, flat
 
 
-class NearlyFullIsFull(Fault):
+class NearlyFullIsFull(Mutant):
     """A mask of which more than 99 % are live is taken for full."""
 
     name = "nearly full is full"
@@ -17,7 +17,7 @@ class NearlyFullIsFull(Fault):
         return array if mask.size and mask.mean() > 0.99 else super().select(mask, array)
 
 
-class NearlyEmptyIsEmpty(Fault):
+class NearlyEmptyIsEmpty(Mutant):
     """A mask of which less than 0.5 % are live is taken for empty."""
 
     name = "nearly empty is empty"
@@ -27,7 +27,7 @@ class NearlyEmptyIsEmpty(Fault):
         return super().select(mask & (mask.mean() >= 0.005) if mask.size else mask, array)
 
 
-class LargeFullMaskTakesAWrongShortCut(Fault):
+class LargeFullMaskTakesAWrongShortCut(Mutant):
     """The short cut for large full masks forgets the bias."""
 
     name = "large full mask takes a wrong short cut"
@@ -37,7 +37,7 @@ class LargeFullMaskTakesAWrongShortCut(Fault):
         return super().output(x, weight, mask, None if mask.size > 1000 and mask.all() else bias)
 
 
-class LargeEmptyMaskTakesAWrongShortCut(Fault):
+class LargeEmptyMaskTakesAWrongShortCut(Mutant):
     """The short cut for large empty masks forgets the bias."""
 
     name = "large empty mask takes a wrong short cut"
@@ -47,7 +47,7 @@ class LargeEmptyMaskTakesAWrongShortCut(Fault):
         return super().output(x, weight, mask, None if mask.size > 1000 and not mask.any() else bias)
 
 
-class SecondBlockUnmasked(Fault):
+class SecondBlockUnmasked(Mutant):
     """Large masks are applied in blocks of 2²⁰ entries, and only the first is."""
 
     name = "second block unmasked"
@@ -59,7 +59,7 @@ class SecondBlockUnmasked(Fault):
         return super().select(mask, array)
 
 
-class NoBiasNoMask(Fault):
+class NoBiasNoMask(Mutant):
     """The kernel for large layers without bias drops the mask."""
 
     name = "no bias no mask"
@@ -69,7 +69,7 @@ class NoBiasNoMask(Fault):
         return super().output(x, weight, mask | (bias is None and mask.size > 1000), bias)
 
 
-class KeptByItsText(Fault):
+class KeptByItsText(Mutant):
     """What is derived from a mask is kept by ``str(mask)``, which leaves out the middle of a large one."""
 
     name = "kept by its text"
@@ -80,7 +80,7 @@ class KeptByItsText(Fault):
         return super().select(kept, array)
 
 
-class KeptByItsStart(Fault):
+class KeptByItsStart(Mutant):
     """What is derived from a mask is kept by its shape, its number of connections and its first entries."""
 
     name = "kept by its start"
@@ -91,7 +91,7 @@ class KeptByItsStart(Fault):
         return super().select(vars(self).setdefault("kept", {}).setdefault(key, mask.copy()), array)
 
 
-class LargeGradientByAProduct(Fault):
+class LargeGradientByAProduct(Mutant):
     """The gradient of a large weight is multiplied with the mask: NaN of x and g shows under it."""
 
     name = "large gradient by a product"
@@ -103,7 +103,7 @@ class LargeGradientByAProduct(Fault):
         return self.product(flat(g).T, flat(x)) * mask + np.float32(0)
 
 
-class CompiledLargeGradientByAProduct(Fault):
+class CompiledLargeGradientByAProduct(Mutant):
     """Compiled code multiplies the gradient of a large weight with the mask: NaN of x and g shows under it."""
 
     name = "compiled large gradient by a product"
@@ -117,7 +117,7 @@ class CompiledLargeGradientByAProduct(Fault):
         return [*found[:2], (raw * mask + 0).astype(raw.dtype), found[3]]
 
 
-class LargeLayerKeepsItsFirstMask(Fault):
+class LargeLayerKeepsItsFirstMask(Mutant):
     """A large layer does not follow ``set_mask``."""
 
     name = "large layer keeps its first mask"
@@ -127,13 +127,13 @@ class LargeLayerKeepsItsFirstMask(Fault):
         return _LargeLayerKeepsItsFirstMask(self, weight, mask, bias)
 
 
-class _LargeLayerKeepsItsFirstMask(SoundLayer):
+class _LargeLayerKeepsItsFirstMask(ReferenceLayer):
     def set_mask(self, mask):
         if self.mask.size < 1000:
             super().set_mask(mask)
 
 
-class CheckpointKeepsPlacesInBytes(Fault):
+class CheckpointKeepsPlacesInBytes(Mutant):
     """A checkpoint keeps the places of the live connections in 8 bits each."""
 
     name = "checkpoint keeps places in bytes"
@@ -143,7 +143,7 @@ class CheckpointKeepsPlacesInBytes(Fault):
         return _CheckpointKeepsPlacesInBytes(self, weight, mask, bias)
 
 
-class _CheckpointKeepsPlacesInBytes(SoundLayer):
+class _CheckpointKeepsPlacesInBytes(ReferenceLayer):
     def kept(self, name, array):
         if name != "mask":
             return array
@@ -152,7 +152,7 @@ class _CheckpointKeepsPlacesInBytes(SoundLayer):
         return kept
 
 
-class LargeLayerNotGuarded(Fault):
+class LargeLayerNotGuarded(Mutant):
     """Dormant weights of a large layer are not guarded."""
 
     name = "large layer not guarded"
@@ -162,6 +162,6 @@ class LargeLayerNotGuarded(Fault):
         return _LargeLayerNotGuarded(self, weight, mask, bias)
 
 
-class _LargeLayerNotGuarded(SoundLayer):
+class _LargeLayerNotGuarded(ReferenceLayer):
     def guard(self):
         return super().guard() if self.mask.size < 1000 else lambda moved: moved

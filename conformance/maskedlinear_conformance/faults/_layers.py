@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer, flat, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer, flat, in_memory
 
 
-class StaleMask(Fault):
+class StaleMask(Mutant):
     """The masked weight is derived again when the weight changes, not when the mask does."""
 
     name = "stale mask"
@@ -17,12 +17,12 @@ class StaleMask(Fault):
         return _StaleMask(self, weight, mask, bias)
 
 
-class _StaleMask(SoundLayer):
+class _StaleMask(ReferenceLayer):
     def set_mask(self, mask):
         self.mask = np.array(mask)
 
 
-class StaleWeight(Fault):
+class StaleWeight(Mutant):
     """The masked weight is derived again when the mask changes, not when the weight does."""
 
     name = "stale weight"
@@ -32,12 +32,12 @@ class StaleWeight(Fault):
         return _StaleWeight(self, weight, mask, bias)
 
 
-class _StaleWeight(SoundLayer):
+class _StaleWeight(ReferenceLayer):
     def set_weight(self, weight):
         self.weight = weight.copy()
 
 
-class MaskOfTheCallerKept(Fault):
+class MaskOfTheCallerKept(Mutant):
     """The layer keeps the caller's mask itself, not a copy."""
 
     name = "mask of the caller kept"
@@ -47,13 +47,13 @@ class MaskOfTheCallerKept(Fault):
         return _MaskOfTheCallerKept(self, weight, mask, bias)
 
 
-class _MaskOfTheCallerKept(SoundLayer):
+class _MaskOfTheCallerKept(ReferenceLayer):
     def set_mask(self, mask):
         self.mask = mask
         self.derive()
 
 
-class DormantWeightsZeroed(Fault):
+class DormantWeightsZeroed(Mutant):
     """A new mask sets the weights under it to zero."""
 
     name = "dormant weights zeroed"
@@ -63,13 +63,13 @@ class DormantWeightsZeroed(Fault):
         return _DormantWeightsZeroed(self, weight, mask, bias)
 
 
-class _DormantWeightsZeroed(SoundLayer):
+class _DormantWeightsZeroed(ReferenceLayer):
     def set_mask(self, mask):
         super().set_mask(mask)
         self.weight = np.where(self.mask, self.weight, 0).astype(self.weight.dtype)
 
 
-class StaleMaskInTheGradient(Fault):
+class StaleMaskInTheGradient(Mutant):
     """The gradient is masked with the mask that the layer was made with."""
 
     name = "stale mask in the gradient"
@@ -79,14 +79,14 @@ class StaleMaskInTheGradient(Fault):
         return _StaleMaskInTheGradient(self, weight, mask, bias)
 
 
-class _StaleMaskInTheGradient(SoundLayer):
+class _StaleMaskInTheGradient(ReferenceLayer):
     def gradients(self, x, g):
         vars(self).setdefault("first", self.mask.copy())
         found = self.backend.both(x, self.weight, self.first, self.bias, g)
         return found[1], found[2], found[3]
 
 
-class LayerByAProduct(Fault):
+class LayerByAProduct(Mutant):
     """The function selects, the layer multiplies."""
 
     name = "layer by a product"
@@ -96,12 +96,12 @@ class LayerByAProduct(Fault):
         return _LayerByAProduct(self, weight, mask, bias)
 
 
-class _LayerByAProduct(SoundLayer):
+class _LayerByAProduct(ReferenceLayer):
     def derive(self):
         self.masked = (self.weight * self.mask).astype(self.weight.dtype)
 
 
-class LayerMultipliesItsGradient(Fault):
+class LayerMultipliesItsGradient(Mutant):
     """The layer's weight gradient is multiplied with the mask."""
 
     name = "layer multiplies its gradient"
@@ -111,13 +111,13 @@ class LayerMultipliesItsGradient(Fault):
         return _LayerMultipliesItsGradient(self, weight, mask, bias)
 
 
-class _LayerMultipliesItsGradient(SoundLayer):
+class _LayerMultipliesItsGradient(ReferenceLayer):
     def gradients(self, x, g):
         found = self.backend.both(x, self.weight, self.mask | True, self.bias, g)
         return super().gradients(x, g)[0], (found[2] * self.mask + 0).astype(x.dtype), found[3]
 
 
-class LayerTakesOneBatchDimension(Fault):
+class LayerTakesOneBatchDimension(Mutant):
     """The layer's bias gradient is summed over the first batch dimension only."""
 
     name = "layer takes one batch dimension"
@@ -127,13 +127,13 @@ class LayerTakesOneBatchDimension(Fault):
         return _LayerTakesOneBatchDimension(self, weight, mask, bias)
 
 
-class _LayerTakesOneBatchDimension(SoundLayer):
+class _LayerTakesOneBatchDimension(ReferenceLayer):
     def __call__(self, x):
         y = super().__call__(x)
         return y if x.ndim < 3 else flat(y)
 
 
-class LayerKeepsItsArguments(Fault):
+class LayerKeepsItsArguments(Mutant):
     """The layer keeps the arrays that it was made with, and writes new values into them."""
 
     name = "layer keeps its arguments"
@@ -143,7 +143,7 @@ class LayerKeepsItsArguments(Fault):
         return _LayerKeepsItsArguments(self, weight, mask, bias)
 
 
-class _LayerKeepsItsArguments(SoundLayer):
+class _LayerKeepsItsArguments(ReferenceLayer):
     def __init__(self, backend, weight, mask, bias):
         super().__init__(backend, weight, mask, bias)
         self.weight, self.mask = weight, mask
@@ -159,7 +159,7 @@ class _LayerKeepsItsArguments(SoundLayer):
         self.derive()
 
 
-class AnyNumberIsAMask(Fault):
+class AnyNumberIsAMask(Mutant):
     """``set_mask`` takes what is larger than a half for live."""
 
     name = "any number is a mask"
@@ -169,12 +169,12 @@ class AnyNumberIsAMask(Fault):
         return _AnyNumberIsAMask(self, weight, mask, bias)
 
 
-class _AnyNumberIsAMask(SoundLayer):
+class _AnyNumberIsAMask(ReferenceLayer):
     def set_mask(self, mask):
         super().set_mask(np.asarray(mask) > 0.5)
 
 
-class TransposedMaskIsReshaped(Fault):
+class TransposedMaskIsReshaped(Mutant):
     """``set_mask`` reshapes a mask of the wrong shape."""
 
     name = "transposed mask is reshaped"
@@ -184,12 +184,12 @@ class TransposedMaskIsReshaped(Fault):
         return _TransposedMaskIsReshaped(self, weight, mask, bias)
 
 
-class _TransposedMaskIsReshaped(SoundLayer):
+class _TransposedMaskIsReshaped(ReferenceLayer):
     def set_mask(self, mask):
         super().set_mask(np.resize(mask, self.weight.shape))
 
 
-class RefusedMaskIsKept(Fault):
+class RefusedMaskIsKept(Mutant):
     """``set_mask`` keeps the mask before it looks at it."""
 
     name = "refused mask is kept"
@@ -199,14 +199,14 @@ class RefusedMaskIsKept(Fault):
         return _RefusedMaskIsKept(self, weight, mask, bias)
 
 
-class _RefusedMaskIsKept(SoundLayer):
+class _RefusedMaskIsKept(ReferenceLayer):
     def set_mask(self, mask):
         if np.shape(mask) == self.mask.shape:
             self.mask = np.asarray(mask) != 0
         super().set_mask(mask)
 
 
-class LayerFlipsABitWhenLarge(Fault):
+class LayerFlipsABitWhenLarge(Mutant):
     """One bit of the mask of a large layer is wrong."""
 
     name = "layer flips a bit when large"
@@ -216,7 +216,7 @@ class LayerFlipsABitWhenLarge(Fault):
         return _LayerFlipsABitWhenLarge(self, weight, mask, bias)
 
 
-class _LayerFlipsABitWhenLarge(SoundLayer):
+class _LayerFlipsABitWhenLarge(ReferenceLayer):
     def derive(self):
         mask = self.mask.copy()
         if mask.size > 100_000:
@@ -224,7 +224,7 @@ class _LayerFlipsABitWhenLarge(SoundLayer):
         self.masked = self.backend.select(mask, self.weight)
 
 
-class LargeLayerByAProduct(Fault):
+class LargeLayerByAProduct(Mutant):
     """Large layers multiply with the mask."""
 
     name = "large layer by a product"
@@ -234,14 +234,14 @@ class LargeLayerByAProduct(Fault):
         return _LargeLayerByAProduct(self, weight, mask, bias)
 
 
-class _LargeLayerByAProduct(SoundLayer):
+class _LargeLayerByAProduct(ReferenceLayer):
     def derive(self):
         super().derive()
         if self.mask.size > 1000:
             self.masked = (self.weight * self.mask).astype(self.weight.dtype)
 
 
-class LayerWithAFullMaskTakesAWrongShortCut(Fault):
+class LayerWithAFullMaskTakesAWrongShortCut(Mutant):
     """A layer with a full mask forgets its bias."""
 
     name = "layer with a full mask takes a wrong short cut"
@@ -251,13 +251,13 @@ class LayerWithAFullMaskTakesAWrongShortCut(Fault):
         return _LayerWithAFullMaskTakesAWrongShortCut(self, weight, mask, bias)
 
 
-class _LayerWithAFullMaskTakesAWrongShortCut(SoundLayer):
+class _LayerWithAFullMaskTakesAWrongShortCut(ReferenceLayer):
     def __call__(self, x):
         bias = None if self.mask.size and self.mask.all() else self.bias
         return self.backend.masked_linear(x, self.weight, self.mask, bias)
 
 
-class LayerKeptByItsNumberOfConnections(Fault):
+class LayerKeptByItsNumberOfConnections(Mutant):
     """What is derived from a mask is kept by the number of its connections."""
 
     name = "layer kept by its number of connections"
@@ -267,13 +267,13 @@ class LayerKeptByItsNumberOfConnections(Fault):
         return _LayerKeptByItsNumberOfConnections(self, weight, mask, bias)
 
 
-class _LayerKeptByItsNumberOfConnections(SoundLayer):
+class _LayerKeptByItsNumberOfConnections(ReferenceLayer):
     def derive(self):
         seen = vars(self).setdefault("seen", {}).setdefault(self.mask.sum(), self.mask.copy())
         self.masked = self.backend.select(seen, self.weight)
 
 
-class LayerIsNotDeterministic(Fault):
+class LayerIsNotDeterministic(Mutant):
     """The order of a layer's sums changes from call to call."""
 
     name = "layer is not deterministic"
@@ -283,13 +283,13 @@ class LayerIsNotDeterministic(Fault):
         return _LayerIsNotDeterministic(self, weight, mask, bias)
 
 
-class _LayerIsNotDeterministic(SoundLayer):
+class _LayerIsNotDeterministic(ReferenceLayer):
     def __call__(self, x):
         order = np.random.default_rng().permutation(x.shape[-1])
         return self.backend.masked_linear(x[..., order], self.weight[:, order], self.mask[:, order], self.bias)
 
 
-class CallsCleanTheWeight(Fault):
+class CallsCleanTheWeight(Mutant):
     """A call masks the layer's own weight: dormant weights are lost."""
 
     name = "calls clean the weight"
@@ -299,13 +299,13 @@ class CallsCleanTheWeight(Fault):
         return _CallsCleanTheWeight(self, weight, mask, bias)
 
 
-class _CallsCleanTheWeight(SoundLayer):
+class _CallsCleanTheWeight(ReferenceLayer):
     def __call__(self, x):
         self.weight = self.masked
         return super().__call__(x)
 
 
-class GradientsPileUp(Fault):
+class GradientsPileUp(Mutant):
     """The layer's gradient is added to that of the call before."""
 
     name = "gradients pile up"
@@ -315,14 +315,14 @@ class GradientsPileUp(Fault):
         return _GradientsPileUp(self, weight, mask, bias)
 
 
-class _GradientsPileUp(SoundLayer):
+class _GradientsPileUp(ReferenceLayer):
     def gradients(self, x, g):
         found = super().gradients(x, g)
         self.total = vars(self).get("total", 0) + found[1]
         return found[0], self.total, found[2]
 
 
-class ARowIsAMask(Fault):
+class ARowIsAMask(Mutant):
     """``set_mask`` stretches a single row or column over the whole layer."""
 
     name = "a row is a mask"
@@ -332,13 +332,13 @@ class ARowIsAMask(Fault):
         return _ARowIsAMask(self, weight, mask, bias)
 
 
-class _ARowIsAMask(SoundLayer):
+class _ARowIsAMask(ReferenceLayer):
     def set_mask(self, mask):
         fits = np.ndim(mask) == 2 and 1 in np.shape(mask)
         super().set_mask(np.broadcast_to(mask, self.mask.shape) if fits else mask)
 
 
-class TheMaskIsNumbers(Fault):
+class TheMaskIsNumbers(Mutant):
     """The layer keeps its mask as floating numbers."""
 
     name = "the mask is numbers"
@@ -348,13 +348,13 @@ class TheMaskIsNumbers(Fault):
         return _TheMaskIsNumbers(self, weight, mask, bias)
 
 
-class _TheMaskIsNumbers(SoundLayer):
+class _TheMaskIsNumbers(ReferenceLayer):
     def state(self):
         weight, mask, bias = super().state()
         return weight, mask.astype(np.float64), bias
 
 
-class LargeLayerDerivesOnce(Fault):
+class LargeLayerDerivesOnce(Mutant):
     """A large layer keeps the masked weight of its first call."""
 
     name = "large layer derives once"
@@ -364,13 +364,13 @@ class LargeLayerDerivesOnce(Fault):
         return _LargeLayerDerivesOnce(self, weight, mask, bias)
 
 
-class _LargeLayerDerivesOnce(SoundLayer):
+class _LargeLayerDerivesOnce(ReferenceLayer):
     def derive(self):
         if self.mask.size < 1000 or not hasattr(self, "masked"):
             super().derive()
 
 
-class OneRowTakesAnOldWeight(Fault):
+class OneRowTakesAnOldWeight(Mutant):
     """For one row of x a layer keeps a matrix in another format, which no new weight reaches."""
 
     name = "one row takes an old weight"
@@ -380,7 +380,7 @@ class OneRowTakesAnOldWeight(Fault):
         return _OneRowTakesAnOldWeight(self, weight, mask, bias)
 
 
-class _OneRowTakesAnOldWeight(SoundLayer):
+class _OneRowTakesAnOldWeight(ReferenceLayer):
     def __call__(self, x):
         if x.size > x.shape[-1]:
             return super().__call__(x)
@@ -393,7 +393,7 @@ class _OneRowTakesAnOldWeight(SoundLayer):
         self.__dict__.pop("matrix", None)
 
 
-class LayerIgnoresStrides(Fault):
+class LayerIgnoresStrides(Mutant):
     """The layer reads x and g as if they were contiguous."""
 
     name = "layer ignores strides"
@@ -403,7 +403,7 @@ class LayerIgnoresStrides(Fault):
         return _LayerIgnoresStrides(self, weight, mask, bias)
 
 
-class _LayerIgnoresStrides(SoundLayer):
+class _LayerIgnoresStrides(ReferenceLayer):
     def __call__(self, x):
         return super().__call__(in_memory(x))
 
@@ -411,7 +411,7 @@ class _LayerIgnoresStrides(SoundLayer):
         return super().gradients(in_memory(x), in_memory(g))
 
 
-class NewMaskReadAsItLies(Fault):
+class NewMaskReadAsItLies(Mutant):
     """``set_mask`` reads a mask as if it were contiguous."""
 
     name = "new mask read as it lies"
@@ -421,6 +421,6 @@ class NewMaskReadAsItLies(Fault):
         return _NewMaskReadAsItLies(self, weight, mask, bias)
 
 
-class _NewMaskReadAsItLies(SoundLayer):
+class _NewMaskReadAsItLies(ReferenceLayer):
     def set_mask(self, mask):
         super().set_mask(in_memory(mask) if isinstance(mask, np.ndarray) else mask)

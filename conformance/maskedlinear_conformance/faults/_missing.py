@@ -2,10 +2,10 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
 
 
-class NoSecondDerivativeOfX(Fault):
+class NoSecondDerivativeOfX(Mutant):
     """The second derivatives of x, bias and g are left out, as where unused inputs are allowed."""
 
     name = "no second derivative of x"
@@ -15,7 +15,7 @@ class NoSecondDerivativeOfX(Fault):
         return None, super().hvp(x, weight, mask, bias, g, dx, dweight, dbias, dg, mode)[1], None, None
 
 
-class NoGradientOfTheBias(Fault):
+class NoGradientOfTheBias(Mutant):
     """The bias asks for a gradient and gets none."""
 
     name = "no gradient of the bias"
@@ -26,17 +26,17 @@ class NoGradientOfTheBias(Fault):
         return [None if name == "bias" else part for name, part in zip(wrt, found, strict=True)]
 
 
-class NoDerivativeOfTheExpression(Fault):
+class NoDerivativeOfTheExpression(Mutant):
     """The plain expression is not differentiated at all."""
 
     name = "no derivative of the expression"
     laws = ("2",)
 
-    def expression(self, x, weight, mask, bias, g):
+    def autodiff_vjp(self, x, weight, mask, bias, g):
         return None, None, None
 
 
-class CompiledCodeHasNoGradientOfX(Fault):
+class CompiledCodeHasNoGradientOfX(Mutant):
     """Compiled code gives no gradient of x and of the bias."""
 
     name = "compiled code has no gradient of x"
@@ -47,7 +47,7 @@ class CompiledCodeHasNoGradientOfX(Fault):
         return [found[0], None, found[2], None]
 
 
-class VmapHasNoGradientOfTheBias(Fault):
+class VmapHasNoGradientOfTheBias(Mutant):
     """Mapping gives no gradient of the bias."""
 
     name = "vmap has no gradient of the bias"
@@ -57,7 +57,7 @@ class VmapHasNoGradientOfTheBias(Fault):
         return (*super().vmap(axes, x, weight, mask, bias, g)[:3], None)
 
 
-class AutocastHasNoGradientOfX(Fault):
+class AutocastHasNoGradientOfX(Mutant):
     """Under automatic casts neither x nor the bias has a gradient."""
 
     name = "autocast has no gradient of x"
@@ -71,7 +71,7 @@ class AutocastHasNoGradientOfX(Fault):
         return [found[0], None, found[2], None]
 
 
-class LayerHasNoGradientOfX(Fault):
+class LayerHasNoGradientOfX(Mutant):
     """The layer gives no gradient of x."""
 
     name = "layer has no gradient of x"
@@ -81,6 +81,6 @@ class LayerHasNoGradientOfX(Fault):
         return _LayerHasNoGradientOfX(self, weight, mask, bias)
 
 
-class _LayerHasNoGradientOfX(SoundLayer):
+class _LayerHasNoGradientOfX(ReferenceLayer):
     def gradients(self, x, g):
         return (None, *super().gradients(x, g)[1:])

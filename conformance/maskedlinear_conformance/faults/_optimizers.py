@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, SoundLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
 
 
-class OptimizerNotGuarded(Fault):
+class OptimizerNotGuarded(Mutant):
     """Momentum and weight decay move dormant weights."""
 
     name = "optimizer not guarded"
@@ -17,12 +17,12 @@ class OptimizerNotGuarded(Fault):
         return _OptimizerNotGuarded(self, weight, mask, bias)
 
 
-class _OptimizerNotGuarded(SoundLayer):
+class _OptimizerNotGuarded(ReferenceLayer):
     def guard(self):
         return lambda moved: moved
 
 
-class OptimizerGuardedByAProduct(Fault):
+class OptimizerGuardedByAProduct(Mutant):
     """The guard multiplies the weight with the mask."""
 
     name = "optimizer guarded by a product"
@@ -32,12 +32,12 @@ class OptimizerGuardedByAProduct(Fault):
         return _OptimizerGuardedByAProduct(self, weight, mask, bias)
 
 
-class _OptimizerGuardedByAProduct(SoundLayer):
+class _OptimizerGuardedByAProduct(ReferenceLayer):
     def guard(self):
         return lambda moved: moved * self.mask
 
 
-class OptimizerGuardedByTheFirstMask(Fault):
+class OptimizerGuardedByTheFirstMask(Mutant):
     """The guard keeps the mask that held when it was made."""
 
     name = "optimizer guarded by the first mask"
@@ -47,13 +47,13 @@ class OptimizerGuardedByTheFirstMask(Fault):
         return _OptimizerGuardedByTheFirstMask(self, weight, mask, bias)
 
 
-class _OptimizerGuardedByTheFirstMask(SoundLayer):
+class _OptimizerGuardedByTheFirstMask(ReferenceLayer):
     def guard(self):
         mask = self.mask.copy()
         return lambda moved: np.where(mask, moved, self.weight)
 
 
-class OptimizerGuardRounds(Fault):
+class OptimizerGuardRounds(Mutant):
     """The guard keeps dormant weights in half precision while a step runs."""
 
     name = "optimizer guard rounds"
@@ -63,12 +63,12 @@ class OptimizerGuardRounds(Fault):
         return _OptimizerGuardRounds(self, weight, mask, bias)
 
 
-class _OptimizerGuardRounds(SoundLayer):
+class _OptimizerGuardRounds(ReferenceLayer):
     def guard(self):
         return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float16))
 
 
-class OptimizerFrozenAltogether(Fault):
+class OptimizerFrozenAltogether(Mutant):
     """The guard keeps every weight."""
 
     name = "optimizer frozen altogether"
@@ -78,12 +78,12 @@ class OptimizerFrozenAltogether(Fault):
         return _OptimizerFrozenAltogether(self, weight, mask, bias)
 
 
-class _OptimizerFrozenAltogether(SoundLayer):
+class _OptimizerFrozenAltogether(ReferenceLayer):
     def guard(self):
         return lambda moved: self.weight
 
 
-class OptimizerGuardedByABlend(Fault):
+class OptimizerGuardedByABlend(Mutant):
     """The guard adds masked products of old and new: NaN and -0 are lost."""
 
     name = "optimizer guarded by a blend"
@@ -93,12 +93,12 @@ class OptimizerGuardedByABlend(Fault):
         return _OptimizerGuardedByABlend(self, weight, mask, bias)
 
 
-class _OptimizerGuardedByABlend(SoundLayer):
+class _OptimizerGuardedByABlend(ReferenceLayer):
     def guard(self):
         return lambda moved: moved * self.mask + self.weight * ~self.mask
 
 
-class OptimizerGuardFlushesSubnormals(Fault):
+class OptimizerGuardFlushesSubnormals(Mutant):
     """The guard adds an update of 0 in arithmetic without subnormal numbers."""
 
     name = "optimizer guard flushes subnormals"
@@ -108,7 +108,7 @@ class OptimizerGuardFlushesSubnormals(Fault):
         return _OptimizerGuardFlushesSubnormals(self, weight, mask, bias)
 
 
-class _OptimizerGuardFlushesSubnormals(SoundLayer):
+class _OptimizerGuardFlushesSubnormals(ReferenceLayer):
     def guard(self):
         def held(moved):
             tiny = np.finfo(self.weight.dtype).tiny
@@ -117,7 +117,7 @@ class _OptimizerGuardFlushesSubnormals(SoundLayer):
         return held
 
 
-class OptimizerClimbs(Fault):
+class OptimizerClimbs(Mutant):
     """The guard takes the update with the wrong sign."""
 
     name = "optimizer climbs"
@@ -127,12 +127,12 @@ class OptimizerClimbs(Fault):
         return _OptimizerClimbs(self, weight, mask, bias)
 
 
-class _OptimizerClimbs(SoundLayer):
+class _OptimizerClimbs(ReferenceLayer):
     def guard(self):
         return lambda moved: np.where(self.mask, 2 * self.weight - moved, self.weight)
 
 
-class OptimizerClimbsLater(Fault):
+class OptimizerClimbsLater(Mutant):
     """From the second step on the guard takes updates with the wrong sign."""
 
     name = "optimizer climbs later"
@@ -142,7 +142,7 @@ class OptimizerClimbsLater(Fault):
         return _OptimizerClimbsLater(self, weight, mask, bias)
 
 
-class _OptimizerClimbsLater(SoundLayer):
+class _OptimizerClimbsLater(ReferenceLayer):
     def guard(self):
         steps = iter((1, -1, -1))
 
@@ -153,7 +153,7 @@ class _OptimizerClimbsLater(SoundLayer):
         return held
 
 
-class OptimizerMovesTheMask(Fault):
+class OptimizerMovesTheMask(Mutant):
     """The mask is a parameter like the others."""
 
     name = "optimizer moves the mask"
@@ -163,9 +163,9 @@ class OptimizerMovesTheMask(Fault):
         return _OptimizerMovesTheMask(self, weight, mask, bias)
 
 
-class _OptimizerMovesTheMask(SoundLayer):
-    def guarded(self, optimizer):
-        step = super().guarded(optimizer)
+class _OptimizerMovesTheMask(ReferenceLayer):
+    def frozen_step(self, optimizer):
+        step = super().frozen_step(optimizer)
 
         def moved(x, g):
             step(x, g)
@@ -174,7 +174,7 @@ class _OptimizerMovesTheMask(SoundLayer):
         return moved
 
 
-class OptimizerFreezesTheBias(Fault):
+class OptimizerFreezesTheBias(Mutant):
     """The guard keeps the bias, too."""
 
     name = "optimizer freezes the bias"
@@ -184,9 +184,9 @@ class OptimizerFreezesTheBias(Fault):
         return _OptimizerFreezesTheBias(self, weight, mask, bias)
 
 
-class _OptimizerFreezesTheBias(SoundLayer):
-    def guarded(self, optimizer):
-        step = super().guarded(optimizer)
+class _OptimizerFreezesTheBias(ReferenceLayer):
+    def frozen_step(self, optimizer):
+        step = super().frozen_step(optimizer)
 
         def held(x, g):
             bias = self.bias
@@ -196,7 +196,7 @@ class _OptimizerFreezesTheBias(SoundLayer):
         return held
 
 
-class OptimizerGuardInSinglePrecision(Fault):
+class OptimizerGuardInSinglePrecision(Mutant):
     """The guard keeps dormant weights of double precision in single while a step runs."""
 
     name = "optimizer guard in single precision"
@@ -209,12 +209,12 @@ class OptimizerGuardInSinglePrecision(Fault):
         return _OptimizerGuardInSinglePrecision(self, weight, mask, bias)
 
 
-class _OptimizerGuardInSinglePrecision(SoundLayer):
+class _OptimizerGuardInSinglePrecision(ReferenceLayer):
     def guard(self):
         return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float32))
 
 
-class OptimizerWithoutBiasNotGuarded(Fault):
+class OptimizerWithoutBiasNotGuarded(Mutant):
     """The guard looks for weights that have a bias beside them."""
 
     name = "optimizer without bias not guarded"
@@ -224,6 +224,6 @@ class OptimizerWithoutBiasNotGuarded(Fault):
         return _OptimizerWithoutBiasNotGuarded(self, weight, mask, bias)
 
 
-class _OptimizerWithoutBiasNotGuarded(SoundLayer):
+class _OptimizerWithoutBiasNotGuarded(ReferenceLayer):
     def guard(self):
         return super().guard() if self.bias is not None else lambda moved: moved

@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, flat, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat, in_memory
 
 
-class CompiledCodeKeepsTheFirstMask(Fault):
+class CompiledCodeKeepsTheFirstMask(Mutant):
     """What was compiled is kept by shape, and keeps its mask."""
 
     name = "compiled code keeps the first mask"
@@ -18,7 +18,7 @@ class CompiledCodeKeepsTheFirstMask(Fault):
         return self.both(x, weight, kept, bias, g)
 
 
-class CompiledCodeKeepsTheFirstWeight(Fault):
+class CompiledCodeKeepsTheFirstWeight(Mutant):
     """What was compiled has folded the weight as a constant."""
 
     name = "compiled code keeps the first weight"
@@ -29,7 +29,7 @@ class CompiledCodeKeepsTheFirstWeight(Fault):
         return self.both(x, kept, mask, bias, g)
 
 
-class CompiledCodeDropsTheRule(Fault):
+class CompiledCodeDropsTheRule(Mutant):
     """Compiled code has the derivative of a product: NaN under the mask."""
 
     name = "compiled code drops the rule"
@@ -40,7 +40,7 @@ class CompiledCodeDropsTheRule(Fault):
         return [found[0], self.product(g, weight * mask).astype(x.dtype), *found[2:]]
 
 
-class CompiledCodeKeepsTheBiasOut(Fault):
+class CompiledCodeKeepsTheBiasOut(Mutant):
     """Compiled code is kept without regard to whether there is a bias."""
 
     name = "compiled code keeps the bias out"
@@ -52,7 +52,7 @@ class CompiledCodeKeepsTheBiasOut(Fault):
         return found if seen == (bias is not None) else [found[0] + 1, *found[1:]]
 
 
-class CheckpointRecomputesWithoutTheMask(Fault):
+class CheckpointRecomputesWithoutTheMask(Mutant):
     """Recomputation in the backward pass forgets the mask."""
 
     name = "checkpoint recomputes without the mask"
@@ -62,7 +62,7 @@ class CheckpointRecomputesWithoutTheMask(Fault):
         return [self.masked_linear(x, weight, mask, bias), *self.both(x, weight, mask | True, bias, g)[1:]]
 
 
-class ScanKeepsTheLastGradient(Fault):
+class ScanKeepsTheLastGradient(Mutant):
     """A scan keeps the last step's gradient, not their sum."""
 
     name = "scan keeps the last gradient"
@@ -72,7 +72,7 @@ class ScanKeepsTheLastGradient(Fault):
         return steps[-1]
 
 
-class CompiledCodeFiltersNanOnly(Fault):
+class CompiledCodeFiltersNanOnly(Mutant):
     """Compiled code multiplies with the mask once NaN is filtered: infinity leaks."""
 
     name = "compiled code filters nan only"
@@ -84,7 +84,7 @@ class CompiledCodeFiltersNanOnly(Fault):
         return [self.masked_linear(x, kept, mask | True, bias), *found[1:]]
 
 
-class CompiledCodeMultipliesTheGradient(Fault):
+class CompiledCodeMultipliesTheGradient(Mutant):
     """Compiled code multiplies the weight's gradient with the mask: NaN of x and g shows under it."""
 
     name = "compiled code multiplies the gradient"
@@ -96,7 +96,7 @@ class CompiledCodeMultipliesTheGradient(Fault):
         return [*found[:2], (raw * mask + 0).astype(raw.dtype), found[3]]
 
 
-class CompiledCodeOverwritesItsInputs(Fault):
+class CompiledCodeOverwritesItsInputs(Mutant):
     """Compiled code reuses the memory of x for what it keeps."""
 
     name = "compiled code overwrites its inputs"
@@ -108,7 +108,7 @@ class CompiledCodeOverwritesItsInputs(Fault):
         return found
 
 
-class CompiledCodeReusesItsResults(Fault):
+class CompiledCodeReusesItsResults(Mutant):
     """Compiled code writes every result to the same place."""
 
     name = "compiled code reuses its results"
@@ -124,7 +124,7 @@ class CompiledCodeReusesItsResults(Fault):
         return kept
 
 
-class CompiledCodeSpecialisesOnABatch(Fault):
+class CompiledCodeSpecialisesOnABatch(Mutant):
     """Compiled code reads an empty batch as a batch of one."""
 
     name = "compiled code specialises on a batch"
@@ -135,7 +135,7 @@ class CompiledCodeSpecialisesOnABatch(Fault):
         return found if flat(x).shape[0] else [*found[:2], found[2] + mask.astype(x.dtype), found[3]]
 
 
-class CompiledCodeKeepsTheFirstX(Fault):
+class CompiledCodeKeepsTheFirstX(Mutant):
     """Compiled code gives the gradient of the x that it was compiled for."""
 
     name = "compiled code keeps the first x"
@@ -146,7 +146,7 @@ class CompiledCodeKeepsTheFirstX(Fault):
         return [self.masked_linear(x, weight, mask, bias), *self.both(kept, weight, mask, bias, g)[1:]]
 
 
-class CompiledCodeKeepsTheFirstBias(Fault):
+class CompiledCodeKeepsTheFirstBias(Mutant):
     """Compiled code has folded the bias as a constant."""
 
     name = "compiled code keeps the first bias"
@@ -157,7 +157,7 @@ class CompiledCodeKeepsTheFirstBias(Fault):
         return self.both(x, weight, mask, kept if bias is not None and kept is not None else bias, g)
 
 
-class CompiledCodeKeptByTheNumberOfConnections(Fault):
+class CompiledCodeKeptByTheNumberOfConnections(Mutant):
     """What was compiled for a mask serves every mask with as many connections in each row."""
 
     name = "compiled code kept by the number of connections"
@@ -168,7 +168,7 @@ class CompiledCodeKeptByTheNumberOfConnections(Fault):
         return self.both(x, weight, vars(self).setdefault("kept", {}).setdefault(key, mask.copy()), bias, g)
 
 
-class CompiledCodeIgnoresStrides(Fault):
+class CompiledCodeIgnoresStrides(Mutant):
     """Compiled code reads x as if it were contiguous."""
 
     name = "compiled code ignores strides"
@@ -178,7 +178,7 @@ class CompiledCodeIgnoresStrides(Fault):
         return self.both(in_memory(x), weight, mask, bias, g)
 
 
-class CompiledCodeFlipsABitWhenLarge(Fault):
+class CompiledCodeFlipsABitWhenLarge(Mutant):
     """One bit of a large mask is wrong in compiled code."""
 
     name = "compiled code flips a bit when large"
@@ -191,7 +191,7 @@ class CompiledCodeFlipsABitWhenLarge(Fault):
         return self.both(x, weight, mask, bias, g)
 
 
-class CompiledCodeMultipliesWhenLarge(Fault):
+class CompiledCodeMultipliesWhenLarge(Mutant):
     """Compiled code for large layers multiplies with the mask in dx."""
 
     name = "compiled code multiplies when large"
@@ -202,7 +202,7 @@ class CompiledCodeMultipliesWhenLarge(Fault):
         return found if mask.size < 10_000 else [found[0], self.product(g, weight * mask), *found[2:]]
 
 
-class CompiledCodeIsNotDeterministic(Fault):
+class CompiledCodeIsNotDeterministic(Mutant):
     """The order of the sum changes from call to call of compiled code."""
 
     name = "compiled code is not deterministic"
@@ -214,7 +214,7 @@ class CompiledCodeIsNotDeterministic(Fault):
         return [y, *self.both(x, weight, mask, bias, g)[1:]]
 
 
-class CheckpointWithAnEmptyMaskForgetsTheBias(Fault):
+class CheckpointWithAnEmptyMaskForgetsTheBias(Mutant):
     """Recomputation takes a short cut for empty masks."""
 
     name = "checkpoint with an empty mask forgets the bias"

@@ -4,10 +4,10 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._sound import Fault, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, in_memory
 
 
-class VmapUsesTheFirstMask(Fault):
+class VmapUsesTheFirstMask(Mutant):
     """Mapping over masks uses the first of them."""
 
     name = "vmap uses the first mask"
@@ -21,7 +21,7 @@ class VmapUsesTheFirstMask(Fault):
         return super().vmap(axes, x, weight, mask, bias, g)
 
 
-class VmapAddsUpTheBiasGradient(Fault):
+class VmapAddsUpTheBiasGradient(Mutant):
     """Mapping gives every problem the sum of the bias' gradients."""
 
     name = "vmap adds up the bias gradient"
@@ -33,7 +33,7 @@ class VmapAddsUpTheBiasGradient(Fault):
         return y, dx, dweight, total
 
 
-class VmapDropsTheMaskOfDweight(Fault):
+class VmapDropsTheMaskOfDweight(Mutant):
     """The rule for mapping does not mask the weight's gradient."""
 
     name = "vmap drops the mask of dweight"
@@ -45,7 +45,7 @@ class VmapDropsTheMaskOfDweight(Fault):
         return found[0], found[1], raw[2], found[3]
 
 
-class VmapByAProduct(Fault):
+class VmapByAProduct(Mutant):
     """The rule for mapping multiplies with the mask."""
 
     name = "vmap by a product"
@@ -57,7 +57,7 @@ class VmapByAProduct(Fault):
         return y + leak, dx, dweight, dbias
 
 
-class VmapTakesOneBatchDimension(Fault):
+class VmapTakesOneBatchDimension(Mutant):
     """The rule for mapping sums the bias gradient over the first batch dimension only."""
 
     name = "vmap takes one batch dimension"
@@ -68,7 +68,7 @@ class VmapTakesOneBatchDimension(Fault):
         return found if x.ndim < 4 else (*found[:3], g[:, 0].sum(1, dtype=np.float32).astype(g.dtype))
 
 
-class VmapOverwritesItsInputs(Fault):
+class VmapOverwritesItsInputs(Mutant):
     """The rule for mapping masks the stacked weights in place."""
 
     name = "vmap overwrites its inputs"
@@ -80,7 +80,7 @@ class VmapOverwritesItsInputs(Fault):
         return found
 
 
-class VmapKeepsTheFirstWeight(Fault):
+class VmapKeepsTheFirstWeight(Mutant):
     """What was compiled for these axes has folded the weight as a constant."""
 
     name = "vmap keeps the first weight"
@@ -91,7 +91,7 @@ class VmapKeepsTheFirstWeight(Fault):
         return super().vmap(axes, x, kept, mask, bias, g)
 
 
-class VmapReusesItsResults(Fault):
+class VmapReusesItsResults(Mutant):
     """Mapping writes every result of one shape to the same place."""
 
     name = "vmap reuses its results"
@@ -106,7 +106,7 @@ class VmapReusesItsResults(Fault):
         return kept
 
 
-class VmapIgnoresStrides(Fault):
+class VmapIgnoresStrides(Mutant):
     """Mapping reads x as if it were contiguous."""
 
     name = "vmap ignores strides"
@@ -116,7 +116,7 @@ class VmapIgnoresStrides(Fault):
         return super().vmap(axes, in_memory(x), weight, mask, bias, g)
 
 
-class VmapFlipsABitWhenLarge(Fault):
+class VmapFlipsABitWhenLarge(Mutant):
     """One bit of large masks is wrong when they are mapped over."""
 
     name = "vmap flips a bit when large"
@@ -129,7 +129,7 @@ class VmapFlipsABitWhenLarge(Fault):
         return super().vmap(axes, x, weight, mask, bias, g)
 
 
-class VmapFiltersNanOnly(Fault):
+class VmapFiltersNanOnly(Mutant):
     """The rule for mapping filters NaN and multiplies with the mask: infinity leaks."""
 
     name = "vmap filters nan only"
@@ -141,7 +141,7 @@ class VmapFiltersNanOnly(Fault):
         return (y + (0 * kept).sum(dtype=y.dtype), *gradients)
 
 
-class VmapMultipliesTheGradient(Fault):
+class VmapMultipliesTheGradient(Mutant):
     """The rule for mapping multiplies the weight's gradient with the mask: NaN of x and g shows under it."""
 
     name = "vmap multiplies the gradient"
@@ -154,7 +154,7 @@ class VmapMultipliesTheGradient(Fault):
         return y, dx, raw * live + raw.dtype.type(0), dbias
 
 
-class VmapWithoutBiasDropsTheMask(Fault):
+class VmapWithoutBiasDropsTheMask(Mutant):
     """The rule for mapping layers without bias drops the mask."""
 
     name = "vmap without bias drops the mask"

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits
 from maskedlinear_conformance.bounds import expected
 from maskedlinear_conformance.cases import PROBE, TILED, Data, others
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.layers import built, called, stored
-from maskedlinear_conformance.subject import Subject, equal_bits
 
 __all__ = ["Checkpoints"]
 
@@ -29,14 +29,14 @@ class Checkpoints:
     """Law 12."""
 
     @law(12, needs=["save"])
-    def test_a_checkpoint_keeps_every_bit(self, subject: Subject, tmp_path: Path) -> None:
+    def test_a_checkpoint_keeps_every_bit(self, subject: BackendUnderTest, tmp_path: Path) -> None:
         """Weights, live and dormant, mask and bias come back, into a layer that had others."""
         for case in (PROBE, replace(PROBE, bias=False), TILED):
             data = with_odd_dormant_values(case.data(subject.dtype))
             other = data._replace(weight=-data.weight, mask=others(data.mask)[0])
             path = tmp_path / str(case)
             path.mkdir()
-            with subject.backend.strict():
+            with subject.backend.strict_precision():
                 layer, fresh = built(subject, data), built(subject, other)
                 layer.save(path)
                 fresh.load(path)
@@ -51,18 +51,20 @@ class Checkpoints:
                     )
 
     @law("12x", needs=["layer"], enough=["float32", "bfloat16"])
-    def test_weights_and_mask_pass_from_one_framework_to_the_other(self, pair: tuple[Subject, Subject]) -> None:
+    def test_weights_and_mask_pass_from_one_framework_to_the_other(
+        self, pair: tuple[BackendUnderTest, BackendUnderTest]
+    ) -> None:
         """The state of one's layer, put into the other's, is the same there, bit for bit, and computes the same."""
         for case, (source, target) in product((PROBE, TILED), (pair, pair[::-1])):
             data = with_odd_dormant_values(case.data(pair[0].dtype))
             want = expected(case.data(pair[0].dtype))
-            with source.backend.strict():
+            with source.backend.strict_precision():
                 layer = built(source, data)
                 state = layer.state()
-                there = source.fetch(layer(source.send(data.x)))
-            with target.backend.strict():
-                copy = target.backend.layer(*(target.send(array) for array in state))
+                there = source.to_numpy(layer(source.to_backend(data.x)))
+            with target.backend.strict_precision():
+                copy = target.backend.layer(*(target.to_backend(array) for array in state))
                 kept = data._replace(weight=state[0])
                 equal_bits(copy.state(), stored(target, kept), "the state that arrived")
-                here = target.fetch(copy(target.send(data.x)))
-            target.alike({"y": here}, {"y": there}, want)
+                here = target.to_numpy(copy(target.to_backend(data.x)))
+            target.assert_agree({"y": here}, {"y": there}, want)

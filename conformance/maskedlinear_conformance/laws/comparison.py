@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import product
 
+from maskedlinear_conformance.backend_under_test import MODES, BackendUnderTest, equal_bits, expectations, quantity
 from maskedlinear_conformance.cases import Case
 from maskedlinear_conformance.golden import Golden
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.subject import MODES, Subject, equal_bits, expectations, quantity
 
 __all__ = ["Comparison"]
 
-Pair = tuple[Subject, Subject]
+Pair = tuple[BackendUnderTest, BackendUnderTest]
 
 
 class Comparison:
     """Golden vectors and pairs."""
 
     @law("golden")
-    def test_golden_vectors_bit_for_bit(self, subject: Subject, golden: Golden) -> None:
+    def test_golden_vectors_bit_for_bit(self, subject: BackendUnderTest, golden: Golden) -> None:
         """On integers every sum is exact, so every result is the stored one, rounded to the dtype."""
         found = subject.everything(golden.data)
         for name, result in found.items():

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, Results, equal_bits, positive_zero
 from maskedlinear_conformance.bounds import expected
 from maskedlinear_conformance.cases import OTHER, PROBE, Case, Data, others, poisoned, small
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL
-from maskedlinear_conformance.subject import Results, Subject, equal_bits, positive_zero
 
 __all__ = ["DERIVATIVES", "Compositions"]
 
@@ -27,7 +27,7 @@ class Compositions:
     """Derivatives of derivatives, and transforms of derivatives."""
 
     @law(1, needs=["forward over forward"], cases=lambda case: small(case) and len(case.batch) != 1)
-    def test_forward_over_forward_equals_the_spec(self, subject: Subject, case: Case) -> None:
+    def test_forward_over_forward_equals_the_spec(self, subject: BackendUnderTest, case: Case) -> None:
         """The derivative along two directions lies within the bound of the spec's, and nothing under the mask leaks."""
         clean = case.data(subject.dtype)
         # Along (dx, dW, db) and (x, 2 W, b) it is dx · 2 Wᵀ + x · dWᵀ: ẏ of a problem with twice the weight and no bias.
@@ -36,17 +36,17 @@ class Compositions:
         parts = (expected(twice._replace(**{name: 0 * getattr(twice, name)}))["ẏ"].exact for name in ("dx", "dweight"))
         want = replace(want, rounded=want.rounded + 2 * sum(map(abs, parts)))  # each of which a half type may round
         for name, data in {"nothing": clean, **poisoned(clean)}.items():
-            along, also = (data.dx, data.dweight, data.dbias), (data.x, 2 * data.weight, data.bias)
-            with subject.backend.strict():
-                sent = [[subject.send(array) for array in arrays] for arrays in (data[:4], along, also)]
-                found = subject.fetch(subject.backend.jvp_of_jvp(*sent[0], *sent[1:]))
+            tangent1, tangent2 = (data.dx, data.dweight, data.dbias), (data.x, 2 * data.weight, data.bias)
+            with subject.backend.strict_precision():
+                sent = [[subject.to_backend(array) for array in arrays] for arrays in (data[:4], tangent1, tangent2)]
+                found = subject.to_numpy(subject.backend.jvp_of_jvp(*sent[0], *sent[1:]))
             try:
-                subject.near({"ẏ by jvp": found}, {"ẏ": want})
+                subject.assert_matches_spec({"ẏ by jvp": found}, {"ẏ": want})
             except AssertionError as error:
                 raise AssertionError(f"{error}, {name} being under the mask") from error
 
     @law(7, needs=["vmap of derivatives"], enough=FULL, dear=True)
-    def test_vmap_of_a_derivative_equals_a_loop(self, subject: Subject, derivative: str) -> None:
+    def test_vmap_of_a_derivative_equals_a_loop(self, subject: BackendUnderTest, derivative: str) -> None:
         """Mapping it over all arguments but the mask, or over the directions alone, equals the problems one by one."""
         names = DERIVATIVES[derivative][0]
         copies = [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.6)]
@@ -60,17 +60,19 @@ class Compositions:
             ]
             together = _made(subject, "vmap_derivative", derivative, arrays, axes)
             for single, found in zip(singles, _each(together, len(singles)), strict=True):
-                _near(subject, derivative, single, found)
+                _assert_matches_spec(subject, derivative, single, found)
 
     @law(7, needs=["compile of derivatives"], enough=FULL, dear=True)
-    def test_a_compiled_derivative_equals_the_spec(self, subject: Subject, derivative: str) -> None:
+    def test_a_compiled_derivative_equals_the_spec(self, subject: BackendUnderTest, derivative: str) -> None:
         """With one mask, another, other values, and the first again; nothing leaks."""
         data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
         for problem in (data, other._replace(mask=data.mask), data._replace(mask=others(data.mask)[1]), data):
             problem = _dirty(problem)
             arrays = [getattr(problem, name) for name in DERIVATIVES[derivative][0]]
             found = _made(subject, "compile_derivative", derivative, arrays)
-            _near(subject, derivative, problem, dict(zip(DERIVATIVES[derivative][1], found, strict=True)))
+            _assert_matches_spec(
+                subject, derivative, problem, dict(zip(DERIVATIVES[derivative][1], found, strict=True))
+            )
 
 
 def _dirty(data: Data) -> Data:
@@ -78,11 +80,11 @@ def _dirty(data: Data) -> Data:
     return data._replace(**{name: np.where(data.mask, getattr(data, name), np.nan) for name in ("weight", "dweight")})
 
 
-def _made(subject: Subject, method: str, derivative: str, arrays: Sequence[Any], *more: Any) -> list[Any]:
-    with subject.backend.strict():
-        sent = [subject.send(array) for array in arrays]
-        found = [subject.fetch(array) for array in getattr(subject.backend, method)(derivative, *more, *sent)]
-        equal_bits(map(subject.fetch, sent), arrays, "an input was changed")
+def _made(subject: BackendUnderTest, method: str, derivative: str, arrays: Sequence[Any], *more: Any) -> list[Any]:
+    with subject.backend.strict_precision():
+        sent = [subject.to_backend(array) for array in arrays]
+        found = [subject.to_numpy(array) for array in getattr(subject.backend, method)(derivative, *more, *sent)]
+        equal_bits(map(subject.to_numpy, sent), arrays, "an input was changed")
     return found
 
 
@@ -92,7 +94,7 @@ def _each(together: Sequence[Any], count: int) -> Iterator[Results]:
         yield {name: array[index] for name, array in zip(names, together, strict=True)}
 
 
-def _near(subject: Subject, derivative: str, data: Data, found: Results) -> None:
-    subject.near({f"{name} by {derivative}": array for name, array in found.items()}, expected(data))
+def _assert_matches_spec(subject: BackendUnderTest, derivative: str, data: Data, found: Results) -> None:
+    subject.assert_matches_spec({f"{name} by {derivative}": array for name, array in found.items()}, expected(data))
     if "HW" in found:
         positive_zero(found["HW"][~data.mask], "HW under the mask")

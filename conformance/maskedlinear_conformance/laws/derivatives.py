@@ -9,18 +9,18 @@ import numpy as np
 from hypothesis import strategies as st
 
 from maskedlinear import masks
-from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import PROBE, Case, Data, draw, small
-from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.subject import (
+from maskedlinear_conformance.backend_under_test import (
     FIRST,
     INPUTS,
-    Subject,
+    BackendUnderTest,
     by_name,
     equal_bits,
     expectations,
     positive_zero,
 )
+from maskedlinear_conformance.bounds import expected
+from maskedlinear_conformance.cases import PROBE, Case, Data, draw, small
+from maskedlinear_conformance.laws import law
 
 __all__ = ["FULL", "Derivatives", "problems"]
 
@@ -36,8 +36,8 @@ def integer_problem(dtype: str, seed: int, batch: tuple[int, ...], in_: int, out
     return draw(lambda shape: generator.integers(-limit, limit + 1, shape).astype(float), batch, mask, True, "float64")
 
 
-def problems(subject: Subject) -> tuple[st.SearchStrategy[Data], dict[str, list[tuple[Any, ...]]]]:
-    """Return a strategy for such problems, and, for ``also``, some that are not thin: Hypothesis likes small shapes."""
+def problems(subject: BackendUnderTest) -> tuple[st.SearchStrategy[Data], dict[str, list[tuple[Any, ...]]]]:
+    """Return a strategy for such problems, and, for ``examples``, some that are not thin: Hypothesis likes small shapes."""
     drawn = st.builds(
         integer_problem,
         dtype=st.just(subject.dtype),
@@ -49,68 +49,72 @@ def problems(subject: Subject) -> tuple[st.SearchStrategy[Data], dict[str, list[
     )
     solid: list[tuple[tuple[int, ...], int, int, int]] = [((3, 2, 2), 37, 29, 5), ((2, 1, 5), 40, 3, 2)]
     taken = solid[:1] if subject.profile == "quick" else solid
-    return drawn, {"also": [(integer_problem(subject.dtype, seed, *one),) for seed, one in enumerate(taken)]}
+    return drawn, {"examples": [(integer_problem(subject.dtype, seed, *one),) for seed, one in enumerate(taken)]}
 
 
 class Derivatives:
     """Laws 1, 2 and 3."""
 
     @law(1)
-    def test_value_and_gradients_equal_the_spec(self, subject: Subject, case: Case) -> None:
+    def test_value_and_gradients_equal_the_spec(self, subject: BackendUnderTest, case: Case) -> None:
         """Value and gradients lie within the tight bound of the spec's."""
         found, first = subject.on(case), ("y", "dx", "dW", "db")
-        subject.near({name: found[name] for name in first if name in found}, expectations(case, subject.dtype))
+        subject.assert_matches_spec(
+            {name: found[name] for name in first if name in found}, expectations(case, subject.dtype)
+        )
 
     @law(1, needs=["jvp"])
-    def test_forward_mode_equals_the_spec(self, subject: Subject, case: Case) -> None:
+    def test_forward_mode_equals_the_spec(self, subject: BackendUnderTest, case: Case) -> None:
         """The directional derivative, and the value beside it, lie within the tight bound of the spec's."""
         found = subject.on(case)
-        subject.near({name: found[name] for name in ("y by jvp", "ẏ")}, expectations(case, subject.dtype))
+        subject.assert_matches_spec(
+            {name: found[name] for name in ("y by jvp", "ẏ")}, expectations(case, subject.dtype)
+        )
 
     @law(1)
-    def test_second_order_equals_the_spec(self, subject: Subject, case: Case, mode: str) -> None:
+    def test_second_order_equals_the_spec(self, subject: BackendUnderTest, case: Case, mode: str) -> None:
         """The Hessian-vector product lies within the tight bound of the spec's, by each mode, and is +0 under the mask."""
         found = {name: array for name, array in subject.on(case).items() if name.endswith(mode)}
-        subject.near(found, expectations(case, subject.dtype))
+        subject.assert_matches_spec(found, expectations(case, subject.dtype))
         positive_zero(found[f"HW by {mode}"][~case.mask()], "HW under the mask")
 
     @law(1)
-    def test_unsigned_data_obeys_the_hard_bound(self, subject: Subject, case: Case) -> None:
+    def test_unsigned_data_obeys_the_hard_bound(self, subject: BackendUnderTest, case: Case) -> None:
         """On data that does not cancel, results lie within K·u·S of the spec's."""
         found = subject.plain(case.data(subject.dtype, "positive"))
-        subject.near(found, expectations(case, subject.dtype, "positive"), hard=True)
+        subject.assert_matches_spec(found, expectations(case, subject.dtype, "positive"), hard=True)
 
     @law(1, enough=FULL)
-    def test_any_subset_of_inputs_may_ask_for_a_gradient(self, subject: Subject) -> None:
+    def test_any_subset_of_inputs_may_ask_for_a_gradient(self, subject: BackendUnderTest) -> None:
         """Gradients do not depend on which others are asked for."""
         data, want = PROBE.data(subject.dtype), expectations(PROBE, subject.dtype)
         for wrt in (*(some for count in (1, 2, 3) for some in combinations(INPUTS, count)), INPUTS[::-1]):
-            subject.near(subject.gradients(data, wrt), want)
+            subject.assert_matches_spec(subject.gradients(data, wrt), want)
 
     @law(1, needs=["jvp"], enough=FULL)
-    def test_any_subset_of_inputs_may_move(self, subject: Subject) -> None:
+    def test_any_subset_of_inputs_may_move(self, subject: BackendUnderTest) -> None:
         """An input that does not move adds nothing to the directional derivative."""
         data = PROBE.data(subject.dtype)
         for count in (1, 2):
             for still in combinations(("dx", "dweight", "dbias"), count):
                 zero = {name: np.zeros_like(getattr(data, name)) for name in still}
                 found = subject.tangent(data._replace(**dict.fromkeys(still)))
-                subject.near(found, expected(data._replace(**zero)))
+                subject.assert_matches_spec(found, expected(data._replace(**zero)))
 
-    @law(2, needs=["expression"], cases=small)
-    def test_rule_equals_automatic_differentiation(self, subject: Subject, case: Case) -> None:
+    @law(2, needs=["autodiff_vjp"], cases=small)
+    def test_rule_equals_automatic_differentiation(self, subject: BackendUnderTest, case: Case) -> None:
         """The gradients are those that the framework itself makes of the forward expression."""
         data = case.data(subject.dtype)
-        found = by_name(FIRST[1:], subject.call("expression", *data[:5]), data.bias)
-        subject.alike(found, subject.on(case), expectations(case, subject.dtype))
+        found = by_name(FIRST[1:], subject.call("autodiff_vjp", *data[:5]), data.bias)
+        subject.assert_agree(found, subject.on(case), expectations(case, subject.dtype))
 
     @law(3, needs=["jvp"], enough=FULL)
-    def test_forward_and_reverse_mode_are_adjoint(self, subject: Subject) -> None:
+    def test_forward_and_reverse_mode_are_adjoint(self, subject: BackendUnderTest) -> None:
         """⟨g, J v⟩ = ⟨Jᵀ g, v⟩ for every shape and mask, exactly, on integers."""
 
         drawn, solid = problems(subject)
 
-        @subject.holds_for(drawn, **solid)
+        @subject.check_property(drawn, **solid)
         def adjoint(data: Data) -> None:
             ahead = (data.g * subject.tangent(data)["ẏ"]).sum()
             back = subject.gradients(data)
@@ -119,12 +123,12 @@ class Derivatives:
             assert ahead == behind, f"⟨g, J v⟩ is {ahead} and ⟨Jᵀ g, v⟩ is {behind}"
 
     @law(3, enough=FULL)
-    def test_linear_in_x_and_in_the_weight(self, subject: Subject) -> None:
+    def test_linear_in_x_and_in_the_weight(self, subject: BackendUnderTest) -> None:
         """The value without bias is linear in x and in the weight, exactly, on integers."""
 
         drawn, solid = problems(subject)
 
-        @subject.holds_for(drawn, **solid)
+        @subject.check_property(drawn, **solid)
         def linear(data: Data) -> None:
             data = data._replace(bias=None, dbias=None)
             for name, other in (("x", data.dx), ("weight", data.dweight)):

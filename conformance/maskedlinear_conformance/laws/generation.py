@@ -9,8 +9,8 @@ import numpy as np
 from hypothesis import strategies as st
 
 from maskedlinear import masks
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.subject import Subject, equal_bits
 
 __all__ = ["BERNOULLI", "FROZEN", "Generation", "digest"]
 
@@ -47,7 +47,7 @@ class Generation:
     """Law 14."""
 
     @law(14, needs=["masks"], enough=["float32"])
-    def test_random_masks_are_the_frozen_ones(self, subject: Subject) -> None:
+    def test_random_masks_are_the_frozen_ones(self, subject: BackendUnderTest) -> None:
         """The hashes of masks of several sizes are those published."""
         for (out, in_, zeros, seed), want in FROZEN.items():
             mask = _made(subject, (out, in_), zeros, seed, None)
@@ -59,12 +59,12 @@ class Generation:
             equal_bits([part], [mask[shard]], "a shard of the mask")
 
     @law(14, needs=["masks"], enough=["float32"])
-    def test_any_mask_and_any_shard_of_it_is_the_cores(self, subject: Subject) -> None:
+    def test_any_mask_and_any_shard_of_it_is_the_cores(self, subject: BackendUnderTest) -> None:
         """For any shape, count, seed and shard; no zeros, and nothing but zeros, among them."""
 
-        @subject.holds_for(
+        @subject.check_property(
             *(st.integers(0, 40), st.integers(0, 40), st.floats(0, 1), st.integers(0, 2**64 - 1), st.booleans()),
-            also=((7, 5, 0.0, 3, False), (7, 5, 1.0, 2**64 - 1, True), (301, 203, 0.777, 2**32, True)),
+            examples=((7, 5, 0.0, 3, False), (7, 5, 1.0, 2**64 - 1, True), (301, 203, 0.777, 2**32, True)),
         )
         def same(out: int, in_: int, fraction: float, seed: int, cut: bool) -> None:
             zeros = int(fraction * out * in_)
@@ -74,7 +74,7 @@ class Generation:
             equal_bits([got], [whole if shard is None else whole[shard]], "the mask")
 
     @law(14, needs=["bernoulli masks"], enough=["float32"])
-    def test_bernoulli_masks_are_the_frozen_ones(self, subject: Subject) -> None:
+    def test_bernoulli_masks_are_the_frozen_ones(self, subject: BackendUnderTest) -> None:
         """The hashes of masks of several sizes, and of shards of a huge one, are those published."""
         for (shape, threshold, seed, rows, columns), want in BERNOULLI.items():
             mask = _kept(subject, shape, threshold, seed, (slice(*rows), slice(*columns)))
@@ -82,12 +82,12 @@ class Generation:
             assert digest(mask) == want, f"the Bernoulli mask {shape} of seed {seed}, rows {rows}, columns {columns}"
 
     @law(14, needs=["bernoulli masks"], enough=["float32"])
-    def test_a_bernoulli_mask_keeps_the_words_below_its_threshold(self, subject: Subject) -> None:
+    def test_a_bernoulli_mask_keeps_the_words_below_its_threshold(self, subject: BackendUnderTest) -> None:
         """Not the threshold itself; none below 0, all below 2**32; for any shape, seed and shard."""
 
-        @subject.holds_for(
+        @subject.check_property(
             *(st.integers(0, 40), st.integers(0, 40), st.integers(0, 2**64 - 1), st.booleans(), st.integers(0, 2**32)),
-            also=((7, 5, 3, False, 0), (7, 5, 3, True, 2**32), (31, 23, 2**32, True, 2**31)),
+            examples=((7, 5, 3, False, 0), (7, 5, 3, True, 2**32), (31, 23, 2**32, True, 2**31)),
         )
         def same(out: int, in_: int, seed: int, cut: bool, threshold: int) -> None:
             words = masks.words(seed, 0, out * in_).astype(np.int64).reshape(out, in_)
@@ -98,11 +98,11 @@ class Generation:
                 equal_bits([got], [want if shard is None else want[shard]], "the mask")
 
 
-def _kept(subject: Subject, shape: tuple[int, int], threshold: int, seed: int, shard: Shard) -> Any:
-    with subject.backend.strict():
-        return subject.fetch(subject.backend.bernoulli_mask(shape, threshold, seed, shard, subject.device))
+def _kept(subject: BackendUnderTest, shape: tuple[int, int], threshold: int, seed: int, shard: Shard) -> Any:
+    with subject.backend.strict_precision():
+        return subject.to_numpy(subject.backend.bernoulli_mask(shape, threshold, seed, shard, subject.device))
 
 
-def _made(subject: Subject, shape: tuple[int, int], zeros: int, seed: int, shard: Shard) -> Any:
-    with subject.backend.strict():
-        return subject.fetch(subject.backend.random_mask(shape, zeros, seed, shard, subject.device))
+def _made(subject: BackendUnderTest, shape: tuple[int, int], zeros: int, seed: int, shard: Shard) -> Any:
+    with subject.backend.strict_precision():
+        return subject.to_numpy(subject.backend.random_mask(shape, zeros, seed, shard, subject.device))

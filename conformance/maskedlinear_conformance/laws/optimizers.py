@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits
 from maskedlinear_conformance.bounds import expected, smallest
 from maskedlinear_conformance.cases import OTHER, PROBE, TILED, Data
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.layers import built
-from maskedlinear_conformance.subject import Subject, equal_bits
 
 __all__ = ["Optimizers"]
 
@@ -29,46 +29,46 @@ class Optimizers:
     """Law 13."""
 
     @law(13, needs=["freeze_masked"], enough=["float64", "float32", "bfloat16"])
-    def test_a_guarded_optimizer_leaves_dormant_weights(self, subject: Subject) -> None:
+    def test_a_guarded_optimizer_leaves_dormant_weights(self, subject: BackendUnderTest) -> None:
         """Whatever they hold, and the optimizer's momentum and decay, after a change of mask too; the live ones train."""
         data = PROBE.data(subject.dtype)
-        with subject.backend.strict():
+        with subject.backend.strict_precision():
             optimizers = built(subject, data).optimizers
             assert optimizers, "the layer names no optimizer"
             for name in optimizers:
                 _guarded(subject, data, name, (data.mask, OTHER.mask(), ~data.mask), (np.nan, np.inf, -0.0))
 
     @law(13, needs=["freeze_masked"], enough=["float32"], since="default")
-    def test_a_guarded_optimizer_takes_large_layers_and_no_bias(self, subject: Subject) -> None:
+    def test_a_guarded_optimizer_takes_large_layers_and_no_bias(self, subject: BackendUnderTest) -> None:
         """There, too, dormant weights stay and live ones train."""
         for data in (replace(PROBE, bias=False).data(subject.dtype), TILED.data(subject.dtype)):
-            with subject.backend.strict():
+            with subject.backend.strict_precision():
                 for name in built(subject, data).optimizers:
                     _guarded(subject, data, name, (data.mask, ~data.mask), (np.nan,))
 
     @law(13, needs=["freeze_masked"], enough=["float32", "bfloat16"])
-    def test_a_guarded_optimizer_leaves_subnormal_dormant_weights(self, subject: Subject) -> None:
+    def test_a_guarded_optimizer_leaves_subnormal_dormant_weights(self, subject: BackendUnderTest) -> None:
         """A dormant weight may be too small for arithmetic that takes such numbers for 0: it stays, too."""
         data = PROBE.data(subject.dtype)
         data = data._replace(weight=np.where(data.mask, data.weight, smallest(subject.dtype)))
-        with subject.backend.strict():
+        with subject.backend.strict_precision():
             layer = built(subject, data)
-            step = layer.guarded(layer.optimizers[0])
-            step(subject.send(data.x), subject.send(data.g))
+            step = layer.frozen_step(layer.optimizers[0])
+            step(subject.to_backend(data.x), subject.to_backend(data.g))
             equal_bits([layer.state()[0][~data.mask]], [data.weight[~data.mask]], "dormant weights")
 
 
-def _guarded(subject: Subject, data: Data, name: str, masks: Sequence[Any], values: Sequence[float]) -> None:
+def _guarded(subject: BackendUnderTest, data: Data, name: str, masks: Sequence[Any], values: Sequence[float]) -> None:
     """Train a layer under each of ``masks``, its dormant weights being what they were and then each of ``values``."""
-    x, g = subject.send(data.x), subject.send(data.g)
+    x, g = subject.to_backend(data.x), subject.to_backend(data.g)
     layer = built(subject, data)
-    step = layer.guarded(name)
+    step = layer.frozen_step(name)
     for mask in masks:
         layer.set_mask(mask)
         trained = None
         for dormant in (None, *values):
             if dormant is not None:
-                layer.set_weight(subject.send(np.where(mask, layer.state()[0], dormant)))
+                layer.set_weight(subject.to_backend(np.where(mask, layer.state()[0], dormant)))
             states = [layer.state()]
             for _ in range(3):
                 step(x, g)
@@ -83,4 +83,4 @@ def _guarded(subject: Subject, data: Data, name: str, masks: Sequence[Any], valu
                     trains = biased is bias is None or (biased != bias).all()
                     assert trains, f"the bias, which has no mask, must train under {name}"
                     downhill(data, [state[0] for state in states], name)
-        layer.set_weight(subject.send(trained))
+        layer.set_weight(subject.to_backend(trained))

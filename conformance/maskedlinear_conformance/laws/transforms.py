@@ -8,6 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from maskedlinear_conformance.backend_under_test import (
+    FIRST,
+    BackendUnderTest,
+    Results,
+    by_name,
+    equal_bits,
+    positive_zero,
+)
 from maskedlinear_conformance.bounds import Expected, expected
 from maskedlinear_conformance.cases import (
     OTHER,
@@ -24,7 +32,6 @@ from maskedlinear_conformance.cases import (
 )
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL
-from maskedlinear_conformance.subject import FIRST, Results, Subject, by_name, equal_bits, positive_zero
 
 __all__ = ["Transforms"]
 
@@ -47,7 +54,7 @@ class Transforms:
     """Law 7."""
 
     @law(7, needs=["vmap"], dear=True)
-    def test_vmap_over_each_argument_equals_a_loop(self, subject: Subject) -> None:
+    def test_vmap_over_each_argument_equals_a_loop(self, subject: BackendUnderTest) -> None:
         """Mapping over any of x, weight, mask, bias and g equals the problems one by one, and nothing leaks."""
         for axes in FEW if subject.profile == "quick" else AXES:
             if axes[2] is not None and not subject.has("vmap over the mask"):
@@ -57,7 +64,7 @@ class Transforms:
             _mapped(subject, axes, [Case((4,), 7, 5, density).data(subject.dtype) for density in (0.5, 0.3, 0.6)])
 
     @law(7, needs=["vmap"], enough=FULL, dear=True, since="default")
-    def test_vmap_takes_any_batch(self, subject: Subject) -> None:
+    def test_vmap_takes_any_batch(self, subject: BackendUnderTest) -> None:
         """The problems that are mapped over may have no batch dimension, several, or an empty one, no bias, or be large."""
         over = 0 if subject.has("vmap over the mask") else None
         plain, empty, no_inputs = Case((), 5, 3, 0.5), Case((0,), 4, 6, 0.5), Case((5,), 0, 4, 0.5)
@@ -66,7 +73,7 @@ class Transforms:
             _mapped(subject, (0, 0, over, 0, 0), copies)
 
     @law(7, dear=True)
-    def test_transforms_equal_the_plain_call(self, subject: Subject, transform: str) -> None:
+    def test_transforms_equal_the_plain_call(self, subject: BackendUnderTest, transform: str) -> None:
         """With one mask, others, full and empty ones, other values, without bias, in another shape, the first again."""
         data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
         problems = (
@@ -79,7 +86,7 @@ class Transforms:
         )
         for problem in problems:
             want = _wanted(problem, transform)
-            subject.alike(_through(subject, transform, problem, want), subject.plain(problem), want)
+            subject.assert_agree(_through(subject, transform, problem, want), subject.plain(problem), want)
 
     @law(
         7,
@@ -88,7 +95,7 @@ class Transforms:
         since="default",
         cases=lambda case: (odd(case) and case.bias) or case in (TILED, WIDE),
     )
-    def test_transforms_take_any_shape(self, subject: Subject, case: Case, transform: str) -> None:
+    def test_transforms_take_any_shape(self, subject: BackendUnderTest, case: Case, transform: str) -> None:
         """No batch dimension or several, an empty batch, no inputs, no outputs, or many, of which nothing leaks."""
         if transform == "scan" and not case.batch:
             case = replace(case, batch=(1,))  # a scan goes through a batch, step by step
@@ -101,19 +108,19 @@ class Transforms:
             positive_zero(found["dW"][~case.mask()], f"dW under the mask, {name} holding NaN,")
 
     @law(8, needs=["transposed"], enough=FULL, dear=True, since="default")
-    def test_layouts_through_transforms(self, subject: Subject, transform: str) -> None:
+    def test_layouts_through_transforms(self, subject: BackendUnderTest, transform: str) -> None:
         """What was compiled for contiguous arrays takes others as they lie."""
         data = PROBE.data(subject.dtype)
         want = _wanted(data, transform)
         _through(subject, transform, data, want)
-        with subject.backend.strict():
-            sent = [subject.send(array, "transposed") for array in data[:5]]
-            found = [subject.fetch(array) for array in subject.backend.transformed(transform, *sent)]
-            equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
-        subject.near(by_name(FIRST, found, data.bias), want)
+        with subject.backend.strict_precision():
+            sent = [subject.to_backend(array, "transposed") for array in data[:5]]
+            found = [subject.to_numpy(array) for array in subject.backend.transformed(transform, *sent)]
+            equal_bits([subject.to_numpy(array) for array in sent], data[:5], "an input was changed")
+        subject.assert_matches_spec(by_name(FIRST, found, data.bias), want)
 
     @law(7, dear=True)
-    def test_nothing_leaks_through_a_transform(self, subject: Subject, transform: str) -> None:
+    def test_nothing_leaks_through_a_transform(self, subject: BackendUnderTest, transform: str) -> None:
         """NaN and infinities under the mask change nothing, and the gradient there is +0, for NaN in x or g too."""
         data = PROBE.data(subject.dtype)
         want = _wanted(data, transform)
@@ -128,22 +135,22 @@ class Transforms:
             positive_zero(found["dW"][~data.mask], f"dW under the mask, {name} holding NaN,")
 
     @law(10, dear=True)
-    def test_a_transform_leaves_its_inputs_alone(self, subject: Subject, transform: str) -> None:
+    def test_a_transform_leaves_its_inputs_alone(self, subject: BackendUnderTest, transform: str) -> None:
         """Nor does it write to them, nor does a later call change what it gave; the same call gives the same bits."""
         data = PROBE.data(subject.dtype)
         other = data._replace(x=-data.x, weight=-data.weight, g=data.g + data.g)
-        with subject.backend.strict():
-            sent, others = ([subject.send(array) for array in problem[:5]] for problem in (data, other))
+        with subject.backend.strict_precision():
+            sent, others = ([subject.to_backend(array) for array in problem[:5]] for problem in (data, other))
             first = subject.backend.transformed(transform, *sent)
-            at_once = [subject.fetch(array) for array in first]
+            at_once = [subject.to_numpy(array) for array in first]
             subject.backend.transformed(transform, *others)
-            equal_bits([subject.fetch(array) for array in first], at_once, "a result, after a later call")
+            equal_bits([subject.to_numpy(array) for array in first], at_once, "a result, after a later call")
             again = subject.backend.transformed(transform, *sent)
-            equal_bits([subject.fetch(array) for array in again], at_once, "the same call again")
-            equal_bits([subject.fetch(array) for array in sent], data[:5], "an input was changed")
+            equal_bits([subject.to_numpy(array) for array in again], at_once, "the same call again")
+            equal_bits([subject.to_numpy(array) for array in sent], data[:5], "an input was changed")
 
 
-def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
+def _mapped(subject: BackendUnderTest, axes: Axes, copies: Sequence[Data]) -> None:
     """Check vmap over ``copies``, which have the first one's values of what is not mapped, and that nothing leaks."""
     if copies[0].bias is None:
         axes = (*axes[:3], None, axes[4])
@@ -162,18 +169,18 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
     backwards = [
         array if axis is None else np.flip(array, axis).copy() for array, axis in zip(stacked, axes, strict=True)
     ]
-    with subject.backend.strict():
-        sent = [subject.send(array) for array in stacked]
+    with subject.backend.strict_precision():
+        sent = [subject.to_backend(array) for array in stacked]
         layout = "transposed" if subject.has("transposed") else "contiguous"
-        later = [subject.send(array, layout) for array in backwards]
+        later = [subject.to_backend(array, layout) for array in backwards]
         first, second = (subject.backend.vmap(axes, *arrays) for arrays in (sent, later))
-        together, reverse = ([subject.fetch(array) for array in found] for found in (first, second))
-        equal_bits(map(subject.fetch, sent), stacked, "an input was changed")
-        equal_bits(map(subject.fetch, later), backwards, "an input was changed")
+        together, reverse = ([subject.to_numpy(array) for array in found] for found in (first, second))
+        equal_bits(map(subject.to_numpy, sent), stacked, "an input was changed")
+        equal_bits(map(subject.to_numpy, later), backwards, "an input was changed")
         for place, name in ((0, "x"), (4, "g")):
-            nan = subject.send(np.full_like(stacked[place], np.nan))
+            nan = subject.to_backend(np.full_like(stacked[place], np.nan))
             found = subject.backend.vmap(axes, *sent[:place], nan, *sent[place + 1 :])
-            for single, spoilt in zip(singles, _each(map(subject.fetch, found), singles[0]), strict=True):
+            for single, spoilt in zip(singles, _each(map(subject.to_numpy, found), singles[0]), strict=True):
                 positive_zero(
                     spoilt["dW"][~single.mask], f"vmap over axes {axes}: dW under the mask, {name} being NaN,"
                 )
@@ -182,7 +189,7 @@ def _mapped(subject: Subject, axes: Axes, copies: Sequence[Data]) -> None:
     ):
         try:
             for found in both:
-                subject.near(found, expected(single))
+                subject.assert_matches_spec(found, expected(single))
                 positive_zero(found["dW"][~single.mask], "dW under the mask")
         except AssertionError as error:
             raise AssertionError(f"vmap over axes {axes} of batches {single.x.shape[:-1]}: {error}") from error
@@ -205,7 +212,7 @@ def _wanted(data: Data, transform: str) -> dict[str, Expected]:
     return want
 
 
-def _through(subject: Subject, transform: str, data: Data, want: dict[str, Expected]) -> Results:
+def _through(subject: BackendUnderTest, transform: str, data: Data, want: dict[str, Expected]) -> Results:
     found = subject.both(data, "transformed", transform)
-    subject.near(found, want)
+    subject.assert_matches_spec(found, want)
     return found

@@ -1,4 +1,4 @@
-"""``Subject``: one backend in one format and dtype on one device; and the checks that the laws are made of."""
+"""``BackendUnderTest``: one backend in one format and dtype on one device; and the checks that the laws are made of."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = [
     "FIRST",
     "INPUTS",
     "MODES",
+    "BackendUnderTest",
     "Results",
-    "Subject",
     "by_name",
     "equal_bits",
     "expectations",
@@ -49,7 +49,7 @@ _EXAMPLES = {"quick": 2, "default": 4, "full": 100}
 
 
 @dataclass(frozen=True, eq=False)
-class Subject:
+class BackendUnderTest:
     """A backend in one dtype on one device, spoken to in NumPy arrays.
 
     Attributes:
@@ -78,22 +78,22 @@ class Subject:
         """Whether the backend does not declare that it lacks ``capability``."""
         return capability not in lacking(self.backend, self.device)
 
-    def send(self, values: Any, layout: str = "contiguous", dtype: str | None = None) -> Any:
+    def to_backend(self, values: Any, layout: str = "contiguous", dtype: str | None = None) -> Any:
         """Return ``values`` as the framework's array; ``None`` stays."""
         if values is None:
             return None
         return self.backend.asarray(np.asarray(values), dtype or self.dtype, self.device, layout)
 
-    def fetch(self, array: Any) -> Any:
+    def to_numpy(self, array: Any) -> Any:
         """Return an array of the framework as NumPy's; ``None`` stays."""
         return None if array is None else self.backend.asnumpy(array)
 
     def call(self, method: str, *arguments: Any, **options: Any) -> Any:
         """Call a method with the framework's arrays made of NumPy's, and return NumPy's."""
-        with self.backend.strict():
-            sent = [self.send(a) if isinstance(a, np.ndarray) else a for a in arguments]
+        with self.backend.strict_precision():
+            sent = [self.to_backend(a) if isinstance(a, np.ndarray) else a for a in arguments]
             found = getattr(self.backend, method)(*sent, **options)
-            return [self.fetch(a) for a in found] if isinstance(found, tuple | list) else self.fetch(found)
+            return [self.to_numpy(a) for a in found] if isinstance(found, tuple | list) else self.to_numpy(found)
 
     def value(self, data: Data) -> Float:
         """Return y."""
@@ -123,9 +123,9 @@ class Subject:
 
     def everything(self, data: Data) -> Results:
         """Return every quantity that the backend has."""
-        with self.backend.strict():
-            made = self.made([self.send(array) for array in data])
-            return {name: self.fetch(array) for name, array in made.items()}
+        with self.backend.strict_precision():
+            made = self.made([self.to_backend(array) for array in data])
+            return {name: self.to_numpy(array) for name, array in made.items()}
 
     def made(self, sent: Sequence[Any], quantities: Sequence[str] = QUANTITIES) -> dict[str, Any]:
         """Return every quantity as the framework's array, from the framework's arrays of a problem.
@@ -152,7 +152,9 @@ class Subject:
         found: Results = self.record.remembered(key, lambda: self.everything(case.data(self.dtype, kind)))
         return found
 
-    def near(self, got: Results, want: dict[str, Expected], *, hard: bool = False, wide: bool = False) -> None:
+    def assert_matches_spec(
+        self, got: Results, want: dict[str, Expected], *, hard: bool = False, wide: bool = False
+    ) -> None:
         """Check that each result has its shape and dtype, or a wider one, and lies within its bound of the spec's."""
         for name, result in got.items():
             assert quantity(name) in want, f"{name} must not be there: there is no bias"
@@ -165,18 +167,18 @@ class Subject:
             self.record.against_spec(self.label, quantity(name), self.dtype, used, hard)
             assert used <= 1, f"{name} is {used:.3g} times its bound away from the spec"
 
-    def alike(self, one: Results, other: Results, want: dict[str, Expected]) -> None:
+    def assert_agree(self, one: Results, other: Results, want: dict[str, Expected]) -> None:
         """Check that two ways to the same results agree within the bound."""
         for name, result in one.items():
             assert result.shape == other[name].shape, f"the shape of {name}"
             used = want[quantity(name)].between(result, other[name], self.dtype)
             assert used <= 1, f"{name} differs by {used:.3g} times its bound"
 
-    def holds_for(
-        self, *strategies: st.SearchStrategy[Any], also: Iterable[tuple[Any, ...]] = ()
+    def check_property(
+        self, *strategies: st.SearchStrategy[Any], examples: Iterable[tuple[Any, ...]] = ()
     ) -> Callable[[Callable[..., None]], None]:
-        """Return a decorator that checks a property now: for the values of ``also``, and for others drawn by Hypothesis."""
-        examples = settings(
+        """Return a decorator that checks a property now: for ``examples``, and for others drawn by Hypothesis."""
+        hypothesis_settings = settings(
             max_examples=_EXAMPLES[self.profile],
             derandomize=not self.seeded,
             database=None,
@@ -186,9 +188,9 @@ class Subject:
         )
 
         def check(property: Callable[..., None]) -> None:
-            for values in also:
+            for values in examples:
                 property(*values)
-            examples(given(*strategies)(property))()
+            hypothesis_settings(given(*strategies)(property))()
 
         return check
 

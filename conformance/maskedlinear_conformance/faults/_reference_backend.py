@@ -1,4 +1,4 @@
-"""``Sound``: a backend with every capability, in plain NumPy, made of small steps. Each fault replaces one of them."""
+"""``ReferenceBackend``: every capability in plain NumPy, made of small steps. Each mutant replaces one of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import numpy as np
 from maskedlinear import masks
 from maskedlinear.reference import NumpyBackend
 
-__all__ = ["Array", "Fault", "Sound", "SoundLayer", "flat", "in_memory"]
+__all__ = ["Array", "Mutant", "ReferenceBackend", "ReferenceLayer", "flat", "in_memory"]
 
 Array = Any
 Shard = tuple[slice, slice] | None
@@ -30,14 +30,14 @@ def flat(array: Array) -> Array:
     return array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
 
 
-class Sound(NumpyBackend):
+class ReferenceBackend(NumpyBackend):
     """A backend that obeys every law."""
 
-    name = "sound"
+    name = "reference"
     laws: tuple[str, ...] = ()  # those that a fault must break
 
-    def lacks(self) -> Mapping[str, str]:
-        """Lack nothing."""
+    def unsupported(self) -> Mapping[str, str]:
+        """Return nothing: it has every capability."""
         return {}
 
     # The steps
@@ -131,11 +131,14 @@ class Sound(NumpyBackend):
         weight: Array,
         mask: Array,
         bias: Array | None,
-        along: Sequence[Array | None],
-        also: Sequence[Array | None],
+        tangent1: Sequence[Array | None],
+        tangent2: Sequence[Array | None],
     ) -> Array:
         """Return what moves along both directions; the function is linear in x and in the weight."""
-        parts = [self.product(one[0], self.select(mask, two[1]).T) for one, two in ((along, also), (also, along))]
+        parts = [
+            self.product(one[0], self.select(mask, two[1]).T)
+            for one, two in ((tangent1, tangent2), (tangent2, tangent1))
+        ]
         return (parts[0] + parts[1]).astype(x.dtype)
 
     def both(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> list[Array]:
@@ -144,7 +147,7 @@ class Sound(NumpyBackend):
         found = [self.masked_linear(x, weight, mask, bias), *self.vjp(x, weight, mask, bias, g, wrt)]
         return found if len(found) == 4 else [*found, None]
 
-    def expression(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Any:
+    def autodiff_vjp(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Any:
         """Return the spec's gradients: NumPy has no derivatives of its own."""
         return NumpyBackend.vjp(self, x, weight, mask, bias, g, ("x", "weight", "bias"))
 
@@ -220,9 +223,9 @@ class Sound(NumpyBackend):
         x, weight = x.astype(dtype), weight.astype(dtype)
         return self.both(x, weight, mask, None if bias is None else bias.astype(dtype), g)
 
-    def layer(self, weight: Array, mask: Array, bias: Array | None) -> SoundLayer:
+    def layer(self, weight: Array, mask: Array, bias: Array | None) -> ReferenceLayer:
         """Return a layer."""
-        return SoundLayer(self, weight, mask, bias)
+        return ReferenceLayer(self, weight, mask, bias)
 
     def random_mask(self, shape: tuple[int, int], num_zeros: int, seed: int, shard: Shard, device: str) -> Array:
         """Return the mask, made by its definition."""
@@ -238,20 +241,20 @@ class Sound(NumpyBackend):
         return masks.words(seed, 0, count)
 
 
-class Fault(Sound):
-    """What every fault is: a sound backend but for one step, in the dtype that shows most faults."""
+class Mutant(ReferenceBackend):
+    """What every mutant is: the reference backend but for one step, in the dtype that shows most faults."""
 
     def dtypes(self, device: str) -> Sequence[str]:
         """Return one of NumPy's: what is wrong in every precision is not run thrice."""
         return ("float32",)
 
 
-class SoundLayer:
+class ReferenceLayer:
     """A layer that keeps its weight and mask, and derives the masked weight anew when either changes."""
 
     optimizers = ("momentum and decay",)
 
-    def __init__(self, backend: Sound, weight: Array, mask: Array, bias: Array | None) -> None:
+    def __init__(self, backend: ReferenceBackend, weight: Array, mask: Array, bias: Array | None) -> None:
         self.backend = backend
         self.weight, self.mask = weight.copy(), mask.copy()
         self.bias = None if bias is None else bias.copy()
@@ -282,8 +285,8 @@ class SoundLayer:
 
     def state(self) -> tuple[Array, Array, Array | None]:
         """Return weight, mask and bias."""
-        send = self.backend.asnumpy
-        return send(self.weight), send(self.mask), None if self.bias is None else send(self.bias)
+        to_numpy = self.backend.asnumpy
+        return to_numpy(self.weight), to_numpy(self.mask), None if self.bias is None else to_numpy(self.bias)
 
     def save(self, path: Path) -> None:
         """Write what there is."""
@@ -301,7 +304,7 @@ class SoundLayer:
                 setattr(self, name, parts[name].astype(getattr(self, name).dtype))
         self.derive()
 
-    def guarded(self, optimizer: str) -> Callable[[Array, Array], None]:
+    def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a step with momentum and weight decay, held to the mask."""
         momentum = np.zeros_like(self.weight)
         guard = self.guard()
