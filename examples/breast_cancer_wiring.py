@@ -14,7 +14,7 @@ from sklearn.datasets import load_breast_cancer
 from torch import nn
 
 from maskedlinear.masks import Wiring
-from maskedlinear.torch import SparseLinear, report
+from maskedlinear.torch import SparseLinear, summary
 
 STATISTICS = ("mean", "error", "worst")
 
@@ -49,7 +49,7 @@ def main() -> int:
     cut = len(x) * 3 // 4
     accuracy = {}
     torch.manual_seed(0)
-    wired = SparseLinear(len(wiring.inputs), len(wiring.outputs), mask=wiring.pattern)
+    wired = SparseLinear(len(wiring.inputs), len(wiring.outputs), pattern=wiring.pattern)
     for name, first in {"wired": wired, "dense": nn.Linear(30, 13)}.items():
         model = nn.Sequential(first, nn.Tanh(), nn.Linear(13, 1))
         train(model, x[:cut], y[:cut])
@@ -58,13 +58,13 @@ def main() -> int:
         print(
             f"{name}: {sum(p.numel() for p in first.parameters())} parameters, test accuracy {100 * accuracy[name]:.1f} %"
         )
-    print(report(wired))
+    print(summary(wired))
     print("The ten strongest connections:")
-    strongest = sorted(wiring.edges(wired.values), key=lambda edge: -abs(edge[2]))
+    strongest = sorted(wiring.edges(wired.weight_values), key=lambda edge: -abs(edge[2]))
     for feature, node, weight in strongest[:10]:
         print(f"  {feature:24} -> {node:20} {weight:+.3f}")
     feature, node, weight = strongest[0]
-    assert wiring.weight(wired.values, feature, node) == weight
+    assert wiring.weight(wired.weight_values, feature, node) == weight
     return 0 if accuracy["wired"] >= accuracy["dense"] - 0.03 else 1
 
 

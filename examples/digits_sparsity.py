@@ -77,17 +77,17 @@ class Torch:
 
         if score == "snip":
             self._backward(x, y)
-        prune_model(self.model, sparsity, score=score, scope=scope, seed=seed, empty="allow")  # type: ignore[arg-type]
+        prune_model(self.model, sparsity, score=score, scope=scope, seed=seed, on_empty="allow")  # type: ignore[arg-type]
 
     def regrow(self, fraction: float, by_gradient: bool, seed: int, x: Any, y: Any) -> None:
-        from maskedlinear.torch import record_growth, regrow_model
+        from maskedlinear.torch import dense_gradients, regrow_model
 
         if not by_gradient:
             regrow_model(self.model, fraction, seed=seed)
             return
-        with record_growth(self.model) as growth:
+        with dense_gradients(self.model) as gradients:
             self._backward(x, y)
-        regrow_model(self.model, fraction, growth=growth)
+        regrow_model(self.model, fraction, gradients=gradients)
 
     def accuracy(self, x: Any, y: Any) -> float:
         import torch
@@ -130,12 +130,12 @@ class Flax:
         from maskedlinear.flax import prune_model
 
         gradients = self._grad(self.model, x, y) if score == "snip" else None
-        prune_model(self.model, sparsity, score=score, scope=scope, seed=seed, gradients=gradients, empty="allow")  # type: ignore[arg-type]
+        prune_model(self.model, sparsity, score=score, scope=scope, seed=seed, gradients=gradients, on_empty="allow")  # type: ignore[arg-type]
 
     def regrow(self, fraction: float, by_gradient: bool, seed: int, x: Any, y: Any) -> None:
-        from maskedlinear.flax import growth_gradients, regrow_model
+        from maskedlinear.flax import dense_gradients, regrow_model
 
-        gradients = growth_gradients(self.loss, self.model, x, y) if by_gradient else None
+        gradients = dense_gradients(self.loss, self.model, x, y) if by_gradient else None
         regrow_model(self.model, fraction, gradients=gradients, seed=seed)
 
     def accuracy(self, x: Any, y: Any) -> float:
@@ -147,7 +147,7 @@ def run(kind: Any, method: str, sparsity: float, seed: int) -> float:
     x, y, *test = data(seed)
     network = kind(seed)
     batches = np.random.default_rng(seed).integers(0, len(x), (STEPS, BATCH))
-    schedule = pruning.Cubic(sparsity, **SCHEDULE)
+    schedule = pruning.CubicSchedule(sparsity, **SCHEDULE)
     if method in ("random", "set", "rigl"):
         network.prune(sparsity, "random", "erdos_renyi", 7 * seed, None, None)
     if method == "snip":
@@ -157,7 +157,7 @@ def run(kind: Any, method: str, sparsity: float, seed: int) -> float:
         if method in ("magnitude", "global") and schedule.due(number):
             network.prune(schedule(number), "magnitude", "layer" if method == "magnitude" else "global", 0, *batch)
         if method in ("set", "rigl") and sparsity and number and number % SCHEDULE["every"] == 0:
-            network.regrow(pruning.cosine(number, SCHEDULE["end"]), method == "rigl", 100 * number + seed, *batch)
+            network.regrow(pruning.cosine_decay(number, SCHEDULE["end"]), method == "rigl", 100 * number + seed, *batch)
         network.step(*batch)
     return network.accuracy(*test)
 

@@ -1,4 +1,4 @@
-"""``Pattern``: which connections a sparse layer has, as indices, never as a matrix of the layer's shape.
+"""``SparsityPattern``: which connections a sparse layer has, as indices, never as a matrix of the layer's shape.
 
 The order of the connections is fixed, row by row and by column within a row, so that the same values mean the same layer
 in every framework and in every file. A pattern is also kept by columns, because the transposed product walks it that way.
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from maskedlinear._check import as_mask
 
-__all__ = ["Pattern"]
+__all__ = ["SparsityPattern"]
 
 Int32 = NDArray[np.int32]
 
@@ -25,7 +25,7 @@ _LIMIT = np.iinfo(np.int32).max
 _BLOCK = 1 << 24  # entries of a mask that are looked at at once
 
 
-class Pattern:
+class SparsityPattern:
     """The live connections of a layer: compressed sparse rows of int32.
 
     Connection k goes from input ``indices[k]`` to the output whose row holds k: row i has the connections
@@ -33,7 +33,7 @@ class Pattern:
 
     Args:
         indptr: shape ``(out + 1,)``: where each row starts, and the end of the last.
-        indices: shape ``(connections,)``: the input of each connection.
+        indices: shape ``(nnz,)``: the input of each connection.
         in_features: the number of inputs.
 
     Raises:
@@ -66,11 +66,11 @@ class Pattern:
             row = int(np.searchsorted(self.indptr, place, side="right")) - 1
             raise ValueError(
                 f"the inputs of a row must ascend, each of them once; row {row} has {self.indices[place + 1]} after "
-                f"{self.indices[place]}: Pattern.from_edges sorts, and names duplicates"
+                f"{self.indices[place]}: SparsityPattern.from_edges sorts, and names duplicates"
             )
 
     @property
-    def connections(self) -> int:
+    def nnz(self) -> int:
         """The number of live connections."""
         return len(self.indices)
 
@@ -78,22 +78,22 @@ class Pattern:
     def sparsity(self) -> float:
         """The fraction of masked connections, in [0, 1]; 0 for a layer of no size."""
         size = self.shape[0] * self.shape[1]
-        return (size - self.connections) / size if size else 0.0
+        return (size - self.nnz) / size if size else 0.0
 
     @property
     def nbytes(self) -> int:
         """The bytes of the indices, by rows and by columns."""
         out, in_ = self.shape
-        return 4 * (out + 1 + in_ + 1 + 3 * self.connections)
+        return 4 * (out + 1 + in_ + 1 + 3 * self.nnz)
 
     @cached_property
     def rows(self) -> Int32:
-        """The output of each connection, shape ``(connections,)``."""
+        """The output of each connection, shape ``(nnz,)``."""
         return _frozen(np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.indptr)))
 
     @cached_property
-    def by_column(self) -> tuple[Int32, Int32, Int32]:
-        """The transposed pattern: ``(indptr (in + 1,), outputs (connections,), order (connections,))``.
+    def csc(self) -> tuple[Int32, Int32, Int32]:
+        """The transposed pattern: ``(indptr (in + 1,), outputs (nnz,), order (nnz,))``.
 
         ``order`` says which connection each of its entries is: the transposed values are ``values[order]``.
         """
@@ -183,7 +183,7 @@ class Pattern:
         if not hasattr(matrix, "tocoo"):
             raise TypeError(
                 f"from_scipy takes a scipy.sparse matrix or array; got {type(matrix).__name__}: "
-                "a dense mask goes to Pattern.from_mask"
+                "a dense mask goes to SparsityPattern.from_mask"
             )
         entries = matrix.tocoo()
         if np.iscomplexobj(entries.data):
@@ -212,9 +212,9 @@ class Pattern:
 
     def __eq__(self, other: object) -> bool:
         """Whether the other one has the same connections and shape."""
-        if not isinstance(other, Pattern):
+        if not isinstance(other, SparsityPattern):
             return NotImplemented
-        same = self.shape == other.shape and self.connections == other.connections
+        same = self.shape == other.shape and self.nnz == other.nnz
         return same and bool((self.indptr == other.indptr).all() and (self.indices == other.indices).all())
 
     __hash__ = None  # type: ignore[assignment]
@@ -222,7 +222,7 @@ class Pattern:
     def __repr__(self) -> str:
         """Say the shape and the number of connections."""
         out, in_ = self.shape
-        return f"Pattern({in_} -> {out}, {self.connections} connections, sparsity={self.sparsity:.4g})"
+        return f"SparsityPattern({in_} -> {out}, {self.nnz} connections, sparsity={self.sparsity:.4g})"
 
 
 def _frozen(array: Int32) -> Int32:

@@ -71,7 +71,7 @@ def test_cases_have_as_many_connections_as_they_say() -> None:
     for case in cases(("layers",)):
         if case.in_features < 4096:
             pattern = case.pattern()
-            assert (pattern.connections, pattern.shape) == (case.connections, (case.out_features, case.in_features))
+            assert (pattern.nnz, pattern.shape) == (case.connections, (case.out_features, case.in_features))
 
 
 def test_where_the_sparse_form_crosses_the_dense_one() -> None:

@@ -60,13 +60,15 @@ def test_the_kernels_columns_are_scaled_to_their_live_inputs(x: Array) -> None:
     scale = np.array([10.0, 2.0, 1.0], np.float32)
     dense = nnx.Linear(400, 3, rngs=nnx.Rngs(0)).kernel[...]
     np.testing.assert_allclose(MaskedLinear(400, 3, mask=mask, rngs=nnx.Rngs(0)).kernel[...], dense * scale, rtol=1e-6)
-    full = MaskedLinear(400, 3, mask=mask, fan_in="full", rngs=nnx.Rngs(0))
+    full = MaskedLinear(400, 3, mask=mask, init_fan_in="full", rngs=nnx.Rngs(0))
     np.testing.assert_array_equal(full.kernel[...], dense)
     wide, key = jnp.ones((1, 400)), jax.random.key(0)
     plain = nn.Dense(3).init(key, wide)["params"]["kernel"]
     ours = MaskedDense(3, mask=mask).init(key, wide)["params"]["kernel"]
     np.testing.assert_allclose(ours, plain * scale, rtol=1e-6)
-    np.testing.assert_array_equal(MaskedDense(3, mask=mask, fan_in="full").init(key, wide)["params"]["kernel"], plain)
+    np.testing.assert_array_equal(
+        MaskedDense(3, mask=mask, init_fan_in="full").init(key, wide)["params"]["kernel"], plain
+    )
 
 
 def test_nnx_set_mask(layer: MaskedLinear, x: Array) -> None:
@@ -115,8 +117,8 @@ def test_refusals(layer: MaskedLinear, x: Array) -> None:
     np.testing.assert_array_equal(layer.mask[...], KERNEL_MASK)
     with pytest.raises(ValueError, match=r"number of inputs, 7; got x of shape \(3, 4\)"):
         layer(x[:, :4])
-    with pytest.raises(ValueError, match="fan_in must be 'live' or 'full'; got 'half'"):
-        MaskedLinear(7, 5, fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="init_fan_in must be 'live' or 'full'; got 'half'"):
+        MaskedLinear(7, 5, init_fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="param_dtype must be a real floating-point dtype"):
         MaskedLinear(7, 5, param_dtype=jnp.int32, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="must not be negative"):

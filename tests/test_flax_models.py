@@ -15,8 +15,8 @@ from flax import nnx
 from helpers import python
 from maskedlinear import masks
 from maskedlinear.costs import Costs
-from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand, report
-from maskedlinear.pattern import Pattern
+from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand, summary
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax.flax import _models
 
 SPARSE = masks.random((512, 512), sparsity=0.99, seed=0).T
@@ -156,15 +156,15 @@ class Other(nnx.Param[jax.Array]):
 
 
 def sparse_stack() -> SparseLinear:
-    pattern = Pattern.from_mask(SPARSE.T)
-    make = nnx.vmap(lambda rngs: SparseLinear(512, 512, mask=pattern, rngs=rngs))
+    pattern = SparsityPattern.from_mask(SPARSE.T)
+    make = nnx.vmap(lambda rngs: SparseLinear(512, 512, pattern=pattern, rngs=rngs))
     stack: SparseLinear = make(nnx.Rngs(0).split(3))
     return stack
 
 
 def sparse_of_another_type() -> SparseLinear:
     layer = SparseLinear.from_masked(wide())
-    layer.values = Other(layer.values[...])
+    layer.weight_values = Other(layer.weight_values[...])
     return layer
 
 
@@ -213,11 +213,11 @@ def test_a_stack_is_called_one_layer_after_the_other() -> None:
 
 
 def test_a_report_has_a_row_for_each_of_a_stack() -> None:
-    rows = report(nnx.Dict(a=sparse_stack(), b=SparseLinear.from_masked(wide()))).rows
+    rows = summary(nnx.Dict(a=sparse_stack(), b=SparseLinear.from_masked(wide()))).rows
     assert [row.name for row in rows] == ["a[0]", "a[1]", "a[2]", "b"]
     assert len({(row.connections, row.nbytes, row.dead_outputs) for row in rows}) == 1
-    assert [row.name for row in report(SparseLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
-    assert [row.name for row in report(MaskedLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
+    assert [row.name for row in summary(SparseLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
+    assert [row.name for row in summary(MaskedLinear(0, 3, rngs=nnx.Rngs(0))).rows] == [""]
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])
@@ -274,10 +274,10 @@ def test_what_a_user_wrote_on_a_layer_is_kept() -> None:
         layer = compress(layer, form)  # type: ignore[arg-type]
         assert (layer.note, layer._hidden) == ("mine", 1)
         assert layer.scale is scale
-        weight = layer.kernel if form == "dense" else layer.values
+        weight = layer.kernel if form == "dense" else layer.weight_values
         assert (weight.get_metadata()["rate"], layer.bias.get_metadata()["rate"]) == (3, 4)
         assert {path[0] for path, _ in nnx.to_flat_state(nnx.state(layer))} >= {"scale", "several"}
-    assert not hasattr(layer, "values")
+    assert not hasattr(layer, "weight_values")
 
 
 DEVICES = """
@@ -304,7 +304,7 @@ for form in ("sparse", "dense"):
 mesh = jax.make_mesh((2,), ("d",))
 assert isinstance(compress(made(NamedSharding(mesh, P())), "sparse"), SparseLinear)
 stack = nnx.List([SparseLinear.from_masked(made(there)) for _ in range(2)])
-stack[1].values.set_value(jax.device_put(stack[1].values[...][:408], NamedSharding(mesh, P("d"))))
+stack[1].weight_values.set_value(jax.device_put(stack[1].weight_values[...][:408], NamedSharding(mesh, P("d"))))
 for layer, form in ((stack[1], "dense"),):
     try:
         compress(layer, form)

@@ -18,18 +18,18 @@ from maskedlinear.flax import (
     ScheduledRegrowth,
     SparseLinear,
     compress,
-    growth_gradients,
+    dense_gradients,
+    get_masks,
     lottery_rounds,
     mask_model,
-    masks_of,
     param_masks,
     prune_model,
     regrow_model,
-    report,
     rewind_model,
+    summary,
 )
 from maskedlinear.jax import freeze_masked
-from maskedlinear.pruning import Cubic, Geometric, cosine
+from maskedlinear.pruning import CubicSchedule, GeometricSchedule, cosine_decay
 
 X = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 12)), jnp.float32)
 
@@ -72,17 +72,17 @@ def test_both_forms_move_alike_and_train_on_alike(by: str, jitted: bool) -> None
     for number in range(2):
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, X)
-            grown = growth_gradients(called, model, X) if by == "gradient" else None
+            grown = dense_gradients(called, model, X) if by == "gradient" else None
             assert regrow_model(model, 0.4, gradients=grown, optimizer=optimizer, seed=number) == 28 + 12
         for one, other in zip(*map(weights, models), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
             np.testing.assert_array_equal(one != 0, other != 0)
-    assert report(models[0]).sparsity == report(models[1]).sparsity == 0.7
+    assert summary(models[0]).sparsity == summary(models[1]).sparsity == 0.7
 
 
 def test_growth_is_by_the_gradient_of_all_weights_in_blocks() -> None:
     dense, sparse = both()
-    whole, rows = growth_gradients(loss, dense, X), growth_gradients(loss, sparse, X)
+    whole, rows = dense_gradients(loss, dense, X), dense_gradients(loss, sparse, X)
     for name, gradient in whole.items():
         size = gradient.shape[1]
         parts = jnp.concatenate([rows[name](0, 3), rows[name](3, size)])  # type: ignore[operator]
@@ -101,12 +101,12 @@ def test_growth_through_a_layer_that_is_called_twice_and_beside_a_dense_one() ->
 
     kernel = MaskedLinear(12, 12, mask=masks.random((12, 12), sparsity=0.5, seed=1), rngs=nnx.Rngs(0))
     last = MaskedLinear(12, 2, mask=masks.random((12, 2), sparsity=0.5, seed=1), rngs=nnx.Rngs(1))
-    one = growth_gradients(loss, Twice(kernel, last), X)
-    other = growth_gradients(loss, Twice(SparseLinear.from_masked(kernel), last), X)
+    one = dense_gradients(loss, Twice(kernel, last), X)
+    other = dense_gradients(loss, Twice(SparseLinear.from_masked(kernel), last), X)
     np.testing.assert_allclose(other["inner"](0, 12).T, one["inner"], rtol=1e-5, atol=1e-7)  # type: ignore[operator]
     np.testing.assert_allclose(other["last"], one["last"], rtol=1e-5, atol=1e-7)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="the loss does not call inner"):
-        growth_gradients(lambda model, x: model.last(x).sum(), Twice(SparseLinear.from_masked(kernel), last), X)
+        dense_gradients(lambda model, x: model.last(x).sum(), Twice(SparseLinear.from_masked(kernel), last), X)
 
 
 def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> None:
@@ -122,7 +122,7 @@ def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> 
                 return {
                     (i, o): float(moment[i, o]) for i, o in zip(*np.nonzero(np.asarray(layer.mask[...])), strict=True)
                 }
-            moment = optimizer.opt_state.inner[0].mu["layers"][0]["values"][...]
+            moment = optimizer.opt_state.inner[0].mu["layers"][0]["weight_values"][...]
             pattern = layer.pattern
             return {(i, o): float(m) for i, o, m in zip(pattern.indices, pattern.rows, np.asarray(moment), strict=True)}
 
@@ -139,7 +139,7 @@ def test_no_gradient_of_the_sparse_layers_shape_is_made() -> None:
     edges = np.arange(200)
     layer = SparseLinear.from_edges(edges * 1499, edges * 7, (size, size), rngs=nnx.Rngs(0))
     x = jnp.zeros((1, size)).at[0, 5].set(1.0)
-    gradients = growth_gradients(lambda layer, x: layer(x)[0, 250_000], layer, x)
+    gradients = dense_gradients(lambda layer, x: layer(x)[0, 250_000], layer, x)
     rows = gradients[""]
     assert not jnp.any(rows(0, 4))  # type: ignore[operator]
     block = rows(249_999, 250_003)  # type: ignore[operator]
@@ -148,20 +148,22 @@ def test_no_gradient_of_the_sparse_layers_shape_is_made() -> None:
 
 
 def test_a_schedule_prunes_at_its_steps_and_goes_on_from_a_state() -> None:
-    model, schedule = network(), Cubic(0.8, begin=2, end=9, every=3)
+    model, schedule = network(), CubicSchedule(0.8, begin=2, end=9, every=3)
     optimizer = adam(model)
     pruner = ScheduledPruning(model, schedule, scope="layer")
     done = []
     for number in range(12):
         step(model, optimizer, X)
         done.append(pruner.step())
-        assert float(masks_of(model)["layers.0"].mean()) == pytest.approx(1 - schedule(number), abs=1 / 200)
+        assert float(get_masks(model)["layers.0"].mean()) == pytest.approx(1 - schedule(number), abs=1 / 200)
         if number == 5:
             saved = pruner.state_dict()
             pruner = ScheduledPruning(model, schedule, scope="layer")
             pruner.load_state_dict(saved)
     assert [number for number, pruned in enumerate(done) if pruned] == schedule.steps()
-    by_gradient = ScheduledPruning(model, Cubic(0.9, begin=0, end=1, initial=0.85), score="snip", empty="allow")
+    by_gradient = ScheduledPruning(
+        model, CubicSchedule(0.9, begin=0, end=1, initial=0.85), score="snip", on_empty="allow"
+    )
     assert by_gradient.step(gradients=nnx.grad(loss)(model, X))
 
 
@@ -171,11 +173,11 @@ def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
     start = np.asarray(model.layers[0].kernel[...])
     step(model, adam(model), X)
     prune_model(model, 0.5)
-    kept = {name: np.asarray(mask) for name, mask in masks_of(model).items()}
+    kept = {name: np.asarray(mask) for name, mask in get_masks(model).items()}
     assert (model.layers[0].kernel[...] != start).any()
     rewind_model(model, saved)
     np.testing.assert_array_equal(model.layers[0].kernel[...], start)
-    for name, mask in masks_of(model).items():
+    for name, mask in get_masks(model).items():
         np.testing.assert_array_equal(mask, kept[name])
     plain = nnx.Sequential(nnx.Linear(12, 20, rngs=nnx.Rngs(1)), nnx.tanh, nnx.Linear(20, 5, rngs=nnx.Rngs(1)))
     rewind_model(model, nnx.state(plain))  # of a model that was not masked yet
@@ -191,14 +193,14 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
     before: dict[str, Any] = {}
     for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer", progress=told.append):
         np.testing.assert_array_equal(model.layers[0].kernel[...], start)
-        assert report(model).sparsity == pytest.approx(sparsity, abs=0.01)
-        now = masks_of(model)
+        assert summary(model).sparsity == pytest.approx(sparsity, abs=0.01)
+        now = get_masks(model)
         assert all((before[name] | ~mask).all() for name, mask in now.items() if before)  # what is gone stays gone
         before, seen = now, [*seen, sparsity]
         optimizer = adam(model)
         for _ in range(3):
             step(model, optimizer, X)
-    assert seen == [Geometric(0.8, 3)(round) for round in range(4)]
+    assert seen == [GeometricSchedule(0.8, 3)(round) for round in range(4)]
     assert told == [0.25, 0.5, 0.75, 1]
     assert (model.layers[0].kernel[...] != start).any()
     with pytest.raises(ValueError, match="rounds >= 1"):
@@ -217,15 +219,15 @@ def test_connections_move_at_their_steps(growth: Any, form: Any) -> None:
 
     def gradients() -> Any:
         asked.append(regrowth.steps)
-        return growth_gradients(loss, model, X)
+        return dense_gradients(loss, model, X)
 
     for _ in range(12):
         step(model, optimizer, X)
         moved.append(regrowth.step(gradients))
     assert [number for number, count in enumerate(moved) if count] == [3, 6]
     assert asked == ([3, 6, 9] if growth == "gradient" else [])
-    assert moved[3] == sum(int(cosine(3, 10) * live) for live in (120, 50))
-    assert report(model).sparsity == 0.5
+    assert moved[3] == sum(int(cosine_decay(3, 10) * live) for live in (120, 50))
+    assert summary(model).sparsity == 0.5
 
 
 def test_what_cannot_be_moved_is_refused() -> None:
@@ -241,13 +243,13 @@ def test_what_cannot_be_moved_is_refused() -> None:
     with pytest.raises(ValueError, match="connections move in masked layers, and there is none"):
         regrow_model(sparse, 0.5, include="nonesuch")
     with pytest.raises(ValueError, match=r"layers\.2 has none"):
-        regrow_model(sparse, 0.5, gradients={"layers.0": growth_gradients(loss, sparse, X)["layers.0"]})
-    sparse.layers[2].values[...] = sparse.layers[2].values[...].at[0].set(jnp.nan)
+        regrow_model(sparse, 0.5, gradients={"layers.0": dense_gradients(loss, sparse, X)["layers.0"]})
+    sparse.layers[2].weight_values[...] = sparse.layers[2].weight_values[...].at[0].set(jnp.nan)
     with pytest.raises(ValueError, match="a live weight must be a number; got NaN"):
         regrow_model(sparse, 0.5)
     assert layer.pattern == before, "nothing moves if not all can"
     one, other = SparseLinear(4, 4, rngs=nnx.Rngs(0)), SparseLinear(4, 4, rngs=nnx.Rngs(0))
-    other.values = one.values
+    other.weight_values = one.weight_values
     with pytest.raises(ValueError, match="has its values to itself; here 2 modules share it"):
         regrow_model(nnx.List([one, other]), 0.5)
     with pytest.raises(ValueError, match="growth by gradient needs gradients"):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from maskedlinear.flax import MaskedLinear, mask_model, masks_of, prune_model, set_masks, shrink
+from maskedlinear.flax import MaskedLinear, get_masks, mask_model, prune_model, set_masks, shrink
 from maskedlinear.pruning import _shrink
 
 X = jax.random.normal(jax.random.key(0), (7, 6))
@@ -20,7 +20,7 @@ X = jax.random.normal(jax.random.key(0), (7, 6))
 def without(model: Any, outputs: dict[str, list[int]], inputs: dict[str, list[int]] | None = None) -> Any:
     """Mask all linear layers, take out some of their outputs and inputs, and give every parameter a value of its own."""
     mask_model(model)
-    masks = {name: np.array(mask) for name, mask in masks_of(model).items()}
+    masks = {name: np.array(mask) for name, mask in get_masks(model).items()}
     for name, places in outputs.items():
         masks[name][:, places] = False
     for name, places in (inputs or {}).items():
@@ -99,7 +99,7 @@ def test_a_pruned_model_becomes_smaller_and_keeps_the_masks_that_are_left() -> N
         nnx.Linear(50, 4, rngs=rngs),
     ]
     model = without(nnx.Sequential(*layers), {})
-    prune_model(model, 0.95, score="random", seed=2, empty="allow")
+    prune_model(model, 0.95, score="random", seed=2, on_empty="allow")
     small = shrink(model, X)
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(small, nnx.Param))) < 1000
     assert isinstance(small.layers[2], MaskedLinear)
@@ -127,7 +127,7 @@ def test_what_is_not_followed_is_refused_or_kept(case: str) -> None:
     model = without(Network(between), {"enter": [2]})
     with pytest.raises(ValueError, match=message):
         shrink(model, X)
-    small = shrink(model, X, unfollowed="keep")
+    small = shrink(model, X, on_unfollowed="keep")
     assert (6, 8) in sizes(small)
     same(model, small)
 
@@ -138,7 +138,7 @@ def test_a_layer_that_is_used_twice_keeps_its_nodes() -> None:
     model = without(nnx.Sequential(first, middle, middle, nnx.Linear(8, 2, rngs=nnx.Rngs(2))), {}, {"layers.3": [1]})
     with pytest.raises(ValueError, match=r"come out of layers\.1 \(MaskedLinear, used in two places"):
         shrink(model, X)
-    small = shrink(model, X, unfollowed="keep")
+    small = shrink(model, X, on_unfollowed="keep")
     assert sizes(small) == sizes(model)
     same(model, small)
 
@@ -149,8 +149,8 @@ def test_bad_input_is_refused_and_a_wrong_model_never_returned(monkeypatch: pyte
     model = without(nnx.Sequential(*layers), {"layers.0": [1]})
     with pytest.raises(TypeError, match=r"shrink takes an nnx\.Module that can be called; got int"):
         shrink(3, X)
-    with pytest.raises(ValueError, match="unfollowed must be 'raise' or 'keep'; got 'skip'"):
-        shrink(model, X, unfollowed="skip")
+    with pytest.raises(ValueError, match="on_unfollowed must be 'raise' or 'keep'; got 'skip'"):
+        shrink(model, X, on_unfollowed="skip")
     with pytest.raises(ValueError, match="this Network cannot be traced"):
         shrink(Network(lambda x: x if x.sum() > 0 else -x), X)
     right = _shrink._times

@@ -17,14 +17,14 @@ from maskedlinear import masks
 from maskedlinear.flax import (
     MaskedLinear,
     SparseLinear,
-    growth_gradients,
+    dense_gradients,
+    get_masks,
     mask_model,
-    masks_of,
     param_masks,
     prune_model,
     regrow_model,
-    report,
     set_masks,
+    summary,
     unmask_model,
 )
 from maskedlinear.jax import freeze_masked
@@ -109,7 +109,7 @@ def test_pruning_is_pytorchs_and_can_be_taken_back() -> None:
         theirs[i].weight.grad = torch.from_numpy(gradients[i].T.copy())  # type: ignore[union-attr, assignment]
     mask_model(ours)
     in_torch.mask_model(theirs)
-    full = masks_of(ours)
+    full = get_masks(ours)
     state = nnx.state(ours, nnx.Param)
     grads = jax.tree.map(lambda leaf: leaf, state)
     for i in range(2):
@@ -130,7 +130,7 @@ def test_pruning_is_pytorchs_and_can_be_taken_back() -> None:
     with pytest.raises(ValueError, match="there is none: make them with mask_model"):
         prune_model(nnx.List([]), 0.5)
     set_masks(ours, full)
-    assert report(ours).sparsity == 0
+    assert summary(ours).sparsity == 0
     for i, kernel in enumerate(kernels):
         np.testing.assert_array_equal(ours[i].kernel[...], kernel)
     with pytest.raises(ValueError, match="must be of layers"):
@@ -170,14 +170,14 @@ def test_connections_move_as_pytorchs_do(by: str) -> None:
     def loss(model: Any, x: jax.Array) -> jax.Array:
         return (model[0](x) ** 2).sum()
 
-    gradients = growth_gradients(loss, ours, X)
+    gradients = dense_gradients(loss, ours, X)
     full = X.T @ (2 * ours[0](X))
     np.testing.assert_allclose(gradients["0"], full, rtol=1e-5, atol=1e-5)
-    with in_torch.record_growth(theirs) as growth:
+    with in_torch.dense_gradients(theirs) as recorded:
         theirs(torch.from_numpy(np.array(X))).square().sum().backward()
     chosen = by == "gradient"
     moved = regrow_model(ours, 0.4, gradients=gradients if chosen else None, seed=3)
-    assert moved == in_torch.regrow_model(theirs, 0.4, growth=growth if chosen else None, seed=3) == 15
+    assert moved == in_torch.regrow_model(theirs, 0.4, gradients=recorded if chosen else None, seed=3) == 15
     np.testing.assert_array_equal(np.asarray(ours[0].mask[...]).T, theirs[0].mask.numpy())  # type: ignore[union-attr, operator]
     np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].weight.detach().numpy())  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="needs that of each layer; 0 has none"):
@@ -193,7 +193,7 @@ def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) ->
 
 def test_a_kernel_that_others_use_does_not_move(model: Network) -> None:
     mask_model(model, include=["tied", "blocks.1.*"])
-    for call in (lambda: regrow_model(model, 0.5), lambda: growth_gradients(lambda m: m(X).sum(), model)):
+    for call in (lambda: regrow_model(model, 0.5), lambda: dense_gradients(lambda m: m(X).sum(), model)):
         with pytest.raises(ValueError, match="has its kernel to itself; here 2 modules share it"):
             call()
     with pytest.raises(ValueError, match="shares its kernel with a Linear"):
@@ -202,7 +202,7 @@ def test_a_kernel_that_others_use_does_not_move(model: Network) -> None:
 
 def test_a_stack_of_layers_is_reported_one_by_one() -> None:
     stack = nnx.vmap(lambda rngs: MaskedLinear(3, 2, rngs=rngs))(nnx.Rngs(0).split(4))
-    found = report(nnx.List([stack]))
+    found = summary(nnx.List([stack]))
     assert [row.name for row in found.rows] == ["0[0]", "0[1]", "0[2]", "0[3]"]
     assert found.sparsity == 0
 
@@ -212,7 +212,7 @@ def test_the_report_counts_what_is_live_and_dead() -> None:
     model = nnx.List(
         [MaskedLinear(3, 2, mask=mask.T, rngs=nnx.Rngs(0)), SparseLinear(3, 2, mask=mask.T, rngs=nnx.Rngs(0))]
     )
-    found = report(model)
+    found = summary(model)
     for row, form in zip(found.rows, ("dense", "sparse"), strict=True):
         assert (row.form, row.shape, row.connections, row.dead_outputs, row.dead_inputs) == (form, (2, 3), 2, 1, 1)
     assert "0.6667" in str(found)

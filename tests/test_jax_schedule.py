@@ -13,12 +13,12 @@ from flax import linen as nn
 from flax import nnx
 
 from maskedlinear import masks, pruning
-from maskedlinear.flax import MaskedDense, mask_model, masks_of, param_masks, set_param_masks
+from maskedlinear.flax import MaskedDense, get_masks, mask_model, param_masks, set_param_masks
 from maskedlinear.jax import apply_masks, prune_tree, scheduled_pruning
-from maskedlinear.pruning import Cubic
+from maskedlinear.pruning import CubicSchedule
 from maskedlinear_jax._select import clear_smallest
 
-SCHEDULE = Cubic(0.9, begin=1, end=9, every=3)
+SCHEDULE = CubicSchedule(0.9, begin=1, end=9, every=3)
 
 
 def parameters(dtype: Any = jnp.float32) -> Any:
@@ -38,7 +38,7 @@ def loss(params: Any, x: Any) -> Any:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_jitted_step_makes_the_masks_of_prune_tree(dtype: str, scope: Any) -> None:
     params, x = parameters(dtype), jnp.ones((5, 8), dtype)
-    tx = scheduled_pruning(optax.adamw(0.02, eps=1e-2, weight_decay=0.1), SCHEDULE, scope=scope, empty="allow")
+    tx = scheduled_pruning(optax.adamw(0.02, eps=1e-2, weight_decay=0.1), SCHEDULE, scope=scope, on_empty="allow")
 
     @jax.jit
     def step(params: Any, state: Any) -> Any:
@@ -51,7 +51,7 @@ def test_the_jitted_step_makes_the_masks_of_prune_tree(dtype: str, scope: Any) -
         before, live = params, state.masks
         params, state = step(params, state)
         if SCHEDULE.due(number):
-            made = prune_tree(params, SCHEDULE(number), masks=made, scope=scope, empty="allow")
+            made = prune_tree(params, SCHEDULE(number), masks=made, scope=scope, on_empty="allow")
         for name in ("first", "last"):
             new, old, mask = (
                 tree[name]["kernel"] if name == "first" else tree[name] for tree in (params, before, live)
@@ -81,7 +81,7 @@ def test_every_float_is_ordered_as_numpy_orders_it() -> None:
             bits = jnp.asarray((array.view(np.uint32) >> np.uint32(16)).astype(np.uint16))
             weight = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
         for zeros in (0, 1, array.size // 2, array.size - 1, array.size):
-            wanted = pruning.prune(np.abs(array.astype(np.float32))[None], num_zeros=zeros, empty="allow")
+            wanted = pruning.prune(np.abs(array.astype(np.float32))[None], num_zeros=zeros, on_empty="allow")
             found = jax.jit(lambda w, n: clear_smallest([w], [jnp.ones(w.shape, bool)], [False], n))(
                 weight[None], jnp.int32(zeros)
             )[0]
@@ -103,12 +103,12 @@ def test_nnx_and_linen_layers_take_the_masks_from_the_state() -> None:
         ValueError, match=r"got 25 masked ones of layers\.0\.kernel, where the schedule asks for 0 at step 1"
     ):
         nnx.Optimizer(model, scheduled_pruning(optax.adam(0.01), SCHEDULE, masks=param_masks(model)), wrt=nnx.Param)
-    schedule = Cubic(0.9, begin=1, end=9, every=3, initial=0.2)
+    schedule = CubicSchedule(0.9, begin=1, end=9, every=3, initial=0.2)
     tx = scheduled_pruning(optax.adam(0.01), schedule, masks=param_masks(model))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
     for _ in range(10):
         step(model, optimizer, jnp.ones((3, 8)))
-    for mask, size in zip(masks_of(model).values(), (128, 64), strict=True):
+    for mask, size in zip(get_masks(model).values(), (128, 64), strict=True):
         assert int((~mask).sum()) == int(0.9 * size)
     assert not (np.asarray(model.layers[0].mask[...]) & ~first).any(), "what was masked stays so"
 
@@ -137,10 +137,10 @@ def test_a_partitioned_kernel_is_read_as_what_it_is() -> None:
     ("options", "message"),
     [
         ({"scope": "all"}, "scope must be"),
-        ({"empty": "no"}, "empty must be"),
-        ({"scope": "global"}, "which a compiled step cannot refuse: say empty='allow', or scope='layer'"),
+        ({"on_empty": "no"}, "on_empty must be"),
+        ({"scope": "global"}, "which a compiled step cannot refuse: say on_empty='allow', or scope='layer'"),
         ({"include": "none"}, "there is no parameter of two dimensions to prune"),
-        ({"schedule": Cubic(1.0, begin=0, end=2)}, "all would be gone of first.kernel"),
+        ({"schedule": CubicSchedule(1.0, begin=0, end=2)}, "all would be gone of first.kernel"),
         ({"masks": {"first": True}}, "masks must be a tree like the parameters'"),
         ({"masks": prune_tree(parameters(), 0.5)}, "pruning only removes connections; got"),
     ],

@@ -16,19 +16,19 @@ from jax import Array
 from jax.test_util import check_grads
 
 from maskedlinear import masks
-from maskedlinear.flax import Connections, MaskedLinear, SparseLinear
+from maskedlinear.flax import MaskedLinear, PatternIndex, SparseLinear
 from maskedlinear.jax import masked_linear, sparse_linear
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _products
 
 MASK = masks.random((6, 5), sparsity=0.5, seed=7)
-PATTERN = Pattern.from_mask(MASK)
+PATTERN = SparsityPattern.from_mask(MASK)
 X64 = pytest.mark.usefixtures("strict_jax")
 
 
 def arguments(rng: np.random.Generator) -> tuple[Array, Array, Array]:
     """Return x (4, 3, 5), the values and a bias, in float64."""
-    return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in ((4, 3, 5), (PATTERN.connections,), (6,)))  # type: ignore[return-value]
+    return tuple(jnp.asarray(rng.standard_normal(shape)) for shape in ((4, 3, 5), (PATTERN.nnz,), (6,)))  # type: ignore[return-value]
 
 
 def sparse(x: Array, values: Array, bias: Array) -> Array:
@@ -68,7 +68,7 @@ def test_maps_over_everything_but_the_pattern(rng: np.random.Generator) -> None:
 
 
 def test_maps_over_layers_without_inputs() -> None:
-    pattern = Pattern.from_mask(np.zeros((4, 0), bool))
+    pattern = SparsityPattern.from_mask(np.zeros((4, 0), bool))
     bias = jnp.arange(4.0)
     mapped = jax.vmap(lambda x: sparse_linear(x, jnp.zeros(0), pattern, bias))(jnp.zeros((3, 5, 0)))
     np.testing.assert_array_equal(mapped, jnp.broadcast_to(bias, (3, 5, 4)))
@@ -81,7 +81,7 @@ def test_a_pattern_is_an_argument_of_a_jitted_function(rng: np.random.Generator)
     for pattern in (PATTERN, jax.device_put(PATTERN)):
         np.testing.assert_allclose(compiled(x, values, pattern, bias), sparse(x, values, bias))
     assert isinstance(jax.device_put(PATTERN).indices, Array)
-    other, _ = Pattern.from_edges(PATTERN.rows, (PATTERN.indices + 1) % 5, (6, 5))
+    other, _ = SparsityPattern.from_edges(PATTERN.rows, (PATTERN.indices + 1) % 5, (6, 5))
     compiled(x, values, other, bias)
     assert compiled._cache_size() <= 2, "another pattern of the same size is no new program"
 
@@ -113,9 +113,9 @@ def test_each_way_to_a_product_gives_it(
     if way == "in parts":
         monkeypatch.setattr(_products, "_CHUNK", 1000)
     mask, batch = SHAPES[name], 9
-    pattern = Pattern.from_mask(mask)
+    pattern = SparsityPattern.from_mask(mask)
     device_pattern = _products.DevicePattern.of(pattern)
-    values = jnp.asarray(rng.standard_normal(pattern.connections), jnp.float32)
+    values = jnp.asarray(rng.standard_normal(pattern.nnz), jnp.float32)
     left, right = (jnp.asarray(rng.standard_normal((size, batch)), jnp.float32) for size in mask.shape)
     matrix = np.zeros(mask.shape)
     matrix[mask] = values
@@ -134,16 +134,14 @@ def test_each_way_to_a_product_gives_it(
 def test_the_sampled_product_in_slices_of_any_batch(batch: int, rng: np.random.Generator) -> None:
     mask = SHAPES["even"]
     left, right = (jnp.asarray(rng.integers(-4, 5, (size, batch)), jnp.float32) for size in mask.shape)
-    got = jax.jit(_products._sddmm_in_slices)(left, right, _products.DevicePattern.of(Pattern.from_mask(mask)))
+    got = jax.jit(_products._sddmm_in_slices)(left, right, _products.DevicePattern.of(SparsityPattern.from_mask(mask)))
     np.testing.assert_array_equal(got, (left @ right.T)[mask])
 
 
 @pytest.mark.parametrize("batch", [16, 36, 17])
 def test_a_batch_of_whole_blocks_gives_what_any_other_does(batch: int, rng: np.random.Generator) -> None:
-    pattern = Pattern.from_mask(MASK)
-    values, x, g = (
-        jnp.asarray(rng.standard_normal(shape)) for shape in ((pattern.connections,), (batch, 5), (batch, 6))
-    )
+    pattern = SparsityPattern.from_mask(MASK)
+    values, x, g = (jnp.asarray(rng.standard_normal(shape)) for shape in ((pattern.nnz,), (batch, 5), (batch, 6)))
     matrix = jnp.zeros(MASK.shape).at[pattern.rows, pattern.indices].set(values)
     y, pull = jax.vjp(lambda values, x: sparse_linear(x, values, pattern), values, x)
     np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-5, atol=1e-5)
@@ -155,7 +153,11 @@ def test_a_batch_of_whole_blocks_gives_what_any_other_does(batch: int, rng: np.r
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pattern": MASK}, TypeError, "pattern must be a maskedlinear.pattern.Pattern; got ndarray: make one with"),
+        (
+            {"pattern": MASK},
+            TypeError,
+            "pattern must be a maskedlinear.pattern.SparsityPattern; got ndarray: make one with",
+        ),
         ({"values": jnp.zeros(3)}, ValueError, r"one entry for each of the pattern's 15 connections; got shape \(3,\)"),
         ({"values": "no"}, TypeError, "values must be an array of numbers; got str"),
         ({"values": jnp.zeros(15, int)}, TypeError, "values"),
@@ -182,19 +184,19 @@ def test_training_equals_that_of_the_dense_form(rng: np.random.Generator) -> Non
         optimizer = nnx.Optimizer(layer, optax.adam(0.05), wrt=nnx.Param)
         for _ in range(20):
             step(layer, optimizer)
-    np.testing.assert_allclose(layers[1].values[...], masked.kernel[...].T[MASK], rtol=1e-4, atol=1e-5)
-    assert set(nnx.to_pure_dict(nnx.state(layers[1], nnx.Param))) == {"values", "bias"}
-    assert set(nnx.to_pure_dict(nnx.state(layers[1], Connections))) == set(_products.DevicePattern._fields)
+    np.testing.assert_allclose(layers[1].weight_values[...], masked.kernel[...].T[MASK], rtol=1e-4, atol=1e-5)
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], nnx.Param))) == {"weight_values", "bias"}
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], PatternIndex))) == set(_products.DevicePattern._fields)
 
 
 def test_forms_convert_without_loss() -> None:
-    masked = MaskedLinear(5, 6, mask=MASK.T, param_dtype=jnp.bfloat16, fan_in="full", rngs=nnx.Rngs(0))
+    masked = MaskedLinear(5, 6, mask=MASK.T, param_dtype=jnp.bfloat16, init_fan_in="full", rngs=nnx.Rngs(0))
     layer = SparseLinear.from_masked(masked)
     assert layer.pattern == PATTERN
     back = layer.to_masked()
     np.testing.assert_array_equal(back.kernel[...], masked.masked_kernel)
     np.testing.assert_array_equal(back.mask[...], masked.mask[...])
-    assert (back.fan_in, back.kernel[...].dtype) == ("full", jnp.bfloat16)
+    assert (back.init_fan_in, back.kernel[...].dtype) == ("full", jnp.bfloat16)
     assert layer.sparsity == 0.5
     with pytest.raises(TypeError, match="from_masked takes a MaskedLinear; got Linear: make one with"):
         SparseLinear.from_masked(nnx.Linear(5, 6, rngs=nnx.Rngs(0)))  # type: ignore[arg-type]
@@ -236,9 +238,9 @@ def test_what_the_layer_refuses() -> None:
     with pytest.raises(
         ValueError, match=r"the layer's shape \(out, in\) = \(5, 6\); got \(6, 5\), which is its transpose"
     ):
-        SparseLinear(6, 5, mask=PATTERN, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match="fan_in"):
-        SparseLinear(5, 6, fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
+        SparseLinear(6, 5, pattern=PATTERN, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="init_fan_in"):
+        SparseLinear(5, 6, init_fan_in="half", rngs=nnx.Rngs(0))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="must not be negative"):
         SparseLinear(-5, 6, rngs=nnx.Rngs(0))
     for kind in (SparseLinear, MaskedLinear):
@@ -249,7 +251,7 @@ def test_what_the_layer_refuses() -> None:
 
 def test_a_state_that_brings_other_indices_is_refused() -> None:
     def layer() -> SparseLinear:
-        return SparseLinear(5, 6, mask=PATTERN, rngs=nnx.Rngs(0))
+        return SparseLinear(5, 6, pattern=PATTERN, rngs=nnx.Rngs(0))
 
     for name in ("indptr", "rows", "indices", "starts", "outputs", "order"):
         short: Any = layer()
@@ -270,11 +272,11 @@ def test_a_state_that_brings_other_indices_is_refused() -> None:
 
 def test_the_draw_is_scaled_to_the_live_inputs_of_each_output() -> None:
     mask = masks.random((400, 400), sparsity=0.9, seed=1)
-    for fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
-        layer = SparseLinear(400, 400, mask=mask.T, fan_in=fan_in, rngs=nnx.Rngs(0))
-        scaled = np.asarray(layer.values[...]) * np.sqrt(count[layer.pattern.rows])
+    for init_fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
+        layer = SparseLinear(400, 400, mask=mask.T, init_fan_in=init_fan_in, rngs=nnx.Rngs(0))
+        scaled = np.asarray(layer.weight_values[...]) * np.sqrt(count[layer.pattern.rows])
         assert scaled.std() == pytest.approx(1, rel=0.02)
-    assert SparseLinear(5, 6, rngs=nnx.Rngs(0)).values.shape == (30,)
+    assert SparseLinear(5, 6, rngs=nnx.Rngs(0)).weight_values.shape == (30,)
 
 
 def test_abstract_and_split_layers() -> None:
@@ -292,6 +294,18 @@ def test_a_large_layer_costs_what_its_connections_cost(rng: np.random.Generator)
     layer = SparseLinear.from_edges(flat // size, flat % size, (size, size), rngs=nnx.Rngs(0))
     compiled = jax.jit(
         lambda values, pattern, x: jax.grad(lambda v: (sparse_linear(x, v, pattern) ** 2).sum())(values)
-    ).lower(layer.values[...], jax.device_put(layer.pattern), jnp.ones((4, size)))
+    ).lower(layer.weight_values[...], jax.device_put(layer.pattern), jnp.ones((4, size)))
     memory = compiled.compile().memory_analysis()
     assert memory.temp_size_in_bytes < 64 * 2**20
+
+
+def test_a_pattern_has_an_argument_of_its_own() -> None:
+    for options in ({"pattern": PATTERN}, {"mask": MASK.T}):
+        assert SparseLinear(5, 6, **options, rngs=nnx.Rngs(0)).pattern == PATTERN
+    given = SparsityPattern.from_mask(MASK)
+    with pytest.raises(TypeError, match=r"got a SparsityPattern, .*: pass it as pattern="):
+        SparseLinear(5, 6, mask=given, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="takes a mask or a pattern; got both"):
+        SparseLinear(5, 6, mask=MASK.T, pattern=PATTERN, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match=r"must be a maskedlinear\.pattern\.SparsityPattern; got ndarray: .* mask="):
+        SparseLinear(5, 6, pattern=MASK, rngs=nnx.Rngs(0))

@@ -28,11 +28,11 @@ def digest(found: Any) -> str:
 @given(out=sizes, in_=st.integers(0, 40), share=st.floats(0, 1), seed=st.integers(0, 2**64 - 1))
 def test_a_constant_fan_in_is_constant_and_nested(out: int, in_: int, share: float, seed: int) -> None:
     inputs = round(share * in_)
-    mask = masks.fan_in((out, in_), inputs, seed=seed)
+    mask = masks.constant_fan_in((out, in_), inputs, seed=seed)
     assert mask.shape == (out, in_)
     assert (mask.sum(axis=1) == inputs).all()
     if inputs < in_:
-        assert (masks.fan_in((out, in_), inputs + 1, seed=seed) >= mask).all()
+        assert (masks.constant_fan_in((out, in_), inputs + 1, seed=seed) >= mask).all()
     words = masks.words(seed, 0, out * in_).reshape(out, in_)
     for row in range(out):
         order = sorted(range(in_), key=lambda i: (words[row, i], i))
@@ -42,18 +42,20 @@ def test_a_constant_fan_in_is_constant_and_nested(out: int, in_: int, share: flo
 @given(out=sizes, groups=st.integers(0, 6), m=st.integers(1, 8), share=st.floats(0, 1))
 def test_every_group_of_an_n_m_mask_has_n(out: int, groups: int, m: int, share: float) -> None:
     n = round(share * m)
-    mask = masks.n_m((out, groups * m), n, m, seed=3)
+    mask = masks.n_of_m((out, groups * m), n, m, seed=3)
     assert (mask.reshape(-1, m).sum(axis=1) == n).all()
 
 
 def test_structured_masks_made_in_parts_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from maskedlinear.masks import _structured
 
-    whole = [masks.fan_in((9, 30), 7, seed=5), masks.n_m((9, 30), 2, 5, seed=5)]
+    whole = [masks.constant_fan_in((9, 30), 7, seed=5), masks.n_of_m((9, 30), 2, 5, seed=5)]
     monkeypatch.setattr(_structured, "_CHUNK", 64)
     assert all(
         (one == other).all()
-        for one, other in zip(whole, [masks.fan_in((9, 30), 7, seed=5), masks.n_m((9, 30), 2, 5, seed=5)], strict=True)
+        for one, other in zip(
+            whole, [masks.constant_fan_in((9, 30), 7, seed=5), masks.n_of_m((9, 30), 2, 5, seed=5)], strict=True
+        )
     )
 
 
@@ -111,8 +113,8 @@ def test_an_autoregressive_network_depends_on_what_comes_before(order: list[int]
 def test_a_factored_network_depends_on_what_it_may(data: st.DataObject, out: int, in_: int) -> None:
     bits = data.draw(st.lists(st.booleans(), min_size=out * in_, max_size=out * in_).filter(any))
     adjacency = np.array(bits).reshape(out, in_)
-    assert (depends(masks.factored(adjacency, (40, 40))) == adjacency).all()
-    assert not (depends(masks.factored(adjacency, (2,))) & ~adjacency).any()
+    assert (depends(masks.from_adjacency(adjacency, (40, 40))) == adjacency).all()
+    assert not (depends(masks.from_adjacency(adjacency, (2,))) & ~adjacency).any()
 
 
 def test_the_stacks_of_zuko_and_nflows_are_reproduced() -> None:
@@ -120,7 +122,7 @@ def test_the_stacks_of_zuko_and_nflows_are_reproduced() -> None:
     # output_multiplier=3) and zuko 1.5.0 with MaskedMLP(adjacency, (12, 9)).
     assert digest(masks.autoregressive(5, (12,) * 5, multiplier=3)) == NFLOWS
     adjacency = np.random.default_rng(0).random((6, 7)) < 0.4
-    assert digest(masks.factored(adjacency, (12, 9))) == ZUKO
+    assert digest(masks.from_adjacency(adjacency, (12, 9))) == ZUKO
 
 
 NFLOWS, ZUKO = "212b561db18f63d8", "f83da472e71030a5"
@@ -128,7 +130,7 @@ NFLOWS, ZUKO = "212b561db18f63d8", "f83da472e71030a5"
 
 def test_erdos_renyi_shares_add_up_and_follow_the_rule() -> None:
     shapes = [(300, 784), (100, 300), (10, 100)]
-    zeros = masks.erdos_renyi(shapes, 0.9)
+    zeros = masks.erdos_renyi_num_zeros(shapes, 0.9)
     total = sum(math.prod(shape) for shape in shapes)
     assert sum(zeros) == math.floor(0.9 * total)
     live = [math.prod(shape) - count for shape, count in zip(shapes, zeros, strict=True)]
@@ -141,7 +143,7 @@ def test_erdos_renyi_shares_add_up_and_follow_the_rule() -> None:
     st.fractions(0, 1, max_denominator=50),
 )
 def test_erdos_renyi_is_exact_and_within_each_layer(shapes: list[tuple[int, int]], sparsity: Any) -> None:
-    zeros = masks.erdos_renyi(shapes, float(sparsity))
+    zeros = masks.erdos_renyi_num_zeros(shapes, float(sparsity))
     sizes_ = [math.prod(shape) for shape in shapes]
     assert all(0 <= count <= size for count, size in zip(zeros, sizes_, strict=True))
     assert abs(sum(zeros) - float(sparsity) * sum(sizes_)) <= 1
@@ -151,13 +153,13 @@ def test_erdos_renyi_is_exact_and_within_each_layer(shapes: list[tuple[int, int]
     ("call", "error", "message"),
     [
         (
-            lambda: masks.fan_in((3, 4), 5),
+            lambda: masks.constant_fan_in((3, 4), 5),
             ValueError,
             "inputs must be from 0 to the layer's number of inputs, 4; got 5",
         ),
-        (lambda: masks.fan_in((3, 4), 1.5), TypeError, r"inputs must be an integer; got 1\.5"),
-        (lambda: masks.n_m((3, 6), 2, 4), ValueError, "multiple of m = 4; got 6"),
-        (lambda: masks.n_m((3, 8), 5, 4), ValueError, "n from 0 to m"),
+        (lambda: masks.constant_fan_in((3, 4), 1.5), TypeError, r"inputs must be an integer; got 1\.5"),
+        (lambda: masks.n_of_m((3, 6), 2, 4), ValueError, "multiple of m = 4; got 6"),
+        (lambda: masks.n_of_m((3, 8), 5, 4), ValueError, "n from 0 to m"),
         (
             lambda: masks.blocks((4, 6), (4, 4), sparsity=0.5),
             ValueError,
@@ -173,10 +175,10 @@ def test_erdos_renyi_is_exact_and_within_each_layer(shapes: list[tuple[int, int]
         (lambda: masks.autoregressive(0, (3,)), ValueError, "features and hidden layers must have sizes from 1 on"),
         (lambda: masks.autoregressive(3, (3,), order=[0, 1, 1]), ValueError, "permutation of 0 to 2"),
         (lambda: masks.autoregressive(3, (3,), multiplier=0), ValueError, "multiplier"),
-        (lambda: masks.factored([[0, 0]], (3,)), ValueError, "some of them 1"),
-        (lambda: masks.factored([[0, 2]], (3,)), ValueError, "0s and 1s"),
-        (lambda: masks.erdos_renyi([(3, 4)], 1.5), ValueError, r"in \[0, 1\]; got 1\.5"),
-        (lambda: masks.erdos_renyi([(-1, 4)], 0.5), ValueError, "negative"),
+        (lambda: masks.from_adjacency([[0, 0]], (3,)), ValueError, "some of them 1"),
+        (lambda: masks.from_adjacency([[0, 2]], (3,)), ValueError, "0s and 1s"),
+        (lambda: masks.erdos_renyi_num_zeros([(3, 4)], 1.5), ValueError, r"in \[0, 1\]; got 1\.5"),
+        (lambda: masks.erdos_renyi_num_zeros([(-1, 4)], 0.5), ValueError, "negative"),
     ],
 )
 def test_what_makes_no_mask_is_refused(call: Any, error: type[Exception], message: str) -> None:

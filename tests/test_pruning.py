@@ -16,7 +16,7 @@ from hypothesis.extra import numpy as nps
 
 from helpers import python
 from maskedlinear import masks, pruning
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import _growth, _select
 
 values = st.one_of(st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, 5e-324, 1e-45]), st.floats(-3, 3, width=32))
@@ -55,7 +55,7 @@ def test_the_lowest_scores_go_exactly_as_many_as_asked_for(
     ]
     masked, size = sum(int((~mask).sum()) for mask in before), sum(s.size for s in scores)
     zeros = masked + round(share * (size - masked))
-    found = pruning.prune(scores, num_zeros=zeros, masks=before, empty="allow")
+    found = pruning.prune(scores, num_zeros=zeros, masks=before, on_empty="allow")
     for got, wanted in zip(found, by_hand(scores, before, zeros), strict=True):
         assert (got == wanted).all()
     assert sum(int((~mask).sum()) for mask in found) == zeros
@@ -64,7 +64,7 @@ def test_the_lowest_scores_go_exactly_as_many_as_asked_for(
 @given(nps.arrays(np.float64, (5, 7), elements=values), st.integers(0, 35))
 def test_floats_are_ordered_as_floats_are(scores: Any, zeros: int) -> None:
     wanted = by_hand([scores], [np.ones(scores.shape, bool)], zeros)[0]
-    assert (pruning.prune(scores, num_zeros=zeros, empty="allow") == wanted).all()
+    assert (pruning.prune(scores, num_zeros=zeros, on_empty="allow") == wanted).all()
 
 
 def test_selection_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
@@ -72,7 +72,7 @@ def test_selection_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: n
     before = [rng.random(s.shape) < 0.8 for s in scores]
     monkeypatch.setattr(_select, "_BLOCK", 77)
     for zeros in (700, 1500, 2600):
-        found = pruning.prune(scores, num_zeros=zeros, masks=before, empty="allow")
+        found = pruning.prune(scores, num_zeros=zeros, masks=before, on_empty="allow")
         assert all((got == wanted).all() for got, wanted in zip(found, by_hand(scores, before, zeros), strict=True))
 
 
@@ -96,18 +96,18 @@ def test_scopes_share_the_zeros_as_they_say(rng: np.random.Generator) -> None:
     scores = {"small": np.abs(rng.standard_normal((10, 20))), "large": 2 + np.abs(rng.standard_normal((100, 50)))}
     zeros = {}
     for scope in ("layer", "global", "erdos_renyi"):
-        found = pruning.prune(scores, sparsity=0.5, scope=scope, empty="allow")  # type: ignore[arg-type]
+        found = pruning.prune(scores, sparsity=0.5, scope=scope, on_empty="allow")  # type: ignore[arg-type]
         zeros[scope] = {name: int((~mask).sum()) for name, mask in found.items()}
     assert zeros["layer"] == {"small": 100, "large": 2500}
     assert zeros["global"] == {"small": 200, "large": 2400}
-    assert list(zeros["erdos_renyi"].values()) == masks.erdos_renyi([(10, 20), (100, 50)], 0.5)
+    assert list(zeros["erdos_renyi"].values()) == masks.erdos_renyi_num_zeros([(10, 20), (100, 50)], 0.5)
 
 
 def test_shares_by_erdos_renyi_only_shrink(rng: np.random.Generator) -> None:
     scores = [rng.random(shape) for shape in ((6, 6), (6, 6), (2, 2))]
     found = None
     for zeros in range(40, 75):  # at 66 the smallest layer's share grows, as largest remainders do
-        found = pruning.prune(scores, sparsity=zeros / 76, masks=found, scope="erdos_renyi", empty="allow")
+        found = pruning.prune(scores, sparsity=zeros / 76, masks=found, scope="erdos_renyi", on_empty="allow")
         assert sum(int((~mask).sum()) for mask in found) == math.floor(Fraction(str(zeros / 76)) * 76)
     with pytest.raises(ValueError, match="pruning only removes connections"):
         pruning.prune(scores, sparsity=0.1, masks=found, scope="erdos_renyi")
@@ -156,8 +156,8 @@ def test_scores_are_their_formulas() -> None:
 def test_blocks_and_groups() -> None:
     scores = np.array([[1.0, 1, 0, 9], [1, 1, 0, 0]])
     assert pruning.prune(scores, num_zeros=1, block=(2, 2)).tolist() == [[False, False, True, True]] * 2
-    assert pruning.n_m(scores, 1, 2).tolist() == [[False, True, False, True], [False, True, False, True]]
-    assert pruning.n_m([scores], 2, 4)[0].sum() == 4
+    assert pruning.n_of_m(scores, 1, 2).tolist() == [[False, True, False, True], [False, True, False, True]]
+    assert pruning.n_of_m([scores], 2, 4)[0].sum() == 4
     assert pruning.threshold(scores, 1.0).tolist() == [[True, True, False, True], [True, True, False, False]]
     before = np.array([[False, False, True, True]] * 2)
     assert pruning.prune(scores, num_zeros=1, block=(2, 2), masks=before).tolist() == before.tolist()
@@ -195,7 +195,7 @@ def test_a_pattern_moves_as_its_mask_does(seed: int, fraction: float) -> None:
     generator = np.random.default_rng(seed)
     weight, gradient = generator.integers(-2, 3, (2, 9, 11)).astype(float)
     mask = generator.random((9, 11)) < generator.random()
-    pattern = Pattern.from_mask(mask)
+    pattern = SparsityPattern.from_mask(mask)
     for full in (gradient, None):
         blocks = None if full is None else lambda start, stop: full[start:stop]  # noqa: B023
         found, source = pruning.regrow_pattern(pattern, weight[mask], fraction, blocks, seed=seed)
@@ -203,7 +203,7 @@ def test_a_pattern_moves_as_its_mask_does(seed: int, fraction: float) -> None:
         kept = source >= 0
         rows, columns = found.rows[kept], found.indices[kept]
         assert (weight[mask][source[kept]] == weight[rows, columns]).all()
-        assert found.connections == pattern.connections
+        assert found.nnz == pattern.nnz
 
 
 def test_growth_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
@@ -218,7 +218,7 @@ def test_growth_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: np.r
 
 def test_growth_at_random_reaches_all_of_a_matrix_too_large_to_exist() -> None:
     to, of = np.arange(1000) * 99, np.arange(1000)
-    pattern, _ = Pattern.from_edges(to, of, (100_000, 100_000))
+    pattern, _ = SparsityPattern.from_edges(to, of, (100_000, 100_000))
     found, source = pruning.regrow_pattern(pattern, np.arange(1000.0), 0.5, seed=1)
     come = source < 0
     assert int(come.sum()) == 500
@@ -227,19 +227,19 @@ def test_growth_at_random_reaches_all_of_a_matrix_too_large_to_exist() -> None:
 
 
 def test_schedules() -> None:
-    cubic = pruning.Cubic(0.9, begin=10, end=110, every=10, initial=0.1)
+    cubic = pruning.CubicSchedule(0.9, begin=10, end=110, every=10, initial=0.1)
     assert [cubic(step) for step in (0, 10, 110, 200)] == [0.1, pytest.approx(0.1), 0.9, 0.9]
     assert cubic(60) == pytest.approx(0.9 - 0.8 / 8)
     assert cubic(69) == cubic(60)
     assert [step for step in range(130) if cubic.due(step)] == [*range(10, 111, 10)]
-    rounds = pruning.Geometric(0.992, 3)
+    rounds = pruning.GeometricSchedule(0.992, 3)
     assert [rounds(i) for i in range(5)] == pytest.approx([0, 0.8, 0.96, 0.992, 0.992])
-    assert pruning.Geometric(0.5)(1) == 0.5
-    assert [pruning.cosine(step, 100) for step in (0, 50, 100, 150)] == pytest.approx([0.3, 0.15, 0, 0])
+    assert pruning.GeometricSchedule(0.5)(1) == 0.5
+    assert [pruning.cosine_decay(step, 100) for step in (0, 50, 100, 150)] == pytest.approx([0.3, 0.15, 0, 0])
 
 
 def test_a_layer_of_no_size_is_let_through_if_that_is_allowed() -> None:
-    found = pruning.prune({"a": np.zeros((0, 3)), "b": SCORES}, sparsity=0.5, empty="allow")
+    found = pruning.prune({"a": np.zeros((0, 3)), "b": SCORES}, sparsity=0.5, on_empty="allow")
     assert found["a"].shape == (0, 3)
     assert int(found["b"].sum()) == 3
 
@@ -270,8 +270,8 @@ SCORES = np.arange(6.0).reshape(2, 3)
         (lambda: pruning.prune(SCORES, sparsity=1.0), ValueError, "must keep a connection; all would be gone:"),
         (lambda: pruning.prune({"a": SCORES, "b": SCORES + 9}, sparsity=0.5), ValueError, "all would be gone of a:"),
         (lambda: pruning.prune(SCORES, sparsity=0.5, scope="all"), ValueError, "scope must be"),  # type: ignore[arg-type]
-        (lambda: pruning.prune(SCORES, sparsity=0.5, empty="no"), ValueError, "empty must be"),  # type: ignore[arg-type]
-        (lambda: pruning.n_m(SCORES[0], 1, 3), ValueError, r"\(out, in\); got \(3,\)"),
+        (lambda: pruning.prune(SCORES, sparsity=0.5, on_empty="no"), ValueError, "on_empty must be"),  # type: ignore[arg-type]
+        (lambda: pruning.n_of_m(SCORES[0], 1, 3), ValueError, r"\(out, in\); got \(3,\)"),
         (
             lambda: pruning.prune(SCORES, num_zeros=1, masks=SCORES > 3),
             ValueError,
@@ -282,7 +282,7 @@ SCORES = np.arange(6.0).reshape(2, 3)
         (lambda: pruning.prune(SCORES, num_zeros=1, block=(2, 2)), ValueError, "must divide into blocks"),
         (lambda: pruning.prune(SCORES, num_zeros=1, block=(2, 1), masks=SCORES > 0), ValueError, "whole blocks"),
         (lambda: pruning.threshold(SCORES, math.nan), ValueError, "got NaN"),
-        (lambda: pruning.threshold(SCORES, 1, empty="no"), ValueError, "empty must be"),  # type: ignore[arg-type]
+        (lambda: pruning.threshold(SCORES, 1, on_empty="no"), ValueError, "on_empty must be"),  # type: ignore[arg-type]
         (
             lambda: pruning.prune({"a": SCORES, "b": SCORES[:0]}, sparsity=0.5),
             ValueError,
@@ -300,11 +300,11 @@ SCORES = np.arange(6.0).reshape(2, 3)
             ValueError,
             r"the scores before must have the weight's shape, \(2, 3\); got \(3,\)",
         ),
-        (lambda: pruning.Cubic(0.9, begin=0.5, end=3), TypeError, "begin must be an integer; got 0.5"),  # type: ignore[arg-type]
-        (lambda: pruning.Geometric(0.9, rounds=2.5), TypeError, "rounds must be an integer; got 2.5"),  # type: ignore[arg-type]
+        (lambda: pruning.CubicSchedule(0.9, begin=0.5, end=3), TypeError, "begin must be an integer; got 0.5"),  # type: ignore[arg-type]
+        (lambda: pruning.GeometricSchedule(0.9, rounds=2.5), TypeError, "rounds must be an integer; got 2.5"),  # type: ignore[arg-type]
         (lambda: pruning.threshold(SCORES, 7), ValueError, "must keep a connection"),
-        (lambda: pruning.n_m(SCORES, 1, 2), ValueError, "multiple of m = 2; got 3"),
-        (lambda: pruning.n_m(SCORES * np.nan, 1, 3), ValueError, "NaN"),
+        (lambda: pruning.n_of_m(SCORES, 1, 2), ValueError, "multiple of m = 2; got 3"),
+        (lambda: pruning.n_of_m(SCORES * np.nan, 1, 3), ValueError, "NaN"),
         (lambda: pruning.snip(SCORES, SCORES.T), ValueError, r"its weight's shape, \(2, 3\); got \(3, 2\)"),
         (lambda: pruning.prune_nodes(SCORES, num_zeros=1), ValueError, r"\(nodes,\); got \(2, 3\)"),
         (lambda: pruning.prune_nodes(SCORES[0], num_zeros=3), ValueError, "must keep a node"),
@@ -321,14 +321,14 @@ SCORES = np.arange(6.0).reshape(2, 3)
         ),
         (lambda: pruning.regrow(SCORES > 2, SCORES, 0.5, SCORES.T), ValueError, "its weight's shape"),
         (
-            lambda: pruning.regrow_pattern(Pattern.full((2, 3)), [1.0], 0.5),
+            lambda: pruning.regrow_pattern(SparsityPattern.full((2, 3)), [1.0], 0.5),
             ValueError,
             "each of the 6 connections; got",
         ),
-        (lambda: pruning.Cubic(0.5, 10, 5), ValueError, "begin < end"),
-        (lambda: pruning.Cubic(0.5, 0, 5, initial=0.7), ValueError, "initial <= final"),
-        (lambda: pruning.Geometric(1.0, 3), ValueError, "final < 1"),
-        (lambda: pruning.cosine(-1, 5), ValueError, "step >= 0"),
+        (lambda: pruning.CubicSchedule(0.5, 10, 5), ValueError, "begin < end"),
+        (lambda: pruning.CubicSchedule(0.5, 0, 5, initial=0.7), ValueError, "initial <= final"),
+        (lambda: pruning.GeometricSchedule(1.0, 3), ValueError, "final < 1"),
+        (lambda: pruning.cosine_decay(-1, 5), ValueError, "step >= 0"),
     ],
 )
 def test_what_cannot_be_pruned_is_refused(call: Any, error: type[Exception], message: str) -> None:

@@ -109,8 +109,8 @@ def test_arguments_are_refused() -> None:
         MaskedLinear(-1, 5)
     with pytest.raises(TypeError, match=r"real floating-point dtype.*got torch.int32"):
         MaskedLinear(7, 5, dtype=torch.int32)
-    with pytest.raises(ValueError, match=r"fan_in must be 'live' or 'full'; got 'half'"):
-        MaskedLinear(7, 5, fan_in="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"init_fan_in must be 'live' or 'full'; got 'half'"):
+        MaskedLinear(7, 5, init_fan_in="half")  # type: ignore[arg-type]
 
 
 def test_reset_scales_each_row_to_its_live_inputs() -> None:
@@ -127,7 +127,7 @@ def test_reset_scales_each_row_to_its_live_inputs() -> None:
     layer.reset_parameters()
     assert torch.equal(layer.weight, dense.weight * scale[:, None])
     torch.manual_seed(0)
-    assert torch.equal(MaskedLinear(400, 4, mask=mask, fan_in="full").weight, dense.weight)
+    assert torch.equal(MaskedLinear(400, 4, mask=mask, init_fan_in="full").weight, dense.weight)
 
 
 def test_state_dict_both_ways(layer: MaskedLinear, x: torch.Tensor) -> None:

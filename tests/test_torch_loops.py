@@ -19,16 +19,16 @@ with warnings.catch_warnings():
 
     import maskedlinear.lightning as in_lightning
     import maskedlinear.transformers as in_transformers
-from maskedlinear.pruning import Cubic
+from maskedlinear.pruning import CubicSchedule
 from maskedlinear.torch import (
     ScheduledPruning,
     ScheduledRegrowth,
     compress,
     freeze_masked,
+    get_masks,
     mask_model,
-    masks_of,
     prune_model,
-    report,
+    summary,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the trainers' own: few workers, no logger, ...
@@ -71,7 +71,7 @@ def made(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain(model: Network, schedules: list[Any], accumulate: int = 1, steps: int = STEPS) -> Network:
     optimizer = made(model)
-    if masks_of(model):
+    if get_masks(model):
         freeze_masked(optimizer, model)
     for number in range(steps // accumulate):
         optimizer.zero_grad()
@@ -105,7 +105,7 @@ def in_pl(model: Network, schedules: list[Any], where: Path, accumulate: int = 1
     )
     trainer.fit(model, DataLoader(Data(), batch_size=BATCH), **options)
     if "sparsity" in trainer.callback_metrics:
-        assert trainer.callback_metrics["sparsity"].item() == pytest.approx(report(model).sparsity)
+        assert trainer.callback_metrics["sparsity"].item() == pytest.approx(summary(model).sparsity)
     return model
 
 
@@ -156,7 +156,7 @@ def same(one: nn.Module, other: nn.Module) -> None:
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_pruning_is_that_of_a_plain_loop(loop: str, accumulate: int, tmp_path: Path) -> None:
-    start, schedule = Network(), Cubic(0.8, begin=1, end=5, every=2)
+    start, schedule = Network(), CubicSchedule(0.8, begin=1, end=5, every=2)
     models = []
     for train in (plain, lambda *a, **k: LOOPS[loop](*a, tmp_path, **k)):
         model = copy.deepcopy(start)
@@ -164,7 +164,7 @@ def test_pruning_is_that_of_a_plain_loop(loop: str, accumulate: int, tmp_path: P
         models.append(train(model, [pruner], accumulate=accumulate))
         assert pruner.steps == STEPS // accumulate
     same(*models)
-    assert report(models[1]).sparsity == pytest.approx(0.8, abs=0.01)
+    assert summary(models[1]).sparsity == pytest.approx(0.8, abs=0.01)
 
 
 @pytest.mark.parametrize("loop", LOOPS)
@@ -187,7 +187,7 @@ def test_regrowth_is_that_of_a_plain_loop(loop: str, form: Any, growth: Any, tmp
 @pytest.mark.parametrize("loop", LOOPS)
 def test_masked_weights_stay_without_any_schedule(loop: str, tmp_path: Path) -> None:
     model = Network(0.5)
-    before, masks = copy.deepcopy(model), masks_of(model)
+    before, masks = copy.deepcopy(model), get_masks(model)
     LOOPS[loop](model, [], tmp_path)
     for name, mask in masks.items():
         one, other = (part.get_submodule(name).weight for part in (model, before))
@@ -196,7 +196,7 @@ def test_masked_weights_stay_without_any_schedule(loop: str, tmp_path: Path) -> 
 
 
 def test_training_goes_on_from_a_checkpoint_in_transformers(tmp_path: Path) -> None:
-    schedule = Cubic(0.8, begin=1, end=11, every=2)
+    schedule = CubicSchedule(0.8, begin=1, end=11, every=2)
     whole, resumed = Network(), Network()
     in_hf(whole, [ScheduledPruning(whole, schedule, scope="layer")], tmp_path, save="steps", save_steps=6)
     pruner = ScheduledPruning(resumed, schedule, scope="layer")
@@ -205,7 +205,7 @@ def test_training_goes_on_from_a_checkpoint_in_transformers(tmp_path: Path) -> N
 
 
 def test_training_goes_on_from_a_checkpoint_in_lightning(tmp_path: Path) -> None:
-    schedule = Cubic(0.8, begin=1, end=20, every=2)
+    schedule = CubicSchedule(0.8, begin=1, end=20, every=2)
     whole, first, resumed = Network(), Network(), Network()
     in_pl(whole, [ScheduledPruning(whole, schedule, scope="layer")], tmp_path, epochs=2)
     half = pl.Trainer(
@@ -232,8 +232,8 @@ def test_training_goes_on_from_a_checkpoint_in_lightning(tmp_path: Path) -> None
 
 def test_what_is_no_schedule_or_has_no_optimizer_is_refused(tmp_path: Path) -> None:
     for callback in (in_lightning.MaskedTraining, in_transformers.MaskedTraining):
-        with pytest.raises(TypeError, match="takes ScheduledPruning and ScheduledRegrowth objects; got Cubic"):
-            callback(Cubic(0.5, begin=0, end=1))  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="takes ScheduledPruning and ScheduledRegrowth objects; got CubicSchedule"):
+            callback(CubicSchedule(0.5, begin=0, end=1))  # type: ignore[arg-type]
 
     class Two(Network):
         def configure_optimizers(self) -> Any:

@@ -78,8 +78,8 @@ def test_what_a_layer_carries_is_kept() -> None:
     compress(model, "sparse")
     made: Any = model["one"]
     assert made is model["again"]
-    assert (made.training, made.note, made.values.dtype) == (False, "mine", torch.float64)
-    assert made.values.requires_grad
+    assert (made.training, made.note, made.weight_values.dtype) == (False, "mine", torch.float64)
+    assert made.weight_values.requires_grad
     assert not made.bias.requires_grad
     made(torch.zeros(2, 512, dtype=torch.float64))
     assert calls == ["hook"]
@@ -94,8 +94,8 @@ def test_parameters_keep_what_was_written_on_them_and_the_bias_stays_the_same() 
     bias, calls = layer.bias, []
     bias.register_hook(lambda _: calls.append("hook"))
     made: Any = layer
-    for weight in ("values", "weight"):
-        made = compress(made, "sparse") if weight == "values" else expand(made)
+    for weight in ("weight_values", "weight"):
+        made = compress(made, "sparse") if weight == "weight_values" else expand(made)
         assert made._is_initialized == getattr(made, weight).scale == 2
         assert made.bias is bias
         assert set(vars(made)) == {*vars(type(made)(2, 2)), "_is_initialized"}
@@ -111,7 +111,7 @@ def test_layers_that_were_made_in_inference_mode_can_be_trained() -> None:
         compress(model, costs=close, training=True)
         compress(model, "sparse")
     model(torch.randn(2, 32)).sum().backward()
-    assert model[0].values.grad is not None
+    assert model[0].weight_values.grad is not None
     with torch.inference_mode():
         expand(model)
     model(torch.randn(2, 32)).sum().backward()

@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from maskedlinear.pruning import Cubic, Geometric, cosine
+from maskedlinear.pruning import CubicSchedule, GeometricSchedule, cosine_decay
 from maskedlinear.torch import (
     MaskedLinear,
     ScheduledPruning,
     ScheduledRegrowth,
     compress,
     freeze_masked,
+    get_masks,
     lottery_rounds,
     mask_model,
-    masks_of,
     prune_model,
-    report,
     rewind_model,
+    summary,
 )
 
 
@@ -41,21 +41,21 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, recording: Any = N
 
 
 def test_a_schedule_prunes_at_its_steps_and_goes_on_from_a_state() -> None:
-    model, schedule = network(), Cubic(0.8, begin=2, end=9, every=3)
+    model, schedule = network(), CubicSchedule(0.8, begin=2, end=9, every=3)
     optimizer = freeze_masked(torch.optim.AdamW(model.parameters(), weight_decay=0.1), model)
     pruner = ScheduledPruning(model, schedule, scope="layer")
     done = []
     for step in range(12):
         train(model, optimizer)
         done.append(pruner.step())
-        live = masks_of(model)["0"].float().mean().item()
+        live = get_masks(model)["0"].float().mean().item()
         assert live == pytest.approx(1 - schedule(step), abs=1 / 128)
         if step == 5:
             saved = pruner.state_dict()
             pruner = ScheduledPruning(model, schedule, scope="layer")
             pruner.load_state_dict(saved)
     assert [step for step, pruned in enumerate(done) if pruned] == schedule.steps() == [2, 5, 8, 9]
-    assert report(model).sparsity == pytest.approx(0.8, abs=0.02)
+    assert summary(model).sparsity == pytest.approx(0.8, abs=0.02)
 
 
 def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
@@ -63,7 +63,7 @@ def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
     saved = copy.deepcopy(model.state_dict())
     train(model, torch.optim.SGD(model.parameters(), 0.1))
     prune_model(model, 0.5)
-    masks = masks_of(model)
+    masks = get_masks(model)
     assert not torch.equal(model[0].weight, saved["0.weight"])
     rewind_model(model, saved)
     for name, tensor in model.state_dict().items():
@@ -83,14 +83,14 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
     masks: dict[str, Tensor] = {}
     for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer", progress=told.append):
         assert torch.equal(model[0].weight, start["0.weight"])
-        assert report(model).sparsity == pytest.approx(sparsity, abs=0.01)
-        now = masks_of(model)
+        assert summary(model).sparsity == pytest.approx(sparsity, abs=0.01)
+        now = get_masks(model)
         assert all((masks[name] | ~mask).all() for name, mask in now.items() if masks)  # what is gone stays gone
         masks, seen = now, [*seen, sparsity]
         optimizer = freeze_masked(torch.optim.SGD(model.parameters(), 0.5), model)
         for _ in range(3):
             train(model, optimizer)
-    assert seen == [Geometric(0.8, 3)(round) for round in range(4)]
+    assert seen == [GeometricSchedule(0.8, 3)(round) for round in range(4)]
     assert told == [0.25, 0.5, 0.75, 1]
     assert not torch.equal(model[0].weight, start["0.weight"])  # the last round's training stays
     with pytest.raises(ValueError, match="rounds >= 1"):
@@ -117,9 +117,9 @@ def test_connections_move_at_their_steps(growth: Any, sparse: bool) -> None:
         train(model, optimizer, regrowth.recording())
         moved.append(regrowth.step())
     assert [step for step, count in enumerate(moved) if count] == [3, 6, 9][: sum(count > 0 for count in moved)]
-    assert moved[3] == sum(int(cosine(3, 10) * live) for live in (64, 32))
+    assert moved[3] == sum(int(cosine_decay(3, 10) * live) for live in (64, 32))
     assert moved[3] > moved[6] > 0
-    assert report(model).sparsity == 0.5
+    assert summary(model).sparsity == 0.5
 
 
 def test_what_is_out_of_range_or_not_recorded_is_refused() -> None:
@@ -135,5 +135,5 @@ def test_what_is_out_of_range_or_not_recorded_is_refused() -> None:
     with pytest.raises(ValueError, match="inside `with regrowth"):
         regrowth.step()
     with pytest.raises(ValueError, match="there is none"):
-        ScheduledPruning(nn.Linear(2, 2), Cubic(0.5, begin=0, end=1)).step()
+        ScheduledPruning(nn.Linear(2, 2), CubicSchedule(0.5, begin=0, end=1)).step()
     assert isinstance(model[0], MaskedLinear)

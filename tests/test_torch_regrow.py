@@ -14,11 +14,11 @@ from maskedlinear.torch import (
     MaskedLinear,
     SparseLinear,
     compress,
+    dense_gradients,
     expand,
     freeze_masked,
     mask_model,
     prune_model,
-    record_growth,
     regrow_model,
 )
 
@@ -39,10 +39,10 @@ def both() -> tuple[nn.Module, nn.Module, Any]:
         found = []
         for model, optimizer in zip((dense, sparse), made, strict=True):
             optimizer.zero_grad()
-            with record_growth(model) as growth:
+            with dense_gradients(model) as gradients:
                 model(x).square().mean().backward()
             optimizer.step()
-            found.append((growth, optimizer))
+            found.append((gradients, optimizer))
         return tuple(found)
 
     return dense, sparse, step
@@ -59,10 +59,10 @@ def weights(model: Any) -> list[Tensor]:
 def test_both_forms_move_alike_and_train_on_alike(by: str) -> None:
     dense, sparse, step = both()
     for round_ in range(4):
-        for model, (growth, optimizer) in zip((dense, sparse), step(), strict=True):
+        for model, (gradients, optimizer) in zip((dense, sparse), step(), strict=True):
             before = [weight.clone() for weight in weights(model)]
             moved = regrow_model(
-                model, 0.3, growth=growth if by == "gradient" else None, optimizer=optimizer, seed=10 * round_
+                model, 0.3, gradients=gradients if by == "gradient" else None, optimizer=optimizer, seed=10 * round_
             )
             assert moved == sum(int(0.3 * int(count)) for count in (72, 30))
             for old, new in zip(before, weights(model), strict=True):
@@ -79,15 +79,15 @@ def test_the_recorded_gradient_is_that_of_all_weights() -> None:
     full = nn.Linear(6, 4)
     full.weight.data, full.bias.data = layer.masked_weight.detach().clone(), layer.bias.detach().clone()
     x = torch.randn(2, 3, 6)
-    with record_growth(layer) as growth:
+    with dense_gradients(layer) as gradients:
         (layer(x).sin().sum() + layer(2 * x).sum()).backward()
     (full(x).sin().sum() + full(2 * x).sum()).backward()
-    torch.testing.assert_close(torch.cat([growth.rows(layer, 0, 3), growth.rows(layer, 3, 4)]), full.weight.grad)
+    torch.testing.assert_close(torch.cat([gradients.rows(layer, 0, 3), gradients.rows(layer, 3, 4)]), full.weight.grad)
     assert not layer._forward_hooks
-    with record_growth(layer) as growth, torch.no_grad():
+    with dense_gradients(layer) as gradients, torch.no_grad():
         layer(x)
-    with pytest.raises(ValueError, match="needs a backward pass through each layer inside record_growth"):
-        regrow_model(layer, 0.5, growth=growth)
+    with pytest.raises(ValueError, match="needs a backward pass through each layer inside dense_gradients"):
+        regrow_model(layer, 0.5, gradients=gradients)
 
 
 def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> None:
@@ -95,7 +95,7 @@ def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> 
     for _ in range(3):
         (_, one), (_, other) = step()
     layer: Any = sparse[0]  # type: ignore[index]
-    state = other.state[layer.values]
+    state = other.state[layer.weight_values]
     before = {
         (o, i): m.item() for o, i, m in zip(layer.pattern.rows, layer.pattern.indices, state["exp_avg"], strict=True)
     }
@@ -114,10 +114,11 @@ def test_gradients_move_along() -> None:
     step()
     layer: Any = sparse[0]  # type: ignore[index]
     before = {
-        (o, i): g.item() for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.values.grad, strict=True)
+        (o, i): g.item()
+        for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.weight_values.grad, strict=True)
     }
     regrow_model(sparse, 0.4, seed=1)
-    for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.values.grad, strict=True):
+    for o, i, g in zip(layer.pattern.rows, layer.pattern.indices, layer.weight_values.grad, strict=True):
         assert g.item() == before.get((o, i), 0.0)
 
 
@@ -137,14 +138,14 @@ def test_a_weight_that_others_use_does_not_move() -> None:
 
 def test_double_precision_and_named_arguments_are_recorded() -> None:
     layer = MaskedLinear(6, 4, mask=masks.random((4, 6), sparsity=0.5, seed=0), dtype=torch.float64)
-    with record_growth(layer) as growth:
+    with dense_gradients(layer) as gradients:
         layer(input=torch.randn(3, 6, dtype=torch.float64)).sum().backward()
-    assert growth.rows(layer, 0, 4).dtype is torch.float64
+    assert gradients.rows(layer, 0, 4).dtype is torch.float64
 
 
 def test_what_cannot_be_rewired_is_refused() -> None:
     layer = SparseLinear(6, 4, mask=masks.random((4, 6), sparsity=0.5, seed=0))
-    pattern, source = pruning.regrow_pattern(layer.pattern, layer.values, 0.5)
+    pattern, source = pruning.regrow_pattern(layer.pattern, layer.weight_values, 0.5)
     for wrong, places, message in (
         (SparseLinear(6, 5).pattern, source, "of shape"),
         (SparseLinear(6, 4).pattern, source, "where each of the 12 connections was"),

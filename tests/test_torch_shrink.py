@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear.pruning import _shrink
-from maskedlinear.torch import MaskedLinear, SparseLinear, mask_model, masks_of, prune_model, set_masks, shrink
+from maskedlinear.torch import MaskedLinear, SparseLinear, get_masks, mask_model, prune_model, set_masks, shrink
 
 X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 
@@ -20,7 +20,7 @@ X = torch.randn(7, 6, generator=torch.Generator().manual_seed(0))
 def without(model: nn.Module, rows: dict[str, list[int]], columns: dict[str, list[int]] | None = None) -> nn.Module:
     """Mask all linear layers, take out some of their outputs and inputs, and give every parameter a value of its own."""
     mask_model(model)
-    masks = masks_of(model)
+    masks = get_masks(model)
     for name, places in rows.items():
         masks[name][places] = False
     for name, places in (columns or {}).items():
@@ -66,7 +66,7 @@ def test_nodes_go_with_what_they_send_on() -> None:
 
 def test_a_pruned_model_becomes_smaller_and_keeps_the_masks_that_are_left() -> None:
     model = without(nn.Sequential(nn.Linear(6, 50), nn.ReLU(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 4)), {})
-    prune_model(model, 0.95, score="random", seed=2, empty="allow")
+    prune_model(model, 0.95, score="random", seed=2, on_empty="allow")
     small = shrink(model, X)
     assert sum(p.numel() for p in small.parameters()) < 0.3 * sum(p.numel() for p in model.parameters())
     assert isinstance(small[2], MaskedLinear)
@@ -163,7 +163,7 @@ def test_what_is_not_followed_is_refused_or_kept(case: str) -> None:
     model = without(Norm(between), {"first": [2]})
     with pytest.raises(ValueError, match=message):
         shrink(model, X)
-    small = shrink(model, X, unfollowed="keep")
+    small = shrink(model, X, on_unfollowed="keep")
     assert sizes(small)[0] == (6, 8)
     same(model, small)
 
@@ -198,7 +198,7 @@ def test_layers_that_are_used_twice_shared_read_or_hooked_keep_their_nodes() -> 
         (reads, "its parameters are read by the model"),
         (hooked, "it has hooks"),
     ):
-        small = shrink(model, X, unfollowed="keep")
+        small = shrink(model, X, on_unfollowed="keep")
         same(model, small)
         assert sizes(small) == sizes(model), message
     cut = without(Twice(), {}, {"last": [1]})
@@ -230,8 +230,8 @@ def test_a_model_that_cannot_be_traced_is_refused() -> None:
         shrink(Branches(None), X)
     with pytest.raises(TypeError, match=r"shrink takes a torch\.nn\.Module; got Tensor"):
         shrink(X, X)
-    with pytest.raises(ValueError, match="unfollowed must be 'raise' or 'keep'; got 'skip'"):
-        shrink(mlp(), X, unfollowed="skip")
+    with pytest.raises(ValueError, match="on_unfollowed must be 'raise' or 'keep'; got 'skip'"):
+        shrink(mlp(), X, on_unfollowed="skip")
 
 
 def test_a_flatten_that_does_nothing_is_followed() -> None:

@@ -16,19 +16,19 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from maskedlinear import masks
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
 from maskedlinear_torch import _products
 from maskedlinear_torch._sparse import product
 
 MASK = masks.random((6, 5), sparsity=0.5, seed=7)
-PATTERN = Pattern.from_mask(MASK)
+PATTERN = SparsityPattern.from_mask(MASK)
 
 
 def arguments(dtype: torch.dtype = torch.float64, requires_grad: bool = True) -> tuple[Tensor, Tensor, Tensor]:
     """Return x (4, 3, 5), the values and a bias."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((4, 3, 5), (PATTERN.connections,), (6,))
+    shapes = ((4, 3, 5), (PATTERN.nnz,), (6,))
     return tuple(  # type: ignore[return-value]
         torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype).requires_grad_(requires_grad)
         for shape in shapes
@@ -92,7 +92,11 @@ def test_third_order_and_nested_forward_mode_stay_sparse() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"pattern": MASK}, TypeError, "pattern must be a maskedlinear.pattern.Pattern; got ndarray: make one with"),
+        (
+            {"pattern": MASK},
+            TypeError,
+            "pattern must be a maskedlinear.pattern.SparsityPattern; got ndarray: make one with",
+        ),
         (
             {"values": torch.zeros(3)},
             ValueError,
@@ -121,7 +125,7 @@ def test_a_map_over_the_pattern_is_refused() -> None:
 
 
 def test_a_pattern_that_inference_met_first_can_be_trained() -> None:
-    pattern = Pattern.from_mask(MASK)
+    pattern = SparsityPattern.from_mask(MASK)
     x, values, bias = arguments()
     with torch.inference_mode():
         sparse_linear(x, values, pattern, bias)
@@ -140,7 +144,7 @@ def test_training_equals_that_of_the_dense_form() -> None:
             optimizer.zero_grad()
             (layer(x) - target).square().mean().backward()
             optimizer.step()
-    torch.testing.assert_close(sparse.values, dense.weight[dense.mask])
+    torch.testing.assert_close(sparse.weight_values, dense.weight[dense.mask])
     torch.testing.assert_close(sparse.bias, dense.bias)
 
 
@@ -161,14 +165,14 @@ def test_inference_on_one_row_sees_every_change() -> None:
     check(layer, x)
     optimizer.step()
     check(layer, x)
-    layer.values.data[0] = 7.0
+    layer.weight_values.data[0] = 7.0
     check(layer, x)
-    layer.values.data = torch.randn(PATTERN.connections)
+    layer.weight_values.data = torch.randn(PATTERN.nnz)
     check(layer, x)
     layer.load_state_dict(other.state_dict())
     check(layer, x)
     check(copy.deepcopy(layer), x)
-    layer.values.data = torch.randn(2 * len(layer.values))[::2]
+    layer.weight_values.data = torch.randn(2 * len(layer.weight_values))[::2]
     check(layer, x)
     check(layer.double(), x.double())
     check(SparseLinear(5, 6, bias=False, mask=MASK), x)
@@ -188,17 +192,17 @@ def test_inference_on_one_row_sees_every_change() -> None:
 
 
 def test_forms_convert_without_loss() -> None:
-    masked = MaskedLinear(5, 6, mask=MASK, fan_in="full", dtype=torch.bfloat16).eval()
+    masked = MaskedLinear(5, 6, mask=MASK, init_fan_in="full", dtype=torch.bfloat16).eval()
     masked.bias.requires_grad_(False)
     sparse = SparseLinear.from_masked(masked)
-    assert (sparse.training, sparse.values.requires_grad, sparse.bias.requires_grad) == (False, True, False)
+    assert (sparse.training, sparse.weight_values.requires_grad, sparse.bias.requires_grad) == (False, True, False)
     assert sparse.pattern == PATTERN
-    assert torch.equal(sparse.values, masked.weight[masked.mask])
+    assert torch.equal(sparse.weight_values, masked.weight[masked.mask])
     back = sparse.to_masked()
     assert torch.equal(back.mask, masked.mask)
     assert torch.equal(back.weight, masked.masked_weight)
     assert torch.equal(back.bias, masked.bias)
-    assert (back.fan_in, back.training, back.bias.requires_grad) == ("full", False, False)
+    assert (back.init_fan_in, back.training, back.bias.requires_grad) == ("full", False, False)
     assert SparseLinear.from_masked(MaskedLinear(5, 6, bias=False, mask=MASK)).bias is None
     with pytest.raises(TypeError, match="from_masked takes a MaskedLinear; got Linear: make one with"):
         SparseLinear.from_masked(nn.Linear(5, 6))  # type: ignore[arg-type]
@@ -213,12 +217,12 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
     x = torch.randn(3, 5).double()
     torch.testing.assert_close(layer(x), x @ torch.tensor(weight).T + torch.arange(6.0).double())
     from_scipy = SparseLinear.from_scipy(scipy.sparse.csc_array(weight), bias=np.arange(6.0), dtype=torch.float64)
-    assert torch.equal(from_scipy.values, layer.values)
+    assert torch.equal(from_scipy.weight_values, layer.weight_values)
     torch.testing.assert_close(from_scipy(x), layer(x))
-    assert SparseLinear.from_scipy(scipy.sparse.csc_array(weight)).values.dtype is torch.float32
+    assert SparseLinear.from_scipy(scipy.sparse.csc_array(weight)).weight_values.dtype is torch.float32
     assert torch.equal(SparseLinear.from_scipy(scipy.sparse.eye_array(2)).bias, torch.zeros(2))
     drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, dtype=torch.float16)
-    assert (drawn.bias, drawn.values.dtype) == (None, torch.float16)
+    assert (drawn.bias, drawn.weight_values.dtype) == (None, torch.float16)
     with pytest.raises(ValueError, match=r"one entry for each of the 15 edges; got \(3,\)"):
         SparseLinear.from_edges(to, of, (6, 5), torch.zeros(3))
     with pytest.raises(ValueError, match=r"bias must have shape \(6,\), one entry an output; got \(5,\)"):
@@ -231,7 +235,7 @@ def test_what_the_layer_refuses() -> None:
     with pytest.raises(
         ValueError, match=r"a pattern must have the layer's shape .* = \(6, 5\); got \(5, 6\), which is its transpose"
     ):
-        SparseLinear(5, 6, mask=Pattern.from_mask(MASK.T))
+        SparseLinear(5, 6, mask=SparsityPattern.from_mask(MASK.T))
     with pytest.raises(ValueError, match="0"):
         SparseLinear(5, 6, mask=0.5 * MASK)
     with pytest.raises(TypeError, match="a mask is passed as mask="):
@@ -240,8 +244,8 @@ def test_what_the_layer_refuses() -> None:
         SparseLinear(5, 6, dtype=torch.int8)
     with pytest.raises(ValueError, match="must not be negative"):
         SparseLinear(-5, 6)
-    with pytest.raises(ValueError, match="fan_in must be 'live' or 'full'"):
-        SparseLinear(5, 6, fan_in="half")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="init_fan_in must be 'live' or 'full'"):
+        SparseLinear(5, 6, init_fan_in="half")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -274,10 +278,10 @@ def test_edges_take_arrays_and_lists() -> None:
     values, bias = np.arange(15.0), np.arange(6)
     for convert in (np.asarray, np.ndarray.tolist, torch.tensor):
         layer = SparseLinear.from_edges(to, of, (6, 5), convert(values), convert(bias))
-        assert layer.values.tolist() == values.tolist()
+        assert layer.weight_values.tolist() == values.tolist()
         assert layer.bias is not None
         assert layer.bias.tolist() == bias.tolist()
-        assert layer.values.dtype == (torch.float64 if convert is torch.tensor else torch.float32)
+        assert layer.weight_values.dtype == (torch.float64 if convert is torch.tensor else torch.float32)
     assert SparseLinear.from_edges(to, of, (6, 5), values.tolist(), False).bias is None
     for wrong in ({"values": 1j * values}, {"values": values, "bias": 1j * bias}):
         with pytest.raises(TypeError, match=r"must be real; got torch\.complex128"):
@@ -290,10 +294,10 @@ def test_the_draw_is_scaled_to_the_live_inputs_of_each_row() -> None:
     mask = masks.random((400, 400), sparsity=0.9, seed=1)
     mask[0] = False
     torch.manual_seed(0)
-    for fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
-        layer = SparseLinear(400, 400, mask=mask, fan_in=fan_in)
+    for init_fan_in, count in (("live", mask.sum(1)), ("full", np.full(400, 400))):
+        layer = SparseLinear(400, 400, mask=mask, init_fan_in=init_fan_in)
         rows = layer.pattern.rows
-        scaled = layer.values.detach().numpy() * np.sqrt(count[rows])
+        scaled = layer.weight_values.detach().numpy() * np.sqrt(count[rows])
         assert abs(scaled).max() <= 1.0001
         assert scaled.std() == pytest.approx(1 / np.sqrt(3), rel=0.02)
         assert abs(layer.bias[0]) <= 1 / 20
@@ -301,9 +305,9 @@ def test_the_draw_is_scaled_to_the_live_inputs_of_each_row() -> None:
 
 def test_without_a_mask_every_connection_is_there() -> None:
     layer = SparseLinear(5, 6)
-    assert layer.values.shape == (30,)
+    assert layer.weight_values.shape == (30,)
     x = torch.randn(2, 5)
-    torch.testing.assert_close(layer(x), x @ layer.values.reshape(6, 5).T + layer.bias)
+    torch.testing.assert_close(layer(x), x @ layer.weight_values.reshape(6, 5).T + layer.bias)
     assert "connections=30, sparsity=0, bias=True" in repr(layer)
 
 
@@ -313,13 +317,13 @@ def test_a_state_brings_its_connections_along() -> None:
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
     state = torch.load(buffer)
-    assert set(state) == {"values", "bias", "indptr", "indices"}
+    assert set(state) == {"weight_values", "bias", "indptr", "indices"}
     other = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.2, seed=2))
-    parameter = other.values
+    parameter = other.weight_values
     other(x).sum().backward()
     other.load_state_dict(state)
-    assert other.values is parameter, "an optimizer that has it still has it"
-    assert other.values.grad is None
+    assert other.weight_values is parameter, "an optimizer that has it still has it"
+    assert other.weight_values.grad is None
     assert other.pattern == PATTERN
     assert torch.equal(other(x), layer(x))
     assigned = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.2, seed=2), device="meta")
@@ -330,7 +334,10 @@ def test_a_state_brings_its_connections_along() -> None:
     ("change", "message"),
     [
         ({"indices": torch.zeros(15, dtype=torch.int32)}, "the inputs of a row must ascend"),
-        ({"values": torch.zeros(3)}, r"as many values as connections; got 6 outputs, \(3,\) values and 15 connections"),
+        (
+            {"weight_values": torch.zeros(3)},
+            r"as many values as connections; got 6 outputs, \(3,\) values and 15 connections",
+        ),
         ({"indptr": torch.tensor([0, 15])}, "the inputs of a row must ascend|must have 6 outputs"),
         ({"indices": torch.zeros(15)}, "indices must be whole numbers"),
     ],
@@ -344,8 +351,8 @@ def test_a_state_that_is_no_pattern_is_refused_and_leaves_the_layer_alone(change
 
 
 def test_a_state_of_connections_alone_is_taken_as_a_whole_or_not_at_all() -> None:
-    other = Pattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=8))
-    state = SparseLinear(5, 6, mask=other).state_dict()
+    other = SparsityPattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=8))
+    state = SparseLinear(5, 6, pattern=other).state_dict()
     connections = {name: state[name] for name in ("indptr", "indices")}
     layer, x = layer_and_x()
     layer.load_state_dict(connections, strict=False)
@@ -356,7 +363,7 @@ def test_a_state_of_connections_alone_is_taken_as_a_whole_or_not_at_all() -> Non
     few = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.8, seed=8)).state_dict()
     for wrong, message in (
         ({"indices": state["indices"]}, "both indptr and indices, .* got indptr: NoneType, indices: Tensor"),
-        ({"indptr": state["indptr"], "values": state["values"]}, "both indptr and indices"),
+        ({"indptr": state["indptr"], "weight_values": state["weight_values"]}, "both indptr and indices"),
         ({name: few[name] for name in ("indptr", "indices")}, r"got 6 outputs, \(15,\) values and 6 connections"),
     ):
         before = copy.deepcopy(layer.state_dict())
@@ -411,7 +418,7 @@ def test_a_conversion_draws_no_random_numbers() -> None:
 
 
 def test_a_pattern_first_met_by_fake_tensors_serves_real_ones_too() -> None:
-    pattern = Pattern.from_mask(MASK)
+    pattern = SparsityPattern.from_mask(MASK)
     x, values, bias = arguments()
     for _ in range(2):  # what real tensors have left there serves fake ones
         with FakeTensorMode():
@@ -429,7 +436,11 @@ def test_the_layer_moves_and_copies_as_a_module_does() -> None:
     y = layer(x)
     assert torch.equal(copy.deepcopy(layer)(x), y)
     half = copy.deepcopy(layer).half()
-    assert (half.indices.dtype, half.values.dtype, half(x.half()).dtype) == (torch.int32, torch.float16, torch.float16)
+    assert (half.indices.dtype, half.weight_values.dtype, half(x.half()).dtype) == (
+        torch.int32,
+        torch.float16,
+        torch.float16,
+    )
     typed = copy.deepcopy(layer).type(torch.bfloat16)
     assert typed.pattern == PATTERN
     assert {typed.indptr.dtype, typed.indices.dtype, typed.order.dtype} == {torch.int32}
@@ -443,7 +454,7 @@ def test_the_layer_moves_and_copies_as_a_module_does() -> None:
     meta = meta.to_empty(device="cpu")
     meta.load_state_dict(layer.state_dict())
     assert torch.equal(meta(x), y)
-    empty = torch.func.functional_call(layer, {"values": torch.zeros(15)}, (x,))
+    empty = torch.func.functional_call(layer, {"weight_values": torch.zeros(15)}, (x,))
     assert torch.equal(empty, layer.bias.expand(4, 6))
 
 
@@ -558,3 +569,30 @@ def test_the_sampled_product_keeps_every_tangent() -> None:
     wanted = second(lambda values: nn.functional.linear(x, matrix(values)))
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 1
+
+
+def test_a_pattern_has_an_argument_of_its_own() -> None:
+    for given in ({"pattern": PATTERN}, {"mask": PATTERN}, {"mask": MASK}):
+        assert SparseLinear(5, 6, **given).pattern == PATTERN
+    with pytest.raises(ValueError, match="takes a mask or a pattern; got both"):
+        SparseLinear(5, 6, mask=MASK, pattern=PATTERN)
+    with pytest.raises(TypeError, match=r"must be a maskedlinear\.pattern\.SparsityPattern; got ndarray: .* mask="):
+        SparseLinear(5, 6, pattern=MASK)
+    with pytest.raises(ValueError, match=r"= \(5, 6\); got \(6, 5\), which is its transpose"):
+        SparseLinear(6, 5, pattern=PATTERN)
+
+
+@pytest.mark.parametrize("prefix", ["", "0."])
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_state_with_the_earlier_name_of_the_weight_values_loads(prefix: str, assign: bool) -> None:
+    layer, x = layer_and_x()
+    earlier = {
+        prefix + ("values" if name == "weight_values" else name): kept for name, kept in layer.state_dict().items()
+    }
+    names = set(earlier)
+    other = SparseLinear(5, 6, mask=masks.random((6, 5), sparsity=0.2, seed=2))
+    model = nn.Sequential(other) if prefix else other
+    model.load_state_dict(earlier, assign=assign)
+    assert set(earlier) == names, "the state is left as it was"
+    assert other.pattern == PATTERN
+    assert torch.equal(model(x), layer(x))

@@ -16,11 +16,11 @@ from maskedlinear.torch import (
     SparseLinear,
     compress,
     freeze_masked,
+    get_masks,
     mask_model,
-    masks_of,
     prune_model,
-    report,
     set_masks,
+    summary,
     unmask_model,
 )
 
@@ -151,10 +151,10 @@ def test_pruning_is_the_cores_and_can_be_taken_back(model: Network, x: Tensor) -
     scores = {name: pruning.magnitude(layer.weight) for name, layer in named(model)}
     wanted = pruning.prune(scores, sparsity=0.6)
     assert all((layer.mask.numpy() == wanted[name]).all() for name, layer in named(model))
-    middle = masks_of(model)
+    middle = get_masks(model)
     y = model(x)
     prune_model(model, 0.8, scope="layer")
-    assert report(model).sparsity == pytest.approx(0.8, abs=0.01)
+    assert summary(model).sparsity == pytest.approx(0.8, abs=0.01)
     set_masks(model, middle)
     assert torch.equal(model(x), y)
     set_masks(model, before)
@@ -175,7 +175,7 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
     with pytest.raises(ValueError, match="there is none: make them with mask_model"):
         prune_model(model, 0.5)
     mask_model(model)
-    before = masks_of(model)
+    before = get_masks(model)
     for options, message in (
         ({"sparsity": 1.0}, "must keep a connection"),
         ({"sparsity": 1.5}, r"in \[0, 1\]"),
@@ -198,7 +198,7 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
     ):
         with pytest.raises(ValueError, match=message):
             prune_model(model, **options)  # type: ignore[arg-type]
-    assert all(torch.equal(mask, before[name]) for name, mask in masks_of(model).items())
+    assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
 
 
 def test_a_shared_weight_is_unmasked_only_if_both_masks_agree(model: Network, x: Tensor) -> None:
@@ -207,7 +207,7 @@ def test_a_shared_weight_is_unmasked_only_if_both_masks_agree(model: Network, x:
     with pytest.raises(ValueError, match=r"tied shares its weight with a MaskedLinear that does not mask it alike"):
         unmask_model(model)
     assert torch.equal(model(x), y)
-    set_masks(model, {"blocks.1.0": masks_of(model)["tied"]})
+    set_masks(model, {"blocks.1.0": get_masks(model)["tied"]})
     y = model(x)
     unmask_model(model)
     torch.testing.assert_close(model(x), y)
@@ -237,7 +237,7 @@ def test_layers_whose_weight_is_computed_stay_masked() -> None:
 def test_the_report_counts_what_is_live_and_dead() -> None:
     mask = np.array([[True, False, True], [False, False, False]])
     model = nn.Sequential(MaskedLinear(3, 2, mask=mask), SparseLinear(3, 2, mask=mask, bias=False))
-    found = report(model)
+    found = summary(model)
     for row, form, nbytes in zip(
         found.rows, ("dense", "sparse"), (6 * 4 + 2 * 4 + 6, 4 * (2 + 3 + 2 + 4 + 2 + 2)), strict=True
     ):
@@ -249,7 +249,7 @@ def test_the_report_counts_what_is_live_and_dead() -> None:
     assert " ".join(lines[0].split()) == "layer form in -> out live sparsity dead outputs dead inputs KiB kFLOP a row"
     assert lines[1].split()[:6] == ["0", "dense", "3", "->", "2", "2"]
     assert lines[-1].split()[:3] == ["all", "4", "0.6667"]
-    assert str(report(nn.ReLU())).splitlines()[-1].startswith("all")
+    assert str(summary(nn.ReLU())).splitlines()[-1].startswith("all")
 
 
 def test_a_masked_model_can_be_compressed(model: Network, x: Tensor) -> None:
@@ -258,7 +258,7 @@ def test_a_masked_model_can_be_compressed(model: Network, x: Tensor) -> None:
     y = model(x)
     compress(model, "sparse")
     torch.testing.assert_close(model(x), y)
-    assert {row.form for row in report(model).rows} == {"sparse"}
+    assert {row.form for row in summary(model).rows} == {"sparse"}
 
 
 def test_meta_layers_are_masked_before_they_have_values() -> None:
@@ -279,11 +279,11 @@ def test_movement_adds_up_over_steps_and_prunes_by_name() -> None:
     for _ in range(3):
         optimizer.zero_grad()
         model(torch.randn(5, 8)).square().mean().backward()
-        for name in masks_of(model):
+        for name in get_masks(model):
             layer: Any = model.get_submodule(name)
             scores[name] = pruning.movement(layer.weight, layer.weight.grad, scores.get(name))
         optimizer.step()
     prune_model(model, 0.5, score=scores)
     wanted = pruning.prune(scores, sparsity=0.5)
-    for name, mask in masks_of(model).items():
+    for name, mask in get_masks(model).items():
         assert (mask.numpy() == wanted[name]).all()

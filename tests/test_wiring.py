@@ -13,7 +13,7 @@ import scipy.sparse
 import torch
 
 from maskedlinear.masks import Wiring
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import MaskedLinear, SparseLinear
 
 EDGES = [("tp53", "apoptosis"), ("brca1", "repair"), ("tp53", "repair"), ("mdm2", "apoptosis")]
@@ -85,7 +85,7 @@ def test_every_source_gives_the_same_wiring(tmp_path: Path) -> None:
         assert (wiring.mask == MASK).all(), name
     assert Wiring.from_edges(EDGES).inputs == ("tp53", "brca1", "mdm2")
     assert set(found["gmt"].edges()) == {(gene, of, 1.0) for gene, of in EDGES}
-    known = Wiring.from_gmt(gmt, ("mdm2", "tp53"), unknown="drop")
+    known = Wiring.from_gmt(gmt, ("mdm2", "tp53"), on_unknown="drop")
     assert set(known.edges()) == {("tp53", "apoptosis", 1.0), ("mdm2", "apoptosis", 1.0), ("tp53", "repair", 1.0)}
 
 
@@ -94,13 +94,13 @@ def test_trained_weights_are_found_by_name() -> None:
     dense = MaskedLinear(4, 2, mask=wiring.mask)
     sparse = SparseLinear.from_masked(dense)
     assert sparse.pattern == wiring.pattern
-    assert SparseLinear(4, 2, mask=wiring.pattern).values.shape == (4,)
+    assert SparseLinear(4, 2, pattern=wiring.pattern).weight_values.shape == (4,)
     wanted = dense.weight[1, 2].item()
     kernel = jnp.asarray(dense.weight.detach().numpy()).T
-    for values in (dense.weight, sparse.values, kernel.T, dense.weight.detach().numpy()):
+    for values in (dense.weight, sparse.weight_values, kernel.T, dense.weight.detach().numpy()):
         assert wiring.weight(values, "tp53", "repair") == pytest.approx(wanted)
     assert wiring.weight(dense.weight.bfloat16(), "tp53", "repair") == pytest.approx(wanted, rel=0.01)
-    by_name = {(gene, of): weight for gene, of, weight in wiring.edges(sparse.values)}
+    by_name = {(gene, of): weight for gene, of, weight in wiring.edges(sparse.weight_values)}
     assert by_name[("tp53", "repair")] == pytest.approx(wanted)
     assert set(by_name) == set(EDGES)
     with pytest.raises(KeyError, match="there is no connection from 'mdm2' to 'repair'"):
@@ -129,7 +129,7 @@ def line(tmp_path: Path, text: str) -> Path:
         (lambda _: Wiring.from_edges(EDGES, GENES, SETS[:1]), "got the output 'repair' in 2 edges"),
         (lambda _: Wiring.from_edges([("a", "b", "c")]), "an edge must be"),  # type: ignore[list-item]
         (lambda _: Wiring.from_edges(["ab"]), r"an edge must be \(input, output\); got \('ab',\) at place 0"),  # type: ignore[list-item]
-        (lambda _: Wiring.from_edges(EDGES, unknown="ignore"), "unknown must be 'error' or 'drop'"),  # type: ignore[arg-type]
+        (lambda _: Wiring.from_edges(EDGES, on_unknown="ignore"), "on_unknown must be 'raise' or 'drop'"),  # type: ignore[arg-type]
         (
             lambda _: Wiring.from_pandas(Frame(a=["x"], target=["y"])),
             "must have the columns 'source' and 'target'; got",
@@ -140,7 +140,7 @@ def line(tmp_path: Path, text: str) -> Path:
             lambda _: Wiring.from_networkx(Graph({"a": 0, "b": 0}, [("a", "b")])),
             "from an input to an output; got 'a' to 'b'",
         ),
-        (lambda _: Wiring(Pattern.from_mask(MASK), GENES[:2], SETS), "a name for each of the 4 inputs; got 2"),
+        (lambda _: Wiring(SparsityPattern.from_mask(MASK), GENES[:2], SETS), "a name for each of the 4 inputs; got 2"),
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\nempty\tabout\n")), "line 2, of 'empty', has no genes"),
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\na\tb\td\n")), "line 2 brings 'a' again"),
         (lambda path: Wiring.from_gmt(line(path, "a\tb\tc\tc\n")), "from 'c' to 'a' twice"),

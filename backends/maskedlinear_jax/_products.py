@@ -21,7 +21,7 @@ from jax.experimental import sparse
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 
 __all__ = ["DevicePattern", "sddmm", "spmm"]
 
@@ -33,7 +33,7 @@ _WIDE = 32  # columns that such a part has at least
 
 
 class DevicePattern(NamedTuple):
-    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.Pattern`."""
+    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.SparsityPattern`."""
 
     indptr: Array
     rows: Array
@@ -43,35 +43,35 @@ class DevicePattern(NamedTuple):
     order: Array
 
     @classmethod
-    def of(cls, pattern: Pattern) -> DevicePattern:
+    def of(cls, pattern: SparsityPattern) -> DevicePattern:
         """Return the indices of ``pattern``, which may be traced."""
         return cls(*(jnp.asarray(array) for array in _flatten(pattern)[0]))
 
 
-def _flatten(pattern: Pattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.by_column), pattern.shape
+def _flatten(pattern: SparsityPattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
+    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc), pattern.shape
 
 
-def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> Pattern:
-    pattern = object.__new__(Pattern)  # leaves may be traced, or no arrays at all
+def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> SparsityPattern:
+    pattern = object.__new__(SparsityPattern)  # leaves may be traced, or no arrays at all
     pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[2], shape
-    vars(pattern).update(rows=leaves[1], by_column=tuple(leaves[3:]))
+    vars(pattern).update(rows=leaves[1], csc=tuple(leaves[3:]))
     return pattern
 
 
-jax.tree_util.register_pytree_node(Pattern, _flatten, _unflatten)
+jax.tree_util.register_pytree_node(SparsityPattern, _flatten, _unflatten)
 
 
 def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
     """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
 
-    W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
+    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64.
     """
     return _spmm_p.bind(values, right, *pattern, transposed=transposed)
 
 
 def sddmm(left: Array, right: Array, pattern: DevicePattern) -> Array:
-    """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
+    """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
     return _sddmm_p.bind(left, right, *pattern)
 
 

@@ -39,16 +39,16 @@ class PruningState(NamedTuple):
 
 def scheduled_pruning(
     inner: optax.GradientTransformation,
-    schedule: pruning.Cubic,
+    schedule: pruning.CubicSchedule,
     *,
     masks: Any = None,
     include: Include = None,
     scope: pruning.Scope = "layer",
-    empty: Literal["refuse", "allow"] = "refuse",
+    on_empty: Literal["raise", "allow"] = "raise",
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that it prunes the smallest weights by a schedule, inside the jitted step::
 
-        tx = scheduled_pruning(optax.adamw(1e-3), Cubic(0.9, begin=100, end=1000, every=10))
+        tx = scheduled_pruning(optax.adamw(1e-3), CubicSchedule(0.9, begin=100, end=1000, every=10))
         state = tx.init(params)
 
         @jax.jit
@@ -62,7 +62,7 @@ def scheduled_pruning(
     :func:`prune_tree` gives for these weights and the masks before. Between two that prune the step costs nothing more.
 
     A compiled step cannot raise errors, so that what may fail is checked before: by ``scope="global"`` a layer may lose its
-    last connection, which needs ``empty="allow"``. A weight that is NaN counts as the largest.
+    last connection, which needs ``on_empty="allow"``. A weight that is NaN counts as the largest.
 
     Args:
         inner: any optax transformation, or a chain of them. Wrap the whole chain.
@@ -70,25 +70,25 @@ def scheduled_pruning(
         masks: the masks to begin with, concrete: a tree as :func:`prune_tree` returns it. Full ones if ``None``.
         include: which parameters, as in :func:`prune_tree`.
         scope: ``"layer"``, ``"erdos_renyi"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
-        empty: ``"refuse"`` or ``"allow"`` that a parameter loses its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection.
 
     Returns:
         A transformation whose ``update`` needs ``params``, and whose state is a :class:`PruningState`.
 
     Raises:
-        ValueError: if ``scope`` or ``empty`` is none of these, or both are as said above; by ``init`` and ``update``, if no
-            parameter is meant, the masks do not fit or have more zeros than the schedule begins with, or a parameter would
-            lose its last connection; by ``update``, if there are no ``params``.
+        ValueError: if ``scope`` or ``on_empty`` is none of these, or both are as said above; by ``init`` and
+            ``update``, if no parameter is meant, the masks do not fit or have more zeros than the schedule begins with,
+            or a parameter would lose its last connection; by ``update``, if there are no ``params``.
         TypeError: by ``init`` and ``update``, if parameters to prune are not real floating-point.
     """
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'layer', 'erdos_renyi' or 'global'; got {scope!r}")
-    if empty not in ("refuse", "allow"):
-        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
-    if scope == "global" and empty == "refuse":
+    if on_empty not in ("raise", "allow"):
+        raise ValueError(f"on_empty must be 'raise' or 'allow'; got {on_empty!r}")
+    if scope == "global" and on_empty == "raise":
         raise ValueError(
             "pruning by scope='global' may take a parameter's last connection, which a compiled step cannot refuse: say "
-            "empty='allow', or scope='layer'"
+            "on_empty='allow', or scope='layer'"
         )
     guarded = freeze_masked(inner)
     steps = np.asarray(schedule.steps(), np.int32)
@@ -100,7 +100,7 @@ def scheduled_pruning(
         key = tuple(shapes.items())
         if key not in plans:
             live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, shapes).items()}
-            plans[key] = _plan(shapes, live, schedule, scope, empty)
+            plans[key] = _plan(shapes, live, schedule, scope, on_empty)
         for group in plans[key]:
             check_comparable([chosen[name] for name in group.names])
         return plans[key]
@@ -141,7 +141,7 @@ class _Group(NamedTuple):
 
 
 def _plan(
-    shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, int], schedule: Any, scope: pruning.Scope, empty: str
+    shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, int], schedule: Any, scope: pruning.Scope, on_empty: str
 ) -> list[_Group]:
     """Return the groups of parameters, with an entry of ``zeros`` for each step that prunes."""
     groups: dict[tuple[str, ...], _Group] = {}
@@ -159,9 +159,10 @@ def _plan(
             group.zeros.append(zeros)
             if len(names) == 1:
                 left[names[0]] = size - zeros
-                if empty == "refuse" and live[names[0]] and zeros == size:
+                if on_empty == "raise" and live[names[0]] and zeros == size:
                     raise ValueError(
-                        f"a layer must keep a connection; all would be gone of {names[0]}: prune less, or pass empty='allow'"
+                        f"a layer must keep a connection; all would be gone of {names[0]}: prune less, or "
+                        "pass on_empty='allow'"
                     )
     return list(groups.values())
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import DevicePattern, spmm
@@ -18,7 +18,7 @@ __all__ = ["product", "sparse_linear"]
 _LANES = 16
 
 
-def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: ArrayLike | None = None) -> Array:
+def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bias: ArrayLike | None = None) -> Array:
     """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
 
     Works under ``jit``, ``vmap`` (but not over the pattern), ``checkpoint`` and ``scan``, and in every mode of
@@ -30,7 +30,7 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: Array
 
     Args:
         x: shape ``(..., in)``.
-        values: shape ``(connections,)``, in the pattern's order.
+        values: shape ``(nnz,)``, in the pattern's order.
         pattern: the connections, of shape ``(out, in)``.
         bias: shape ``(out,)`` or ``None``.
 
@@ -41,10 +41,10 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: Pattern, bias: Array
         ValueError: if shapes, or the number of values, do not belong together.
         TypeError: if ``pattern`` is none, an argument is not an array, or its dtype is not real floating-point.
     """
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, SparsityPattern):
         raise TypeError(
-            f"pattern must be a maskedlinear.pattern.Pattern; got {type(pattern).__name__}: make one with "
-            "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
+            f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: make one with "
+            "SparsityPattern.from_mask(mask), SparsityPattern.from_edges(...) or SparsityPattern.from_scipy(matrix)"
         )
     return product(x, values, DevicePattern.of(pattern), pattern.shape[1], bias)
 

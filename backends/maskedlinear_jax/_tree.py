@@ -28,7 +28,7 @@ def prune_tree(
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
-    empty: Any = "refuse",
+    on_empty: Any = "raise",
     progress: Progress = False,
 ) -> Any:
     """Return masks for a tree of parameters, pruned to a sparsity: a tree as :func:`freeze_masked` takes it.
@@ -48,7 +48,7 @@ def prune_tree(
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: a tree like ``params``.
         seed: for ``"random"``.
-        empty: ``"refuse"`` or ``"allow"`` that a parameter loses its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -74,7 +74,7 @@ def prune_tree(
         masks=live,
         scope=scope,
         block=block,
-        empty=empty,
+        on_empty=on_empty,
         progress=progress,
     )
     leaves: list[Any] = [True] * len(jax.tree.leaves(params)) if before is None else list(before)
@@ -114,7 +114,8 @@ def regrow_tree(
     Args:
         params: the tree.
         masks: a tree as :func:`prune_tree` returns it.
-        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine` lets it fall.
+        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
+            fall.
         gradients: the loss's gradient with respect to *all* weights, a tree like ``params``, to grow where it is largest:
             ``jax.grad(dense_loss)(apply_masks(params, masks))``. ``None`` grows at random.
         include: which parameters, as in :func:`prune_tree`.

@@ -17,7 +17,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear import masks
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.reference import laid_out
 from maskedlinear_jax import masked_linear, sparse_linear
 from maskedlinear_jax._functional import enable_x64
@@ -55,7 +55,7 @@ class JaxBackend:
 
     def _prepared(self, mask: Any) -> Any:
         """Return the mask; of the sparse form its pattern, whose size no transform can know."""
-        return mask if self.format == "dense" else Pattern.from_mask(np.asarray(mask))
+        return mask if self.format == "dense" else SparsityPattern.from_mask(np.asarray(mask))
 
     def versions(self) -> Mapping[str, str]:
         """Return the versions of jax and jaxlib."""

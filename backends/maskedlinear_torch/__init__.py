@@ -13,11 +13,11 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
 from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth, lottery_rounds, rewind_model
-from maskedlinear_torch._regrow import record_growth, regrow_model
+from maskedlinear_torch._regrow import dense_gradients, regrow_model
 from maskedlinear_torch._shrink import shrink
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
-from maskedlinear_torch._whole import mask_model, masks_of, prune_model, report, set_masks, unmask_model
+from maskedlinear_torch._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
 __all__ = [
     "MaskedLinear",
@@ -25,19 +25,19 @@ __all__ = [
     "ScheduledRegrowth",
     "SparseLinear",
     "compress",
+    "dense_gradients",
     "expand",
     "freeze_masked",
+    "get_masks",
     "lottery_rounds",
     "mask_model",
     "masked_linear",
-    "masks_of",
     "prune_model",
-    "record_growth",
     "regrow_model",
-    "report",
     "rewind_model",
     "set_masks",
     "shrink",
     "sparse_linear",
+    "summary",
     "unmask_model",
 ]

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked
 from maskedlinear_torch._products import DevicePattern
 
@@ -100,7 +100,7 @@ class SparseTorchLayer(TorchLayer):
     @property
     def weight(self) -> Tensor:
         """The values of the connections."""
-        values: Tensor = self.module.values
+        values: Tensor = self.module.weight_values
         return values
 
     def matrix(self, values: Tensor) -> Tensor:
@@ -121,13 +121,13 @@ class SparseTorchLayer(TorchLayer):
         return mask
 
 
-def made(weight: Tensor, mask: Tensor | Pattern, bias: Tensor | None) -> TorchLayer:
+def made(weight: Tensor, mask: Tensor | SparsityPattern, bias: Tensor | None) -> TorchLayer:
     """Return a ``MaskedLinear`` with copies of these; of a pattern, a ``SparseLinear``."""
     out, in_ = weight.shape
     options: Any = {"device": weight.device, "dtype": weight.dtype}
     layer: TorchLayer
-    if isinstance(mask, Pattern):
-        layer = SparseTorchLayer(SparseLinear(in_, out, bias is not None, mask, **options))
+    if isinstance(mask, SparsityPattern):
+        layer = SparseTorchLayer(SparseLinear(in_, out, bias is not None, pattern=mask, **options))
     else:
         layer = TorchLayer(MaskedLinear(in_, out, bias is not None, **options))
         layer.set_mask(mask)
@@ -145,7 +145,7 @@ class Placed(NamedTuple):
     indices: DevicePattern
 
     @classmethod
-    def of(cls, pattern: Pattern, device: torch.device) -> Placed:
+    def of(cls, pattern: SparsityPattern, device: torch.device) -> Placed:
         """Return that of ``pattern``."""
         flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
         return cls(torch.tensor(flat, device=device), DevicePattern.of(pattern, device))
@@ -155,7 +155,7 @@ class Placed(NamedTuple):
         return weight.reshape(-1).index_select(0, self.places)
 
 
-def values_of(weight: Tensor, pattern: Pattern) -> Tensor:
+def values_of(weight: Tensor, pattern: SparsityPattern) -> Tensor:
     """Return the weights at the connections, in the pattern's order."""
     return Placed.of(pattern, weight.device).values(weight)
 

@@ -55,8 +55,8 @@ class MaskedLinear(nn.Linear):
         bias: whether the layer has a bias, shape ``(out_features,)``.
         mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, an array of any framework on the CPU or a
             tensor; copied. ``None`` is the full mask.
-        fan_in: what :meth:`reset_parameters` scales the weights to: each row's ``"live"`` inputs, or the ``"full"``
-            number of inputs, as ``nn.Linear`` does. The same without a mask.
+        init_fan_in: what :meth:`reset_parameters` scales the weights to: each row's ``"live"`` inputs, or the
+            ``"full"`` number of inputs, as ``nn.Linear`` does. The same without a mask.
         device: as in ``nn.Linear``. A layer made on ``"meta"`` keeps the mask it was given for ``reset_parameters``.
         dtype: as in ``nn.Linear``; a real floating dtype.
 
@@ -65,7 +65,7 @@ class MaskedLinear(nn.Linear):
 
     Raises:
         ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``), or
-            ``fan_in`` is neither choice.
+            ``init_fan_in`` is neither choice.
         TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16, or a mask or a device is in another
             argument's place.
     """
@@ -81,7 +81,7 @@ class MaskedLinear(nn.Linear):
         bias: bool = True,
         mask: Any = None,
         *,
-        fan_in: Literal["live", "full"] = "live",
+        init_fan_in: Literal["live", "full"] = "live",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -96,10 +96,10 @@ class MaskedLinear(nn.Linear):
                 "dtype must be a real floating-point dtype of torch (float64, float32, bfloat16 or float16), so that "
                 f"weights have a gradient; got {dtype!r}"
             )
-        if fan_in not in ("live", "full"):
-            raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+        if init_fan_in not in ("live", "full"):
+            raise ValueError(f"init_fan_in must be 'live' or 'full'; got {init_fan_in!r}")
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
-        self.fan_in = fan_in
+        self.init_fan_in = init_fan_in
         self._kept = Kept()
         self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
         # A layer on the meta device has no values: the mask waits here until reset_parameters can write it.
@@ -152,7 +152,7 @@ class MaskedLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draw weights and bias anew, as ``nn.Linear`` does, scaled to the live inputs of each row.
 
-        ``nn.Linear`` draws from U(-1/√in, 1/√in). With ``fan_in="live"`` a row with n live inputs is multiplied by
+        ``nn.Linear`` draws from U(-1/√in, 1/√in). With ``init_fan_in="live"`` a row with n live inputs is multiplied by
         √(in / n), which gives U(-1/√n, 1/√n): the signal keeps its variance at any sparsity. A row without live inputs
         keeps nn.Linear's range. Without a mask, or with the full one, the draw equals ``nn.Linear``'s bit for bit.
 
@@ -166,7 +166,7 @@ class MaskedLinear(nn.Linear):
         self._scale_to_live_inputs()
 
     def _scale_to_live_inputs(self) -> None:
-        if self.fan_in == "full" or self.mask.is_meta or self.weight.is_meta:
+        if self.init_fan_in == "full" or self.mask.is_meta or self.weight.is_meta:
             return
         with torch.no_grad():
             live = self.mask.sum(dim=1)
@@ -199,7 +199,7 @@ class MaskedLinear(nn.Linear):
             linear.in_features,
             linear.out_features,
             linear.bias is not None,
-            fan_in=getattr(linear, "fan_in", "live"),
+            init_fan_in=getattr(linear, "init_fan_in", "live"),
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
@@ -230,7 +230,7 @@ class MaskedLinear(nn.Linear):
             mask = as_tensor(as_mask(mask, linear.weight.shape))
         linear.__class__ = cls
         layer: Self = linear  # type: ignore[assignment]
-        layer.fan_in, layer._kept = "live", Kept()
+        layer.init_fan_in, layer._kept = "live", Kept()
         layer.register_buffer("mask", torch.ones_like(linear.weight, dtype=torch.bool, requires_grad=False))
         shape = linear.weight.shape
         layer._pending_mask = torch.ones(shape, dtype=torch.bool, device="cpu") if linear.weight.is_meta else None
@@ -258,7 +258,7 @@ class MaskedLinear(nn.Linear):
         return self._plain()
 
     def _plain(self) -> nn.Linear:
-        for name in ("mask", "fan_in", "_kept", "_pending_mask"):
+        for name in ("mask", "init_fan_in", "_kept", "_pending_mask"):
             delattr(self, name)
         linear: nn.Linear = self
         linear.__class__ = nn.Linear

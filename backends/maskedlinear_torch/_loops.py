@@ -63,7 +63,7 @@ class Loop:
         self.close()
         done = False
         for schedule in self._schedules:
-            done = bool(schedule.at(step)) or done
+            done = bool(schedule.step_at(step)) or done
             schedule.steps = step + 1
         return done
 

@@ -27,7 +27,7 @@ from maskedlinear_torch._trial import measured_seconds
 __all__ = ["compress", "expand"]
 
 _BUFFERS = {"mask", *DevicePattern._fields}
-_PARAMETERS = {"weight", "values", "bias"}
+_PARAMETERS = {"weight", "weight_values", "bias"}
 
 
 def compress(
@@ -112,7 +112,7 @@ def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLin
 
 def _weight(layer: nn.Module) -> Any:
     """Return the parameter of a layer's weights, if they are one."""
-    return layer._parameters.get("weight" if isinstance(layer, MaskedLinear) else "values")
+    return layer._parameters.get("weight" if isinstance(layer, MaskedLinear) else "weight_values")
 
 
 def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
@@ -140,7 +140,7 @@ def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
 def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
     weight: Tensor
     if isinstance(layer, SparseLinear):
-        form, weight, live = "sparse", layer.values, layer.values.numel()
+        form, weight, live = "sparse", layer.weight_values, layer.weight_values.numel()
     else:
         form, weight, live = "dense", layer.weight, 0 if layer.mask.is_meta else int(layer.mask.sum())
     device, size = weight.device.type, layer.out_features * layer.in_features

@@ -30,7 +30,7 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_LAYERS_OWN = {"fan_in", "_kept", "_pending_mask", "_matrix", "_pending"}  # what only one of the layers has
+_LAYERS_OWN = {"init_fan_in", "_kept", "_pending_mask", "_matrix", "_pending"}  # what only one of the layers has
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 

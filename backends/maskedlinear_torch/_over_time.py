@@ -12,7 +12,7 @@ from torch import nn
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._regrow import Growth, record_growth, regrow_model
+from maskedlinear_torch._regrow import DenseGradients, dense_gradients, regrow_model
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
@@ -21,7 +21,7 @@ __all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_mo
 class ScheduledPruning(Pruning):
     """Prunes a model at the steps of a schedule; in a training loop, after each step of the optimizer::
 
-        pruner = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        pruner = ScheduledPruning(model, CubicSchedule(0.9, begin=100, end=1000, every=10))
         for x, y in batches:
             ...
             optimizer.step()
@@ -30,7 +30,7 @@ class ScheduledPruning(Pruning):
     Args:
         model: a module with :class:`MaskedLinear` layers.
         schedule: the sparsity at each step, counted from 0.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
 
     Attributes:
         steps: how many steps there were.
@@ -71,7 +71,7 @@ class ScheduledRegrowth(Regrowth):
         ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
     """
 
-    _growth: Growth | None = None
+    _gradients: DenseGradients | None = None
 
     def recording(self) -> AbstractContextManager[Any]:
         """Return the context for the forward and backward passes of this step: it records where growth will need it."""
@@ -89,22 +89,22 @@ class ScheduledRegrowth(Regrowth):
         Raises:
             ValueError: as by :func:`regrow_model`; or if growth is by gradient and nothing was recorded at this step.
         """
-        moved = self.at(self.steps)
+        moved = self.step_at(self.steps)
         self.steps += 1
         return moved
 
-    def at(self, step: int) -> int:
+    def step_at(self, step: int) -> int:
         """Do what :meth:`step` does at a step that somebody else counts."""
-        growth, self._growth = self._growth, None
+        gradients, self._gradients = self._gradients, None
         if not self.due(step):
             return 0
-        if self.growth == "gradient" and growth is None:
+        if self.growth == "gradient" and gradients is None:
             raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
-        return regrow_model(self.model, growth=growth, **self._options(step))
+        return regrow_model(self.model, gradients=gradients, **self._options(step))
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        with record_growth(self.model) as self._growth:
+        with dense_gradients(self.model) as self._gradients:
             yield
 
 
@@ -157,13 +157,13 @@ def lottery_rounds(
         state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
         progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
             called with the fraction.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
 
     Yields:
         The sparsity of the model that is to be trained.
 
     Raises:
-        ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
+        ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.
     """
     saved = copy.deepcopy(model.state_dict() if state is None else dict(state))
     return rounds_of(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch._functional import (
     in_transform,
     is_autocast_on,
@@ -39,7 +39,7 @@ class CSR(NamedTuple):
 
 
 class DevicePattern(NamedTuple):
-    """A pattern on a device: int32 tensors, as in :class:`maskedlinear.pattern.Pattern` by rows and by columns."""
+    """A pattern on a device: int32 tensors, as in :class:`maskedlinear.pattern.SparsityPattern` by rows and by columns."""
 
     indptr: Tensor
     indices: Tensor
@@ -48,15 +48,15 @@ class DevicePattern(NamedTuple):
     order: Tensor
 
     @classmethod
-    def of(cls, pattern: Pattern, device: torch.device) -> DevicePattern:
+    def of(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
         """Return the indices of ``pattern`` on ``device``, made once for each."""
         made: DevicePattern = pattern.derived(("torch", device), lambda: cls.new(pattern, device))
         return made
 
     @classmethod
-    def new(cls, pattern: Pattern, device: torch.device) -> DevicePattern:
+    def new(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
         """Return tensors of the pattern's own."""
-        arrays = (pattern.indptr, pattern.indices, *pattern.by_column)
+        arrays = (pattern.indptr, pattern.indices, *pattern.csc)
         with torch.inference_mode(False):  # they outlive the call, and others may differentiate
             return cls(*(torch.tensor(array, device=device) for array in arrays))
 
@@ -123,7 +123,7 @@ class Matrix:
 def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool = False) -> Tensor:
     """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
 
-    W (out, in) has ``values (connections,)`` where ``pattern`` has a connection. float32 or float64.
+    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64.
     """
     if torch.compiler.is_compiling() or is_fake(right):
         if _is_past_operators():
@@ -138,7 +138,7 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
-    """Return left · rightᵀ at the connections, shape (connections,), for left (out, batch) and right (in, batch)."""
+    """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
     if torch.compiler.is_compiling() or is_fake(right):
         if _is_past_operators():
             return _sddmm_expression(left, right, pattern)

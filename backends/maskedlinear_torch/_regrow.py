@@ -18,12 +18,12 @@ from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["Growth", "record_growth", "regrow_model"]
+__all__ = ["DenseGradients", "dense_gradients", "regrow_model"]
 
 Masked = MaskedLinear | SparseLinear
 
 
-class Growth:
+class DenseGradients:
     """What went in and out of masked layers in a backward pass: the gradient of every weight, without ever holding it.
 
     Row i of a layer's gradient is ``g[:, i]ᵀ · x``; :meth:`rows` makes some of them at a time.
@@ -45,8 +45,8 @@ class Growth:
         pairs = self._pairs.get(layer)
         if pairs is None:
             raise ValueError(
-                "growth by gradient needs a backward pass through each layer inside record_growth; there was none through "
-                f"{layer}"
+                "growth by gradient needs a backward pass through each layer inside dense_gradients; there was none "
+                f"through {layer}"
             )
         wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
         parts = [g[:, start:stop].mT.to(wide) @ x.to(wide) for x, g in pairs]
@@ -54,12 +54,12 @@ class Growth:
 
 
 @contextmanager
-def record_growth(model: nn.Module) -> Iterator[Growth]:
+def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     """Take down what :func:`regrow_model` grows by (RigL), in the forward and backward passes inside::
 
-        with record_growth(model) as growth:
+        with dense_gradients(model) as gradients:
             loss(model(x)).backward()
-        regrow_model(model, 0.3, growth=growth, optimizer=optimizer)
+        regrow_model(model, 0.3, gradients=gradients, optimizer=optimizer)
 
     It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape. Not inside
     ``torch.compile``. Where several processes train one model, each sees its own batch: let all of them grow by the same
@@ -68,17 +68,17 @@ def record_growth(model: nn.Module) -> Iterator[Growth]:
     Args:
         model: a module with masked layers of either form.
     """
-    growth = Growth()
+    gradients = DenseGradients()
 
     def look(layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
             x = arguments[0] if arguments else named["input"]
-            output.register_hook(lambda g: growth.add(layer, x, g))
+            output.register_hook(lambda g: gradients.add(layer, x, g))
 
     layers = [layer for layer in model.modules() if isinstance(layer, Masked)]
     handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
-        yield growth
+        yield gradients
     finally:
         for handle in handles:
             handle.remove()
@@ -88,7 +88,7 @@ def regrow_model(
     model: nn.Module,
     fraction: float,
     *,
-    growth: Growth | None = None,
+    gradients: DenseGradients | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     include: Include = None,
     seed: int = 0,
@@ -100,8 +100,9 @@ def regrow_model(
 
     Args:
         model: a module with :class:`MaskedLinear` or :class:`SparseLinear` layers.
-        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine` lets it fall.
-        growth: of :func:`record_growth`, to grow where the gradient is largest; ``None`` grows at random.
+        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
+            fall.
+        gradients: of :func:`dense_gradients`, to grow where the gradient is largest; ``None`` grows at random.
         optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs.
             ``MaskedLinear`` layers need :func:`freeze_masked` too.
         include: which layers, as in :func:`mask_model`.
@@ -113,7 +114,7 @@ def regrow_model(
     Raises:
         ValueError: if there is no masked layer; if a layer's weight is computed, or shared with another module, which a
             weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN, or
-            ``growth`` lacks a layer. The model is left as it was.
+            ``gradients`` lack a layer. The model is left as it was.
     """
     layers = [
         layer for name, layer in model.named_modules() if isinstance(layer, Masked) and matches(name, layer, include)
@@ -123,10 +124,10 @@ def regrow_model(
     _refuse_shared(model, layers)
     planned = []
     for place, layer in enumerate(layers):
-        rows, own = None if growth is None else _rows(growth, layer), layer_seed(seed, place)
+        rows, own = None if gradients is None else _rows(gradients, layer), layer_seed(seed, place)
         plan: Any
         if isinstance(layer, SparseLinear):
-            plan = pruning.regrow_pattern(layer.pattern, layer.values, fraction, rows, seed=own)
+            plan = pruning.regrow_pattern(layer.pattern, layer.weight_values, fraction, rows, seed=own)
         else:
             plan = pruning.regrow(full_tensor(layer.mask), full_tensor(layer.weight), fraction, rows, seed=own)
         planned.append(plan)
@@ -136,7 +137,7 @@ def regrow_model(
 def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
     held = parameter_users(model)
     for layer in layers:
-        name = "values" if isinstance(layer, SparseLinear) else "weight"
+        name = "weight_values" if isinstance(layer, SparseLinear) else "weight"
         weight = layer._parameters.get(name)
         if weight is None:
             raise ValueError(
@@ -149,8 +150,8 @@ def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
             )
 
 
-def _rows(growth: Growth, layer: Masked) -> Any:
-    return lambda start, stop: growth.rows(layer, start, stop).cpu()
+def _rows(gradients: DenseGradients, layer: Masked) -> Any:
+    return lambda start, stop: gradients.rows(layer, start, stop).cpu()
 
 
 def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> int:
@@ -158,9 +159,9 @@ def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> 
     if isinstance(layer, SparseLinear):
         pattern, source = plan
         layer.rewire(pattern, source)
-        places = torch.from_numpy(source).to(layer.values.device)
+        places = torch.from_numpy(source).to(layer.weight_values.device)
         if optimizer is not None:
-            renew(optimizer, layer.values, places < 0, places.clamp(min=0))
+            renew(optimizer, layer.weight_values, places < 0, places.clamp(min=0))
         return int(np.count_nonzero(source < 0))
     old = full_tensor(layer.mask)
     found = torch.from_numpy(plan).to(old.device)

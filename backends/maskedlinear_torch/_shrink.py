@@ -61,7 +61,9 @@ _FIXED = (bool, int, float, str, type(None))  # arguments that the trace is made
 _SLACK = 1e5  # times the unit roundoff, relative to the largest output; sums over layers are taken in another order
 
 
-def shrink(model: Model, *inputs: Any, unfollowed: Unfollowed = "raise", explain: bool = False, **named: Any) -> Model:
+def shrink(
+    model: Model, *inputs: Any, on_unfollowed: Unfollowed = "raise", explain: bool = False, **named: Any
+) -> Model:
     """Return a copy of a model without the nodes that make no difference, and with the same outputs in ``eval()``.
 
     A node of a linear layer goes if nothing reads it (the next layers' columns are masked), or if it is constant (its row
@@ -80,23 +82,23 @@ def shrink(model: Model, *inputs: Any, unfollowed: Unfollowed = "raise", explain
     Args:
         model: ``nn.Sequential``, or any module that ``torch.fx`` can trace. It is left as it is.
         inputs: what ``model`` is called with: an example, at least one row.
-        unfollowed: what to do where a node that could go leads into something that is not followed (``LayerNorm``, a
+        on_unfollowed: what to do where a node that could go leads into something that is not followed (``LayerNorm``, a
             reshape, a layer that is used twice, shared or hooked, ...): ``"raise"``, or ``"keep"`` the node.
         explain: print a table of the layers before and after.
         named: what ``model`` is called with, by name.
 
     Raises:
         ValueError: if the model cannot be traced, changes a value in place that is read elsewhere, or, with
-            ``unfollowed="raise"``, leads nodes that could go into something that is not followed.
+            ``on_unfollowed="raise"``, leads nodes that could go into something that is not followed.
         RuntimeError: if the smaller model's outputs are not the same.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink takes a torch.nn.Module; got {type(model).__name__}")
-    check_unfollowed(unfollowed)
+    check_unfollowed(on_unfollowed)
     reference = copy.deepcopy(model).eval().double()
     given = pytree.tree_map(_double, (inputs, named))
-    plan = _planned(reference, given, unfollowed)
+    plan = _planned(reference, given, on_unfollowed)
     small = _smaller(copy.deepcopy(model), plan)
     _check_same(reference, _smaller(copy.deepcopy(reference), plan), given)
     if explain:
@@ -112,7 +114,7 @@ class _Tracer(fx.Tracer):
 
 
 @torch.no_grad()
-def _planned(model: nn.Module, given: Any, unfollowed: Unfollowed) -> Plan:
+def _planned(model: nn.Module, given: Any, on_unfollowed: Unfollowed) -> Plan:
     """Return what stays of a model in float64 and ``eval()``."""
     if isinstance(model, MaskedLinear | SparseLinear) or type(model).__module__.startswith("torch.nn.modules.linear"):
         return Plan({}, {})  # one layer: its nodes are the model's inputs and outputs
@@ -136,7 +138,7 @@ def _planned(model: nn.Module, given: Any, unfollowed: Unfollowed) -> Plan:
     walk = _Walk(model, graph)
     for node in graph.nodes:
         walk.step(node)
-    return walk.flow.plan(unfollowed)
+    return walk.flow.plan(on_unfollowed)
 
 
 class _Walk:
@@ -279,7 +281,7 @@ def _smaller_layer(layer: nn.Linear, rows: Any, columns: Any, added: Any) -> nn.
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer may have no node left
         new: nn.Linear = nn.utils.skip_init(kind, *sizes, has_bias, **options)
     if isinstance(new, MaskedLinear):
-        new.fan_in = layer.fan_in  # type: ignore[assignment]
+        new.init_fan_in = layer.init_fan_in  # type: ignore[assignment]
         new.set_mask(mask)
         new._pending_mask = None
     new.weight.copy_(weight[rows][:, columns])

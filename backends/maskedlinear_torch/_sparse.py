@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
 from maskedlinear_torch._products import DevicePattern, is_fake, spmm
@@ -13,7 +13,7 @@ from maskedlinear_torch._products import DevicePattern, is_fake, spmm
 __all__ = ["check_values", "product", "sparse_linear"]
 
 
-def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | None = None) -> Tensor:
+def sparse_linear(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None = None) -> Tensor:
     """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
 
     Differentiable any number of times, in reverse and in forward mode, under every ``torch.func`` transform (but for a map
@@ -22,7 +22,7 @@ def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
 
     Args:
         x: shape ``(..., in)``.
-        values: shape ``(connections,)``, in x's dtype and on its device, in the pattern's order.
+        values: shape ``(nnz,)``, in x's dtype and on its device, in the pattern's order.
         pattern: the connections, of shape ``(out, in)``. Its indices move to x's device once, and stay there.
         bias: shape ``(out,)`` or ``None``.
 
@@ -33,12 +33,12 @@ def sparse_linear(x: Tensor, values: Tensor, pattern: Pattern, bias: Tensor | No
         ValueError: if shapes, devices, or the number of values do not belong together.
         TypeError: if ``pattern`` is none, an argument is not a tensor, or dtypes are not floating or differ.
     """
-    if not isinstance(pattern, Pattern):
+    if not isinstance(pattern, SparsityPattern):
         raise TypeError(
-            f"pattern must be a maskedlinear.pattern.Pattern; got {type(pattern).__name__}: make one with "
-            "Pattern.from_mask(mask), Pattern.from_edges(...) or Pattern.from_scipy(matrix)"
+            f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: make one with "
+            "SparsityPattern.from_mask(mask), SparsityPattern.from_edges(...) or SparsityPattern.from_scipy(matrix)"
         )
-    check_values(x, values, pattern.connections, bias)
+    check_values(x, values, pattern.nnz, bias)
     device_pattern = DevicePattern.new if is_fake(values) else DevicePattern.of  # fake indices are not kept
     return product(x, values, device_pattern(pattern, values.device), pattern.shape[1], bias)
 

@@ -11,7 +11,7 @@ import torch.fx
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
@@ -38,8 +38,9 @@ class SparseLinear(nn.Module):
     is ever made. Which connections there are is fixed; :class:`MaskedLinear` is the form whose mask can change. Every
     optimizer leaves what is not there alone, so none needs a guard.
 
-    ``state_dict`` has the keys ``values``, ``bias``, ``indptr`` and ``indices``, in the order of
-    :class:`maskedlinear.pattern.Pattern`. Loading one brings its own connections along, whatever those of the layer were.
+    ``state_dict`` has the keys ``weight_values``, ``bias``, ``indptr`` and ``indices``, in the order of
+    :class:`maskedlinear.pattern.SparsityPattern`. Loading one brings its own connections along, whatever those of the
+    layer were. A state that calls ``weight_values`` by its earlier name, ``values``, loads too.
     ``DistributedDataParallel`` sends buffers to all processes before every forward pass, the indices among them, which do
     not change: pass it ``broadcast_buffers=False``, if the model has no other buffers that need it.
 
@@ -47,10 +48,12 @@ class SparseLinear(nn.Module):
         in_features: the size of x's last dimension.
         out_features: the size of y's last dimension.
         bias: whether the layer has a bias, shape ``(out_features,)``.
-        mask: which connections there are: a :class:`maskedlinear.pattern.Pattern`, or an array of shape ``(out_features,
-            in_features)``, booleans or 0s and 1s. ``None`` has all of them, which is rarely worth it.
-        fan_in: what :meth:`reset_parameters` scales the values to: each row's ``"live"`` inputs, or the ``"full"`` number
-            of inputs, as ``nn.Linear`` does.
+        mask: which connections there are: an array of shape ``(out_features, in_features)``, booleans or 0s and 1s, or
+            a :class:`maskedlinear.pattern.SparsityPattern`. ``None`` has all of them, which is rarely worth it.
+        pattern: the same as a :class:`maskedlinear.pattern.SparsityPattern` of shape ``(out_features, in_features)``,
+            in place of ``mask``.
+        init_fan_in: what :meth:`reset_parameters` scales the values to: each row's ``"live"`` inputs, or the ``"full"``
+            number of inputs, as ``nn.Linear`` does.
         device: as in ``nn.Linear``.
         dtype: as in ``nn.Linear``; a real floating dtype.
 
@@ -58,12 +61,12 @@ class SparseLinear(nn.Module):
         x ``(..., in_features)``; y ``(..., out_features)``.
 
     Raises:
-        ValueError: if the pattern or mask has another shape, or a mask holds anything but 0 and 1, is sparse or has no
-            values (``"meta"``).
-        TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16.
+        ValueError: if both a mask and a pattern are given, one has another shape, or a mask holds anything but 0 and 1,
+            is sparse or has no values (``"meta"``).
+        TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16, or ``pattern`` is not a pattern.
     """
 
-    values: nn.Parameter
+    weight_values: nn.Parameter
     bias: nn.Parameter | None
     indptr: Tensor
     indices: Tensor
@@ -78,7 +81,8 @@ class SparseLinear(nn.Module):
         bias: bool = True,
         mask: Any = None,
         *,
-        fan_in: Literal["live", "full"] = "live",
+        pattern: SparsityPattern | None = None,
+        init_fan_in: Literal["live", "full"] = "live",
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -86,18 +90,18 @@ class SparseLinear(nn.Module):
             raise TypeError(
                 f"dtype must be a real floating-point dtype of torch (float64, float32, bfloat16 or float16); got {dtype!r}"
             )
-        if fan_in not in ("live", "full"):
-            raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+        if init_fan_in not in ("live", "full"):
+            raise ValueError(f"init_fan_in must be 'live' or 'full'; got {init_fan_in!r}")
         if hasattr(bias, "__len__"):
             raise TypeError(f"bias must be True or False; got {type(bias).__name__}: a mask is passed as mask=...")
-        pattern = _pattern(mask, (out_features, in_features))
+        pattern = _pattern(mask, pattern, (out_features, in_features))
         super().__init__()
-        self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
+        self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
         options: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.values = nn.Parameter(torch.empty(pattern.connections, **options))
+        self.weight_values = nn.Parameter(torch.empty(pattern.nnz, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
         self._matrix = Matrix()
-        self._pending: Pattern | None = None  # of a layer on the meta device, whose indices have no values
+        self._pending: SparsityPattern | None = None  # of a layer on the meta device, whose indices have no values
         for name in _PATTERN:
             self.register_buffer(name, None, persistent=name in _KEPT)
         self._set_pattern(pattern)
@@ -106,41 +110,41 @@ class SparseLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """Return y: shape ``(..., in)`` to ``(..., out)``."""
         if not torch.is_grad_enabled() and may_be_one_row(input, self.in_features):
-            y = self._matrix.times(input, self.values, self.indptr, self.indices, self.bias)
+            y = self._matrix.times(input, self.weight_values, self.indptr, self.indices, self.bias)
             if y is not None:
                 return y
         pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
-        return _forward(input, self.values, pattern, self.in_features, self.bias)
+        return _forward(input, self.weight_values, pattern, self.in_features, self.bias)
 
     @property
-    def pattern(self) -> Pattern:
-        """The connections; ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``."""
+    def pattern(self) -> SparsityPattern:
+        """The connections; its ``rows`` and ``indices`` are the two ends of each of ``weight_values``."""
         if self._pending is not None:
             return self._pending
-        return Pattern(self.indptr.cpu().numpy(), self.indices.cpu().numpy(), self.in_features)
+        return SparsityPattern(self.indptr.cpu().numpy(), self.indices.cpu().numpy(), self.in_features)
 
     @property
     def sparsity(self) -> float:
         """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
         size = self.in_features * self.out_features
-        return (size - self.values.numel()) / size if size else 0.0
+        return (size - self.weight_values.numel()) / size if size else 0.0
 
     def reset_parameters(self) -> None:
-        """Draw values and bias anew: from U(-1/√n, 1/√n), where a row has n live inputs, or with ``fan_in="full"`` all.
+        """Draw values and bias anew: from U(-1/√n, 1/√n), n a row's live inputs, or all with ``init_fan_in="full"``.
 
         The range is nn.Linear's, with :class:`MaskedLinear`'s correction for sparse rows; the draws are fewer, so a
         MaskedLinear made from the same seed holds other values. A row without connections draws its bias as nn.Linear does.
         """
-        if self.values.is_meta:
+        if self.weight_values.is_meta:
             return
         if self._pending is not None:
             self._set_pattern(self._pending)
         with torch.no_grad():
             live = self.indptr.diff()
-            counts = live if self.fan_in == "live" else torch.full_like(live, self.in_features)
+            counts = live if self.init_fan_in == "live" else torch.full_like(live, self.in_features)
             counts = torch.where(live > 0, counts, self.in_features).clamp(min=1)
-            bound = counts.double().rsqrt().to(self.values.dtype)
-            self.values.uniform_(-1, 1).mul_(bound.repeat_interleave(live))
+            bound = counts.double().rsqrt().to(self.weight_values.dtype)
+            self.weight_values.uniform_(-1, 1).mul_(bound.repeat_interleave(live))
             if self.bias is not None:
                 self.bias.uniform_(-1, 1).mul_(bound)
 
@@ -160,12 +164,12 @@ class SparseLinear(nn.Module):
             )
         with torch.no_grad():
             mask = layer.mask if layer._pending_mask is None else layer._pending_mask
-            pattern, weight = Pattern.from_mask(mask.cpu().numpy()), layer.weight
-            live = weight.new_empty(pattern.connections) if weight.is_meta else weight[layer.mask]
+            pattern, weight = SparsityPattern.from_mask(mask.cpu().numpy()), layer.weight
+            live = weight.new_empty(pattern.nnz) if weight.is_meta else weight[layer.mask]
             made = cls._made(pattern, live, layer.bias)
-        made.fan_in = layer.fan_in
+        made.init_fan_in = layer.init_fan_in
         for name, parameter in made.named_parameters():
-            parameter.requires_grad_(getattr(layer, "weight" if name == "values" else name).requires_grad)
+            parameter.requires_grad_(getattr(layer, "weight" if name == "weight_values" else name).requires_grad)
         return made.train(layer.training)
 
     @classmethod
@@ -195,9 +199,9 @@ class SparseLinear(nn.Module):
             ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
             TypeError: if indices are not whole numbers, or ``values`` or ``bias`` are complex.
         """
-        pattern, order = Pattern.from_edges(outputs, inputs, shape)
+        pattern, order = SparsityPattern.from_edges(outputs, inputs, shape)
         if values is None and isinstance(bias, bool):
-            return cls(pattern.shape[1], pattern.shape[0], bias, pattern, device=device, dtype=dtype)
+            return cls(pattern.shape[1], pattern.shape[0], bias, pattern=pattern, device=device, dtype=dtype)
         if values is None:
             raise ValueError(
                 "a bias that is given needs values that are given; got values=None: pass both, or bias=True"
@@ -224,7 +228,7 @@ class SparseLinear(nn.Module):
             ValueError: if an entry is stored twice, or ``bias`` has another length.
             TypeError: if ``matrix`` is not sparse, or it or ``bias`` is complex.
         """
-        pattern, data = Pattern.from_scipy(matrix)
+        pattern, data = SparsityPattern.from_scipy(matrix)
         options = {"dtype": options.pop("dtype", None) or torch.get_default_dtype(), **options}
         values = torch.tensor(np.asarray(data), **options)
         return cls._made(pattern, values, bias)
@@ -236,43 +240,43 @@ class SparseLinear(nn.Module):
             self.in_features,
             self.out_features,
             self.bias is not None,
-            fan_in=self.fan_in,
-            device=self.values.device,
-            dtype=self.values.dtype,
+            init_fan_in=self.init_fan_in,
+            device=self.weight_values.device,
+            dtype=self.weight_values.dtype,
         )
         layer.set_mask(self.pattern.to_mask())
         with torch.no_grad():
-            if not self.values.is_meta:
-                layer.weight.zero_()[layer.mask] = self.values
+            if not self.weight_values.is_meta:
+                layer.weight.zero_()[layer.mask] = self.weight_values
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
         for name, parameter in self.named_parameters():
-            getattr(layer, "weight" if name == "values" else name).requires_grad_(parameter.requires_grad)
+            getattr(layer, "weight" if name == "weight_values" else name).requires_grad_(parameter.requires_grad)
         return layer.train(self.training)
 
-    def rewire(self, pattern: Pattern, source: ArrayLike) -> None:
+    def rewire(self, pattern: SparsityPattern, source: ArrayLike) -> None:
         """Exchange connections for as many others, in place: the parameters stay the same objects.
 
         What an optimizer keeps of the values is not touched; :func:`maskedlinear.torch.regrow_model` moves it along.
 
         Args:
             pattern: the new connections, as many as before and of the same shape.
-            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value and
+            source: shape ``(nnz,)``: where each of them is among the old ones, or -1 for a new one, whose value and
                 gradient become 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
 
         Raises:
             ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
         """
-        places = torch.as_tensor(np.asarray(source), device=self.values.device)
-        if pattern.shape != (self.out_features, self.in_features) or places.shape != self.values.shape:
+        places = torch.as_tensor(np.asarray(source), device=self.weight_values.device)
+        if pattern.shape != (self.out_features, self.in_features) or places.shape != self.weight_values.shape:
             raise ValueError(
-                f"a layer is rewired to as many connections, {self.values.numel()}, of shape (out, in) = "
+                f"a layer is rewired to as many connections, {self.weight_values.numel()}, of shape (out, in) = "
                 f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {tuple(places.shape)}"
             )
-        if pattern.connections != self.values.numel() or bool((places >= self.values.numel()).any()):
-            raise ValueError(f"source must say where each of the {self.values.numel()} connections was, or -1")
+        if pattern.nnz != self.weight_values.numel() or bool((places >= self.weight_values.numel()).any()):
+            raise ValueError(f"source must say where each of the {self.weight_values.numel()} connections was, or -1")
         with torch.no_grad():
-            for tensor in (self.values, self.values.grad):
+            for tensor in (self.weight_values, self.weight_values.grad):
                 if tensor is not None:
                     tensor.copy_(torch.where(places >= 0, tensor[places.clamp(min=0)], 0))
         self._set_pattern(pattern)
@@ -280,12 +284,12 @@ class SparseLinear(nn.Module):
     def extra_repr(self) -> str:
         """Say the sizes, the number of connections and the sparsity."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, connections={self.values.numel()}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, connections={self.weight_values.numel()}, "
             f"sparsity={self.sparsity:.4g}, bias={self.bias is not None}"
         )
 
     @classmethod
-    def _made(cls, pattern: Pattern, values: Tensor, bias: ArrayLike | Tensor | bool | None) -> Self:
+    def _made(cls, pattern: SparsityPattern, values: Tensor, bias: ArrayLike | Tensor | bool | None) -> Self:
         """Return a layer with copies of these; ``True`` is a bias of zeros."""
         out, in_ = pattern.shape
         if isinstance(bias, bool):
@@ -294,17 +298,17 @@ class SparseLinear(nn.Module):
         if bias is not None and bias.shape != (out,):
             raise ValueError(f"bias must have shape ({out},), one entry an output; got {tuple(bias.shape)}")
         layer: Self = nn.utils.skip_init(
-            cls, in_, out, bias is not None, pattern, device=values.device, dtype=values.dtype
+            cls, in_, out, bias is not None, pattern=pattern, device=values.device, dtype=values.dtype
         )
         with torch.no_grad():
-            layer.values.copy_(values)
+            layer.weight_values.copy_(values)
             if bias is not None and layer.bias is not None:
                 layer.bias.copy_(bias)
         return layer
 
-    def _set_pattern(self, pattern: Pattern) -> None:
+    def _set_pattern(self, pattern: SparsityPattern) -> None:
         """Write the indices, where the values are."""
-        device, self._matrix = self.values.device, Matrix()
+        device, self._matrix = self.weight_values.device, Matrix()
         self._pending = pattern if device.type == "meta" else None
         self._buffers.update(DevicePattern.new(pattern, device)._asdict())
 
@@ -314,7 +318,9 @@ class SparseLinear(nn.Module):
         self._matrix = Matrix()  # the old one holds on to the memory that the layer has left
         if self.indices.is_meta:
             if self._pending is None and not before.indices.is_meta:
-                self._pending = Pattern(before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features)
+                self._pending = SparsityPattern(
+                    before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features
+                )
         elif before.indices.is_meta:
             if self._pending is not None:
                 self._set_pattern(self._pending)
@@ -335,11 +341,14 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        earlier, now = prefix + "values", prefix + "weight_values"
+        if earlier in state_dict and now not in state_dict:
+            state_dict = {now if key == earlier else key: kept for key, kept in state_dict.items()}
         keys = [prefix + name for name in _KEPT]
         if any(key in state_dict for key in keys):
             try:
                 indptr, indices = (state_dict.get(key) for key in keys)
-                taken = self._take(indptr, indices, state_dict.get(prefix + "values", self.values))
+                taken = self._take(indptr, indices, state_dict.get(prefix + "weight_values", self.weight_values))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{prefix}indices: {error}")
                 return
@@ -356,7 +365,7 @@ class SparseLinear(nn.Module):
         Returns:
             ``indptr`` and ``indices`` as int32.
         """
-        given = {"indptr": indptr, "indices": indices, "values": values}
+        given = {"indptr": indptr, "indices": indices, "weight_values": values}
         if not all(isinstance(part, Tensor) for part in given.values()):
             kinds = ", ".join(f"{name}: {type(part).__name__}" for name, part in given.items())
             raise TypeError(
@@ -365,15 +374,15 @@ class SparseLinear(nn.Module):
             )
         if indices.is_meta or indptr.is_meta:
             return indptr, indices
-        pattern = Pattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
+        pattern = SparsityPattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
         if pattern.shape[0] != self.out_features or values.shape != indices.shape:
             raise ValueError(
                 f"a state must have {self.out_features} outputs, as the layer, and as many values as connections; got "
-                f"{pattern.shape[0]} outputs, {tuple(values.shape)} values and {pattern.connections} connections"
+                f"{pattern.shape[0]} outputs, {tuple(values.shape)} values and {pattern.nnz} connections"
             )
-        if self.values.shape != values.shape:
-            self.values.data = self.values.new_empty(values.shape)
-            self.values.grad = None
+        if self.weight_values.shape != values.shape:
+            self.weight_values.data = self.weight_values.new_empty(values.shape)
+            self.weight_values.grad = None
         self._set_pattern(pattern)
         return indptr.int(), indices.int()
 
@@ -386,14 +395,22 @@ def _real(name: str, numbers: Any) -> Tensor:
     return tensor
 
 
-def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
+def _pattern(mask: Any, pattern: Any, shape: tuple[int, int]) -> SparsityPattern:
     if min(shape) < 0:
         raise ValueError(f"a layer's sizes must not be negative; got in={shape[1]}, out={shape[0]}")
-    if mask is None:
-        return Pattern.full(shape)
-    if not isinstance(mask, Pattern):
-        return Pattern.from_mask(checked_mask(mask, shape).cpu().numpy())
-    if mask.shape != shape:
-        fits = ", which is its transpose" if mask.shape == shape[::-1] else ""
-        raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {mask.shape}{fits}")
-    return mask
+    if mask is not None and pattern is not None:
+        raise ValueError("a layer takes a mask or a pattern; got both: pass one of them")
+    if pattern is not None and not isinstance(pattern, SparsityPattern):
+        raise TypeError(
+            f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: an array is passed as "
+            "mask=..."
+        )
+    given = mask if pattern is None else pattern
+    if given is None:
+        return SparsityPattern.full(shape)
+    if not isinstance(given, SparsityPattern):
+        return SparsityPattern.from_mask(checked_mask(given, shape).cpu().numpy())
+    if given.shape != shape:
+        fits = ", which is its transpose" if given.shape == shape[::-1] else ""
+        raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {given.shape}{fits}")
+    return given

@@ -1,4 +1,4 @@
-"""Whole models: their linear layers masked in place and back, pruned, their masks read and set, and a report."""
+"""Whole models: their linear layers masked in place and back, pruned, their masks read and set, and a summary."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
-from maskedlinear.reports import Report, Row
+from maskedlinear.summaries import ModelSummary, WeightSummary
 from maskedlinear_torch._functional import as_tensor, check_dense, full_tensor
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import parameter_users, readers_of_weights
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
+__all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 
@@ -95,7 +95,7 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     return model
 
 
-def masks_of(model: nn.Module) -> dict[str, Tensor]:
+def get_masks(model: nn.Module) -> dict[str, Tensor]:
     """Return a copy of the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
     return {name: layer.mask.clone() for name, layer in _masked(model).items()}
 
@@ -127,7 +127,7 @@ def prune_model(
     include: Include = None,
     block: tuple[int, int] | None = None,
     seed: int = 0,
-    empty: Any = "refuse",
+    on_empty: Any = "raise",
     progress: Progress = False,
 ) -> dict[str, Tensor]:
     """Prune the masked layers of a model to a sparsity, beyond what is masked already.
@@ -142,7 +142,7 @@ def prune_model(
         include: which layers, as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
         seed: for ``"random"``.
-        empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -167,7 +167,7 @@ def prune_model(
         masks={k: full_tensor(m) for k, m in before.items()},
         scope=scope,
         block=block,
-        empty=empty,
+        on_empty=on_empty,
         progress=progress,
     )
     for name, layer in layers.items():
@@ -175,7 +175,7 @@ def prune_model(
     return before
 
 
-def report(model: nn.Module) -> Report:
+def summary(model: nn.Module) -> ModelSummary:
     """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
     rows = []
     for name, layer in model.named_modules():
@@ -183,10 +183,10 @@ def report(model: nn.Module) -> Report:
             tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
             nbytes = sum(tensor.nbytes for tensor in tensors)
             if isinstance(layer, SparseLinear):
-                rows.append(Row.of_pattern(name, layer.pattern, nbytes))
+                rows.append(WeightSummary.of_pattern(name, layer.pattern, nbytes))
             else:
-                rows.append(Row.of_mask(name, full_tensor(layer.mask).cpu().numpy(), nbytes))
-    return Report(rows)
+                rows.append(WeightSummary.of_mask(name, full_tensor(layer.mask).cpu().numpy(), nbytes))
+    return ModelSummary(rows)
 
 
 def _masked(model: nn.Module) -> dict[str, MaskedLinear]:

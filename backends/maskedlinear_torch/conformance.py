@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch import _functional, masked_linear, sparse_linear
 from maskedlinear_torch._conformance_layers import Placed, TorchLayer, as_numpy, made, values_of
 from maskedlinear_torch._products import DevicePattern
@@ -111,7 +111,7 @@ class TorchBackend:
 
     def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
         """Return ``y`` by the rules; of the sparse form, of the weights at the connections of the pattern ``mask``."""
-        if isinstance(mask, Pattern):
+        if isinstance(mask, SparsityPattern):
             return sparse_linear(x, values_of(weight, mask), mask, bias)
         small = _functional._SMALL
         try:
@@ -122,7 +122,7 @@ class TorchBackend:
 
     def _prepared(self, mask: Tensor) -> Any:
         """Return the mask; of the sparse form its pattern, which no transform can look for."""
-        return mask if self.format == "dense" else Pattern.from_mask(mask.cpu().numpy())
+        return mask if self.format == "dense" else SparsityPattern.from_mask(mask.cpu().numpy())
 
     def vjp(
         self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor, wrt: Sequence[str]
@@ -283,7 +283,7 @@ class TorchBackend:
         if self.format == "dense":
             return compiler(masked_linear)
 
-        def sparse(x: Tensor, weight: Tensor, mask: Pattern, bias: Bias) -> Tensor:
+        def sparse(x: Tensor, weight: Tensor, mask: SparsityPattern, bias: Bias) -> Tensor:
             return compiler(product)(x, values_of(weight, mask), DevicePattern.of(mask, x.device), mask.shape[1], bias)
 
         return sparse

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch import MaskedLinear, SparseLinear
 from maskedlinear_torch._conformance_layers import Placed, TorchLayer, made
 from maskedlinear_torch.conformance import Bias, Call, TorchBackend
@@ -38,7 +38,7 @@ class TorchNnBackend(TorchBackend):
 
     def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
         """Return ``y`` of a layer whose parameters these are for one call."""
-        fixed = Placed.of(mask, x.device) if isinstance(mask, Pattern) else mask
+        fixed = Placed.of(mask, x.device) if isinstance(mask, SparsityPattern) else mask
         return self.traceable(weight, bias)(x, weight, fixed, bias)
 
     def traceable(self, weight: Tensor, bias: Bias) -> Call:
@@ -103,8 +103,8 @@ def _call_with(sparse: bool, shape: tuple[int, int], bias: bool) -> Call:
     """Return the call of a layer that has no values of its own, and takes them as arguments."""
     out, in_ = shape
     if sparse:
-        nowhere = Pattern.from_edges([], [], shape)[0]
-        return partial(_sparse, SparseLinear(in_, out, bias, nowhere, device="meta"))
+        nowhere = SparsityPattern.from_edges([], [], shape)[0]
+        return partial(_sparse, SparseLinear(in_, out, bias, pattern=nowhere, device="meta"))
     return partial(_dense, MaskedLinear(in_, out, bias, device="meta"))
 
 
@@ -114,5 +114,5 @@ def _dense(module: nn.Module, x: Tensor, weight: Tensor, mask: Tensor, bias: Bia
 
 
 def _sparse(module: nn.Module, x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
-    own = {"values": mask.values(weight), "bias": bias, **mask.indices._asdict()}
+    own = {"weight_values": mask.values(weight), "bias": bias, **mask.indices._asdict()}
     return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]

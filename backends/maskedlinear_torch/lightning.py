@@ -15,7 +15,7 @@ else:
 
 from maskedlinear_torch._loops import Loop, Schedule, has_masked
 from maskedlinear_torch._optim import freeze_masked
-from maskedlinear_torch._whole import report
+from maskedlinear_torch._whole import summary
 
 __all__ = ["MaskedTraining"]
 
@@ -23,7 +23,7 @@ __all__ = ["MaskedTraining"]
 class MaskedTraining(Callback):  # type: ignore[misc]
     """Prunes, moves connections and keeps masked weights still while Lightning trains::
 
-        pruning = ScheduledPruning(module, Cubic(0.9, begin=100, end=1000, every=10))
+        pruning = ScheduledPruning(module, CubicSchedule(0.9, begin=100, end=1000, every=10))
         trainer = lightning.Trainer(callbacks=[MaskedTraining(pruning)])
         trainer.fit(module, data)
 
@@ -62,7 +62,7 @@ class MaskedTraining(Callback):  # type: ignore[misc]
         done = [self._loop.after(step) for step in range(self._step, trainer.global_step)]
         self._step = trainer.global_step
         if any(done) and self._log:
-            pl_module.log("sparsity", report(pl_module).sparsity, prog_bar=True)
+            pl_module.log("sparsity", summary(pl_module).sparsity, prog_bar=True)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Stop recording."""

@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from maskedlinear_torch._loops import Loop, Schedule, has_masked
 from maskedlinear_torch._optim import Guard
-from maskedlinear_torch._whole import report
+from maskedlinear_torch._whole import summary
 
 __all__ = ["MaskedTraining"]
 
@@ -16,7 +16,7 @@ __all__ = ["MaskedTraining"]
 class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     """Prunes, moves connections and keeps masked weights still while a ``transformers.Trainer`` trains::
 
-        pruning = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        pruning = ScheduledPruning(model, CubicSchedule(0.9, begin=100, end=1000, every=10))
         trainer = transformers.Trainer(model, arguments, train_dataset=data, callbacks=[MaskedTraining(pruning)])
         trainer.train()
 
@@ -60,7 +60,7 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune and move."""
         if self._loop.after(state.global_step - 1):
-            state.log_history.append({"sparsity": report(kwargs["model"]).sparsity, "step": state.global_step})
+            state.log_history.append({"sparsity": summary(kwargs["model"]).sparsity, "step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop recording."""

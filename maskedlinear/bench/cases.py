@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 
 __all__ = ["NAMES", "SETS", "Case", "Names", "cases"]
 
@@ -55,13 +55,13 @@ class Case:
         """Name the case, for tables."""
         return f"{self.in_features} -> {self.out_features}, batch {self.batch}, {self.density:.3g} live"
 
-    def pattern(self) -> Pattern:
+    def pattern(self) -> SparsityPattern:
         """Return connections at random places, always the same."""
         generator = np.random.default_rng(0)
         size = self.in_features * self.out_features
         drawn = np.sort(generator.choice(size, self.connections, replace=False))
         starts = np.searchsorted(drawn, np.arange(self.out_features + 1) * self.in_features)
-        return Pattern(starts, drawn % self.in_features, self.in_features)
+        return SparsityPattern(starts, drawn % self.in_features, self.in_features)
 
 
 def cases(chosen: tuple[str, ...] = SETS) -> list[Case]:

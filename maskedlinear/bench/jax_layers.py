@@ -17,7 +17,7 @@ from jax.experimental import sparse
 
 from maskedlinear.bench.cases import NAMES, Case
 from maskedlinear.jax import masked_linear, sparse_linear
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._trial import LayerCall, forward_backward, inference, training_step
 
 __all__ = ["BASE", "DENSE", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
@@ -77,7 +77,7 @@ def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
         return {"weight": drawn(*shape), "bias": jnp.asarray(bias)}
 
     def values() -> Any:
-        return {"values": drawn(pattern.connections), "bias": jnp.asarray(bias)}
+        return {"values": drawn(pattern.nnz), "bias": jnp.asarray(bias)}
 
     found: dict[str, Callable[[], Layer]] = {
         BASE: lambda: (dense, weights(), ()),
@@ -96,7 +96,7 @@ def _layers(case: Case) -> dict[str, Callable[[], Layer]]:
     return found
 
 
-def _flax_layers(pattern: Pattern) -> dict[str, Callable[[], Layer]]:
+def _flax_layers(pattern: SparsityPattern) -> dict[str, Callable[[], Layer]]:
     from flax import nnx
 
     from maskedlinear.flax import MaskedLinear, SparseLinear
@@ -105,7 +105,7 @@ def _flax_layers(pattern: Pattern) -> dict[str, Callable[[], Layer]]:
     outputs, inputs = pattern.shape
     return {
         DENSE: lambda: as_function(MaskedLinear(inputs, outputs, mask=pattern.to_mask().T, rngs=nnx.Rngs(0))),
-        SPARSE: lambda: as_function(SparseLinear(inputs, outputs, mask=pattern, rngs=nnx.Rngs(0))),
+        SPARSE: lambda: as_function(SparseLinear(inputs, outputs, pattern=pattern, rngs=nnx.Rngs(0))),
     }
 
 

@@ -51,7 +51,7 @@ def _layers(case: Case) -> dict[str, Callable[[], nn.Module]]:
     found: dict[str, Callable[[], nn.Module]] = {
         BASE: lambda: nn.Linear(in_, out),
         DENSE: lambda: MaskedLinear(in_, out, mask=mask()),
-        SPARSE: lambda: SparseLinear(in_, out, mask=pattern),
+        SPARSE: lambda: SparseLinear(in_, out, pattern=pattern),
     }
     if case.of == "layers":
         found["weight * mask"] = lambda: _ProductMask(in_, out, mask())

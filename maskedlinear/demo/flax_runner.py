@@ -83,7 +83,7 @@ class _Network(nnx.Module):
                     mask=mask.T,  # Flax keeps a kernel, and so its mask, as (in, out)
                     kernel_init=constant(weight.T),
                     bias_init=constant(bias),
-                    fan_in="full",  # the kernel as it is given
+                    init_fan_in="full",  # the kernel as it is given
                     rngs=rngs,
                 )
             )

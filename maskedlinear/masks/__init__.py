@@ -6,10 +6,10 @@ project's own generator, ``mask_v1``, and never from a framework's.
 """
 
 from maskedlinear._check import as_mask
-from maskedlinear.masks._autoregressive import autoregressive, factored
-from maskedlinear.masks._distribution import erdos_renyi
+from maskedlinear.masks._autoregressive import autoregressive, from_adjacency
+from maskedlinear.masks._distribution import erdos_renyi_num_zeros
 from maskedlinear.masks._random import ALGORITHM, bernoulli, random
-from maskedlinear.masks._structured import blocks, fan_in, n_m, receptive_field
+from maskedlinear.masks._structured import blocks, constant_fan_in, n_of_m, receptive_field
 from maskedlinear.masks._threefry import threefry2x32, words
 from maskedlinear.masks._wiring import Wiring
 
@@ -20,10 +20,10 @@ __all__ = [
     "autoregressive",
     "bernoulli",
     "blocks",
-    "erdos_renyi",
-    "factored",
-    "fan_in",
-    "n_m",
+    "constant_fan_in",
+    "erdos_renyi_num_zeros",
+    "from_adjacency",
+    "n_of_m",
     "random",
     "receptive_field",
     "threefry2x32",

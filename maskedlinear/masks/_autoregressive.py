@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from maskedlinear.masks._random import integer
 
-__all__ = ["autoregressive", "factored"]
+__all__ = ["autoregressive", "from_adjacency"]
 
 Mask = NDArray[np.bool_]
 
@@ -59,7 +59,7 @@ def autoregressive(
     return masks
 
 
-def factored(adjacency: Any, hidden: Sequence[int]) -> list[Mask]:
+def from_adjacency(adjacency: Any, hidden: Sequence[int]) -> list[Mask]:
     """Return the masks of a network whose output j depends on input i if and only if ``adjacency[j, i]``.
 
     A hidden node stands for a set of inputs that some output depends on, and receives what stands for its subsets; the

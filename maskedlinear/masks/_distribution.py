@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from maskedlinear.masks._random import Sparsity, checked_fraction, integer
 
-__all__ = ["erdos_renyi"]
+__all__ = ["erdos_renyi_num_zeros"]
 
 
-def erdos_renyi(shapes: Sequence[Sequence[int]], sparsity: Sparsity) -> list[int]:
+def erdos_renyi_num_zeros(shapes: Sequence[Sequence[int]], sparsity: Sparsity) -> list[int]:
     """Return how many zeros each layer gets, so that all of them together have ``floor(sparsity * size)``.
 
     A layer's live connections are proportional to the sum of its dimensions (out + in), so that small layers stay denser; no

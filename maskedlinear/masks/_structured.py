@@ -13,14 +13,14 @@ from numpy.typing import NDArray
 from maskedlinear.masks._random import Sparsity, checked_seed, checked_shape, integer, random
 from maskedlinear.masks._threefry import words
 
-__all__ = ["blocks", "fan_in", "n_m", "receptive_field"]
+__all__ = ["blocks", "constant_fan_in", "n_of_m", "receptive_field"]
 
 Mask = NDArray[np.bool_]
 
 _CHUNK = 1 << 20  # entries made at a time
 
 
-def fan_in(shape: tuple[int, int], inputs: int, *, seed: int = 0) -> Mask:
+def constant_fan_in(shape: tuple[int, int], inputs: int, *, seed: int = 0) -> Mask:
     """Return a random mask whose every output has exactly ``inputs`` live inputs.
 
     In each row the entries of smallest ``(word(i), i)`` are cleared, with the words of :func:`random`; masks of one seed and
@@ -45,7 +45,7 @@ def fan_in(shape: tuple[int, int], inputs: int, *, seed: int = 0) -> Mask:
     return _of_each((out, in_), in_, live, checked_seed(seed))
 
 
-def n_m(shape: tuple[int, int], n: int, m: int, *, seed: int = 0) -> Mask:
+def n_of_m(shape: tuple[int, int], n: int, m: int, *, seed: int = 0) -> Mask:
     """Return a random N:M mask: in each group of ``m`` successive inputs of an output exactly ``n`` are live.
 
     Source: A. Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear._arrays import as_numpy
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 
 __all__ = ["Wiring"]
 
@@ -23,7 +23,8 @@ class Wiring:
     """Which named inputs reach which named outputs, and where each connection is in a layer.
 
     A layer is made of it with ``MaskedLinear(len(wiring.inputs), len(wiring.outputs), mask=wiring.mask)`` or, with no dense
-    matrix, ``SparseLinear(..., mask=wiring.pattern)``; :meth:`weight` and :meth:`edges` read the trained weights by name.
+    matrix, ``SparseLinear(..., pattern=wiring.pattern)``; :meth:`weight` and :meth:`edges` read the trained weights by
+    name.
 
     Attributes:
         pattern: the connections, of shape ``(out, in)``.
@@ -34,7 +35,7 @@ class Wiring:
         ValueError: if there is not one name for each input and output, or a name is there twice.
     """
 
-    pattern: Pattern
+    pattern: SparsityPattern
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
 
@@ -69,7 +70,7 @@ class Wiring:
         """Return the weight between two nodes.
 
         Args:
-            values: a layer's weight, shape ``(out, in)``, or the values of a sparse layer, shape ``(connections,)``; of any
+            values: a layer's weight, shape ``(out, in)``, or the values of a sparse layer, shape ``(nnz,)``; of any
                 framework. A Flax kernel is ``(in, out)``: pass its transpose.
             input: the input's name.
             output: the output's name.
@@ -87,7 +88,7 @@ class Wiring:
         Raises:
             ValueError: if ``values`` has another shape; see :meth:`weight`.
         """
-        live = np.ones(self.pattern.connections) if values is None else self._live(values)
+        live = np.ones(self.pattern.nnz) if values is None else self._live(values)
         places = zip(self.pattern.indices.tolist(), self.pattern.rows.tolist(), live.tolist(), strict=True)
         return ((self.inputs[column], self.outputs[row], weight) for column, row, weight in places)
 
@@ -98,7 +99,7 @@ class Wiring:
         inputs: Sequence[str] | None = None,
         outputs: Sequence[str] | None = None,
         *,
-        unknown: Literal["error", "drop"] = "error",
+        on_unknown: Literal["raise", "drop"] = "raise",
     ) -> Self:
         """Return the wiring of a list of edges.
 
@@ -107,7 +108,7 @@ class Wiring:
             inputs: the inputs in the order of the layer's features, as the columns of the data; those of the edges, in the
                 order in which they come first, if ``None``. May hold some without an edge.
             outputs: the same for the outputs.
-            unknown: what happens to an edge whose end is not among ``inputs`` or ``outputs``.
+            on_unknown: what happens to an edge whose end is not among ``inputs`` or ``outputs``.
 
         Raises:
             ValueError: if an edge is there twice or is not a pair, a name is there twice in ``inputs`` or ``outputs``, or an
@@ -117,8 +118,8 @@ class Wiring:
         for place, pair in enumerate(pairs):
             if len(pair) != 2:
                 raise ValueError(f"an edge must be (input, output); got {pair!r} at place {place}")
-        if unknown not in ("error", "drop"):
-            raise ValueError(f"unknown must be 'error' or 'drop'; got {unknown!r}")
+        if on_unknown not in ("raise", "drop"):
+            raise ValueError(f"on_unknown must be 'raise' or 'drop'; got {on_unknown!r}")
         ends = []
         for side, (what, given) in enumerate((("inputs", inputs), ("outputs", outputs))):
             names = tuple(dict.fromkeys(pair[side] for pair in pairs)) if given is None else tuple(given)
@@ -126,18 +127,18 @@ class Wiring:
             ends.append(names)
         of, to = ({name: i for i, name in enumerate(names)} for names in ends)
         known = [(input, output) for input, output in pairs if input in of and output in to]
-        if unknown == "error" and len(known) < len(pairs):
+        if on_unknown == "raise" and len(known) < len(pairs):
             input, output = next(pair for pair in pairs if pair[0] not in of or pair[1] not in to)
             what = f"input {input!r}" if input not in of else f"output {output!r}"
             raise ValueError(
                 f"the ends of each edge must be among the names given; got the {what} in {len(pairs) - len(known)} edges "
-                "that are not: add the names, or drop such edges with unknown='drop'"
+                "that are not: add the names, or drop such edges with on_unknown='drop'"
             )
         twice = _first_twice(known)
         if twice is not None:
             raise ValueError(f"each edge must be there once; got the one from {twice[0]!r} to {twice[1]!r} twice")
         shape = (len(to), len(of))
-        pattern, _ = Pattern.from_edges(
+        pattern, _ = SparsityPattern.from_edges(
             np.array([to[output] for _, output in known], np.int64),
             np.array([of[input] for input, _ in known], np.int64),
             shape,
@@ -174,7 +175,7 @@ class Wiring:
             ValueError: if an entry is stored twice, or the names do not fit.
             TypeError: if ``matrix`` is not sparse.
         """
-        return cls(Pattern.from_scipy(matrix)[0], tuple(inputs), tuple(outputs))
+        return cls(SparsityPattern.from_scipy(matrix)[0], tuple(inputs), tuple(outputs))
 
     @classmethod
     def from_networkx(cls, graph: Any, inputs: Iterable[str] | None = None) -> Self:
@@ -214,14 +215,14 @@ class Wiring:
         file: str | PathLike[str],
         inputs: Sequence[str] | None = None,
         *,
-        unknown: Literal["error", "drop"] = "error",
+        on_unknown: Literal["raise", "drop"] = "raise",
     ) -> Self:
         """Return the wiring of a gene-set file: genes are inputs, sets are outputs.
 
         Args:
             file: a GMT file: a line for each set, ``name <tab> description <tab> gene <tab> gene ...``.
             inputs: the genes in the order of the data's columns; those of the file, in its order, if ``None``.
-            unknown: what happens to genes that are not among ``inputs``.
+            on_unknown: what happens to genes that are not among ``inputs``.
 
         Raises:
             ValueError: if there is no line, a line has no genes, a set is there twice, a gene is there twice in a set, or is
@@ -244,7 +245,7 @@ class Wiring:
         if not sets:
             raise ValueError(f"a GMT file must have a line for each set; {file} has none")
         edges = [(gene, name) for name, genes in sets.items() for gene in genes]
-        return cls.from_edges(edges, inputs, tuple(sets), unknown=unknown)
+        return cls.from_edges(edges, inputs, tuple(sets), on_unknown=on_unknown)
 
     @cached_property
     def _numbers(self) -> tuple[Mapping[str, int], Mapping[str, int]]:
@@ -262,10 +263,10 @@ class Wiring:
         array = as_numpy(values)
         if array.shape == self.pattern.shape:
             return array[self.pattern.rows, self.pattern.indices]
-        if array.shape == (self.pattern.connections,):
+        if array.shape == (self.pattern.nnz,):
             return array
         raise ValueError(
-            f"values must have the weight's shape (out, in) = {self.pattern.shape}, or ({self.pattern.connections},), one "
+            f"values must have the weight's shape (out, in) = {self.pattern.shape}, or ({self.pattern.nnz},), one "
             f"for each connection; got {array.shape}"
             + (", which is the weight's transpose: pass its .T" if array.shape == self.pattern.shape[::-1] else "")
         )

@@ -18,7 +18,7 @@ from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, as_dict, like_input
 from maskedlinear.pruning._select import clear_smallest, first_nan, passes
 
-__all__ = ["Scope", "n_m", "prune", "threshold", "zeros_by_scope"]
+__all__ = ["Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
 
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
 
@@ -34,7 +34,7 @@ def prune(
     masks: Any = None,
     scope: Scope = "global",
     block: tuple[int, int] | None = None,
-    empty: Literal["refuse", "allow"] = "refuse",
+    on_empty: Literal["raise", "allow"] = "raise",
     progress: Progress = False,
 ) -> Any:
     """Return masks from which the connections of the lowest scores are gone: exactly as many as asked for.
@@ -48,11 +48,11 @@ def prune(
         num_zeros: the number of zeros instead; with ``scope="layer"`` in each layer. Give exactly one of the two.
         masks: the masks so far, in the same form as ``scores``: what is masked stays so, and counts. Full if ``None``.
         scope: ``"global"`` compares the scores of all layers; ``"layer"`` prunes each to the same sparsity;
-            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi`, or less where more than
-            its share is masked already.
+            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi_num_zeros`, or less
+            where more than its share is masked already.
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
-        empty: whether a layer may lose its last connection, or have none to begin with.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with.
         progress: ``True`` to show on the standard error stream how far it is; or a function that is called with the fraction
             done, from 0 to 1. 10⁸ scores take some seconds.
 
@@ -70,7 +70,7 @@ def prune(
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
     before = masks_so_far(masks, scores, layers)
-    _check_empty(empty, layers)
+    _check_empty(on_empty, layers)
     if block is not None:
         layers, before = _of_blocks(layers, before, block)
     tell = progress_callback(progress, "pruning")
@@ -94,7 +94,7 @@ def prune(
                 "for at least as many, or pass no masks"
             )
         clear_smallest([keys[name] for name in names], [found[name] for name in names], zeros - masked, look)
-    if empty == "refuse":
+    if on_empty == "raise":
         _refuse_empty(before, found)
     if block is not None:
         found = {name: of_blocks(mask, block) for name, mask in found.items()}
@@ -102,14 +102,14 @@ def prune(
     return like_input(found, scores)
 
 
-def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal["refuse", "allow"] = "refuse") -> Any:
+def threshold(scores: Scores, least: float, *, masks: Any = None, on_empty: Literal["raise", "allow"] = "raise") -> Any:
     """Return masks of the connections whose score is ``least`` or more.
 
     Args:
         scores: as :func:`prune` takes them.
         least: the lowest score that stays; not NaN.
         masks: the masks so far; what is masked stays so.
-        empty: whether a layer may lose its last connection, or have none to begin with.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with.
 
     Raises:
         ValueError: as by :func:`prune`.
@@ -121,14 +121,14 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, empty: Literal
     for name, array in layers.items():
         _refuse_nan(name, array)
     before = masks_so_far(masks, scores, layers)
-    _check_empty(empty, layers)
+    _check_empty(on_empty, layers)
     found = {name: before[name] & (array >= least) for name, array in layers.items()}
-    if empty == "refuse":
+    if on_empty == "raise":
         _refuse_empty(before, found)
     return like_input(found, scores)
 
 
-def n_m(scores: Scores, n: int, m: int) -> Any:
+def n_of_m(scores: Scores, n: int, m: int) -> Any:
     """Return N:M masks: in each group of ``m`` successive inputs of an output, the ``n`` of the highest scores.
 
     Of equal scores the later ones stay. Source: A. Zhou et al., "Learning N:M Fine-grained Structured Sparse Neural Networks
@@ -244,14 +244,14 @@ def _refuse_nan(name: Any, array: NDArray[Any]) -> None:
         raise ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
 
 
-def _check_empty(empty: str, layers: Mapping[Any, NDArray[Any]]) -> None:
-    if empty not in ("refuse", "allow"):
-        raise ValueError(f"empty must be 'refuse' or 'allow'; got {empty!r}")
+def _check_empty(on_empty: str, layers: Mapping[Any, NDArray[Any]]) -> None:
+    if on_empty not in ("raise", "allow"):
+        raise ValueError(f"on_empty must be 'raise' or 'allow'; got {on_empty!r}")
     for name, array in layers.items():
-        if empty == "refuse" and not array.size:
+        if on_empty == "raise" and not array.size:
             raise ValueError(
                 f"a layer must have a connection to keep; got scores of shape {array.shape}{_of([name])}: leave it out, or "
-                "pass empty='allow'"
+                "pass on_empty='allow'"
             )
 
 
@@ -260,7 +260,7 @@ def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None
     if lost:
         raise ValueError(
             f"a layer must keep a connection; all would be gone{_of(lost)}: prune less, prune by scope='layer', or pass "
-            "empty='allow'"
+            "on_empty='allow'"
         )
 
 

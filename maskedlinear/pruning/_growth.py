@@ -16,7 +16,7 @@ from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
 from maskedlinear.masks._random import Sparsity, checked_fraction, checked_seed
 from maskedlinear.masks._threefry import words
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
 __all__ = ["regrow", "regrow_pattern"]
@@ -45,7 +45,7 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
         mask: shape ``(out, in)``, of any framework.
         weight: the same shape.
         fraction: the share of live connections that move, in [0, 1], taken as the decimal that it prints as; see
-            :func:`cosine`.
+            :func:`cosine_decay`.
         gradient: the loss's gradient with respect to *all* weights, ``gᵀ · x``, the same shape; a masked layer's own
             gradient is 0 where the mask is. Or a function, as :func:`regrow_pattern` takes it.
         seed: of the random places, an integer in [0, 2⁶⁴); another at each step.
@@ -78,18 +78,18 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
 
 
 def regrow_pattern(
-    pattern: Pattern,
+    pattern: SparsityPattern,
     values: Any,
     fraction: Sparsity,
     gradient: Callable[[int, int], Any] | None = None,
     *,
     seed: int = 0,
-) -> tuple[Pattern, NDArray[np.int64]]:
+) -> tuple[SparsityPattern, NDArray[np.int64]]:
     """Return a pattern with as many connections, of which a fraction has moved: :func:`regrow` without any matrix.
 
     Args:
         pattern: the connections.
-        values: shape ``(connections,)``.
+        values: shape ``(nnz,)``.
         fraction: the share of connections that move, in [0, 1].
         gradient: a function of two rows, ``start`` and ``stop``, that returns this part of the loss's gradient with respect
             to all weights, ``gᵀ[start:stop] · x``, shape ``(stop - start, in)``. It is asked for a few million entries at a
@@ -97,15 +97,15 @@ def regrow_pattern(
         seed: of the random places.
 
     Returns:
-        The pattern, and where each of its connections was in the old one, shape ``(connections,)``; -1 for a new one.
+        The pattern, and where each of its connections was in the old one, shape ``(nnz,)``; -1 for a new one.
 
     Raises:
         ValueError: if there is not a value for each connection, the fraction is out of its range, or a value or a gradient
             is NaN.
     """
     array = as_numpy(values)
-    if array.shape != (pattern.connections,):
-        raise ValueError(f"there must be a value for each of the {pattern.connections} connections; got {array.shape}")
+    if array.shape != (pattern.nnz,):
+        raise ValueError(f"there must be a value for each of the {pattern.nnz} connections; got {array.shape}")
     in_ = pattern.shape[1]
     places = pattern.rows.astype(np.int64) * in_ + pattern.indices
     gone, come = _moved(places, array, pattern.shape, fraction, gradient, seed)
@@ -115,7 +115,7 @@ def regrow_pattern(
     order = np.argsort(found, kind="stable")
     found = found[order]
     starts = np.searchsorted(found, np.arange(pattern.shape[0] + 1, dtype=np.int64) * in_)
-    return Pattern(starts, found % max(in_, 1), in_), source[order]
+    return SparsityPattern(starts, found % max(in_, 1), in_), source[order]
 
 
 def _moved(

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from maskedlinear._progress import Progress, progress_callback
 from maskedlinear.pruning._layers import Include
-from maskedlinear.pruning._schedules import Cubic, Geometric, cosine
+from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
 
 __all__ = ["Pruning", "Regrowth", "Steps", "rounds_of"]
 
@@ -34,7 +34,7 @@ class Steps:
 class Pruning(Steps, ABC):
     """Prunes a model at the steps of a schedule; a framework's class says how."""
 
-    def __init__(self, model: Any, schedule: Cubic, **how: Any) -> None:
+    def __init__(self, model: Any, schedule: CubicSchedule, **how: Any) -> None:
         self.model, self.schedule, self.how = model, schedule, how
 
     def step(self, **more: Any) -> bool:
@@ -46,11 +46,11 @@ class Pruning(Steps, ABC):
         Raises:
             ValueError: as by ``prune_model``.
         """
-        done = self.at(self.steps, **more)
+        done = self.step_at(self.steps, **more)
         self.steps += 1
         return done
 
-    def at(self, step: int, **more: Any) -> bool:
+    def step_at(self, step: int, **more: Any) -> bool:
         """Do what :meth:`step` does at a step that somebody else counts."""
         due = self.schedule.due(step)
         if due:
@@ -81,7 +81,7 @@ class Regrowth(Steps):
             raise ValueError(f"every must be at least 1 step; got {every}")
         if growth not in ("gradient", "random"):
             raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
-        cosine(0, end, initial)  # checks the two
+        cosine_decay(0, end, initial)  # checks the two
         self.model, self.optimizer, self.every, self.end, self.initial = model, optimizer, every, end, initial
         self.growth, self.include, self.seed = growth, include, seed
 
@@ -92,7 +92,7 @@ class Regrowth(Steps):
     def _options(self, step: int) -> dict[str, Any]:
         """Return the options of ``regrow_model`` at a step, the fraction among them."""
         return {
-            "fraction": cosine(step, self.end, self.initial),
+            "fraction": cosine_decay(step, self.end, self.initial),
             "optimizer": self.optimizer,
             "include": self.include,
             "seed": (self.seed + (step << 20)) % (1 << 64),  # layers take the seeds that follow
@@ -109,9 +109,9 @@ def rounds_of(
     """Yield the sparsity of each round of iterative pruning with rewinding, 0 first; prune and rewind between two.
 
     Raises:
-        ValueError: as by :class:`Geometric`, at once.
+        ValueError: as by :class:`GeometricSchedule`, at once.
     """
-    schedule, tell = Geometric(sparsity, rounds), progress_callback(progress, f"{rounds + 1} trainings")
+    schedule, tell = GeometricSchedule(sparsity, rounds), progress_callback(progress, f"{rounds + 1} trainings")
 
     def run() -> Iterator[float]:
         yield schedule(0)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 from maskedlinear.masks._random import integer
 
-__all__ = ["Cubic", "Geometric", "cosine"]
+__all__ = ["CubicSchedule", "GeometricSchedule", "cosine_decay"]
 
 
 @dataclass(frozen=True)
-class Cubic:
+class CubicSchedule:
     """A sparsity that rises quickly and then ever more slowly: ``final + (initial - final) · (1 - t)³``, t from 0 to 1.
 
     Source: M. Zhu and S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
@@ -65,7 +65,7 @@ class Cubic:
 
 
 @dataclass(frozen=True)
-class Geometric:
+class GeometricSchedule:
     """Rounds that each remove the same share of what is left: ``1 - (1 - final)^(round / rounds)``.
 
     For iterative magnitude pruning, with or without rewinding. Source: J. Frankle and M. Carbin, "The Lottery Ticket
@@ -96,7 +96,7 @@ class Geometric:
         return float(1 - (1 - self.final) ** (max(round, 0) / self.rounds))
 
 
-def cosine(step: int, end: int, initial: float = 0.3) -> float:
+def cosine_decay(step: int, end: int, initial: float = 0.3) -> float:
     """Return the share of connections that move at a step: ``initial / 2 · (1 + cos(π · step / end))``; 0 from ``end`` on.
 
     Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, section 3.

@@ -95,14 +95,14 @@ class Flow:
             self._features[name] = made
         return made
 
-    def plan(self, unfollowed: Unfollowed) -> Plan:
+    def plan(self, on_unfollowed: Unfollowed) -> Plan:
         """Return what stays.
 
         Raises:
-            ValueError: if something could go but for what is not followed, and ``unfollowed`` is ``"raise"``.
+            ValueError: if something could go but for what is not followed, and ``on_unfollowed`` is ``"raise"``.
         """
         kept = self._kept([*self._made, *self._read])
-        if unfollowed == "raise":
+        if on_unfollowed == "raise":
             self._check_followed()
         layers = {}
         for name, layer in self._layers.items():
@@ -143,7 +143,7 @@ class Flow:
         if blocked:
             raise ValueError(
                 f"what shrink takes out it must follow from layer to layer, and here it cannot: {'; '.join(blocked)}. Say "
-                "unfollowed='keep' to keep these nodes, and take out the others"
+                "on_unfollowed='keep' to keep these nodes, and take out the others"
             )
 
     def _new(self, constant: Bools, constants: Floats) -> int:
@@ -158,10 +158,10 @@ class Flow:
         return value
 
 
-def check_unfollowed(unfollowed: str) -> None:
+def check_unfollowed(on_unfollowed: str) -> None:
     """Raise a ``ValueError`` if it is neither of the two."""
-    if unfollowed not in ("raise", "keep"):
-        raise ValueError(f"unfollowed must be 'raise' or 'keep'; got {unfollowed!r}")
+    if on_unfollowed not in ("raise", "keep"):
+        raise ValueError(f"on_unfollowed must be 'raise' or 'keep'; got {on_unfollowed!r}")
 
 
 def _times(weight: NDArray[Any], mask: Bools, chosen: Bools, x: Floats) -> Floats:

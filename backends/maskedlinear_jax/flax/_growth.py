@@ -19,7 +19,7 @@ from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, refuse_s
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["growth_gradients"]
+__all__ = ["dense_gradients"]
 
 Rows = Callable[[int, int], Array]
 
@@ -55,7 +55,7 @@ class _Recorded(SparseLinear):
         return recorded
 
 
-def growth_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> dict[str, Array | Rows]:
+def dense_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> dict[str, Array | Rows]:
     """Return the loss's gradient with respect to *all* weights of masked layers, those under the mask too (RigL).
 
     They are the gradients of a model whose masks are full and whose masked weights are 0, which computes the same.

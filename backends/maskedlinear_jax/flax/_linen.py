@@ -28,8 +28,8 @@ class MaskedDense(nn.Dense):
         features: the number of outputs.
         mask: the mask that ``init`` puts into the collection: booleans or 0s and 1s of the kernel's shape
             ``(in, features)``, or a function of that shape that returns one. ``None`` is the full mask.
-        fan_in: after ``kernel_init``, multiply each output's weights by √(in / live inputs), ``"live"``, or leave them
-            as drawn, ``"full"``. The same without a mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural
+        init_fan_in: after ``kernel_init``, multiply each output's weights by √(in / live inputs), ``"live"``, or leave
+            them as drawn, ``"full"``. The same without a mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural
             Networks and How Lottery Tickets Win", AAAI 2022, section 3.
         forward_mode: see :func:`maskedlinear.jax.masked_linear`.
 
@@ -41,18 +41,18 @@ class MaskedDense(nn.Dense):
 
     Raises:
         ValueError: if the mask has another shape or holds anything but 0 and 1, if ``masks`` is not passed to
-            ``apply``, or if ``fan_in`` is neither choice.
+            ``apply``, or if ``init_fan_in`` is neither choice.
         TypeError: if ``param_dtype`` is not real floating-point.
     """
 
     mask: Any = None
-    fan_in: Literal["live", "full"] = "live"
+    init_fan_in: Literal["live", "full"] = "live"
     forward_mode: bool = False
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., features)``."""
-        check_options(self.fan_in, self.param_dtype)
+        check_options(self.init_fan_in, self.param_dtype)
         inputs = as_array("inputs", inputs)
         if self.has_variable("params", "kernel"):
             check_shapes(inputs.shape, meta.unbox(self.get_variable("params", "kernel")).shape[::-1])
@@ -96,7 +96,7 @@ class MaskedDense(nn.Dense):
 
     def _initial_kernel(self, key: Array, shape: tuple[int, int], dtype: Any, mask: Array) -> Any:
         kernel = self._drawn_kernel(key, shape, dtype)
-        if self.mask is None or self.fan_in == "full":
+        if self.mask is None or self.init_fan_in == "full":
             return kernel
         return jax.tree.map(lambda drawn: drawn * live_scale(mask, dtype), kernel)
 

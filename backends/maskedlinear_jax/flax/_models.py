@@ -138,7 +138,7 @@ def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
 
 def _facts(name: str, layer: Any, shared: bool) -> Layer:
     dense = isinstance(layer, MaskedLinear)
-    weight = (layer.kernel if dense else layer.values).get_value()
+    weight = (layer.kernel if dense else layer.weight_values).get_value()
     fixed, live = _why_fixed(layer, shared), weight.size
     copies = math.prod(weight.shape[: -2 if dense else -1])
     if dense and fixed in ("", _STACK):
@@ -165,7 +165,7 @@ def _why_fixed(layer: Any, shared: bool) -> str:
     if shared:
         return "it shares parameters with another layer"
     dense = isinstance(layer, MaskedLinear)
-    parameters = [part for part in (layer.kernel if dense else layer.values, layer.bias) if part is not None]
+    parameters = [part for part in (layer.kernel if dense else layer.weight_values, layer.bias) if part is not None]
     values = [part.get_value() for part in parameters]
     if not all(isinstance(value, jax.Array) for value in values):
         return "it has no values yet"

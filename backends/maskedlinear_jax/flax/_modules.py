@@ -44,7 +44,7 @@ def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
     for layer in layers.values():
         users = len(held[id(_weight(layer))])
         if users > 1:
-            name = "kernel" if hasattr(layer, "kernel") else "values"
+            name = "kernel" if hasattr(layer, "kernel") else "weight_values"
             raise ValueError(
                 f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out "
                 "with include=..."
@@ -113,4 +113,4 @@ def replace_modules(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
 
 def _weight(layer: Any) -> Any:
     """Return the Variable of a masked layer's weights, of either form."""
-    return layer.kernel if hasattr(layer, "kernel") else layer.values
+    return layer.kernel if hasattr(layer, "kernel") else layer.weight_values

@@ -26,10 +26,10 @@ class MaskedLinear(nnx.Linear):
         in_features: the size of the input's last dimension.
         out_features: the size of the output's last dimension.
         mask: shape ``(in_features, out_features)``, the kernel's: booleans or 0s and 1s. ``None`` is the full mask.
-        fan_in: after ``kernel_init``, multiply each output's weights by √(in / live inputs), so that an initialiser
-            that scales to the fan-in meets the ``"live"`` one; or leave them as drawn, ``"full"``. The same without a
-            mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets Win", AAAI
-            2022, section 3.
+        init_fan_in: after ``kernel_init``, multiply each output's weights by √(in / live inputs), so that an
+            initialiser that scales to the fan-in meets the ``"live"`` one; or leave them as drawn, ``"full"``. The same
+            without a mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets
+            Win", AAAI 2022, section 3.
         forward_mode: see :func:`maskedlinear.jax.masked_linear`.
         rngs: as in ``nnx.Linear``.
         **options: those of ``nnx.Linear``: ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
@@ -40,8 +40,8 @@ class MaskedLinear(nnx.Linear):
         inputs ``(..., in_features)``; output ``(..., out_features)``.
 
     Raises:
-        ValueError: if the mask has another shape or holds anything but 0 and 1, ``fan_in`` is neither choice, or a size is
-            negative.
+        ValueError: if the mask has another shape or holds anything but 0 and 1, ``init_fan_in`` is neither choice, or a
+            size is negative.
         TypeError: if ``param_dtype`` is not real floating-point, or a size no whole number.
     """
 
@@ -53,23 +53,23 @@ class MaskedLinear(nnx.Linear):
         out_features: int,
         *,
         mask: Any = None,
-        fan_in: Literal["live", "full"] = "live",
+        init_fan_in: Literal["live", "full"] = "live",
         forward_mode: bool = False,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
         check_sizes(in_features, out_features)
-        check_options(fan_in, options.get("param_dtype", jnp.float32))
+        check_options(init_fan_in, options.get("param_dtype", jnp.float32))
         if 0 in (in_features, out_features):  # Flax's own initialiser divides by the size
             options.setdefault("kernel_init", nnx.initializers.zeros)
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.fan_in = fan_in
+        self.init_fan_in = init_fan_in
         self.forward_mode = forward_mode
         kernel = self.kernel[...]
         full = jnp.ones(kernel.shape, bool)
         chosen = full if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
         self.mask = Mask(chosen, **_sharding(self.kernel))
-        if mask is not None and fan_in == "live":
+        if mask is not None and init_fan_in == "live":
             self.kernel[...] = kernel * live_scale(chosen, kernel.dtype)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
@@ -138,7 +138,7 @@ class MaskedLinear(nnx.Linear):
         layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **_options(linear))
         _copy_parameters(linear, layer)
         if isinstance(linear, MaskedLinear):
-            layer.fan_in, layer.forward_mode = linear.fan_in, linear.forward_mode
+            layer.init_fan_in, layer.forward_mode = linear.init_fan_in, linear.forward_mode
         if mask is not None:
             chosen = boolean_mask(mask, kernel.shape, PARAMETER)
         elif isinstance(linear, MaskedLinear):
@@ -168,7 +168,7 @@ class MaskedLinear(nnx.Linear):
         chosen = jnp.ones(shape, bool) if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
         linear.__class__ = cls
         layer: Self = linear  # type: ignore[assignment]
-        layer.fan_in, layer.forward_mode = "live", False
+        layer.init_fan_in, layer.forward_mode = "live", False
         layer.mask = Mask(chosen, **_sharding(layer.kernel))
         return layer
 
@@ -183,7 +183,7 @@ class MaskedLinear(nnx.Linear):
                 f"release turns a plain MaskedLinear into an nnx.Linear; got {type(self).__name__}: to_linear makes a copy"
             )
         self.kernel[...] = self.masked_kernel
-        for name in ("mask", "fan_in", "forward_mode"):
+        for name in ("mask", "init_fan_in", "forward_mode"):
             delattr(self, name)
         linear: nnx.Linear = self
         linear.__class__ = nnx.Linear
@@ -222,10 +222,10 @@ def check_sizes(in_features: Any, out_features: Any) -> None:
         raise ValueError(f"a layer's sizes must not be negative; got in={in_features}, out={out_features}")
 
 
-def check_options(fan_in: str, param_dtype: Any) -> None:
+def check_options(init_fan_in: str, param_dtype: Any) -> None:
     """Check the options that the nnx and the linen layer share."""
-    if fan_in not in ("live", "full"):
-        raise ValueError(f"fan_in must be 'live' or 'full'; got {fan_in!r}")
+    if init_fan_in not in ("live", "full"):
+        raise ValueError(f"init_fan_in must be 'live' or 'full'; got {init_fan_in!r}")
     if not jnp.issubdtype(param_dtype, jnp.floating):
         raise TypeError(
             f"param_dtype must be a real floating-point dtype, so that weights have a gradient; got {param_dtype}"

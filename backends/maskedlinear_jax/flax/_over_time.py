@@ -21,7 +21,7 @@ __all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_mo
 class ScheduledPruning(Pruning):
     """Prunes an nnx model at the steps of a schedule; in a training loop, after each jitted step::
 
-        pruner = ScheduledPruning(model, Cubic(0.9, begin=100, end=1000, every=10))
+        pruner = ScheduledPruning(model, CubicSchedule(0.9, begin=100, end=1000, every=10))
         for x, y in batches:
             train_step(model, optimizer, x, y)
             pruner.step()
@@ -31,7 +31,7 @@ class ScheduledPruning(Pruning):
     Args:
         model: a module with :class:`MaskedLinear` layers.
         schedule: the sparsity at each step, counted from 0.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them;
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them;
             ``gradients`` are given to ``step``.
 
     Attributes:
@@ -48,7 +48,7 @@ class ScheduledRegrowth(Regrowth):
         regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
         for x, y in batches:
             train_step(model, optimizer, x, y)
-            regrowth.step(lambda: growth_gradients(loss, model, x, y))
+            regrowth.step(lambda: dense_gradients(loss, model, x, y))
 
     Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, algorithm 1; D. Mocanu et al.,
     "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", Nature
@@ -75,21 +75,21 @@ class ScheduledRegrowth(Regrowth):
         """Move connections if it is time; return how many moved.
 
         Args:
-            gradients: a function without arguments that returns what :func:`growth_gradients` does; it is called only where
-                connections move by gradient.
+            gradients: a function without arguments that returns what :func:`dense_gradients` does; it is called only
+                where connections move by gradient.
 
         Raises:
             ValueError: as by :func:`regrow_model`; or if growth is by gradient and there is no such function.
         """
-        moved = self.at(self.steps, gradients)
+        moved = self.step_at(self.steps, gradients)
         self.steps += 1
         return moved
 
-    def at(self, step: int, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
+    def step_at(self, step: int, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
         """Do what :meth:`step` does at a step that somebody else counts."""
         if self.growth == "gradient" and gradients is None:
             raise ValueError(
-                "growth by gradient needs gradients, step(lambda: growth_gradients(loss, model, ...)): pass them, or say "
+                "growth by gradient needs gradients, step(lambda: dense_gradients(loss, model, ...)): pass them, or say "
                 "growth='random'"
             )
         if not self.due(step):
@@ -134,13 +134,13 @@ def lottery_rounds(
         state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.
         progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
             called with the fraction.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
 
     Yields:
         The sparsity of the model that is to be trained.
 
     Raises:
-        ValueError: as by :class:`maskedlinear.pruning.Geometric` and :func:`prune_model`.
+        ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.
     """
     saved = _copied(nnx.state(model) if state is None else state)
     return rounds_of(

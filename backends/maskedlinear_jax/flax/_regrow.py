@@ -42,8 +42,9 @@ def regrow_model(
 
     Args:
         model: a module with :class:`maskedlinear.flax.MaskedLinear` or :class:`maskedlinear.flax.SparseLinear` layers.
-        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine` lets it fall.
-        gradients: of :func:`growth_gradients`, to grow where they are largest; ``None`` grows at random.
+        fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
+            fall.
+        gradients: of :func:`dense_gradients`, to grow where they are largest; ``None`` grows at random.
         optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs. Sparse
             layers need it; ``MaskedLinear`` layers need :func:`maskedlinear.jax.freeze_masked`, which sees to it as well.
         include: which layers, as in :func:`mask_model`.
@@ -71,7 +72,7 @@ def regrow_model(
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
         if isinstance(layer, SparseLinear):
-            plans.append(pruning.regrow_pattern(layer.pattern, layer.values[...], fraction, gradient, seed=own))
+            plans.append(pruning.regrow_pattern(layer.pattern, layer.weight_values[...], fraction, gradient, seed=own))
         else:
             turned = None if gradient is None else gradient.T
             plans.append(pruning.regrow(layer.mask[...].T, layer.kernel[...].T, fraction, turned, seed=own).T)
@@ -87,7 +88,7 @@ def _move(name: str, layer: Any, plan: Any) -> Moved:
     if isinstance(layer, SparseLinear):
         pattern, source = plan
         layer.rewire(pattern, source)
-        return f"{name}values", source < 0, np.maximum(source, 0)
+        return f"{name}weight_values", source < 0, np.maximum(source, 0)
     new = plan & ~np.asarray(layer.mask[...])
     layer.kernel[...] = jnp.where(new, jnp.zeros((), layer.kernel[...].dtype), layer.kernel[...])
     layer.set_mask(plan)

@@ -49,7 +49,9 @@ _layer_p.def_abstract_eval(  # type: ignore[no-untyped-call]
 )
 
 
-def shrink(model: Model, *inputs: Any, unfollowed: Unfollowed = "raise", explain: bool = False, **named: Any) -> Model:
+def shrink(
+    model: Model, *inputs: Any, on_unfollowed: Unfollowed = "raise", explain: bool = False, **named: Any
+) -> Model:
     """Return a copy of a model without the nodes that make no difference, and with the same outputs in ``eval()``.
 
     A node of a linear layer goes if nothing reads it (the next layers' kernels are masked), or if it is constant (its column
@@ -67,25 +69,25 @@ def shrink(model: Model, *inputs: Any, unfollowed: Unfollowed = "raise", explain
     Args:
         model: ``nnx.Sequential``, or any nnx module whose call can be traced. It is left as it is.
         inputs: what ``model`` is called with: an example.
-        unfollowed: what to do where a node that could go leads into something that is not followed (``nnx.LayerNorm``, a
-            reshape, a layer that is used twice, has options of its own or shares parameters, ...): ``"raise"``, or
-            ``"keep"`` the node.
+        on_unfollowed: what to do where a node that could go leads into something that is not followed
+            (``nnx.LayerNorm``, a reshape, a layer that is used twice, has options of its own or shares parameters,
+            ...): ``"raise"``, or ``"keep"`` the node.
         explain: print a table of the layers before and after.
         named: what ``model`` is called with, by name.
 
     Raises:
-        ValueError: if the model cannot be traced, or, with ``unfollowed="raise"``, leads nodes that could go into something
-            that is not followed.
+        ValueError: if the model cannot be traced, or, with ``on_unfollowed="raise"``, leads nodes that could go into
+            something that is not followed.
         RuntimeError: if the smaller model's outputs are not the same.
         TypeError: if ``model`` is no nnx module that can be called.
     """
     if not isinstance(model, nnx.Module) or not callable(model):
         raise TypeError(f"shrink takes an nnx.Module that can be called; got {type(model).__name__}")
-    check_unfollowed(unfollowed)
+    check_unfollowed(on_unfollowed)
     with enable_x64(True):
         reference = _doubled(model)
         given = jax.tree.map(_double, (inputs, named))
-        plan = _planned(reference, given, unfollowed)
+        plan = _planned(reference, given, on_unfollowed)
         _check_same(reference, _smaller(nnx.clone(reference), plan), given)
     small: Model = _smaller(nnx.clone(model), plan)
     if explain:
@@ -108,7 +110,7 @@ class _Marker(nnx.Module):
         )
 
 
-def _planned(model: Any, given: Any, unfollowed: Unfollowed) -> Plan:
+def _planned(model: Any, given: Any, on_unfollowed: Unfollowed) -> Plan:
     """Return what stays of a model in float64 and evaluation."""
     layers = _followed(model)
     if id(model) in {id(layer) for layer in layers.values()}:
@@ -126,7 +128,7 @@ def _planned(model: Any, given: Any, unfollowed: Unfollowed) -> Plan:
         raise ValueError(
             f"shrink follows nodes on a trace of the model's call, and this {type(model).__name__} cannot be traced: {error}"
         ) from error
-    return _Walk(layers).through(jaxpr).plan(unfollowed)
+    return _Walk(layers).through(jaxpr).plan(on_unfollowed)
 
 
 class _Walk:

@@ -13,17 +13,17 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike
 
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
 from maskedlinear_jax.flax._modules import device_of
 from maskedlinear_jax.flax._nnx import MaskedLinear, check_options, check_sizes
 
-__all__ = ["Connections", "SparseLinear"]
+__all__ = ["PatternIndex", "SparseLinear"]
 
 
-class Connections(nnx.Variable[Array]):
+class PatternIndex(nnx.Variable[Array]):
     """The indices of a sparse layer: in its state and its checkpoints, and no parameters."""
 
 
@@ -42,34 +42,36 @@ class SparseLinear(nnx.Module):
     Args:
         in_features: the size of the input's last dimension.
         out_features: the size of the output's last dimension.
-        mask: which connections there are: a :class:`maskedlinear.pattern.Pattern` of shape ``(out_features,
-            in_features)``, or an array of shape ``(in_features, out_features)``, as every mask of a Flax layer, booleans or
-            0s and 1s. ``None`` has all of them, which is rarely worth it.
+        mask: which connections there are: an array of shape ``(in_features, out_features)``, as every mask of a Flax
+            layer, booleans or 0s and 1s. Without mask and pattern the layer has all of them, which is rarely worth it.
+        pattern: which connections there are, in place of ``mask``: a :class:`maskedlinear.pattern.SparsityPattern` of
+            shape ``(out_features, in_features)``.
         use_bias: whether the layer has a bias, shape ``(out_features,)``.
         dtype: the dtype to compute in; that of the parameters and the input if ``None``.
         param_dtype: the dtype of the parameters.
-        kernel_init: draws the values. It is asked for a kernel of one column, shape ``(connections, 1)``, whose fan-in is
-            put right afterwards: each output's values are scaled by √(connections / live inputs), or with
-            ``fan_in="full"`` by √(connections / in_features).
+        kernel_init: draws the values. It is asked for a kernel of one column, shape ``(nnz, 1)``, whose fan-in is
+            put right afterwards: each output's values are scaled by √(nnz / live inputs), or with
+            ``init_fan_in="full"`` by √(nnz / in_features).
         bias_init: draws the bias.
-        fan_in: see ``kernel_init``.
+        init_fan_in: see ``kernel_init``.
         rngs: as in ``nnx.Linear``.
 
     Shapes:
         inputs ``(..., in_features)``; output ``(..., out_features)``.
 
     Raises:
-        ValueError: if the pattern or mask has another shape, a mask holds anything but 0 and 1, or a size is negative. When
-            called, if a state brought indices of other shapes.
-        TypeError: if ``param_dtype`` is not real floating-point, or a size no whole number.
+        ValueError: if both a mask and a pattern are given, one has another shape, a mask holds anything but 0 and 1, or
+            a size is negative. When called, if a state brought indices of other shapes.
+        TypeError: if ``mask`` is a pattern, or ``pattern`` is not; if ``param_dtype`` is not real floating-point, or a
+            size no whole number.
     """
 
-    indptr: Connections
-    rows: Connections
-    indices: Connections
-    starts: Connections
-    outputs: Connections
-    order: Connections
+    indptr: PatternIndex
+    rows: PatternIndex
+    indices: PatternIndex
+    starts: PatternIndex
+    outputs: PatternIndex
+    order: PatternIndex
 
     def __init__(
         self,
@@ -77,26 +79,27 @@ class SparseLinear(nnx.Module):
         out_features: int,
         *,
         mask: Any = None,
+        pattern: SparsityPattern | None = None,
         use_bias: bool = True,
         dtype: Any = None,
         param_dtype: Any = jnp.float32,
         kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 - as in nnx.Linear
         bias_init: Any = nnx.initializers.zeros_init(),  # noqa: B008
-        fan_in: Literal["live", "full"] = "live",
+        init_fan_in: Literal["live", "full"] = "live",
         rngs: nnx.Rngs,
     ) -> None:
         check_sizes(in_features, out_features)
-        check_options(fan_in, param_dtype)
-        pattern = _pattern(mask, (out_features, in_features))
-        self.in_features, self.out_features, self.fan_in = in_features, out_features, fan_in
+        check_options(init_fan_in, param_dtype)
+        pattern = _pattern(mask, pattern, (out_features, in_features))
+        self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
         self.dtype, self.param_dtype = dtype, param_dtype
-        size, live = pattern.connections, np.diff(pattern.indptr)
+        size, live = pattern.nnz, np.diff(pattern.indptr)
         values = jnp.zeros(0, param_dtype)
         if size:
-            of_each = live[pattern.rows] if fan_in == "live" else in_features
+            of_each = live[pattern.rows] if init_fan_in == "live" else in_features
             drawn = kernel_init(rngs.params(), (size, 1), param_dtype)[:, 0]
             values = drawn * jnp.asarray(np.sqrt(size / of_each), param_dtype)
-        self.values = nnx.Param(values)
+        self.weight_values = nnx.Param(values)
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self._set_pattern(pattern)
 
@@ -104,20 +107,20 @@ class SparseLinear(nnx.Module):
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``."""
         bias = None if self.bias is None else self.bias[...]
         inputs, values, bias = dtypes.promote_dtype(
-            (as_array("inputs", inputs), self.values[...], bias), dtype=self.dtype
+            (as_array("inputs", inputs), self.weight_values[...], bias), dtype=self.dtype
         )
         return product(inputs, values, self._device_pattern(), self.in_features, bias)
 
     @property
-    def pattern(self) -> Pattern:
-        """The connections, (out, in); ``pattern.rows`` and ``pattern.indices`` are the two ends of each of ``values``.
+    def pattern(self) -> SparsityPattern:
+        """The connections, (out, in); its ``rows`` and ``indices`` are the two ends of each of ``weight_values``.
 
         Raises:
             ValueError: if a state brought indices that are none of a layer of this shape, or do not belong together.
         """
         here = {name: np.asarray(array) for name, array in self._device_pattern()._asdict().items()}
-        pattern = Pattern(here["indptr"], here["indices"], self.in_features)
-        found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.by_column, strict=True))
+        pattern = SparsityPattern(here["indptr"], here["indices"], self.in_features)
+        found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.csc, strict=True))
         for name, expected in found.items():
             if not np.array_equal(here[name], expected):
                 raise ValueError(
@@ -130,7 +133,7 @@ class SparseLinear(nnx.Module):
     def sparsity(self) -> float:
         """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
         size = self.in_features * self.out_features
-        return (size - self.values[...].size) / size if size else 0.0
+        return (size - self.weight_values[...].size) / size if size else 0.0
 
     @classmethod
     def from_masked(cls, layer: MaskedLinear) -> Self:
@@ -144,12 +147,12 @@ class SparseLinear(nnx.Module):
                 f"from_masked takes a MaskedLinear; got {type(layer).__name__}: make one with "
                 "MaskedLinear.from_linear(layer, mask)"
             )
-        pattern = Pattern.from_mask(np.asarray(layer.mask[...]).T)
+        pattern = SparsityPattern.from_mask(np.asarray(layer.mask[...]).T)
         kernel = layer.kernel[...]
         with jax.default_device(device_of(kernel)):
             values = kernel[pattern.indices, pattern.rows]
             made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
-        made.dtype, made.fan_in = layer.dtype, layer.fan_in
+        made.dtype, made.init_fan_in = layer.dtype, layer.init_fan_in
         return made
 
     @classmethod
@@ -176,13 +179,13 @@ class SparseLinear(nnx.Module):
             ValueError: if an edge is there twice or leaves the shape, or ``values`` or ``bias`` has another length.
             TypeError: if indices are not whole numbers, or ``values`` or ``bias`` is not real.
         """
-        pattern, order = Pattern.from_edges(np.asarray(outputs), np.asarray(inputs), shape)
+        pattern, order = SparsityPattern.from_edges(np.asarray(outputs), np.asarray(inputs), shape)
         if values is None:
             if not isinstance(bias, bool):
                 raise ValueError(
                     "a bias that is given needs values that are given; got values=None: pass both, or bias=True"
                 )
-            return cls(pattern.shape[1], pattern.shape[0], mask=pattern, use_bias=bias, **options)
+            return cls(pattern.shape[1], pattern.shape[0], pattern=pattern, use_bias=bias, **options)
         given = as_array("values", values)
         if given.shape != order.shape:
             raise ValueError(f"values must have one entry for each of the {len(order)} edges; got {given.shape}")
@@ -203,19 +206,19 @@ class SparseLinear(nnx.Module):
             ValueError: if an entry is stored twice, or ``bias`` has another length.
             TypeError: if ``matrix`` is not sparse, or it or ``bias`` is not real.
         """
-        pattern, data = Pattern.from_scipy(matrix)
+        pattern, data = SparsityPattern.from_scipy(matrix)
         return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
 
     def to_masked(self) -> MaskedLinear:
         """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
         pattern, bias = self.pattern, None if self.bias is None else self.bias[...]
-        values = self.values[...]
+        values = self.weight_values[...]
         with jax.default_device(device_of(values)):
             layer = MaskedLinear(
                 self.in_features,
                 self.out_features,
                 mask=pattern.to_mask().T,
-                fan_in=self.fan_in,
+                init_fan_in=self.init_fan_in,
                 use_bias=bias is not None,
                 dtype=self.dtype,
                 param_dtype=values.dtype,
@@ -227,33 +230,33 @@ class SparseLinear(nnx.Module):
             layer.bias.set_value(jnp.array(bias))
         return layer
 
-    def rewire(self, pattern: Pattern, source: ArrayLike) -> None:
+    def rewire(self, pattern: SparsityPattern, source: ArrayLike) -> None:
         """Exchange connections for as many others, in place: the Variables stay the same, and nothing is compiled anew.
 
         What an optimizer keeps of the values is not touched; :func:`maskedlinear.flax.regrow_model` moves it along.
 
         Args:
             pattern: the new connections, as many as before and of the same shape.
-            source: shape ``(connections,)``: where each of them is among the old ones, or -1 for a new one, whose value
+            source: shape ``(nnz,)``: where each of them is among the old ones, or -1 for a new one, whose value
                 becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
 
         Raises:
             ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
         """
-        values, places = self.values[...], np.asarray(source)
+        values, places = self.weight_values[...], np.asarray(source)
         if pattern.shape != (self.out_features, self.in_features) or places.shape != values.shape:
             raise ValueError(
                 f"a layer is rewired to as many connections, {values.size}, of shape (out, in) = "
                 f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {places.shape}"
             )
-        if pattern.connections != values.size or (places >= values.size).any():
+        if pattern.nnz != values.size or (places >= values.size).any():
             raise ValueError(f"source must say where each of the {values.size} connections was, or -1")
-        self.values[...] = jnp.where(places >= 0, values[np.maximum(places, 0)], jnp.zeros((), values.dtype))
+        self.weight_values[...] = jnp.where(places >= 0, values[np.maximum(places, 0)], jnp.zeros((), values.dtype))
         for name, array in DevicePattern.of(pattern)._asdict().items():
             getattr(self, name).set_value(array)
 
     @classmethod
-    def _made(cls, pattern: Pattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
+    def _made(cls, pattern: SparsityPattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
         """Return a layer with these values."""
         _check_real("values", values)
         out, in_ = pattern.shape
@@ -268,26 +271,26 @@ class SparseLinear(nnx.Module):
         layer = cls(
             in_,
             out,
-            mask=pattern,
+            pattern=pattern,
             use_bias=given is not None,
             param_dtype=dtype,
             kernel_init=zeros,
             bias_init=zeros,
             **({"rngs": nnx.Rngs(0)} | options),
         )
-        layer.values[...] = jnp.array(values, dtype)
+        layer.weight_values[...] = jnp.array(values, dtype)
         if layer.bias is not None and given is not None:
             layer.bias[...] = jnp.array(given, dtype)
         return layer
 
-    def _set_pattern(self, pattern: Pattern) -> None:
+    def _set_pattern(self, pattern: SparsityPattern) -> None:
         for name, array in DevicePattern.of(pattern)._asdict().items():
-            setattr(self, name, Connections(array))
+            setattr(self, name, PatternIndex(array))
 
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
         found = DevicePattern(*(getattr(self, name)[...] for name in DevicePattern._fields))
-        each = self.values[...].shape
+        each = self.weight_values[...].shape
         if len(each) != 1:
             raise ValueError(
                 f"a stack of layers has a pattern for each of them; got values of shape {each}: call them one after the "
@@ -308,17 +311,28 @@ def _check_real(name: str, array: Any) -> None:
         raise TypeError(f"{name} must be real; got {array.dtype}: take the real part, if the imaginary one may go")
 
 
-def _pattern(mask: Any, shape: tuple[int, int]) -> Pattern:
+def _pattern(mask: Any, pattern: Any, shape: tuple[int, int]) -> SparsityPattern:
     out, in_ = shape
+    if mask is not None and pattern is not None:
+        raise ValueError("a layer takes a mask or a pattern; got both: pass one of them")
+    if isinstance(mask, SparsityPattern):
+        raise TypeError(
+            "mask must be an array of shape (in, out); got a SparsityPattern, (out, in): pass it as pattern=..."
+        )
+    if pattern is not None:
+        if not isinstance(pattern, SparsityPattern):
+            raise TypeError(
+                f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: an array of shape "
+                "(in, out) is passed as mask=..."
+            )
+        if pattern.shape != shape:
+            fits = ", which is its transpose" if pattern.shape == shape[::-1] else ""
+            raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {pattern.shape}{fits}")
+        return pattern
     if mask is None:
-        return Pattern.full(shape)
-    if isinstance(mask, Pattern):
-        if mask.shape != shape:
-            fits = ", which is its transpose" if mask.shape == shape[::-1] else ""
-            raise ValueError(f"a pattern must have the layer's shape (out, in) = {shape}; got {mask.shape}{fits}")
-        return mask
+        return SparsityPattern.full(shape)
     mask = np.asarray(mask)
     if mask.shape != (in_, out):
         fits = ", which is its transpose: pass mask.T" if mask.shape == shape else ""
         raise ValueError(f"a mask must have the kernel's shape (in, out) = {(in_, out)}; got {mask.shape}{fits}")
-    return Pattern.from_mask(mask.T)
+    return SparsityPattern.from_mask(mask.T)

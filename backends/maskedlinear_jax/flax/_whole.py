@@ -1,4 +1,4 @@
-"""Whole nnx models: their linear layers masked in place and back, pruned, their masks read and set, and a report."""
+"""Whole nnx models: their linear layers masked in place and back, pruned, their masks read and set, and a summary."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
-from maskedlinear.reports import Report, Row
+from maskedlinear.summaries import ModelSummary, WeightSummary
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER
 from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, parameter_users
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["mask_model", "masks_of", "prune_model", "report", "set_masks", "unmask_model"]
+__all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
@@ -91,7 +91,7 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
     return model
 
 
-def masks_of(model: Any) -> dict[str, Array]:
+def get_masks(model: Any) -> dict[str, Array]:
     """Return the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
     return {name: layer.mask[...] for name, layer in layers_of(model, MaskedLinear).items()}
 
@@ -124,7 +124,7 @@ def prune_model(
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
-    empty: Any = "refuse",
+    on_empty: Any = "raise",
     progress: Progress = False,
 ) -> dict[str, Array]:
     """Prune the masked layers of an nnx model to a sparsity, beyond what is masked already.
@@ -141,7 +141,7 @@ def prune_model(
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: what ``nnx.grad`` returned for the model.
         seed: for ``"random"``.
-        empty: ``"refuse"`` or ``"allow"`` that a layer loses its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -164,7 +164,7 @@ def prune_model(
         masks={name: mask.T for name, mask in before.items()},
         scope=scope,
         block=block,
-        empty=empty,
+        on_empty=on_empty,
         progress=progress,
     )
     for name, layer in layers.items():
@@ -172,7 +172,7 @@ def prune_model(
     return before
 
 
-def report(model: Any) -> Report:
+def summary(model: Any) -> ModelSummary:
     """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs.
 
     A stack of layers has a row for each of them.
@@ -182,15 +182,15 @@ def report(model: Any) -> Report:
         nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
         of: Any
         if isinstance(layer, SparseLinear):
-            of, stacked = Row.of_pattern, layer.indptr[...].ndim > 1
+            of, stacked = WeightSummary.of_pattern, layer.indptr[...].ndim > 1
             ends = zip(_each(layer.indptr, 1), _each(layer.indices, 1), strict=True)
-            parts = [Pattern(starts, inputs, layer.in_features) for starts, inputs in ends]
+            parts = [SparsityPattern(starts, inputs, layer.in_features) for starts, inputs in ends]
         else:
-            of, stacked = Row.of_mask, layer.mask[...].ndim > 2
+            of, stacked = WeightSummary.of_mask, layer.mask[...].ndim > 2
             parts = [mask.T for mask in _each(layer.mask, 2)]
         for place, part in enumerate(parts):
             rows.append(of(f"{name}[{place}]" if stacked else name, part, nbytes // len(parts)))
-    return Report(rows)
+    return ModelSummary(rows)
 
 
 def _each(variable: Any, ndim: int) -> Any:

@@ -18,7 +18,7 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear.masks import as_mask
-from maskedlinear.pattern import Pattern
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import freeze_masked
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax.conformance import JaxBackend
@@ -146,13 +146,13 @@ class SparseNnxLayer(NnxLayer):
     def set_weight(self, weight: Array) -> None:
         """Write the live ones into the parameter."""
         pattern = self._module.pattern
-        self._module.values[...] = weight[pattern.rows, pattern.indices]
+        self._module.weight_values[...] = weight[pattern.rows, pattern.indices]
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays, the values laid out as a matrix."""
         layer, to_numpy = self._module, self._backend.asnumpy
         bias = None if layer.bias is None else to_numpy(layer.bias[...])
-        return to_numpy(self._matrix(layer.values[...])), layer.pattern.to_mask(), bias
+        return to_numpy(self._matrix(layer.weight_values[...])), layer.pattern.to_mask(), bias
 
     def load(self, path: Path) -> None:
         """Load the state of a layer that may have had other connections: its shapes are those of the file."""
@@ -256,11 +256,11 @@ def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = Fals
     return layer
 
 
-def _nnx_sparse(weight: Array, pattern: Pattern, bias: Bias) -> SparseLinear:
+def _nnx_sparse(weight: Array, pattern: SparsityPattern, bias: Bias) -> SparseLinear:
     """Return a layer with these values, the pattern being traced perhaps."""
     graph, state = _nnx_sparse_made(pattern.shape, bias is not None, weight.dtype)
     state = jax.tree.map(lambda leaf: leaf, state)
-    parts = {"values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern)._asdict()}
+    parts = {"weight_values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern)._asdict()}
     nnx.replace_by_pure_dict(state, parts | ({} if bias is None else {"bias": bias}))
     layer: SparseLinear = nnx.merge(graph, state)
     return layer
@@ -270,9 +270,9 @@ def _nnx_sparse(weight: Array, pattern: Pattern, bias: Bias) -> SparseLinear:
 def _nnx_sparse_made(shape: tuple[int, int], bias: bool, dtype: Any) -> Any:
     out, in_ = shape
     with jax.ensure_compile_time_eval():
-        empty = Pattern(np.zeros(out + 1, np.int32), np.zeros(0, np.int32), in_)
+        empty = SparsityPattern(np.zeros(out + 1, np.int32), np.zeros(0, np.int32), in_)
         options = {"use_bias": bias, "param_dtype": dtype, "rngs": nnx.Rngs(0)}
-        return nnx.split(SparseLinear(in_, out, mask=empty, **options))
+        return nnx.split(SparseLinear(in_, out, pattern=empty, **options))
 
 
 def _nnx_fill(kind: Any, weight: Array, bias: Bias, more: Mapping[str, Array] | None = None, **options: Any) -> Any:
@@ -299,7 +299,7 @@ def _nnx_call(module: MaskedLinear, x: Array) -> Array:
 @nnx.jit
 def _nnx_gradients(module: MaskedLinear | SparseLinear, x: Array, g: Array) -> Any:
     of_layer, of_x = nnx.grad(lambda module, x: jnp.vdot(g, module(x)), argnums=(0, 1))(module, x)
-    of_weight = of_layer["values"][...] if isinstance(module, SparseLinear) else of_layer["kernel"][...].T
+    of_weight = of_layer["weight_values"][...] if isinstance(module, SparseLinear) else of_layer["kernel"][...].T
     return of_x, of_weight, of_layer["bias"][...] if "bias" in of_layer else None
 
 

@@ -10,11 +10,11 @@ import numpy as np
 
 from maskedlinear._table import lines
 
-__all__ = ["Report", "Row"]
+__all__ = ["ModelSummary", "WeightSummary"]
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightSummary:
     """One masked layer.
 
     Attributes:
@@ -44,7 +44,7 @@ class Row:
         return (size - self.connections) / size if size else 0.0
 
     @classmethod
-    def of_mask(cls, name: str, mask: Any, nbytes: int) -> Row:
+    def of_mask(cls, name: str, mask: Any, nbytes: int) -> WeightSummary:
         """Return the row of a layer in the dense form, of its mask, shape ``(out, in)``."""
         live = np.asarray(mask, bool)
         return cls(
@@ -59,8 +59,8 @@ class Row:
         )
 
     @classmethod
-    def of_pattern(cls, name: str, pattern: Any, nbytes: int) -> Row:
-        """Return the row of a layer in the sparse form, of its :class:`maskedlinear.pattern.Pattern`."""
+    def of_pattern(cls, name: str, pattern: Any, nbytes: int) -> WeightSummary:
+        """Return the row of a layer in the sparse form, of its :class:`maskedlinear.pattern.SparsityPattern`."""
         in_ = pattern.shape[1]
         used = np.zeros(in_, bool)
         used[pattern.indices] = True
@@ -68,23 +68,23 @@ class Row:
             name,
             "sparse",
             pattern.shape,
-            pattern.connections,
+            pattern.nnz,
             int(np.count_nonzero(np.diff(pattern.indptr) == 0)),
             int(in_ - np.count_nonzero(used)),
             nbytes,
-            2 * pattern.connections,
+            2 * pattern.nnz,
         )
 
 
 @dataclass(frozen=True)
-class Report:
+class ModelSummary:
     """The masked layers of a model; printed, a table with a line for each and one for all.
 
     Attributes:
         rows: the layers, in the model's order.
     """
 
-    rows: Sequence[Row]
+    rows: Sequence[WeightSummary]
 
     @property
     def sparsity(self) -> float:
