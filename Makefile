@@ -1,15 +1,20 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`. Both make .venv first.
 
 PYTHON ?= python3
+WORKERS ?= 2
 BIN = .venv/bin
+PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test lint conformance bench clean
+.PHONY: demo test test-all lint conformance bench clean
 
 demo: .venv/installed
 	$(BIN)/maskedlinear demo
 
 test: lint
-	$(BIN)/python -m pytest
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m ""
 
 lint: .venv/installed
 	$(BIN)/ruff check .

@@ -1,22 +1,62 @@
-"""What all tests share: deterministic data, and JAX without implicit conversions."""
+"""What all tests share: deterministic data, JAX without implicit conversions, and how much of the machine a worker takes.
+
+Frameworks are imported where they are used: what they read of the environment is set before.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
+import tempfile
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-import jax
-import numpy as np
 import pytest
+
+if TYPE_CHECKING:
+    import numpy as np
+
+_COMPILED = pytest.StashKey[str]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a worker of pytest-xdist, and the processes that its tests start, compute on one thread and compile once.
+
+    What JAX compiles goes to a folder that lives as long as the run. Each worker has its own: JAX writes entries in place,
+    so that another process could read half of one.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    config.stash[_COMPILED] = tempfile.mkdtemp(prefix="maskedlinear-jax-")
+    os.environ |= {
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "NPROC": "1",  # XLA's own pools
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip(),
+        "JAX_COMPILATION_CACHE_DIR": config.stash[_COMPILED],
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _COMPILED in config.stash:
+        shutil.rmtree(config.stash[_COMPILED], ignore_errors=True)
 
 
 @pytest.fixture
 def rng() -> np.random.Generator:
+    import numpy as np
+
     return np.random.default_rng(0)
 
 
 @pytest.fixture
 def strict_jax() -> Iterator[None]:
     """64-bit types on; implicit promotion of dtypes and ranks is an error."""
+    import jax
+
     with (
         jax.enable_x64(True),
         jax.numpy_dtype_promotion("strict"),
