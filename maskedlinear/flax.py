@@ -4,6 +4,7 @@ from maskedlinear._extras import missing_framework
 
 try:
     from maskedlinear_jax.flax import (
+        Dormant,
         Mask,
         MaskedDense,
         MaskedLinear,
@@ -11,10 +12,12 @@ try:
         ScheduledPruning,
         ScheduledRegrowth,
         SparseLinear,
+        check_masks,
         compress,
         dense_gradients,
         expand,
         get_masks,
+        load_state,
         lottery_rounds,
         mask_model,
         param_masks,
@@ -31,6 +34,7 @@ except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.flax", "flax", "jax", "jaxlib", "optax", "flax") from error
 
 __all__ = [
+    "Dormant",
     "Mask",
     "MaskedDense",
     "MaskedLinear",
@@ -38,10 +42,12 @@ __all__ = [
     "ScheduledPruning",
     "ScheduledRegrowth",
     "SparseLinear",
+    "check_masks",
     "compress",
     "dense_gradients",
     "expand",
     "get_masks",
+    "load_state",
     "lottery_rounds",
     "mask_model",
     "param_masks",

@@ -210,6 +210,14 @@ class SparsityPattern:
         mask[self.rows, self.indices] = True
         return mask
 
+    def places_in(self, other: SparsityPattern) -> NDArray[np.int64]:
+        """Return where each connection is in another pattern of this shape, shape ``(nnz,)``; -1 where it has none."""
+        own, others = (pattern.rows.astype(np.int64) * self.shape[1] + pattern.indices for pattern in (self, other))
+        places = np.searchsorted(others, own)
+        found = places < len(others)
+        found[found] = others[places[found]] == own[found]
+        return np.where(found, places, -1)
+
     def __eq__(self, other: object) -> bool:
         """Whether the other one has the same connections and shape."""
         if not isinstance(other, SparsityPattern):

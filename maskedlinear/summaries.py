@@ -1,4 +1,4 @@
-"""A table of a model's masked layers: what is live, what is dead, what it costs."""
+"""Tables of a model's masked layers: what is live, what is dead, what it costs; and whether they act masked."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from maskedlinear._table import lines
 
-__all__ = ["ModelSummary", "WeightSummary"]
+__all__ = ["MaskCheck", "ModelSummary", "WeightSummary"]
 
 
 @dataclass(frozen=True)
@@ -121,3 +121,29 @@ class ModelSummary:
             f"{sum(row.flops for row in self.rows) / 1e3:.4g}",
         )
         return "\n".join(lines([head, *table, total]))
+
+
+@dataclass(frozen=True)
+class MaskCheck:
+    """What ``check_masks`` has seen; printed, a table of the layers that do not act masked.
+
+    Attributes:
+        checked: the names of the layers that were checked, in the model's order.
+        failures: what does not hold, by the name of the layer; empty if everything does.
+    """
+
+    checked: list[str]
+    failures: dict[str, list[str]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that is masked acts masked."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        """Return the table."""
+        if self.ok:
+            return f"All {len(self.checked)} masked layers act masked."
+        rows = [(name or "(the model)", what) for name, failures in self.failures.items() for what in failures]
+        total = f"{len(self.failures)} of {len(self.checked)} masked layers do not act masked."
+        return "\n".join([*lines([("layer", "what does not hold"), *rows]), total])

@@ -51,11 +51,16 @@ def test_every_layer_is_measured_and_shown(
     assert draw(rows[:1], tmp_path) == []
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
-def test_costs_are_measured_and_written(framework: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("framework", "passes"),
+    [("torch", 3), ("jax", 1), pytest.param("jax", 3, marks=pytest.mark.slow)],  # JAX compiles anew in each pass
+)
+def test_costs_are_measured_and_written(
+    framework: str, passes: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(measure, "ROUNDS", 2)
     monkeypatch.setattr(measure, "SHORTEST", 0.0)
-    costs = measure_costs(framework, tmp_path / "costs.json", "cpu", (8, 16), (1, 2, 4), (0.1, 0.5))
+    costs = measure_costs(framework, tmp_path / "costs.json", "cpu", (8, 16), (1, 2, 4), (0.1, 0.5), passes)
     assert (costs.framework, costs.device, costs.widths) == (framework, "cpu", (8, 16))
     assert framework in costs.machine
 

@@ -162,3 +162,17 @@ def test_a_large_pattern_costs_what_its_connections_cost(rng: np.random.Generato
     tracemalloc.stop()
     assert peak < 100 * count
     assert pattern.nnz == len(flat)
+
+
+def test_the_places_of_connections_in_another_pattern(rng: np.random.Generator) -> None:
+    one, other = (SparsityPattern.from_mask(rng.random((6, 9)) < 0.5) for _ in range(2))
+    places = one.places_in(other)
+    for place, row, column in zip(places, one.rows, one.indices, strict=True):
+        if other.to_mask()[row, column]:
+            assert (other.rows[place], other.indices[place]) == (row, column)
+        else:
+            assert place == -1
+    assert (one.places_in(one) == np.arange(one.nnz)).all()
+    none = SparsityPattern.from_mask(np.zeros((6, 9), bool))
+    assert (one.places_in(none) == -1).all()
+    assert none.places_in(one).shape == (0,)

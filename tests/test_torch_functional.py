@@ -13,9 +13,11 @@ from torch.utils.checkpoint import checkpoint
 
 from helpers import problem
 from maskedlinear import spec
-from maskedlinear.torch import masked_linear
-from maskedlinear_torch import _functional
-from maskedlinear_torch._functional import _apply_mask_bitwise, apply_mask
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear.torch import masked_linear, sparse_linear
+from maskedlinear_torch import _compat, _functional
+from maskedlinear_torch._functional import apply_mask
+from maskedlinear_torch._storage import keep_bits, zero_masked
 
 COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else [])]
 
@@ -24,7 +26,7 @@ COMPILERS = ["eager", "aot_eager", *(["inductor"] if shutil.which("g++") else []
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small layers take the expression; here they take the rules of large ones, too."""
     if request.param == "rules":
-        monkeypatch.setattr(_functional, "_SMALL", 0)
+        monkeypatch.setattr(_functional, "SMALL", 0)
     return str(request.param)
 
 
@@ -71,7 +73,7 @@ def test_any_subset_of_inputs_may_ask_for_a_gradient(p: list[Tensor], asked: tup
 
 
 def test_rule_saves_no_masked_copy_of_the_weight(p: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_functional, "_SMALL", 0)  # the expression saves what autograd needs
+    monkeypatch.setattr(_functional, "SMALL", 0)  # the expression saves what autograd needs
     x, weight, bias = leaves(p)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
@@ -288,8 +290,22 @@ def test_forward_mode_within_forward_mode(p: list[Tensor]) -> None:
 
 def test_a_torch_that_cannot_name_its_transforms(p: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     want = torch.func.jacfwd(masked_linear)(*p[:4])
-    monkeypatch.setattr(_functional, "_peek", None)
+    monkeypatch.setattr(_compat, "_peek", None)
     assert torch.equal(torch.func.jacfwd(masked_linear)(*p[:4]), want)
+    x, weight, mask = (part.detach() for part in p[:3])
+
+    def second(function: Any) -> Tensor:
+        """The derivative of a product of x and the weight along both of them, twice."""
+
+        def tangent(*moving: Tensor) -> Tensor:
+            return torch.func.jvp(function, moving, (x, weight))[1]  # type: ignore[no-any-return]
+
+        return torch.func.jvp(tangent, (x, weight), (x, weight))[1]  # type: ignore[no-any-return]
+
+    twice = 2 * torch.nn.functional.linear(x, apply_mask(weight, mask))
+    torch.testing.assert_close(second(lambda x, weight: masked_linear(x, weight, mask)), twice)
+    pattern = SparsityPattern.from_mask(mask.numpy())
+    torch.testing.assert_close(second(lambda x, weight: sparse_linear(x, weight[mask], pattern)), twice)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -320,7 +336,7 @@ def test_arguments_that_are_no_tensors_are_refused(p: list[Tensor]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-def test_apply_mask_bitwise_is_apply_mask(dtype: torch.dtype, rng: np.random.Generator) -> None:
+def test_keep_bits_is_apply_mask(dtype: torch.dtype, rng: np.random.Generator) -> None:
     values = torch.asarray(rng.standard_normal((33, 47))).to(dtype)
     values[::3, ::2] = torch.nan
     values[1::3, ::2] = -0.0
@@ -328,9 +344,8 @@ def test_apply_mask_bitwise_is_apply_mask(dtype: torch.dtype, rng: np.random.Gen
     mask = torch.asarray(rng.random((33, 47)) > 0.5)
     for tensor, live in ((values, mask), (values.T, mask.T), (values[::2, 1:], mask[::2, 1:]), (values[:0], mask[:0])):
         with torch.no_grad():
-            got = _apply_mask_bitwise(tensor, live)
+            got = keep_bits(tensor, live)
         kind = {8: torch.int64, 4: torch.int32, 2: torch.int16}[dtype.itemsize]
         assert torch.equal(got.view(kind), apply_mask(tensor, live).contiguous().view(kind))
-    tensor = values.nan_to_num().requires_grad_()
-    _apply_mask_bitwise(tensor, mask).sum().backward()  # where it is differentiated, it can be
-    assert torch.equal(tensor.grad, mask.to(dtype))
+    in_place = values.clone()
+    assert torch.equal(zero_masked(in_place, mask).view(kind), apply_mask(values, mask).view(kind))

@@ -28,7 +28,7 @@ LIVE = torch.asarray(MASK)
 def size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Small layers take the expression; here they take the rules of large ones, too."""
     if request.param == "rules":
-        monkeypatch.setattr(_functional, "_SMALL", 0)
+        monkeypatch.setattr(_functional, "SMALL", 0)
     return str(request.param)
 
 
@@ -72,13 +72,14 @@ def test_empty_and_full_masks(layer: MaskedLinear, x: torch.Tensor) -> None:
 
 
 def test_set_mask_holds_at_once_and_restores_bit_for_bit(layer: MaskedLinear, x: torch.Tensor) -> None:
-    buffer, weight, before = layer.mask, layer.weight.clone(), layer(x)
+    buffer, weight, before = layer.mask, layer.full_weight, layer(x)
     layer.set_mask(~LIVE)
     assert torch.equal(layer(x), masked_linear(x, weight, ~LIVE, layer.bias))
     layer.mask = MASK  # the same as set_mask
     assert layer.mask is buffer
     assert torch.equal(layer(x), before)
-    assert torch.equal(layer.weight, weight)
+    assert torch.equal(layer.full_weight, weight)
+    assert torch.equal(layer.weight, torch.where(LIVE, weight, 0))
 
 
 @pytest.mark.parametrize("mask", [MASK, MASK.astype(float), MASK.tolist(), LIVE.int(), jnp.asarray(MASK)])
@@ -121,17 +122,17 @@ def test_reset_scales_each_row_to_its_live_inputs() -> None:
     torch.manual_seed(0)
     layer = MaskedLinear(400, 4, mask=mask)
     scale = torch.tensor([10.0, 2.0, 1.0, 1.0])
-    assert torch.equal(layer.weight, dense.weight * scale[:, None])
+    assert torch.equal(layer.full_weight, dense.weight * scale[:, None])
     assert torch.equal(layer.bias, dense.bias * scale)
     torch.manual_seed(0)
     layer.reset_parameters()
-    assert torch.equal(layer.weight, dense.weight * scale[:, None])
+    assert torch.equal(layer.full_weight, dense.weight * scale[:, None])
     torch.manual_seed(0)
-    assert torch.equal(MaskedLinear(400, 4, mask=mask, init_fan_in="full").weight, dense.weight)
+    assert torch.equal(MaskedLinear(400, 4, mask=mask, init_fan_in="full").full_weight, dense.weight)
 
 
 def test_state_dict_both_ways(layer: MaskedLinear, x: torch.Tensor) -> None:
-    assert list(layer.state_dict()) == ["weight", "bias", "mask"]
+    assert list(layer.state_dict()) == ["weight", "bias", "mask", "dormant"]
     buffer = io.BytesIO()
     torch.save(layer.state_dict(), buffer)
     buffer.seek(0)
@@ -140,13 +141,14 @@ def test_state_dict_both_ways(layer: MaskedLinear, x: torch.Tensor) -> None:
         other = MaskedLinear(7, 5)
         other.load_state_dict(state, assign=assign)
         assert torch.equal(other(x), layer(x))
-        assert torch.equal(other.weight, layer.weight)  # the dormant weights too
+        assert torch.equal(other.full_weight, layer.full_weight)  # the dormant weights too
 
 
 def test_a_plain_linears_state_loads_and_leaves_the_mask(layer: MaskedLinear) -> None:
     dense = nn.Linear(7, 5)
     layer.load_state_dict(dense.state_dict())
-    assert torch.equal(layer.weight, dense.weight)
+    assert torch.equal(layer.full_weight, dense.weight)
+    assert not layer.weight[~LIVE].any()
     assert torch.equal(layer.mask, LIVE)
     nested = nn.Sequential(layer)
     nested.load_state_dict({f"0.{key}": value for key, value in dense.state_dict().items()})
@@ -220,7 +222,7 @@ def test_from_and_to_linear(x: torch.Tensor) -> None:
     layer = MaskedLinear.from_linear(dense, MASK)
     back = layer.to_linear()
     assert torch.equal(torch.get_rng_state(), state), "a conversion draws nothing"
-    assert torch.equal(layer.weight, dense.weight)
+    assert torch.equal(layer.full_weight, dense.weight)
     assert layer.weight is not dense.weight
     assert not layer.training
     assert not layer.bias.requires_grad
@@ -237,7 +239,8 @@ def test_from_and_to_linear(x: torch.Tensor) -> None:
 
 def test_functional_call_and_vmap_over_masks(layer: MaskedLinear, x: torch.Tensor) -> None:
     stacked = torch.stack([LIVE, ~LIVE])
-    outputs = torch.func.vmap(lambda mask: torch.func.functional_call(layer, {"mask": mask}, (x,)))(stacked)
+    own = {"weight": layer.full_weight}
+    outputs = torch.func.vmap(lambda mask: torch.func.functional_call(layer, own | {"mask": mask}, (x,)))(stacked)
     assert torch.equal(outputs[0], layer(x))
     layer.set_mask(~LIVE)
     assert torch.equal(outputs[1], layer(x))
@@ -352,7 +355,7 @@ def test_from_linear_refuses_what_is_no_linear_layer() -> None:
 def test_conversions_of_a_parametrized_layer(x: torch.Tensor) -> None:
     dense = nn.utils.parametrizations.weight_norm(nn.Linear(7, 5))
     masked = MaskedLinear.from_linear(dense, MASK)
-    assert torch.equal(masked.weight, dense.weight)
+    assert torch.equal(masked.full_weight, dense.weight)
     normed = nn.utils.parametrizations.weight_norm(MaskedLinear(7, 5, mask=MASK))
     torch.testing.assert_close(normed.to_linear()(x), normed(x))
 
@@ -373,7 +376,7 @@ def test_traced_by_jit_and_by_fx(layer: MaskedLinear, x: torch.Tensor) -> None:
 
 
 SHARDED = """
-import os, sys, warnings
+import copy, os, sys, warnings
 import torch, torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -410,6 +413,24 @@ def fully_sharded(mesh, mask):
     assert torch.equal(moved, torch.tensor(mask)), "the live weights move, and they alone"
     assert torch.equal(model[0].masked_weight.full_tensor() != 0, torch.tensor(mask))
     assert torch.equal(model[0].to_linear().weight != 0, torch.tensor(mask))
+    last = MaskedLinear(4, 3, mask=masks.random((3, 4), sparsity=0.5))
+    loose = nn.Sequential(MaskedLinear(6, 4, mask=mask), nn.Tanh(), last)
+    twin = copy.deepcopy(loose)
+    fully_shard(loose, mesh=mesh)
+    steps = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (loose, twin)]
+    for step in range(5):  # without a guard, masks moving, momentum drifting: nothing of it acts
+        xs = [torch.ones(5, 6, requires_grad=True) for _ in range(2)]
+        ys = [m(x) for m, x in zip((loose, twin), xs)]
+        for y, optimizer in zip(ys, steps):
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ys[0], ys[1])
+        torch.testing.assert_close(xs[0].grad, xs[1].grad)
+        for m in (loose, twin):
+            m[0].set_mask(m[0].mask.roll(1, 0))
+    state, mask_now = loose.state_dict(), loose[0].mask
+    assert not state["0.weight"].full_tensor()[~mask_now].any(), "a state holds what acts"
     empty = nn.Sequential(MaskedLinear(6, 4, mask=mask, device="meta"))
     fully_shard(empty, mesh=mesh)
     empty.to_empty(device="cpu")

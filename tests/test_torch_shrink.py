@@ -189,7 +189,7 @@ class Reads(nn.Module):
 def test_layers_that_are_used_twice_shared_read_or_hooked_keep_their_nodes() -> None:
     twice, tied, reads, hooked = without(Twice(), {"middle": [1]}), Twice(), without(Reads(), {"first": [1]}), mlp()
     tied.first.weight = tied.middle.weight
-    without(tied, {"first": [1]})
+    without(tied, {"first": [1], "middle": [1]})
     without(hooked, {"0": [1]})
     hooked[0].register_forward_hook(lambda module, args, y: y + 1)
     for model, message in (

@@ -19,6 +19,7 @@ from maskedlinear import masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
 from maskedlinear_torch import _products
+from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse import product
 
 MASK = masks.random((6, 5), sparsity=0.5, seed=7)
@@ -383,8 +384,8 @@ def test_a_state_with_wide_indices(assign: bool, device: str) -> None:
     if device == "meta" and not assign:
         made.to_empty(device="cpu")
     made.load_state_dict(state, assign=assign)
-    assert {tensor.dtype for tensor in made.buffers()} == {torch.int32}
-    assert not any(tensor.is_meta for tensor in made.buffers())
+    assert {made.indptr.dtype, made.indices.dtype, made.order.dtype} == {torch.int32}
+    assert not list(made.buffers()), "so that no average touches them"
     x.requires_grad_()
     found, wanted = (torch.autograd.grad(form(x).square().sum(), x)[0] for form in (made, layer))
     assert torch.equal(found, wanted)
@@ -396,7 +397,7 @@ def test_a_layer_whose_tensors_are_emptied_keeps_its_connections(meta: bool) -> 
     layer._apply(lambda tensor: torch.full_like(tensor, 77, device="cpu"))  # what to_empty may find in memory
     assert layer.pattern == PATTERN
     expected = SparseLinear(5, 6, mask=MASK)
-    assert all(torch.equal(one, other) for one, other in zip(layer.buffers(), expected.buffers(), strict=True))
+    assert all(torch.equal(getattr(layer, name), getattr(expected, name)) for name in DevicePattern._fields)
 
 
 def test_forms_convert_on_the_meta_device() -> None:
@@ -464,7 +465,8 @@ def test_parameters_gradients_and_optimizer_state_cost_what_the_connections_cost
     optimizer = torch.optim.Adam(layer.parameters())
     layer(torch.randn(8, size)).sum().backward()
     optimizer.step()
-    kept = [*layer.parameters(), *(p.grad for p in layer.parameters()), *layer.buffers()]
+    kept = [*layer.parameters(), *(p.grad for p in layer.parameters())]
+    kept += [getattr(layer, name) for name in DevicePattern._fields]
     kept += [part for state in optimizer.state.values() for part in state.values()]
     assert sum(part.nbytes for part in kept) <= 0.03 * 16 * size**2
 
@@ -596,3 +598,17 @@ def test_a_state_with_the_earlier_name_of_the_weight_values_loads(prefix: str, a
     assert set(earlier) == names, "the state is left as it was"
     assert other.pattern == PATTERN
     assert torch.equal(model(x), layer(x))
+
+
+def test_values_can_be_parametrized_and_the_matrix_read() -> None:
+    layer, x = layer_and_x()
+    nn.utils.parametrize.register_parametrization(layer, "weight_values", nn.Softplus())
+    values = nn.functional.softplus(layer.parametrizations.weight_values.original)  # type: ignore[union-attr]
+    torch.testing.assert_close(layer.weight, matrix(values))
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, matrix(values), layer.bias))
+    layer.weight.square().sum().backward()  # whoever reads the matrix trains the values
+    gradient = layer.parametrizations.weight_values.original.grad  # type: ignore[union-attr]
+    assert gradient is not None
+    assert gradient.all()
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x[0]), nn.functional.linear(x[0], matrix(values), layer.bias))

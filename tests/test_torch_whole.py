@@ -148,9 +148,10 @@ def test_pruning_is_the_cores_and_can_be_taken_back(model: Network, x: Tensor) -
     mask_model(model)
     start, weights = model(x), copy.deepcopy(model.state_dict())
     before = prune_model(model, 0.6)
-    scores = {name: pruning.magnitude(layer.weight) for name, layer in named(model)}
+    scores = {name: pruning.magnitude(layer.full_weight) for name, layer in named(model) if name != "tied"}
     wanted = pruning.prune(scores, sparsity=0.6)
-    assert all((layer.mask.numpy() == wanted[name]).all() for name, layer in named(model))
+    assert all((get_masks(model)[name].numpy() == mask).all() for name, mask in wanted.items())
+    assert torch.equal(model.tied.mask, model.blocks[1][0].mask)  # type: ignore[union-attr, index, arg-type]
     middle = get_masks(model)
     y = model(x)
     prune_model(model, 0.8, scope="layer")
@@ -201,29 +202,27 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
     assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
 
 
-def test_a_shared_weight_is_unmasked_only_if_both_masks_agree(model: Network, x: Tensor) -> None:
-    mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
-    y = model(x)
-    with pytest.raises(ValueError, match=r"tied shares its weight with a MaskedLinear that does not mask it alike"):
-        unmask_model(model)
-    assert torch.equal(model(x), y)
-    set_masks(model, {"blocks.1.0": get_masks(model)["tied"]})
+def test_layers_that_share_a_weight_share_its_mask(model: Network, x: Tensor) -> None:
+    half = masks.random((16, 16), sparsity=0.5, seed=0)
+    mask_model(model, {"tied": half}, include="blocks.1.*")
+    assert torch.equal(get_masks(model)["blocks.1.0"], torch.tensor(half))
+    with pytest.raises(ValueError, match=r"one mask, whoever shares it; got different ones for tied and blocks.1.0"):
+        set_masks(model, {"tied": half, "blocks.1.0": ~half})
     y = model(x)
     unmask_model(model)
-    torch.testing.assert_close(model(x), y)
+    assert torch.equal(model(x), y)
+    with pytest.raises(ValueError, match=r"one mask, whoever shares it"):
+        mask_model(model, {"tied": half, "blocks.1.0": ~half})
 
 
-def test_a_weight_that_an_embedding_uses_too_is_not_unmasked() -> None:
+def test_a_weight_that_an_embedding_uses_too_acts_masked_there() -> None:
     head, embedding = nn.Linear(4, 6), nn.Embedding(6, 4)
     head.weight = embedding.weight  # type: ignore[assignment]
-    model = mask_model(nn.ModuleDict({"head": head, "embedding": embedding}), {"head": np.eye(6, 4)})
     before = embedding.weight.detach().clone()
-    with pytest.raises(ValueError, match="head shares its weight with a Embedding"):
-        unmask_model(model)
-    assert torch.equal(embedding.weight, before)
-    set_masks(model, {"head": torch.ones(6, 4)})
+    model = mask_model(nn.ModuleDict({"head": head, "embedding": embedding}), {"head": np.eye(6, 4)})
+    assert torch.equal(embedding.weight, before * torch.eye(6, 4))
     unmask_model(model)
-    assert torch.equal(embedding.weight, before)
+    assert torch.equal(embedding.weight, before * torch.eye(6, 4)), "the outputs stay"
 
 
 def test_layers_whose_weight_is_computed_stay_masked() -> None:

@@ -8,6 +8,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
         f'(CVE-2025-32434); found {torch.__version__}. Upgrade with: pip install -U "maskedlinear[torch]"'
     )
 
+from maskedlinear_torch._check_masks import check_masks
 from maskedlinear_torch._functional import masked_linear
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand
@@ -24,6 +25,7 @@ __all__ = [
     "ScheduledPruning",
     "ScheduledRegrowth",
     "SparseLinear",
+    "check_masks",
     "compress",
     "dense_gradients",
     "expand",

@@ -1,59 +1,49 @@
-"""``masked_linear`` as a function, with its own backward and forward-mode rules.
+"""``masked_linear`` as a function: one Function and one expression, and the rule that chooses between them.
 
-The rules save x, the weight and the mask, and no masked copy of the weight: a copy saved as an intermediate would cost
-memory and break second order. Small layers go without the rules: a Function takes longer than their products. Under
-``torch.compile`` and ``torch.export`` the plain expression stands in, whose automatic derivatives are the same: Dynamo
-refuses a Function that has a forward-mode rule (https://github.com/pytorch/pytorch/issues/180284) and drops such rules
-inside compiled ``torch.func`` transforms (https://github.com/pytorch/pytorch/issues/192985).
+The Function has the backward pass of the spec. It saves x, the weight and the mask, and no masked copy of the weight: a copy
+saved as an intermediate would cost memory and break second order. It is taken where autograd alone looks on and the weight
+is large. Everywhere else the expression stands, whose automatic derivatives are the same: for small weights, for which a
+Function takes longer than the product; in every transform of ``torch.func`` and in forward mode; under ``torch.compile`` and
+``torch.export``, since Dynamo refuses a Function with a forward-mode rule
+(https://github.com/pytorch/pytorch/issues/180284) and drops such rules inside compiled ``torch.func`` transforms
+(https://github.com/pytorch/pytorch/issues/192985).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
-from maskedlinear_torch._kept import Kept, mask_in_place, masked_by_bits, new_memory
+from maskedlinear_torch._compat import in_transform, is_forward_mode, is_tracing, nothing_looks_on
+from maskedlinear_torch._dtensors import full_tensor
+from maskedlinear_torch._storage import OwnWeight, is_plain, keep_bits, new_memory, steps, version_of, zero_masked
 
 __all__ = [
     "FLOATING",
     "apply_mask",
-    "as_dtensor_like",
     "as_tensor",
     "autocast_arguments",
-    "can_skip_checks",
     "check_dense",
-    "checked_linear",
     "checked_mask",
     "flatten_batch",
-    "full_tensor",
-    "in_transform",
-    "is_autocast_on",
-    "is_grads_batched",
-    "is_nested",
-    "is_plain",
-    "is_tracing",
+    "is_small",
+    "linear",
     "mask_tensor",
+    "masked_expression",
+    "masked_function",
     "masked_linear",
-    "small_linear",
 ]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-_SMALL = 1 << 14  # weights up to which a Function costs more than its rules save
-_ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in torch.where; a number takes longer
-
-# Private, for want of a public way to ask which torch.func transforms are on: a torch that renames it still imports.
-_peek = getattr(torch._C._functorch, "peek_interpreter_stack", None)
-_is_batch = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
-is_autocast_on = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+SMALL = 1 << 14  # weights up to which a Function costs more than its rules save
 
 
 def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = None) -> Tensor:
@@ -90,40 +80,39 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Any, bias: Tensor | None = No
     check_shapes(x.shape, weight.shape, None if bias is None else bias.shape)
     mask = mask_tensor(mask, weight)
     x, weight, bias = autocast_arguments(x, weight, bias, "weight")
-    if torch.compiler.is_compiling() or is_nested("Jvp"):
-        return _linear(x, apply_mask(weight, mask), bias)
-    return checked_linear(x, weight, mask, bias, None)
+    plain = type(x) is Tensor and type(weight) in (Tensor, torch.nn.Parameter)
+    if is_small(weight) or not plain or torch.compiler.is_compiling() or not nothing_looks_on():
+        return masked_expression(x, weight, mask, bias)
+    if not torch.is_grad_enabled():  # nothing to differentiate: a Function would only cost time
+        return linear(x, keep_bits(weight, mask), bias)
+    return masked_function(x, weight, mask, bias, None)
 
 
-def checked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
-    """Return y for arguments that are checked; a layer hands in what it keeps of its masked weight."""
-    if weight.numel() <= _SMALL and weight.itemsize > 2:
-        return F.linear(x, apply_mask(weight, mask), bias)
-    if torch.is_grad_enabled() or in_transform(x):
-        rule = _MaskedLinearInTransform if in_transform(x) else _MaskedLinear
-        return rule.apply(x, weight, mask, bias, kept)  # type: ignore[no-any-return, no-untyped-call]
-    # Nothing to differentiate: a Function would only cost time.
-    masked = (
-        kept.at_rest(weight, mask)
-        if kept is not None and _can_keep(weight, mask)
-        else _apply_mask_bitwise(weight, mask)
-    )
-    return _linear(x, masked, bias)
+def masked_expression(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y by a select and a product, which torch differentiates, transforms and compiles by itself."""
+    masked = apply_mask(weight, mask)
+    if x.dtype in (torch.bfloat16, torch.float16) and (in_transform() or is_forward_mode()):
+        # torch's own rules for a product and a sum of half types round more than once.
+        return F.linear(x.float(), masked.float(), None if bias is None else bias.float()).to(x.dtype)
+    return linear(x, masked, bias)
 
 
-def small_linear(x: Any, size: int, weight: Tensor, mask: Tensor, bias: Tensor | None) -> Tensor | None:
-    """Return y for a layer's own parameters and mask if ``size`` is small, and else ``None``, for the checks to see why.
+def masked_function(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, own: OwnWeight | None) -> Tensor:
+    """Return y by the Function.
 
-    The plain expression is right under every transform, and torch refuses by itself what does not belong together; so
-    nothing is checked, which would take as long as the masking.
+    Args:
+        x: shape ``(..., in)``; an ordinary tensor, as the others are.
+        weight: shape ``(out, in)``.
+        mask: shape ``(out, in)``.
+        bias: shape ``(out,)`` or ``None``.
+        own: of a layer whose weight is +0 under the mask, so that there is nothing to select; else ``None``.
     """
-    small = size <= _SMALL and type(x) is Tensor and type(weight) is torch.nn.Parameter and weight.itemsize > 2
-    if not small or is_autocast_on() or torch.compiler.is_compiling():
-        return None
-    try:
-        return F.linear(x, torch.where(mask, weight, _ZERO), bias)
-    except RuntimeError:
-        return None
+    return _MaskedLinear.apply(x, weight, mask, bias, own)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def is_small(weight: Tensor) -> bool:
+    """Whether the Function would take longer for this weight than it saves."""
+    return weight.numel() <= SMALL
 
 
 def autocast_arguments(
@@ -147,26 +136,6 @@ def autocast_arguments(
                 f"and {called} in {weight.dtype} on {weight.device}: move one of them with .to(...)"
             )
     return x, weight, bias
-
-
-def can_skip_checks(x: Any, in_features: int, weight: Tensor, mask: Tensor) -> bool:
-    """Whether a layer's input fits its parameters, which fit each other, and nothing looks on but autograd.
-
-    Read at every call: the order and the forms are those that take the least time.
-    """
-    if type(x) is not Tensor or type(weight) is not torch.nn.Parameter or type(mask) is not Tensor or is_tracing():
-        return False
-    device = x.device
-    return (
-        x.dtype is weight.dtype
-        and x.dim() > 0
-        and x.shape[-1] == in_features
-        and device == weight.device == mask.device
-        and not torch.compiler.is_compiling()
-        and device.type != "meta"
-        and not torch.is_autocast_enabled(device.type)
-        and not in_transform(x)
-    )
 
 
 def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
@@ -219,7 +188,7 @@ def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
 
 
 def check_dense(mask: Tensor) -> None:
-    """Raise a ``ValueError`` that names the layout if ``mask`` is sparse, which ``torch.where`` cannot take."""
+    """Raise a ``ValueError`` that names the layout if ``mask`` is sparse, which torch's select cannot take."""
     if mask.layout is not torch.strided:
         raise ValueError(f"a mask must be a dense tensor; got one of layout {mask.layout}: pass mask.to_dense()")
 
@@ -235,73 +204,12 @@ def apply_mask(tensor: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, tensor, 0)
 
 
-def _apply_mask_bitwise(tensor: Tensor, mask: Tensor) -> Tensor:
-    """:func:`apply_mask`, several times as fast where nothing differentiates it."""
-    return (
-        masked_by_bits(tensor, mask) if is_plain(tensor) and tensor.device.type == "cpu" else apply_mask(tensor, mask)
-    )
-
-
-def is_plain(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is an ordinary one, a DTensor being none, and nothing differentiates what is made of it."""
-    return (
-        type(tensor) in (Tensor, torch.nn.Parameter)
-        and not torch.is_grad_enabled()
-        and forward_ad._current_level < 0
-        and not in_transform(tensor)
-    )
-
-
-def as_dtensor_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return ``tensor`` cut as ``like`` is if that is a DTensor, as FSDP and tensor parallelism make it; else as it is."""
-    mesh = getattr(like, "device_mesh", None)
-    if mesh is None:
-        return tensor
-    from torch.distributed.tensor import DTensor, Replicate
-
-    everywhere = DTensor.from_local(
-        full_tensor(tensor).to(like.device), mesh, [Replicate()] * mesh.ndim, run_check=False
-    )
-    return everywhere.redistribute(placements=like.placements)  # type: ignore[attr-defined]
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a DTensor, on every process; another tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` records: it cannot save a Function."""
-    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
-
-
-def in_transform(tensor: Tensor) -> bool:
-    """Whether a ``torch.func`` transform is on, or ``tensor`` is a batch of gradients (``is_grads_batched``)."""
-    return _peek is None or _peek() is not None or is_grads_batched(tensor)
-
-
-def is_grads_batched(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a batch of gradients that ``torch.autograd.grad`` was asked for with ``is_grads_batched``."""
-    return _is_batch is None or bool(_is_batch(tensor))
-
-
-def is_nested(mode: Literal["Grad", "Jvp"]) -> bool:
-    """Whether a transform of ``torch.func`` is on twice: of forward mode a Function's rule then loses the outer tangent.
-
-    https://github.com/pytorch/pytorch/issues/197867
-    """
-    if _peek is None or _peek() is None:  # the ordinary call: no transform is on
-        return False
-    kind = getattr(torch._C._functorch.TransformType, mode)
-    return bool(sum(level.key() == kind for level in torch._C._functorch.get_interpreter_stack() or ()) > 1)
-
-
 def _autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Cast as autocast casts a linear layer's arguments: float64 stays."""
     return tensor if tensor.dtype is torch.float64 else tensor.to(dtype)
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``torch.nn.functional.linear``, rounded once: of a half type that is not contiguous and no matrix, torch rounds the
     product before it adds the bias.
     """
@@ -315,102 +223,47 @@ def flatten_batch(tensor: Tensor) -> Tensor:
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
-def _can_keep(weight: Tensor, mask: Tensor) -> bool:
-    """Whether the masked weight of these may be kept: ordinary ones on the CPU, of which autograd counts the versions."""
-    return (
-        weight.is_cpu
-        and is_plain(weight)
-        and weight.is_contiguous()
-        and mask.is_contiguous()
-        and not weight.is_shared()
-        and not weight.is_inference()
-        and not mask.is_inference()
-    )
-
-
-def _gradient(g: Tensor, x: Tensor, mask: Tensor) -> Tensor:
-    """Return ``where(mask, gᵀ · x, 0)``."""
-    if g.device.type == "cpu" and is_plain(g) and is_plain(x):
-        product = new_memory((g.shape[1], x.shape[1]), g.dtype)
-        return mask_in_place(torch.mm(g.mT, x, out=product), mask)
-    return apply_mask(g.mT @ x, mask)
-
-
 class _MaskedLinear(torch.autograd.Function):
-    """The rules. Arguments: x, weight, mask, bias or ``None``, and what a layer keeps, or ``None``."""
+    """The backward pass of the spec. Arguments: x, weight, mask, bias or ``None``, and what a layer knows of its weight."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _MaskedLinearInTransform.setup_context(ctx, inputs, inputs[0])
-        return _MaskedLinearInTransform.forward(*inputs)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, own: OwnWeight | None
+    ) -> Tensor:
+        needs_x, needs_weight = ctx.needs_input_grad[:2]
+        # What no gradient needs is not saved: an edit of it later would be an error where there is none in nn.Linear.
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None, mask)
+        ctx.own = own
+        if own is not None:
+            ctx.version, ctx.steps, own.made = version_of(weight), steps[0], None
+        return linear(x, weight if own is not None else keep_bits(weight, mask), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mask = ctx.saved_tensors
         dx = dweight = dbias = None
-        if ctx.needs_input_grad[0]:
-            masked = ctx.kept.of(weight, mask) if ctx.kept is not None and _can_keep(weight, mask) else None
-            dx = g @ (_apply_mask_bitwise(weight, mask) if masked is None else masked)
-        if ctx.needs_input_grad[1]:
-            dweight = _gradient(flatten_batch(g), flatten_batch(x), mask)
+        if weight is not None:
+            dx = g @ _masked_weight(ctx, g, weight, mask)
+        if x is not None:
+            dweight = _weight_gradient(flatten_batch(g), flatten_batch(x), mask)
+            if ctx.own is not None and type(dweight) is Tensor and is_plain(dweight):
+                ctx.own.made = version_of(dweight)
         if ctx.needs_input_grad[3]:
             dbias = flatten_batch(g).sum(0)
         return dx, dweight, None, dbias, None
 
-    @staticmethod
-    def jvp(ctx: Any, dx: Tensor | None, dweight: Tensor | None, _: None, dbias: Tensor | None, __: None) -> Tensor:
-        x, weight, mask = ctx.saved_tensors
-        # A sum of two products: half types form it in float32, so that it is rounded once.
-        wide = torch.promote_types(x.dtype, torch.float32)
-        dy = torch.zeros((), dtype=wide, device=x.device).expand(*x.shape[:-1], weight.shape[0])
-        if dx is not None:
-            dy = dy + F.linear(dx.to(wide), apply_mask(weight, mask).to(wide))
-        if dweight is not None:
-            dy = dy + F.linear(x.to(wide), apply_mask(dweight, mask).to(wide))
-        if dbias is not None:
-            dy = dy + dbias.to(wide)
-        return dy.to(x.dtype)
+
+def _masked_weight(ctx: Any, g: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """Return the masked weight for dx: the layer's own as it is, if nothing can have been written to it since."""
+    if not (is_plain(g) and is_plain(weight)):
+        return apply_mask(weight, mask)
+    if ctx.own is not None and ctx.version is not None and ctx.version == version_of(weight) and ctx.steps == steps[0]:
+        return weight
+    return keep_bits(weight, mask)
 
 
-class _MaskedLinearInTransform(_MaskedLinear):
-    """The same for ``torch.func``, which needs the two steps apart; apart, they take far longer to call."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor | None, kept: Kept | None) -> Tensor:
-        if kept is not None and _can_keep(weight, mask):
-            return _linear(x, kept.derive(weight, mask), bias)
-        return _linear(x, _apply_mask_bitwise(weight, mask), bias)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:3])
-        ctx.save_for_forward(*inputs[:3])
-        ctx.kept = inputs[4]
-
-    @staticmethod
-    def vmap(
-        info: Any,
-        in_dims: tuple[int | None, ...],
-        x: Tensor,
-        weight: Tensor,
-        mask: Tensor,
-        bias: Tensor | None,
-        kept: Kept | None,
-    ) -> tuple[Tensor, int]:
-        # torch's own rule for a linear layer rounds a half type before the bias is added, and again after.
-        def front(tensor: Tensor, dim: int | None) -> Tensor:
-            return tensor if dim is None else tensor.movedim(dim, 0)
-
-        x, weight, mask = (front(t, dim) for t, dim in zip((x, weight, mask), in_dims[:3], strict=True))
-        if in_dims[1:4] == (None, None, None):  # one more batch dimension
-            return _MaskedLinearInTransform.apply(x, weight, mask, bias, kept), 0  # type: ignore[no-untyped-call]
-        copies: int = info.batch_size
-        x = x if in_dims[0] is not None else x.expand(copies, *x.shape)
-        masked = apply_mask(weight, mask).expand(copies, *weight.shape[-2:])
-        rows = x.reshape(copies, math.prod(x.shape[1:-1]), x.shape[-1])
-        if bias is None:
-            y = torch.bmm(rows, masked.mT)
-        else:
-            bias = front(bias, in_dims[3])
-            y = torch.baddbmm(bias.expand(copies, bias.shape[-1])[:, None], rows, masked.mT)
-        return y.reshape(*x.shape[:-1], y.shape[-1]), 0
+def _weight_gradient(g: Tensor, x: Tensor, mask: Tensor) -> Tensor:
+    """Return ``where(mask, gᵀ · x, 0)``."""
+    if g.is_cpu and is_plain(g) and is_plain(x):
+        return zero_masked(torch.mm(g.mT, x, out=new_memory((g.shape[1], x.shape[1]), g.dtype)), mask)
+    return apply_mask(g.mT @ x, mask)

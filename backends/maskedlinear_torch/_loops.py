@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth
+from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth, bring_masks
 
 __all__ = ["Loop", "has_masked"]
 
@@ -21,18 +21,22 @@ class Loop:
 
     Args:
         schedules: of pruning and of regrowth, in the order in which they act.
+        averages: averages of the trained model, which get its masks whenever they have changed.
 
     Raises:
-        TypeError: if one is something else.
+        TypeError: if a schedule or an average is something else.
     """
 
-    def __init__(self, schedules: Sequence[Schedule]) -> None:
+    def __init__(self, schedules: Sequence[Schedule], averages: Sequence[nn.Module] = ()) -> None:
         for schedule in schedules:
             if not isinstance(schedule, Schedule):
                 raise TypeError(
                     f"a callback takes ScheduledPruning and ScheduledRegrowth objects; got {type(schedule).__name__}"
                 )
-        self._schedules = list(schedules)
+        for average in averages:
+            if not isinstance(average, nn.Module):
+                raise TypeError(f"averages are modules; got {type(average).__name__}: pass averages=[average]")
+        self._schedules, self._averages = list(schedules), list(averages)
         self._open: ExitStack | None = None
 
     def start(self, optimizers: Sequence[Optimizer]) -> None:
@@ -58,13 +62,21 @@ class Loop:
                 if isinstance(schedule, ScheduledRegrowth):
                     self._open.enter_context(schedule.recording_at(step))
 
-    def after(self, step: int) -> bool:
-        """Prune and move after a step of the optimizer; return whether anything was due."""
+    def after(self, step: int, model: nn.Module, averages: Sequence[nn.Module] = ()) -> bool:
+        """Prune and move after a step of the optimizer; return whether anything was due.
+
+        Args:
+            step: which, from 0.
+            model: what is trained.
+            averages: averages of it besides the loop's own.
+        """
         self.close()
         done = False
         for schedule in self._schedules:
             done = bool(schedule.step_at(step)) or done
             schedule.steps = step + 1
+        for average in (*self._averages, *averages) if done else ():
+            bring_masks(model, average)
         return done
 
     def close(self) -> None:

@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.costs import Choice, Costs, Format, Layer, choose_forms, table
-from maskedlinear_torch._functional import _SMALL
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import (
     copy_hooks_and_attributes,
@@ -20,13 +19,12 @@ from maskedlinear_torch._modules import (
     readers_of_weights,
     replace_modules,
 )
-from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._trial import measured_seconds
 
 __all__ = ["compress", "expand"]
 
-_BUFFERS = {"mask", *DevicePattern._fields}
+_BUFFERS = {"mask"}
 _PARAMETERS = {"weight", "weight_values", "bias"}
 
 
@@ -143,7 +141,6 @@ def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
         form, weight, live = "sparse", layer.weight_values, layer.weight_values.numel()
     else:
         form, weight, live = "dense", layer.weight, 0 if layer.mask.is_meta else int(layer.mask.sum())
-    device, size = weight.device.type, layer.out_features * layer.in_features
     return Layer(
         name,
         layer.out_features,
@@ -152,9 +149,9 @@ def _facts(name: str, layer: MaskedLinear | SparseLinear, fixed: str) -> Layer:
         weight.itemsize,
         form,
         fixed,
-        device,
+        weight.device.type,
         str(weight.dtype),
-        mask_bytes=1 + (weight.itemsize if device == "cpu" and size > _SMALL else 0),
+        mask_bytes=1 + (weight.itemsize if isinstance(layer, MaskedLinear) and layer.dormant is not None else 0),
     )
 
 

@@ -1,8 +1,12 @@
-"""What is asked of a whole model, who holds a parameter and whose weight is read from outside; and its layers replaced."""
+"""What is asked of a whole model, who holds a parameter and whose weight is read from outside; and its layers
+replaced."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
+
+from maskedlinear_torch._products import DevicePattern
+from maskedlinear_torch._storage import GradientMask
 
 __all__ = [
     "copy_hooks_and_attributes",
@@ -30,7 +34,9 @@ _STATE_HOOKS = (
     "_load_state_dict_pre_hooks",
     "_load_state_dict_post_hooks",
 )
-_LAYERS_OWN = {"init_fan_in", "_kept", "_pending_mask", "_matrix", "_pending"}  # what only one of the layers has
+# What only one of the layers has.
+_LAYERS_OWN = {"init_fan_in", "keep_dormant", "_own", "_dormant", "_pending_mask", "_pattern", "_matrix"}
+_LAYERS_OWN |= set(DevicePattern._fields)
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -60,8 +66,9 @@ def has_state_hooks(module: nn.Module) -> bool:
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
-    """Whether something looks on when a parameter gets its gradient."""
-    return bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)
+    """Whether something but a masked layer looks on when a parameter gets its gradient."""
+    hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
+    return any(not isinstance(getattr(hook, "__self__", hook), GradientMask) for hook in hooks)
 
 
 def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
@@ -75,7 +82,7 @@ def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, made: dict[int, nn.Module]) -> nn.Module:
-    """Put new modules in the places of old ones, by their identity, in place; return the model, or its own replacement."""
+    """Put new modules in the places of old ones, by identity, in place; return the model, or its replacement."""
     places = [
         (parent, name) for parent in model.modules() for name, child in parent._modules.items() if id(child) in made
     ]

@@ -1,4 +1,4 @@
-"""``freeze_masked``: a zero gradient does not keep a weight still, so the optimizer is held to the mask."""
+"""``freeze_masked``: keeps masked weights at +0 for every reader, whatever the optimizer's momentum and decay."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from maskedlinear_torch._functional import as_dtensor_like, full_tensor
+from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
+from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._storage import Version, version_of, zero_masked
 
 __all__ = ["Guard", "freeze_masked", "renew"]
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
-Known = tuple[tuple[tuple[int, int], ...], Tensor]  # the versions of masks, and what was live by them
 
 
 def freeze_masked(optimizer: O, model: nn.Module) -> O:
-    """Make every step of ``optimizer`` leave the masked weights of ``model`` bit-identical.
+    """Make every step of ``optimizer`` leave the masked weights of ``model`` at +0.
 
-    Momentum, Adam's moments and weight decay move weights whose gradient is zero. The guard copies the weights of masked
-    layers that the optimizer holds before a step, and puts the dormant entries back after it, by the masks that hold at
-    that moment, also if the step raises an error. A weight that several layers share is dormant where none of them uses
-    it. Where a mask has changed since the last step, what the optimizer remembers of the weight is made new (momentum,
-    moments, ...), so that a revived weight starts clean; what it keeps for whole rows and columns (``Adafactor``) stays, and
+    A :class:`MaskedLinear` is right without it: it projects what an optimizer has left under its mask before it next
+    acts. The guard keeps ``weight`` clean for every other reader too, from one step to the next; keeps gradients out of
+    the optimizer's view where they are masked; and lets its state start clean where a mask has changed (momentum,
+    moments, ...), so that a revived weight does. What is kept for whole rows and columns (``Adafactor``) stays;
     ``LBFGS``, which remembers all weights together, forgets everything.
 
-    It costs one copy of those weights while a step runs, and a copy of their masks. A copied optimizer (``copy.deepcopy``)
-    loses its guard: guard it again. To guard it twice by one model is to guard it once.
+    It works in place and needs no memory. Where gradient and state are known to be +0 under the mask, and the optimizer
+    works entry by entry (SGD and the Adam family; Muon mixes entries), nothing is left to do. A copied optimizer
+    (``copy.deepcopy``) loses its guard: guard it again. To guard it twice by one model is to guard it once.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
@@ -56,8 +57,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     guard = Guard(optimizer, model)
     optimizer.register_load_state_dict_post_hook(lambda _: guard.reset())
 
-    # Not a pair of hooks: those do not run after a step that raises. A method of the instance that carries the step's
-    # attributes, because learning rate schedulers put their own step around it and recognise it again.
+    # Not a pair of hooks: those do not run after a step that raises, and do not see what a subclass does after
+    # super().step(). A method of the instance that carries the step's attributes, because learning rate schedulers put
+    # their own step around it and recognise it again.
     @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         guard.before_step()
@@ -72,91 +74,121 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
 
 
 class Guard:
-    """Keeps the masked weights of a model still while an optimizer steps: :meth:`before_step` and :meth:`after_step`."""
+    """Keeps the masked weights of a model at +0 around each step of an optimizer: :meth:`before_step`,
+    :meth:`after_step`."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._optimizer, self._model = optimizer, model
-        self._known: dict[int, Known] = {}
-        self._before: dict[int, Tensor] = {}
-        for layers in _users(model):
-            _start_anew(optimizer, layers, self._known)
+        self._clean: dict[
+            int, Version | None
+        ] = {}  # of each weight, the mask under which the optimizer's state is clean
+        _masked_layers(model, optimizer)
 
+    @torch.no_grad()
     def before_step(self) -> None:
-        """Copy the weights, and let the optimizer's state start clean where a mask has changed since the last step."""
-        held = {id(parameter) for group in self._optimizer.param_groups for parameter in group["params"]}
-        users = [layers for layers in _users(self._model) if id(layers[0].weight) in held]
-        with torch.no_grad():
-            for layers in users:
-                _start_anew(self._optimizer, layers, self._known)
-        self._before = {id(layers[0].weight): layers[0].weight.detach().clone() for layers in users}
+        """Mask gradients that are not known to be masked, and let the state start clean where a mask has changed."""
+        for layer in _masked_layers(self._model, self._optimizer):
+            if not layer.is_clean():  # an edited mask takes effect
+                layer.project()
+            weight, version = layer.weight, _mask_version(layer)
+            if version is None or self._clean.get(id(weight)) != version:
+                if id(weight) in self._clean and isinstance(self._optimizer, torch.optim.LBFGS):
+                    self._optimizer.state.clear()
+                _clean_state(self._optimizer, weight, layer.mask)
+                self._clean[id(weight)] = version
+            if weight.grad is not None and not layer.has_clean_gradient():
+                _zero(weight.grad, layer.mask)
+            if not is_small(weight):  # whose gradient is masked in no time
+                layer.watch_gradient()
 
+    @torch.no_grad()
     def after_step(self) -> None:
-        """Put the dormant entries back, by the masks that hold at this moment."""
-        before, self._before = self._before, {}
-        with torch.no_grad():
-            for layers in _users(self._model):
-                weight = layers[0].weight
-                if id(weight) in before:
-                    weight.copy_(torch.where(_live(layers, weight), weight, before[id(weight)]))
+        """Set back to +0 what the step has left under the masks."""
+        by_entry = _works_by_entry(self._optimizer)
+        for layer in _masked_layers(self._model, self._optimizer):
+            version = _mask_version(layer)
+            if by_entry and version is not None and self._clean.get(id(layer.weight)) == version:
+                layer.note_clean()  # 0 in weight, gradient and state: nothing has moved
+                continue
+            layer.project()
+            if not by_entry:
+                _clean_state(self._optimizer, layer.weight, layer.mask)
 
     def reset(self) -> None:
-        """Take the masks of the next step for those of the last: a state was loaded, and with it its masks."""
-        self._known.clear()
+        """Look at the whole state anew at the next step: another one was loaded."""
+        self._clean.clear()
 
 
-def _users(model: nn.Module) -> list[list[MaskedLinear]]:
-    """Return the layers that use each masked weight; weights that another kind of module uses too are left out."""
-    users: dict[int, list[MaskedLinear]] = {}
-    others: set[int] = set()
+def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[MaskedLinear]:
+    """Return a layer for each masked weight that an optimizer holds; layers that share a weight share its mask."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    layers: dict[int, MaskedLinear] = {}
     for module in model.modules():
-        masked = isinstance(module, MaskedLinear)
-        if masked and "weight" not in module._parameters:
+        if not isinstance(module, MaskedLinear):
+            continue
+        weight = module._parameters.get("weight")
+        if weight is None:
             raise ValueError(
                 "freeze_masked guards weights that an optimizer holds, and the weight of a MaskedLinear here is computed "
                 "(by torch.nn.utils.parametrize or prune): remove that first, or put the mask into it"
             )
-        for name, parameter in module._parameters.items():
-            if parameter is None:
-                continue
-            if masked and name == "weight":
-                users.setdefault(id(parameter), []).append(module)  # type: ignore[arg-type]
-            else:
-                others.add(id(parameter))
-    return [layers for key, layers in users.items() if key not in others]
+        if id(weight) in held:
+            layers.setdefault(id(weight), module)
+    return list(layers.values())
 
 
-def _live(layers: list[MaskedLinear], weight: Tensor) -> Tensor:
-    mask = layers[0].mask
-    for layer in layers[1:]:
-        mask = mask | layer.mask
-    return as_dtensor_like(mask, weight)
+def _mask_version(layer: MaskedLinear) -> Version | None:
+    """Return what changes when the layer's mask does; ``None`` if nothing tells."""
+    return None if is_sharded(layer.mask) else version_of(layer.mask)
 
 
-def _start_anew(optimizer: torch.optim.Optimizer, layers: list[MaskedLinear], known: dict[int, Known]) -> None:
-    """Make the state of those entries of a weight new whose mask is not the one that is ``known`` from the last step."""
-    weight = layers[0].weight
-    versions = tuple((layer.mask.data_ptr(), layer.mask._version) for layer in layers)
-    last = known.get(id(weight))
-    if last is not None and last[0] == versions:
-        return
-    live = full_tensor(_live(layers, weight))
-    known[id(weight)] = versions, live.clone()
-    if last is None or last[1].shape != live.shape:
-        return
-    renew(optimizer, weight, as_dtensor_like(last[1].to(live.device) != live, weight))
+def _zero(tensor: Tensor, mask: Tensor) -> None:
+    """Set a tensor to +0 where the mask is ``False``, this process' part of a sharded one."""
+    zero_masked(local_part(tensor), local_part(as_dtensor_like(mask, tensor)))
+
+
+# Of torch's own, those whose update of an entry reads that entry of weight, gradient and state alone: what is 0 in all
+# three stays +0. No subclass, which may do anything. Adafactor and Muon mix entries; LBFGS remembers all together.
+_BY_ENTRY = tuple(
+    getattr(torch.optim, name)
+    for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop")
+)
+
+
+def _works_by_entry(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an entry that is 0 in weight, gradient and state stays +0 by a step."""
+    return type(optimizer) in _BY_ENTRY and all(
+        # 0 / (0 + eps) is 0; a decay by more than all would leave -0.
+        group.get("eps", 1) > 0
+        and not isinstance(group["lr"], Tensor)
+        and group["lr"] * group.get("weight_decay", 0) <= 1
+        for group in optimizer.param_groups
+    )
+
+
+def _clean_state(optimizer: torch.optim.Optimizer, weight: Tensor, mask: Tensor) -> None:
+    """Make what an optimizer keeps of a weight new where it is masked."""
+    _renew_entries(optimizer, weight, ~as_dtensor_like(mask, weight), None)
 
 
 def renew(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None = None) -> None:
-    """Make what an optimizer keeps of a weight new where it has ``changed``; take the rest from where ``source`` says."""
+    """Make what an optimizer keeps of a weight new where it has ``changed``; take the rest from the places ``source``."""
+    _renew_entries(optimizer, weight, changed, source)
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+
+
+def _renew_entries(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None) -> None:
     group = next((group for group in optimizer.param_groups if any(one is weight for one in group["params"])), None)
     if group is None:
         return
     for name, kept in optimizer.state.get(weight, {}).items():
         if isinstance(kept, Tensor) and kept.shape == weight.shape:
-            old = kept if source is None else kept[source]
-            kept.copy_(torch.where(changed, _fresh(name, group), old))
-    if isinstance(optimizer, torch.optim.LBFGS):
-        optimizer.state.clear()
+            fresh = _fresh(name, group)
+            if source is None:
+                kept.masked_fill_(changed, fresh)
+            else:
+                kept.copy_(torch.where(changed, fresh, kept[source]))
 
 
 def _fresh(name: str, group: dict[str, Any]) -> float:

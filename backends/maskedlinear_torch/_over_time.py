@@ -8,14 +8,17 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._regrow import DenseGradients, dense_gradients, regrow_model
+from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._whole import prune_model
 
-__all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
+__all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
 
 
 class ScheduledPruning(Pruning):
@@ -30,6 +33,8 @@ class ScheduledPruning(Pruning):
     Args:
         model: a module with :class:`MaskedLinear` layers.
         schedule: the sparsity at each step, counted from 0.
+        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
+            get its masks whenever it was pruned.
         how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
 
     Attributes:
@@ -38,6 +43,9 @@ class ScheduledPruning(Pruning):
 
     def _prune(self, sparsity: float, **how: Any) -> None:
         prune_model(self.model, sparsity, **how)
+
+    def _bring_masks(self, average: nn.Module) -> None:
+        bring_masks(self.model, average)
 
 
 class ScheduledRegrowth(Regrowth):
@@ -63,6 +71,8 @@ class ScheduledRegrowth(Regrowth):
         growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
         include: which layers, as in :func:`mask_model`.
         seed: of the random places.
+        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
+            get its connections whenever they have moved; new ones start at 0 there, too.
 
     Attributes:
         steps: how many steps there were.
@@ -100,12 +110,57 @@ class ScheduledRegrowth(Regrowth):
             return 0
         if self.growth == "gradient" and gradients is None:
             raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
-        return regrow_model(self.model, gradients=gradients, **self._options(step))
+        moved = regrow_model(self.model, gradients=gradients, **self._options(step))
+        self._update_averages()
+        return moved
+
+    def _bring_masks(self, average: nn.Module) -> None:
+        bring_masks(self.model, average)
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
         with dense_gradients(self.model) as self._gradients:
             yield
+
+
+def bring_masks(model: nn.Module, average: nn.Module) -> None:
+    """Give an average of a model its masks and its sparse layers' connections; what has come back starts at 0 there.
+
+    Either may be wrapped: an average in ``AveragedModel``, a model in ``DistributedDataParallel`` or by ``torch.compile``.
+
+    Raises:
+        ValueError: if a masked layer of the model is none of the same form in the average; no mask has changed then.
+    """
+    layers = {
+        name: layer
+        for name, layer in _unwrapped(model).named_modules()
+        if isinstance(layer, MaskedLinear | SparseLinear)
+    }
+    others = dict(_unwrapped(average).named_modules())
+    for name, layer in layers.items():
+        form = MaskedLinear if isinstance(layer, MaskedLinear) else SparseLinear
+        if not isinstance(others.get(name), form):
+            raise ValueError(
+                f"an average has the layers of its model; got one in which {name or 'the model'} is a "
+                f"{type(others.get(name)).__name__}, where the model has a {form.__name__}: make it of the model as it is"
+            )
+    for name, layer in layers.items():
+        other: Any = others[name]
+        if isinstance(layer, MaskedLinear):
+            other.set_mask(layer.mask, revive=False)
+        elif other.pattern != layer.pattern:
+            other.rewire(layer.pattern, layer.pattern.places_in(other.pattern))
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module in an average, a parallel or a compiled one."""
+    while True:
+        if isinstance(model, AveragedModel | DataParallel | DistributedDataParallel):
+            model = model.module
+        elif "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]  # type: ignore[assignment]
+        else:
+            return model
 
 
 def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:

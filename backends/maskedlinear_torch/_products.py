@@ -5,6 +5,7 @@ They work on matrices of features by batch, (in, batch) and (out, batch), becaus
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -12,17 +13,17 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_torch._functional import (
+from maskedlinear_torch._compat import (
     in_transform,
-    is_autocast_on,
+    is_any_autocast_on,
+    is_forward_mode,
     is_grads_batched,
     is_nested,
-    is_plain,
     is_tracing,
 )
+from maskedlinear_torch._storage import is_plain
 
 __all__ = ["CSR", "DevicePattern", "Matrix", "is_fake", "may_be_one_row", "sddmm", "spmm"]
 
@@ -77,10 +78,10 @@ def may_be_one_row(x: Any, in_features: int) -> bool:
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not is_tracing()
-        and not in_transform(x)
+        and not in_transform()
         and x.numel() == in_features
         and x.shape[-1:] == (in_features,)
-        and not is_autocast_on()
+        and not is_any_autocast_on()
     )
 
 
@@ -95,7 +96,7 @@ class Matrix:
 
     def times(self, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return y for x with one row, or ``None`` where that is not the way, or something does not belong together."""
-        if type(values) is not torch.nn.Parameter or forward_ad._current_level >= 0:
+        if type(values) is not torch.nn.Parameter or is_forward_mode():
             return None
         place, made = values.data_ptr(), self._made
         if made is None or made[0] != place or made[1] is not indices:
@@ -133,8 +134,7 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
         return _spmm(values, right, pattern.csr(transposed))
     if is_nested("Jvp"):
         return _spmm_expression(values, right, pattern, transposed)
-    rule = _SpmmInTransform if in_transform(right) else _Spmm
-    return rule.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
+    return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
@@ -147,13 +147,12 @@ def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
         return _sddmm(left, right, pattern.csr(False))
     if is_nested("Jvp"):
         return _sddmm_expression(left, right, pattern)
-    rule = _SddmmInTransform if in_transform(right) else _Sddmm
-    return rule.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
+    return _Sddmm.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
 # Where a rule of ours would lose tangents without a word, torch differentiates an expression: a Function's rule loses those
-# of the outer of two forward modes (https://github.com/pytorch/pytorch/issues/197867); a custom operator has none, and one
-# derivative in reverse. It gathers all of connections x batch at once.
+# of the outer of two forward modes (https://github.com/pytorch/pytorch/issues/197867); a custom operator has none, and its
+# reverse mode is none of torch.func's. It gathers all of connections x batch at once.
 
 
 def _spmm_expression(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool) -> Tensor:
@@ -161,19 +160,29 @@ def _spmm_expression(values: Tensor, right: Tensor, pattern: DevicePattern, tran
     starts = pattern.indptr
     if transposed:
         rows, across, starts = across, rows, pattern.starts
-    gathered = values[:, None] * right.index_select(0, across)
-    return right.new_zeros(starts.shape[0] - 1, right.shape[1]).index_add(0, rows, gathered)
+    gathered = values[:, None] * _rows_of(right, across)
+    # Not index_add, nor index_select, whose gradient is one: of its tangent inductor makes a sum with its primal, because
+    # it takes the two matrices of zeros for one.
+    return right.new_zeros(starts.shape[0] - 1, right.shape[1]).scatter_add(0, _places(rows, gathered), gathered)
+
+
+def _places(rows: Tensor, gathered: Tensor) -> Tensor:
+    return rows.long()[:, None].expand(gathered.shape)
+
+
+def _rows_of(matrix: Tensor, rows: Tensor) -> Tensor:
+    return matrix.gather(0, rows.long()[:, None].expand(len(rows), matrix.shape[1]))
 
 
 def _sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     rows, columns = pattern.ends()
-    return (left.index_select(0, rows) * right.index_select(0, columns)).sum(1)
+    return (_rows_of(left, rows) * _rows_of(right, columns)).sum(1)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_past_operators() -> bool:
-    """Whether forward mode is on, or reverse mode twice; a program that is compiled knows what was on when it was traced."""
-    return forward_ad._current_level >= 0 or is_nested("Grad")
+    """Whether a transform of ``torch.func`` or forward mode was on when a program that is compiled was traced."""
+    return is_forward_mode() or in_transform()
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -277,9 +286,15 @@ class _Spmm(torch.autograd.Function):
     """Arguments: values, right, the five of ``DevicePattern``, and whether the product is the transposed one."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _SpmmInTransform.setup_context(ctx, inputs, inputs[0])
-        return _SpmmInTransform.forward(*inputs)
+    def forward(*inputs: Any) -> Tensor:
+        values, right, *pattern, transposed = inputs
+        return _spmm(values, right, DevicePattern(*pattern).csr(transposed))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:7])
+        ctx.save_for_forward(*inputs[:7])
+        ctx.transposed = inputs[7]
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -296,20 +311,6 @@ class _Spmm(torch.autograd.Function):
     def jvp(ctx: Any, dvalues: Tensor | None, dright: Tensor | None, *_: None) -> Tensor:
         values, right, *rest = ctx.saved_tensors
         return _tangent(spmm, (values, right), (dvalues, dright), DevicePattern(*rest), ctx.transposed)
-
-
-class _SpmmInTransform(_Spmm):
-    """The same for ``torch.func``, which needs the two steps apart; apart, they take far longer to call."""
-
-    @staticmethod
-    def forward(values: Tensor, right: Tensor, *rest: Any) -> Tensor:
-        return _spmm(values, right, DevicePattern(*rest[:5]).csr(rest[5]))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[:7])
-        ctx.save_for_forward(*inputs[:7])
-        ctx.transposed = inputs[7]
 
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], values: Tensor, right: Tensor, *rest: Any) -> tuple[Tensor, int]:
@@ -331,9 +332,14 @@ class _Sddmm(torch.autograd.Function):
     """Arguments: left, right, and the five of ``DevicePattern``."""
 
     @staticmethod
-    def forward(ctx: Any, *inputs: Any) -> Tensor:
-        _SddmmInTransform.setup_context(ctx, inputs, inputs[0])
-        return _SddmmInTransform.forward(*inputs)
+    def forward(*inputs: Tensor) -> Tensor:
+        left, right, *pattern = inputs
+        return _sddmm(left, right, DevicePattern(*pattern).csr(False))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -348,19 +354,6 @@ class _Sddmm(torch.autograd.Function):
         left, right, *rest = ctx.saved_tensors
         return _tangent(sddmm, (left, right), (dleft, dright), DevicePattern(*rest))
 
-
-class _SddmmInTransform(_Sddmm):
-    """The same for ``torch.func``."""
-
-    @staticmethod
-    def forward(left: Tensor, right: Tensor, *rest: Tensor) -> Tensor:
-        return _sddmm(left, right, DevicePattern(*rest).csr(False))
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
     @staticmethod
     def vmap(info: Any, dims: tuple[int | None, ...], left: Tensor, right: Tensor, *rest: Tensor) -> tuple[Tensor, int]:
         _refuse_mapped(dims[2:])
@@ -373,6 +366,11 @@ class _SddmmInTransform(_Sddmm):
             for i in range(info.batch_size)
         ]
         return torch.stack(one_by_one), 0
+
+
+# torch asks for the signature of a forward at every call, which takes longer than the call if it must be found each time.
+for _rule in (_Spmm, _Sddmm):
+    _rule.forward.__signature__ = inspect.signature(_rule.forward)  # type: ignore[union-attr]
 
 
 def _refuse_mapped(dims: tuple[int | None, ...]) -> None:

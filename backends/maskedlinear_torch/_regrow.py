@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear.pruning._layers import Include, layer_seed, matches
-from maskedlinear_torch._functional import as_dtensor_like, flatten_batch, full_tensor
+from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
+from maskedlinear_torch._functional import flatten_batch
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
@@ -166,9 +167,7 @@ def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> 
     old = full_tensor(layer.mask)
     found = torch.from_numpy(plan).to(old.device)
     new, changed = found & ~old, found != old  # before the mask, which old may be, changes
-    with torch.no_grad():
-        layer.weight.masked_fill_(as_dtensor_like(new, layer.weight), 0.0)
-    layer.set_mask(found)
+    layer.set_mask(found, revive=False)
     if optimizer is not None:
         renew(optimizer, layer.weight, as_dtensor_like(changed, layer.weight))
     return int(new.sum())

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
@@ -19,7 +20,6 @@ from maskedlinear_torch._sparse import check_values, product
 
 __all__ = ["SparseLinear"]
 
-_PATTERN = DevicePattern._fields
 _KEPT = ("indptr", "indices")  # the others are derived of them
 
 
@@ -41,8 +41,8 @@ class SparseLinear(nn.Module):
     ``state_dict`` has the keys ``weight_values``, ``bias``, ``indptr`` and ``indices``, in the order of
     :class:`maskedlinear.pattern.SparsityPattern`. Loading one brings its own connections along, whatever those of the
     layer were. A state that calls ``weight_values`` by its earlier name, ``values``, loads too.
-    ``DistributedDataParallel`` sends buffers to all processes before every forward pass, the indices among them, which do
-    not change: pass it ``broadcast_buffers=False``, if the model has no other buffers that need it.
+    The connections are no buffers: averages of a model average values alone, and ``DistributedDataParallel`` sends none of
+    them; give each process the same.
 
     Args:
         in_features: the size of x's last dimension.
@@ -73,6 +73,7 @@ class SparseLinear(nn.Module):
     starts: Tensor
     outputs: Tensor
     order: Tensor
+    _matrix: Matrix
 
     def __init__(
         self,
@@ -100,11 +101,8 @@ class SparseLinear(nn.Module):
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_values = nn.Parameter(torch.empty(pattern.nnz, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
-        self._matrix = Matrix()
-        self._pending: SparsityPattern | None = None  # of a layer on the meta device, whose indices have no values
-        for name in _PATTERN:
-            self.register_buffer(name, None, persistent=name in _KEPT)
-        self._set_pattern(pattern)
+        self._pattern = pattern
+        self._place()
         self.reset_parameters()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -113,15 +111,27 @@ class SparseLinear(nn.Module):
             y = self._matrix.times(input, self.weight_values, self.indptr, self.indices, self.bias)
             if y is not None:
                 return y
+        values = self._parameters.get("weight_values")
+        if values is not None and not torch.compiler.is_compiling() and self.indptr.device != values.device:
+            self._place()  # FSDP2 moves parameters by itself
         pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
         return _forward(input, self.weight_values, pattern, self.in_features, self.bias)
 
     @property
     def pattern(self) -> SparsityPattern:
         """The connections; its ``rows`` and ``indices`` are the two ends of each of ``weight_values``."""
-        if self._pending is not None:
-            return self._pending
-        return SparsityPattern(self.indptr.cpu().numpy(), self.indices.cpu().numpy(), self.in_features)
+        return self._pattern
+
+    @property
+    def weight(self) -> Tensor:
+        """W as a matrix, shape ``(out_features, in_features)``, for code that reads it past ``forward``.
+
+        Made anew each time; differentiable in ``weight_values``. What is written to it is lost.
+        """
+        rows, columns = DevicePattern(*(getattr(self, name) for name in DevicePattern._fields)).ends()
+        places = rows.long() * self.in_features + columns
+        flat = self.weight_values.new_zeros(self.out_features * self.in_features)
+        return flat.index_copy(0, places, self.weight_values).view(self.out_features, self.in_features)
 
     @property
     def sparsity(self) -> float:
@@ -137,8 +147,6 @@ class SparseLinear(nn.Module):
         """
         if self.weight_values.is_meta:
             return
-        if self._pending is not None:
-            self._set_pattern(self._pending)
         with torch.no_grad():
             live = self.indptr.diff()
             counts = live if self.init_fan_in == "live" else torch.full_like(live, self.in_features)
@@ -163,8 +171,7 @@ class SparseLinear(nn.Module):
                 "MaskedLinear.from_linear(layer, mask)"
             )
         with torch.no_grad():
-            mask = layer.mask if layer._pending_mask is None else layer._pending_mask
-            pattern, weight = SparsityPattern.from_mask(mask.cpu().numpy()), layer.weight
+            pattern, weight = SparsityPattern.from_mask(full_tensor(layer.known_mask).cpu().numpy()), layer.weight
             live = weight.new_empty(pattern.nnz) if weight.is_meta else weight[layer.mask]
             made = cls._made(pattern, live, layer.bias)
         made.init_fan_in = layer.init_fan_in
@@ -279,7 +286,8 @@ class SparseLinear(nn.Module):
             for tensor in (self.weight_values, self.weight_values.grad):
                 if tensor is not None:
                     tensor.copy_(torch.where(places >= 0, tensor[places.clamp(min=0)], 0))
-        self._set_pattern(pattern)
+        self._pattern = pattern
+        self._place()
 
     def extra_repr(self) -> str:
         """Say the sizes, the number of connections and the sparsity."""
@@ -306,30 +314,26 @@ class SparseLinear(nn.Module):
                 layer.bias.copy_(bias)
         return layer
 
-    def _set_pattern(self, pattern: SparsityPattern) -> None:
-        """Write the indices, where the values are."""
-        device, self._matrix = self.weight_values.device, Matrix()
-        self._pending = pattern if device.type == "meta" else None
-        self._buffers.update(DevicePattern.new(pattern, device)._asdict())
+    def _place(self) -> None:
+        """Put the indices of the pattern where the values are."""
+        indices = DevicePattern.of(self._pattern, self.weight_values.device)
+        self.__dict__.update(indices._asdict(), _matrix=Matrix())  # the old one holds on to the values' old memory
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = DevicePattern(self.indptr, self.indices, self.starts, self.outputs, self.order)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._matrix = Matrix()  # the old one holds on to the memory that the layer has left
-        if self.indices.is_meta:
-            if self._pending is None and not before.indices.is_meta:
-                self._pending = SparsityPattern(
-                    before.indptr.cpu().numpy(), before.indices.cpu().numpy(), self.in_features
-                )
-        elif before.indices.is_meta:
-            if self._pending is not None:
-                self._set_pattern(self._pending)
-        else:
-            # .to_empty leaves indices without values, and .type(dtype) converts every tensor.
-            for name, kept in before._asdict().items():
-                if self._buffers[name] is not kept:
-                    self._buffers[name] = kept.to(self._buffers[name].device)  # type: ignore[union-attr]
+        self._place()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in (*DevicePattern._fields, "_matrix")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._place()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: getattr(self, name) for name in _KEPT})
 
     def _load_from_state_dict(
         self,
@@ -347,24 +351,18 @@ class SparseLinear(nn.Module):
         keys = [prefix + name for name in _KEPT]
         if any(key in state_dict for key in keys):
             try:
-                indptr, indices = (state_dict.get(key) for key in keys)
-                taken = self._take(indptr, indices, state_dict.get(prefix + "weight_values", self.weight_values))
+                self._take(state_dict.get(keys[0]), state_dict.get(keys[1]), state_dict.get(now, self.weight_values))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{prefix}indices: {error}")
                 return
-            state_dict = {**state_dict, **dict(zip(keys, taken, strict=True))}
-        super()._load_from_state_dict(
-            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-        if self.starts.device != self.indptr.device:  # a state that was assigned brings its device along
-            self._set_pattern(self.pattern)
+        elif strict:
+            missing_keys.extend(keys)
+        rest = {key: kept for key, kept in state_dict.items() if key not in keys}
+        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        self._place()
 
-    def _take(self, indptr: Any, indices: Any, values: Any) -> tuple[Tensor, Tensor]:
-        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape.
-
-        Returns:
-            ``indptr`` and ``indices`` as int32.
-        """
+    def _take(self, indptr: Any, indices: Any, values: Any) -> None:
+        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape."""
         given = {"indptr": indptr, "indices": indices, "weight_values": values}
         if not all(isinstance(part, Tensor) for part in given.values()):
             kinds = ", ".join(f"{name}: {type(part).__name__}" for name, part in given.items())
@@ -373,7 +371,7 @@ class SparseLinear(nn.Module):
                 "whole layer, or one without connections"
             )
         if indices.is_meta or indptr.is_meta:
-            return indptr, indices
+            return
         pattern = SparsityPattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
         if pattern.shape[0] != self.out_features or values.shape != indices.shape:
             raise ValueError(
@@ -383,8 +381,7 @@ class SparseLinear(nn.Module):
         if self.weight_values.shape != values.shape:
             self.weight_values.data = self.weight_values.new_empty(values.shape)
             self.weight_values.grad = None
-        self._set_pattern(pattern)
-        return indptr.int(), indices.int()
+        self._pattern = pattern
 
 
 def _real(name: str, numbers: Any) -> Tensor:

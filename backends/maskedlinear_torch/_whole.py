@@ -13,9 +13,10 @@ from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
 from maskedlinear.summaries import ModelSummary, WeightSummary
-from maskedlinear_torch._functional import as_tensor, check_dense, full_tensor
+from maskedlinear_torch._dtensors import full_tensor
+from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._modules import parameter_users, readers_of_weights
+from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse_layer import SparseLinear
 
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
@@ -28,8 +29,8 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
 
     The layers stay the same objects with the same parameters: shared layers and weights, hooks, device, dtype, training
     state, gradients and an optimizer that holds them are kept, and with full masks every output. Each ``nn.Linear`` is
-    meant, wherever it is nested; subclasses of it and layers of modules that read weights past ``forward``
-    (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``) are left out.
+    meant, wherever it is nested, and whoever reads its weight; subclasses of it (``out_proj`` of
+    ``nn.MultiheadAttention`` is one) are left out.
 
     Args:
         model: any module, a single ``nn.Linear`` too.
@@ -46,14 +47,14 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
     masks = dict(masks or {})
-    readers = readers_of_weights(model)
     possible = {
         name: layer
         for name, layer in model.named_modules()
-        if type(layer) is nn.Linear and id(layer) not in readers and "weight" in layer._parameters
+        if type(layer) is nn.Linear and "weight" in layer._parameters
     }
     layers = select_weights(model, possible, masks, include)
     made = {name: _checked(masks[name], layer.weight, name) for name, layer in layers.items() if name in masks}
+    _check_one_a_weight(made, layers)
     for name, layer in layers.items():
         MaskedLinear.adopt(layer, made.get(name))
     return model
@@ -62,15 +63,14 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
 def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     """Turn :class:`MaskedLinear` layers back into ``nn.Linear``, in place, with the same outputs; return the model.
 
-    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`. Subclasses, and layers whose weight is
-    computed, stay as they are.
+    Their dormant values are let go; everything else is kept, as by :func:`mask_model`. Subclasses, and layers whose weight
+    is computed, stay as they are.
 
     Args:
         model: any module.
         include: which layers, as in :func:`mask_model`.
 
     Raises:
-        ValueError: if a weight is shared with a module that does not mask it alike; the model is left as it was.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -80,16 +80,6 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
         for name, layer in _masked(model).items()
         if type(layer) is MaskedLinear and "weight" in layer._parameters and matches(name, layer, include)
     }
-    held = parameter_users(model)
-    for name, layer in layers.items():
-        if not layer.mask.is_meta and bool(full_tensor(layer.mask).all()):
-            continue  # no weight becomes 0
-        for other in held[id(layer.weight)]:
-            if not isinstance(other, MaskedLinear) or not _same(layer.mask, other.mask):
-                raise ValueError(
-                    f"{name} shares its weight with a {type(other).__name__} that does not mask it alike, so that no dense "
-                    "weight gives the outputs of both: give them one mask first, or the full one"
-                )
     for layer in layers.values():
         layer.release()
     return model
@@ -101,19 +91,23 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_masks(model: nn.Module, masks: Masks) -> None:
-    """Set the masks of layers, by name; no weight changes, so an earlier mask brings the earlier outputs back.
+    """Set the masks of layers, by name; dormant values come back, so an earlier mask brings the earlier outputs back.
 
     Args:
-        model: any module.
+        model: any module; an average of a model (``torch.optim.swa_utils.AveragedModel``) takes the masks of the model.
         masks: by name, shape ``(out, in)``, booleans or 0s and 1s; other layers keep theirs.
 
     Raises:
-        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; the model is
-            left as it was.
+        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1, or if layers
+            that share a weight are given different ones; the model is left as it was.
     """
     layers = _masked(model)
+    if not any(name in layers for name in masks):  # those of the model that an average, DDP or a compiled module holds
+        held = {_name_inside(name): name for name in layers}
+        masks = {held.get(_name_inside(name), name): mask for name, mask in masks.items()}
     check_known("masks", masks, list(layers))
     checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
+    _check_one_a_weight(checked, layers)
     for name, mask in checked.items():
         layers[name].set_mask(mask)
 
@@ -152,7 +146,7 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
             model is left as it was.
     """
-    layers = {name: layer for name, layer in _masked(model).items() if matches(name, layer, include)}
+    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
     weights = {name: full_tensor(layer.weight.detach()) for name, layer in layers.items()}
@@ -181,6 +175,8 @@ def summary(model: nn.Module) -> ModelSummary:
     for name, layer in model.named_modules():
         if isinstance(layer, MaskedLinear | SparseLinear):
             tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+            if isinstance(layer, SparseLinear):
+                tensors += [getattr(layer, name) for name in DevicePattern._fields]
             nbytes = sum(tensor.nbytes for tensor in tensors)
             if isinstance(layer, SparseLinear):
                 rows.append(WeightSummary.of_pattern(name, layer.pattern, nbytes))
@@ -189,12 +185,33 @@ def summary(model: nn.Module) -> ModelSummary:
     return ModelSummary(rows)
 
 
+def _name_inside(name: str) -> str:
+    """Return the name of a layer in the model that an average, DDP or a compiled module holds."""
+    parts = name.split(".")
+    while parts and parts[0] in ("module", "_orig_mod"):
+        parts.pop(0)
+    return ".".join(parts)
+
+
 def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
     return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one is other or one.is_meta or torch.equal(full_tensor(one), full_tensor(other))
+def _one_a_weight(model: nn.Module) -> dict[str, MaskedLinear]:
+    """Return the masked layers, of those that share a weight, and with it its mask, the first."""
+    layers: dict[int, tuple[str, MaskedLinear]] = {}
+    for name, layer in _masked(model).items():
+        layers.setdefault(id(layer._parameters.get("weight", layer)), (name, layer))
+    return dict(layers.values())
+
+
+def _check_one_a_weight(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
+    """Raise a ``ValueError`` if layers that share a weight are given different masks."""
+    first: dict[int, str] = {}
+    for name, mask in masks.items():
+        other = first.setdefault(id(layers[name].weight), name)
+        if other != name and not torch.equal(mask, masks[other].to(mask.device)):
+            raise ValueError(f"a weight has one mask, whoever shares it; got different ones for {other} and {name}")
 
 
 def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:

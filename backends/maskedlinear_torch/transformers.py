@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
+from torch import nn
 from transformers import TrainerCallback
 
 from maskedlinear_torch._loops import Loop, Schedule, has_masked
@@ -28,13 +30,15 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     Args:
         schedules: of pruning and of regrowth, in the order in which they act; none only keeps masked weights still. A
             ``ScheduledRegrowth`` without an optimizer gets the trainer's.
+        averages: averages of the trained model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages),
+            which get its masks whenever they have changed.
 
     Raises:
-        TypeError: if a schedule is something else.
+        TypeError: if a schedule or an average is something else.
     """
 
-    def __init__(self, *schedules: Schedule) -> None:
-        self._loop = Loop(schedules)
+    def __init__(self, *schedules: Schedule, averages: Sequence[nn.Module] = ()) -> None:
+        self._loop = Loop(schedules, averages)
         self._guard: Guard | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,7 +63,7 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune and move."""
-        if self._loop.after(state.global_step - 1):
+        if self._loop.after(state.global_step - 1, kwargs["model"]):
             state.log_history.append({"sparsity": summary(kwargs["model"]).sparsity, "step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

@@ -11,12 +11,13 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.nn.utils import prune
 
 from maskedlinear.bench.cases import NAMES, Case
-from maskedlinear.torch import MaskedLinear, SparseLinear, compress
+from maskedlinear.torch import MaskedLinear, SparseLinear, compress, freeze_masked
 from maskedlinear_torch._trial import inference, training_step
 
-__all__ = ["BASE", "DENSE", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
+__all__ = ["BASE", "DENSE", "GUARDED", "SPARSE", "calls", "chosen", "description", "device_of", "kept"]
 
 BASE, DENSE, SPARSE = NAMES["torch"]
+GUARDED = "MaskedLinear, guarded"
 
 
 class _ProductMask(nn.Linear):
@@ -77,6 +78,10 @@ def calls(case: Case, device: str = "cpu", only: Sequence[str] = ()) -> dict[str
         if case.of == "layers":
             found["forward + backward"][name] = training_step(layer, x, g, None)
             found["step, unfused Adam"][name] = training_step(layer, x, g, torch.optim.Adam(layer.parameters()))
+        if case.of == "layers" and name == DENSE:
+            layer = make().to(device)
+            guarded = freeze_masked(torch.optim.Adam(layer.parameters(), fused=True), layer)
+            found["step"][GUARDED] = training_step(layer, x, g, guarded)
     return found
 
 
@@ -91,8 +96,8 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
         tensors = [*layer.parameters(), *layer.buffers()]
         tensors += [p.grad for p in layer.parameters() if p.grad is not None]
         tensors += [part for state in optimizer.state.values() for part in state.values()]
-        masked = layer._kept.masked if isinstance(layer, MaskedLinear) else None
-        found[name] = sum(t.nbytes for t in tensors) + (0 if masked is None else masked.nbytes)
+        dormant = layer.dormant if isinstance(layer, MaskedLinear) else None
+        found[name] = sum(t.nbytes for t in tensors) + (0 if dormant is None else dormant.nbytes)
     return found
 
 

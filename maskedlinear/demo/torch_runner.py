@@ -62,7 +62,7 @@ class TorchRunner:
 
     def weights(self) -> tuple[Float32, ...]:
         """See ``Runner``."""
-        return tuple(layer.weight.detach().numpy().copy() for layer in _masked_layers(self._network))
+        return tuple(layer.full_weight.numpy() for layer in _masked_layers(self._network))
 
     def sparsity(self) -> tuple[float, ...]:
         """See ``Runner``."""
@@ -100,9 +100,9 @@ def _network(problem: Problem) -> nn.Sequential:
         n_out, n_in = mask.shape
         layer = MaskedLinear(n_in, n_out, mask=mask)
         norm = _BatchNorm(n_out, eps=BATCH_NORM_EPSILON, momentum=1 - BATCH_NORM_KEEP)  # of what is new
+        # What a state has under the mask becomes dormant.
+        layer.load_state_dict({"weight": torch.from_numpy(weight), "bias": torch.from_numpy(bias)})
         with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(weight))
-            layer.bias.copy_(torch.from_numpy(bias))
             norm.bias.copy_(torch.from_numpy(shift))
         blocks += [layer, norm, nn.ReLU()]
     return nn.Sequential(*blocks)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from maskedlinear._progress import Progress, progress_callback
@@ -13,14 +13,27 @@ from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, co
 __all__ = ["Pruning", "Regrowth", "Steps", "rounds_of"]
 
 
-class Steps:
-    """Counts the steps of a training.
+class Steps(ABC):
+    """Counts the steps of a training, and brings averages of the model the masks that have changed.
 
     Attributes:
         steps: how many there were.
+        averages: averages of the model.
     """
 
     steps = 0
+
+    def __init__(self, model: Any, averages: Sequence[Any]) -> None:
+        self.model, self.averages = model, list(averages)
+
+    def _update_averages(self) -> None:
+        """Bring the averages the masks, after a change."""
+        for average in self.averages:
+            self._bring_masks(average)
+
+    @abstractmethod
+    def _bring_masks(self, average: Any) -> None:
+        """Give an average the model's masks, or connections; what has come back starts at 0 there."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps so far; masks and connections are in the model's state."""
@@ -31,11 +44,12 @@ class Steps:
         self.steps = int(state["steps"])
 
 
-class Pruning(Steps, ABC):
+class Pruning(Steps):
     """Prunes a model at the steps of a schedule; a framework's class says how."""
 
-    def __init__(self, model: Any, schedule: CubicSchedule, **how: Any) -> None:
-        self.model, self.schedule, self.how = model, schedule, how
+    def __init__(self, model: Any, schedule: CubicSchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
+        super().__init__(model, averages)
+        self.schedule, self.how = schedule, how
 
     def step(self, **more: Any) -> bool:
         """Prune if the schedule says so at this step; return whether it did.
@@ -55,6 +69,7 @@ class Pruning(Steps, ABC):
         due = self.schedule.due(step)
         if due:
             self._prune(self.schedule(step), **{**self.how, **more})
+            self._update_averages()
         return due
 
     @abstractmethod
@@ -76,13 +91,15 @@ class Regrowth(Steps):
         growth: Literal["gradient", "random"] = "gradient",
         include: Include = None,
         seed: int = 0,
+        averages: Sequence[Any] = (),
     ) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1 step; got {every}")
         if growth not in ("gradient", "random"):
             raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
         cosine_decay(0, end, initial)  # checks the two
-        self.model, self.optimizer, self.every, self.end, self.initial = model, optimizer, every, end, initial
+        super().__init__(model, averages)
+        self.optimizer, self.every, self.end, self.initial = optimizer, every, end, initial
         self.growth, self.include, self.seed = growth, include, seed
 
     def due(self, step: int) -> bool:

@@ -1,0 +1,87 @@
+"""Every private name of torch that this package reads, in one place.
+
+Each fails closed: under a torch that has renamed it, the answer is the one that leads to the plain expression, which is
+slower and right under every transform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = [
+    "in_transform",
+    "is_any_autocast_on",
+    "is_exporting",
+    "is_forward_mode",
+    "is_grads_batched",
+    "is_nested",
+    "is_tracing",
+    "nothing_looks_on",
+]
+
+_functorch: Any = getattr(torch._C, "_functorch", None)
+_peek: Callable[[], Any] | None = getattr(_functorch, "peek_interpreter_stack", None)
+_is_batch: Callable[[Any], bool] | None = getattr(_functorch, "is_legacy_batchedtensor", None)
+
+_tracing: Callable[[], Any] | None = getattr(torch._C, "_get_tracing_state", None)
+
+# Whether autocast is on for any kind of device, asked in one call.
+is_any_autocast_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def nothing_looks_on() -> bool:
+    """Whether nothing but autograd looks on: no transform, no forward mode, no tracing. Asked at every call of a layer."""
+    return (
+        _peek is not None
+        and _tracing is not None
+        and _peek() is None
+        and _tracing() is None
+        and forward_ad._current_level < 0
+    )
+
+
+def in_transform() -> bool:
+    """Whether a transform of ``torch.func`` is on."""
+    return _peek is None or _peek() is not None
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on."""
+    return bool(getattr(forward_ad, "_current_level", 0) >= 0)
+
+
+def is_grads_batched(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is a batch of gradients that ``torch.autograd.grad`` was asked for with ``is_grads_batched``."""
+    return _is_batch is None or bool(_is_batch(tensor))
+
+
+def is_nested(mode: Literal["Grad", "Jvp"]) -> bool:
+    """Whether a transform of ``torch.func`` is on twice: of forward mode a Function's rule then loses the outer tangent.
+
+    https://github.com/pytorch/pytorch/issues/197867
+    """
+    if _peek is None:
+        return True
+    if _peek() is None:  # the ordinary call: no transform is on
+        return False
+    try:
+        kind = getattr(_functorch.TransformType, mode)
+        return bool(sum(level.key() == kind for level in _functorch.get_interpreter_stack() or ()) > 1)
+    except AttributeError:
+        return True
+
+
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` records: it cannot save a Function."""
+    return bool(torch.jit.is_tracing())  # type: ignore[attr-defined, no-untyped-call]
+
+
+def is_exporting() -> bool:
+    """Whether ``torch.export`` traces; a torch that cannot say is taken not to."""
+    ask = getattr(torch.compiler, "is_exporting", None)
+    return bool(ask()) if ask is not None else False

@@ -1,0 +1,422 @@
+"""``MaskedWeight``: how a masked layer stores its weight: +0 under the mask, and what is dormant apart.
+
+Every road on which values reach the weight or the mask passes through here: ``set_mask``, edits in place, states,
+conversions, copies, and a weight that is exchanged for another.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from maskedlinear.masks import as_mask
+from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part
+from maskedlinear_torch._functional import as_tensor, checked_mask
+from maskedlinear_torch._storage import (
+    DormantStore,
+    GradientMask,
+    OwnWeight,
+    bits_of,
+    layer_of,
+    project,
+    remember_layer,
+    steps,
+    version_of,
+)
+
+__all__ = ["KeepDormant", "MaskedWeight"]
+
+KeepDormant = bool | Literal["host"]
+
+
+class MaskedWeight(nn.Linear):
+    """The storage of :class:`maskedlinear.torch.MaskedLinear`."""
+
+    mask: Tensor
+    keep_dormant: KeepDormant
+    _own: OwnWeight
+    _dormant: DormantStore
+    _pending_mask: Tensor | None  # of a layer on the meta device, which has no values
+    # nn.Linear's states carry version 1: a missing mask is their nature, and an error in ours. Those of version 2 have
+    # their dormant values in the weight, under the mask.
+    _version = 3
+
+    def _become_masked(self, keep_dormant: KeepDormant) -> None:
+        """Give a linear layer what a masked one has, with the full mask, or that of a layer that shares its weight."""
+        self.keep_dormant, self._dormant = keep_dormant, DormantStore()
+        with torch.inference_mode(False):  # the mask outlives the call
+            self.register_buffer("mask", torch.ones_like(self.weight, dtype=torch.bool, requires_grad=False))
+            shape = self.weight.shape
+            self._pending_mask = torch.ones(shape, dtype=torch.bool, device="cpu") if self.weight.is_meta else None
+        self._share_again()
+        self._adopt()
+
+    def project(self) -> None:
+        """Bring weight, mask and dormant values into line: drift under the mask becomes +0, an edited mask takes effect.
+
+        The layer does this by itself before it acts. For code that has edited masked places past everything that counts.
+        """
+        own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
+        if weight is None or mask is None or weight.is_meta or mask.is_meta:
+            return
+        if own.key is None and self._pending_mask is not None and type(weight) is nn.Parameter:
+            self._pending_mask = None  # of a layer made on the meta device: someone has put values in place by hand
+            self._adopt()
+        if own.key != id(weight):
+            if is_sharded(weight):  # this process' part of it
+                project(local_part(weight), local_part(as_dtensor_like(mask, weight)))
+            return
+        # Read before anything is written: another thread's edit must not be taken for projected.
+        seen, seen_steps = version_of(weight), steps[0]
+        seen_mask = None if mask.is_inference() else (mask, mask._version)
+        if seen_mask is None or own.mask is None or own.mask[0] is not mask or own.mask[1] != mask._version:
+            mask = self._take_edited_mask(weight, mask)
+        elif own.may_lose_values(weight) and bool((bits_of(weight.detach()) != 0).logical_and_(~mask).any()):
+            warnings.warn(
+                f"values under the mask of {self} are set back to 0, which no optimizer has left there: if they are an "
+                "average of a model whose masks have moved, give it the masks first, with set_masks(average, "
+                "get_masks(model)); a merge (of an adapter, say) must be masked, or the layer unmasked before it",
+                stacklevel=2,
+            )
+        if own.weight is None or seen is None or own.weight[0] != seen[0]:
+            own.shared = weight.is_shared()
+        project(weight, mask, own.shared)
+        own.weight, own.mask, own.steps = seen, seen_mask, -1 if seen is None or seen_mask is None else seen_steps
+        if own.hook is None:
+            self._hook()
+
+    @torch.no_grad()
+    def _take_edited_mask(self, weight: Tensor, mask: Tensor) -> Tensor:
+        """Keep what an edit of the mask has switched off; what it has switched on stands in the weight. Return the mask."""
+        if mask.dtype is not torch.bool or mask.shape != weight.shape or mask.device != weight.device:
+            self._buffers["mask"] = mask = as_tensor(as_mask(mask, weight.shape)).to(weight.device)
+        if self.keep_dormant and self._own.mask is not None:
+            old = self.dormant
+            kept = weight.detach() if old is None else _overlay(old.to(weight.device), weight.detach())
+            self._set_dormant(torch.where(mask, 0, kept))
+        return mask
+
+    def is_clean(self) -> bool:
+        """Whether the layer's own weight is known to be +0 under the mask as both stand."""
+        own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
+        return (
+            own.steps == steps[0]
+            and own.mask is not None
+            and mask is own.mask[0]
+            and weight is not None
+            and own.key == id(weight)
+            and not own.shared
+            and own.weight == (weight.data_ptr(), weight._version)
+            and own.mask[1] == mask._version
+        )
+
+    def has_clean_gradient(self) -> bool:
+        """Whether the gradient of the layer's own weight is known to be +0 under the mask."""
+        weight = self._parameters.get("weight")
+        return weight is not None and weight.grad is not None and self._own.holds_clean(weight.grad)
+
+    def note_clean(self) -> None:
+        """Note that the weight is +0 under the mask as both stand; for whoever has seen to it."""
+        own, weight, mask = self._own, self._parameters.get("weight"), self.mask
+        if weight is not None and own.key == id(weight) and not weight.is_inference() and not mask.is_inference():
+            own.weight, own.mask, own.steps = version_of(weight), (mask, mask._version), steps[0]
+
+    def set_mask(self, mask: Any, *, revive: bool = True) -> None:
+        """Copy ``mask`` into the layer's own; it holds from the next call on.
+
+        What it takes out becomes dormant, and dormant values that it brings back are live again, bit for bit; with
+        ``keep_dormant=False`` they start at 0.
+
+        Args:
+            mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device but ``"meta"``.
+            revive: whether connections that come back have their dormant values; or start at 0, as new ones do.
+
+        Raises:
+            ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values
+            (``"meta"``);
+                the layer is left as it was.
+        """
+        checked = checked_mask(mask, self.mask.shape)  # a copy: it may be a view of the layer's own
+        with torch.no_grad():
+            if self._pending_mask is not None:
+                self._pending_mask.copy_(checked)
+            if self.weight.is_meta or self.mask.is_meta:
+                if not self.mask.is_meta:
+                    self.mask.copy_(as_dtensor_like(checked, self.mask))
+                return
+            full = self.full_weight
+            if not revive:
+                full = torch.where(as_dtensor_like(checked & ~full_tensor(self.mask).to(checked.device), full), 0, full)
+            self.mask.copy_(as_dtensor_like(checked, self.mask))
+            self._split(full)
+
+    @torch.no_grad()
+    def _split(self, full: Tensor) -> None:
+        """Write full values into weight and dormant, by the mask."""
+        if "weight" not in self._parameters:  # computed: whoever computes it decides what is stored
+            return
+        mask = as_dtensor_like(self.mask, full)
+        self.weight.copy_(torch.where(mask, full, 0))
+        if self.keep_dormant:
+            self._set_dormant(full_tensor(torch.where(mask, 0, full)))
+        if not torch.compiler.is_compiling():
+            self.note_clean()
+
+    def _set_dormant(self, values: Tensor) -> None:
+        """Keep dormant values, 0 where the weight is live."""
+        if torch.compiler.is_compiling():  # which cannot look at values
+            self._dormant.values = values
+            return
+        with torch.inference_mode(False):
+            kept = values.clone() if values.is_inference() else values
+        if kept.itemsize in (2, 4, 8) and not bool(bits_of(kept).any()):
+            self._dormant.values = None
+        else:
+            self._dormant.values = kept.cpu() if self.keep_dormant == "host" else kept
+
+    @property
+    def dormant(self) -> Tensor | None:
+        """What is dormant, shape ``(out_features, in_features)``, 0 where the weight is live; ``None`` if all is 0."""
+        return self._dormant.values
+
+    @property
+    def full_weight(self) -> Tensor:
+        """Live and dormant values together, shape ``(out_features, in_features)``; a copy, without a gradient."""
+        with torch.no_grad():
+            if not torch.compiler.is_compiling():
+                self.project()
+            weight = self.weight.detach()
+            mask, dormant = as_dtensor_like(self.mask, weight), self.dormant
+            if dormant is None:
+                return torch.where(mask, weight, 0)
+            return torch.where(mask, weight, as_dtensor_like(dormant.to(weight.device), weight))
+
+    @property
+    def known_mask(self) -> Tensor:
+        """The mask; of a layer on the meta device, the one that it waits with."""
+        return self._pending_mask if self.mask.is_meta and self._pending_mask is not None else self.mask
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the layer's mode, as in ``nn.Module``, and project what has drifted."""
+        self.project()
+        return super().train(mode)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, as in ``nn.Module``; a weight is the layer's own from here on.
+
+        One that another masked layer has already brings that layer's mask and dormant values along.
+
+        Raises:
+            ValueError: if the two layers have different masks: a weight has one.
+        """
+        old = self.__dict__.get("_parameters", {}).get("weight") if name == "weight" else None
+        if name == "weight" and param is not None and "mask" in self.__dict__.get("_buffers", {}):
+            other = layer_of(param)
+            if isinstance(other, MaskedWeight) and other is not self:
+                self._share(other)
+        super().register_parameter(name, param)
+        if name == "weight" and old is not None and is_sharded(old):
+            self._own.key = None  # what FSDP2 gathers, for one call, is not the layer's own
+        elif name == "weight":
+            self._adopt()
+
+    def _share(self, other: MaskedWeight) -> None:
+        """Take the mask and the dormant values of a layer whose weight this one gets."""
+        if other.mask.is_meta or self.mask.is_meta or self.mask.shape != other.mask.shape:
+            return
+        if not torch.equal(self.mask, other.mask):
+            if bool(other.mask.all()):
+                other.set_mask(self.mask)
+            elif not bool(self.mask.all()):
+                raise ValueError(
+                    "a weight has one mask, whoever shares it; got a weight of a layer with another mask: give both "
+                    "layers one mask first, with set_mask"
+                )
+        self._buffers["mask"], self._dormant = other.mask, other._dormant
+
+    def _adopt(self) -> None:
+        """Take the registered weight for the layer's own; of its values nothing is known yet."""
+        self._unhook()
+        own, weight = self._own, self._parameters.get("weight")
+        own.key = id(weight) if type(weight) is nn.Parameter and not weight.is_meta else None
+        own.weight = own.gradient = None
+        own.steps = -1
+        mask = self._buffers.get("mask")
+        own.mask = None if mask is None or mask.is_meta or mask.is_inference() else (mask, mask._version)
+        if own.key is not None and weight is not None and mask is not None:
+            remember_layer(weight, self)
+            self._hook()
+
+    def _hook(self) -> None:
+        """Mask the gradients that other readers of the weight send; a frozen parameter takes no hook."""
+        own, weight = self._own, self._parameters["weight"]
+        if weight is not None and weight.requires_grad and own.hook is None:
+            if weight._backward_hooks is not None:
+                weight._backward_hooks = weight._backward_hooks  # torch.utils.swap_tensors leaves hooks behind
+            own.hook = weight.register_hook(GradientMask(self))
+
+    def watch_gradient(self) -> None:
+        """Note from now on whether the own weight's gradient is +0 under the mask; for a guard, that need not mask it."""
+        own, weight = self._own, self._parameters["weight"]
+        if own.watch is None and own.hook is not None and weight is not None:
+            own.watch = weight.register_post_accumulate_grad_hook(GradientMask(self).watch)
+
+    def _unhook(self) -> None:
+        own = self._own
+        for hook in (own.hook, own.watch):
+            if hook is not None:
+                hook.remove()
+        own.hook = own.watch = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # ``layer.mask = mask`` is set_mask: a buffer in the old one's place would be lost to DDP
+        # (https://github.com/pytorch/pytorch/issues/63916) and go unchecked. Only a meta buffer, which cannot hold
+        # values, gives way: load_state_dict(assign=True) relies on it.
+        if name != "mask" or "mask" not in self.__dict__.get("_buffers", {}):
+            super().__setattr__(name, value)
+        elif self.mask.is_meta and isinstance(value, Tensor):
+            super().__setattr__(name, as_mask(value, self.mask.shape))
+        else:
+            self.set_mask(value)
+
+    def __getstate__(self) -> Any:
+        self.project()
+        return super().__getstate__()  # type: ignore[no-untyped-call]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._adopt()
+        self._own.copied = True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.project()
+        mask, dormant = self.mask, self.dormant
+        self._own.gradient = None
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.mask.is_meta:
+            if not mask.is_meta and self._pending_mask is None:
+                self._pending_mask = full_tensor(mask).cpu()  # as if the layer had been made there
+        elif not mask.is_meta:
+            if self.mask is not mask:  # .to_empty leaves a tensor without values, and .type(dtype) converts every one
+                self._buffers["mask"] = mask.to(self.mask.device)
+        elif self._pending_mask is not None:
+            self._take_pending()
+        if dormant is not None:
+            weight = self.weight
+            device = dormant.device if self.keep_dormant == "host" else weight.device
+            self._dormant.values = None if weight.is_meta else dormant.to(device=device, dtype=weight.dtype)
+        self._adopt()
+        self._share_again()
+        return self
+
+    def _take_pending(self) -> None:
+        """Write the mask of a layer that was made on the meta device, where it has values now."""
+        pending = self._pending_mask
+        assert pending is not None
+        self._buffers["mask"] = torch.empty_like(self.mask, dtype=torch.bool, device=self.weight.device)
+        with torch.no_grad():
+            self.mask.copy_(as_dtensor_like(pending, self.mask))
+        self._pending_mask = None
+
+    def _share_again(self) -> None:
+        """Share the mask of a layer that has the same weight, where a conversion has given each its own."""
+        weight = self._parameters.get("weight")
+        other = None if weight is None else layer_of(weight)
+        if isinstance(other, MaskedWeight) and other is not self and other.mask is not self.mask:
+            self._share(other)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        self.project()
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.dormant is not None:
+            destination[prefix + "dormant"] = self.dormant
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        state_dict, key = dict(state_dict), prefix + "mask"
+        mask, dormant = state_dict.pop(key, None), state_dict.pop(prefix + "dormant", None)
+        try:
+            mask = None if mask is None else as_mask(mask, self.mask.shape)
+            if dormant is not None and dormant.shape != self.mask.shape:
+                raise ValueError(
+                    f"dormant values must have the weight's shape {tuple(self.mask.shape)}; got {dormant.shape}"
+                )
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")
+            return
+        brings_weight = prefix + "weight" in state_dict
+        assigned = bool(local_metadata.get("assign_to_params_buffers", False))
+        full = self.full_weight if mask is not None and not brings_weight and not self.weight.is_meta else None
+        errors = len(error_msgs)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if key in missing_keys and (mask is not None or local_metadata.get("version") in (None, 1)):
+            missing_keys.remove(key)
+        if len(error_msgs) > errors:
+            return
+        if mask is not None and assigned:
+            self._buffers["mask"] = mask
+        elif mask is not None and not self.mask.is_meta:
+            with torch.no_grad():
+                self.mask.copy_(as_dtensor_like(mask, self.mask))
+        if self.mask.is_meta and not self.weight.is_meta and self._pending_mask is not None:
+            self._take_pending()
+        if not self.mask.is_meta:
+            self._pending_mask = None
+        self._adopt()
+        try:
+            self._share_again()
+        except ValueError as error:
+            error_msgs.append(f"{key}: {error}")
+            return
+        if self.weight.is_meta or self.mask.is_meta or "weight" not in self._parameters:
+            return
+        if brings_weight:
+            self._settle(dormant, assigned)
+        else:
+            if full is not None:
+                self._split(full)
+            if dormant is not None and self.keep_dormant:
+                self._set_dormant(dormant.detach().clone().to(self.weight.dtype))
+
+    @torch.no_grad()
+    def _settle(self, dormant: Tensor | None, assigned: bool) -> None:
+        """Divide a weight that was loaded: what it has under the mask becomes dormant, beside what came as such."""
+        weight = self.weight.detach()
+        mask = as_dtensor_like(self.mask, weight)
+        if dormant is not None:
+            dormant = as_dtensor_like(dormant.detach().to(device=weight.device, dtype=weight.dtype), weight)
+        if is_sharded(weight):
+            if self.keep_dormant:
+                self._set_dormant(full_tensor(torch.where(mask, 0, weight) if dormant is None else dormant).clone())
+            self.project()
+            return
+        full = weight if dormant is None else _overlay(dormant, weight)
+        live, hidden = torch.where(mask, full, 0), torch.where(mask, 0, full)
+        if assigned and weight.itemsize in (2, 4, 8):
+            # The tensor is the caller's: it is not written to, but exchanged if it does not hold what it should.
+            if not torch.equal(bits_of(live), bits_of(weight)):
+                self.weight = nn.Parameter(live, self.weight.requires_grad)
+        else:
+            self.weight.copy_(live)
+        if self.keep_dormant:
+            self._set_dormant(hidden)
+        self.note_clean()
+
+
+def _overlay(dormant: Tensor, weight: Tensor) -> Tensor:
+    """Return what stands in the weight, and dormant values where it is +0."""
+    return torch.where(bits_of(weight) != 0, weight, dormant)

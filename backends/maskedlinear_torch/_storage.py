@@ -1,0 +1,280 @@
+"""Weights that are +0 under their mask: where the mask is written into them, and how a layer knows that it still
+stands.
+
+What the optimizer, a ``copy_`` or a merge leaves under a mask is *drift*: it is projected away, in place, before the
+layer next acts. Autograd counts most edits of a tensor in its version; fused optimizers move none, so that steps are
+counted too, of all optimizers of the process. An edit past both, through ``.data`` or NumPy, is seen and acts until the
+next of them.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from maskedlinear_torch._compat import in_transform, is_forward_mode, is_grads_batched
+from maskedlinear_torch._dtensors import as_dtensor_like
+
+__all__ = [
+    "ZERO",
+    "DormantStore",
+    "GradientMask",
+    "OwnWeight",
+    "Version",
+    "bits_of",
+    "is_plain",
+    "keep_bits",
+    "layer_of",
+    "new_memory",
+    "project",
+    "remember_layer",
+    "steps",
+    "version_of",
+    "zero_masked",
+]
+
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_BLOCK = 1 << 18  # entries that are masked at once: of float32 1 MiB, which stays in a core's cache for the second pass
+_SMALL = 1 << 12  # entries for which one select takes less time than several calls
+_HUGE_PAGE = 2 << 20
+_GIVEN_BACK = (
+    32 << 20
+)  # bytes from which on glibc's allocator keeps nothing that was freed (DEFAULT_MMAP_THRESHOLD_MAX)
+
+Version = tuple[int, int]
+
+ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in torch.where; a number takes longer
+steps = [0]  # of all optimizers of this process
+
+
+def _count_step(*_: Any) -> None:
+    steps[0] += 1
+
+
+register_optimizer_step_post_hook(_count_step)
+
+
+class OwnWeight:
+    """What a layer knows of the parameter that is its own: which it is, and when it was last +0 under the mask.
+
+    It holds no reference to the parameter: a weak one would break ``torch.utils.swap_tensors``, another would keep a weight
+    that was replaced. A copy knows nothing, as the copied layer has another parameter.
+
+    Attributes:
+        key: the parameter's identity, or ``None`` where the weight is not the layer's own.
+        weight: the state of the weight, by :func:`version_of`, in which it was last +0 under the mask.
+        mask: the mask which that was, and its version.
+        steps: how many steps optimizers had made then.
+        shared: whether processes share the weight's memory.
+        copied: whether the layer is a copy of another to which no gradient has come yet, as an average is.
+        hook: of the parameter, which masks the gradients that other readers of the weight send.
+        made: the state of a gradient that the layer's Function has just made, +0 under the mask; for the hook.
+        watch: of a guarded parameter, the hook that looks at the gradient when it has been added up.
+        gradient: the gradient that this has found to be +0 under the mask, and its state then.
+        adds_up: whether the gradient that comes is added to one that is +0 under the mask, or to none.
+    """
+
+    __slots__ = (
+        "adds_up",
+        "copied",
+        "gradient",
+        "hook",
+        "key",
+        "made",
+        "mask",
+        "shared",
+        "steps",
+        "watch",
+        "weight",
+    )
+
+    def __init__(self) -> None:
+        self.key: int | None = None
+        self.weight: Version | None = None
+        self.mask: tuple[Tensor, int] | None = None
+        self.steps = -1
+        self.made: Version | None = None
+        self.gradient: tuple[Tensor, Version | None] | None = None
+        self.hook: Any = None
+        self.watch: Any = None
+        self.adds_up = self.shared = self.copied = False
+
+    def may_lose_values(self, weight: Tensor) -> bool:
+        """Whether something else than an optimizer or a counted edit may have left values under the mask: those of a merge
+        past autograd, or, in a copy, of an average of masks that have moved.
+        """
+        if self.shared:
+            return False
+        if self.copied:
+            return True
+        counted = self.weight is None or self.weight != version_of(weight)
+        return not counted and (self.steps == steps[0] or not weight.requires_grad)
+
+    def has_not_stepped(self) -> bool:
+        """Whether no optimizer has stepped since the weight was last +0 under the mask."""
+        return self.weight is not None and self.steps == steps[0]
+
+    def holds_clean(self, gradient: Tensor) -> bool:
+        """Whether this is the gradient that was found to be +0 under the mask, as it was."""
+        return self.gradient is not None and self.gradient[0] is gradient and self.gradient[1] == version_of(gradient)
+
+    def __reduce__(self) -> tuple[type[OwnWeight], tuple[()]]:
+        return OwnWeight, ()
+
+
+class DormantStore:
+    """The dormant values of one weight, which layers that share the weight share too."""
+
+    def __init__(self) -> None:
+        self.values: Tensor | None = None  # of the weight's shape, 0 where it is live; None if all are 0
+
+
+class GradientMask:
+    """The hook of a layer's weight: whoever read the weight, its gradient is +0 under the mask.
+
+    A gradient that the layer's own Function has made, and that nothing was added to, is so already.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._layer = weakref.ref(layer)
+
+    @torch.utils.hooks.unserializable_hook  # type: ignore[untyped-decorator]
+    def __call__(self, g: Tensor) -> Tensor | None:
+        layer: Any = self._layer()
+        if layer is None or "mask" not in layer._buffers:
+            return None
+        own = layer._own
+        made, own.made, own.copied = own.made, None, False
+        if own.watch is not None:
+            old = layer._parameters["weight"].grad
+            own.adds_up = old is None or own.holds_clean(old)
+        if made is not None and type(g) is Tensor and is_plain(g) and made == version_of(g):
+            return None
+        mask = layer._buffers["mask"]
+        if g.shape != mask.shape:
+            return None  # of a parametrization, which has made something else of the parameter
+        return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, ZERO)
+
+    def watch(self, weight: Tensor) -> None:
+        """Note the gradient when it has been added to what there was: the other hook of a guarded weight."""
+        layer: Any = self._layer()
+        if layer is not None and layer._own.key == id(weight):
+            own, gradient = layer._own, weight.grad
+            own.gradient = None
+            if gradient is not None and own.adds_up and not gradient.requires_grad:
+                own.gradient = gradient, version_of(gradient)
+            own.adds_up = False
+
+
+# The layer that a parameter belongs to, by the parameter's identity: valid while that layer still holds it.
+_layers: weakref.WeakValueDictionary[int, nn.Module] = weakref.WeakValueDictionary()
+
+
+def remember_layer(weight: Tensor, layer: nn.Module) -> None:
+    """Note that ``weight`` is the own weight of ``layer``."""
+    _layers.setdefault(id(weight), layer)
+    if _layers[id(weight)]._parameters.get("weight") is not weight:
+        _layers[id(weight)] = layer
+
+
+def layer_of(weight: Tensor) -> nn.Module | None:
+    """Return the layer that was first to have ``weight`` as its own, if it still has it."""
+    layer = _layers.get(id(weight))
+    return layer if layer is not None and layer._parameters.get("weight") is weight else None
+
+
+def version_of(tensor: Tensor) -> Version | None:
+    """Return what changes when a tensor's values do, as far as anything counts; ``None`` if nothing does."""
+    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+
+
+def is_plain(tensor: Tensor) -> bool:
+    """Whether ``tensor`` is an ordinary one, a DTensor being none, and nothing differentiates what is made of it."""
+    return (
+        type(tensor) in (Tensor, nn.Parameter)
+        and not torch.is_grad_enabled()
+        and not is_forward_mode()
+        and not in_transform()
+        and not is_grads_batched(tensor)
+    )
+
+
+def project(weight: Tensor, mask: Tensor, shared: bool = False) -> None:
+    """Set a weight to +0 where its mask is ``False``, in place, past autograd: no graph's check of versions breaks.
+
+    Args:
+        weight: an ordinary parameter, or the part that this process has of a sharded one.
+        mask: of its shape, on its device.
+        shared: whether processes share its memory: then masked places alone are written, since a pass over all of them
+            would undo what others have written meanwhile.
+    """
+    if shared:
+        weight.data.masked_fill_(~mask, 0)
+    else:
+        zero_masked(weight.data, mask)
+
+
+def zero_masked(matrix: Tensor, mask: Tensor) -> Tensor:
+    """Set ``matrix`` to +0 where ``mask`` is ``False``, NaN included; nothing differentiates it.
+
+    On the CPU by a logical AND of the bits with all ones or all zeros, which takes a fraction of the time of a select;
+    some rows at a time, which are still in the cache for the second pass.
+    """
+    if not matrix.is_cpu or matrix.numel() <= _SMALL or matrix.itemsize not in _BITS:
+        return torch.where(mask, matrix, ZERO, out=matrix)
+    bits, scratch = bits_of(matrix), None
+    for rows in _blocks(mask):
+        part = bits[rows]
+        scratch = torch.empty_like(part) if scratch is None else scratch[: len(part)]
+        part.bitwise_and_(_all_ones(mask[rows], scratch))
+    return matrix
+
+
+def keep_bits(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return ``where(mask, tensor, 0)``, in new memory; nothing differentiates it."""
+    if tensor.device.type != "cpu" or tensor.itemsize not in _BITS:
+        return torch.where(mask, tensor, 0)
+    masked = new_memory(tensor.shape, tensor.dtype)
+    bits, own = bits_of(masked), bits_of(tensor.detach().resolve_neg())
+    for rows in _blocks(mask):
+        _all_ones(mask[rows], bits[rows]).bitwise_and_(own[rows])
+    return masked
+
+
+def bits_of(tensor: Tensor) -> Tensor:
+    """Return the bits of a floating tensor, as whole numbers: NaN is equal to itself there, and -0 is not +0."""
+    return tensor.view(_BITS[tensor.itemsize])
+
+
+def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the CPU whose entries are not set.
+
+    A large one has NumPy's memory, which asks Linux for huge pages, from the start of one on: the allocator gets such
+    memory anew for every gradient, and a page fault for each 4 KiB of it takes longer than the product that is written
+    there.
+    """
+    with torch.inference_mode(False), torch.no_grad():  # it may outlive the call
+        if math.prod(shape) * dtype.itemsize <= _GIVEN_BACK:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        size = math.prod(shape) * dtype.itemsize
+        spare = np.empty(size + _HUGE_PAGE, np.int8)
+        start = -spare.ctypes.data % _HUGE_PAGE
+        return torch.from_numpy(spare[start : start + size]).view(dtype).view(*shape)
+
+
+def _all_ones(mask: Tensor, out: Tensor) -> Tensor:
+    """Write all ones where a mask is ``True`` and all zeros elsewhere; any byte but 0 is ``True``."""
+    return out.copy_(mask).neg_()
+
+
+def _blocks(mask: Tensor) -> list[slice]:
+    """Return the rows of a mask in parts of about ``_BLOCK`` entries."""
+    step = max(1, _BLOCK // max(1, mask.shape[1]))
+    return [slice(start, start + step) for start in range(0, len(mask) if mask.shape[1] else 0, step)]
