@@ -59,16 +59,15 @@ def test_the_kernels_columns_are_scaled_to_their_live_inputs(x: Array) -> None:
     mask[:4, 0], mask[:100, 1] = True, True  # column 2 has none
     scale = np.array([10.0, 2.0, 1.0], np.float32)
     dense = nnx.Linear(400, 3, rngs=nnx.Rngs(0)).kernel[...]
-    np.testing.assert_allclose(MaskedLinear(400, 3, mask=mask, rngs=nnx.Rngs(0)).kernel[...], dense * scale, rtol=1e-6)
+    np.testing.assert_allclose(MaskedLinear(400, 3, mask=mask, rngs=nnx.Rngs(0)).full_kernel, dense * scale, rtol=1e-6)
     full = MaskedLinear(400, 3, mask=mask, init_fan_in="full", rngs=nnx.Rngs(0))
-    np.testing.assert_array_equal(full.kernel[...], dense)
+    np.testing.assert_array_equal(full.full_kernel, dense)
     wide, key = jnp.ones((1, 400)), jax.random.key(0)
     plain = nn.Dense(3).init(key, wide)["params"]["kernel"]
-    ours = MaskedDense(3, mask=mask).init(key, wide)["params"]["kernel"]
-    np.testing.assert_allclose(ours, plain * scale, rtol=1e-6)
-    np.testing.assert_array_equal(
-        MaskedDense(3, mask=mask, init_fan_in="full").init(key, wide)["params"]["kernel"], plain
-    )
+    for options, expected in (({}, plain * scale), ({"init_fan_in": "full"}, plain)):
+        variables = MaskedDense(3, mask=mask, **options).init(key, wide)  # type: ignore[arg-type]
+        np.testing.assert_allclose(variables["params"]["kernel"], np.where(mask, expected, 0), rtol=1e-6)
+        np.testing.assert_allclose(variables["dormant"]["dormant"], np.where(mask, 0, expected), rtol=1e-6)
 
 
 def test_nnx_set_mask(layer: MaskedLinear, x: Array) -> None:
@@ -79,9 +78,11 @@ def test_nnx_set_mask(layer: MaskedLinear, x: Array) -> None:
         calls.append(None)
         return layer(x)
 
-    before, kernel = apply(layer, x), layer.kernel[...]
+    before, kernel, full = apply(layer, x), layer.kernel[...], layer.full_kernel
     layer.set_mask(~KERNEL_MASK)
     assert (apply(layer, x) != before).any()
+    np.testing.assert_array_equal(layer.kernel[...], np.where(KERNEL_MASK, 0, full))
+    np.testing.assert_array_equal(layer.full_kernel, full)
     layer.mask = KERNEL_MASK  # the same as set_mask
     assert isinstance(layer.mask, Mask)
     np.testing.assert_array_equal(apply(layer, x), before)
@@ -181,7 +182,7 @@ def test_linen_masks_are_a_collection(x: Array) -> None:
     model = MaskedDense(5, mask=KERNEL_MASK)
     variables = model.init(jax.random.key(0), x)
     params = variables["params"]
-    assert set(variables) == {"params", "masks"}
+    assert set(variables) == {"params", "masks", "dormant"}
     want = x @ jnp.where(KERNEL_MASK, params["kernel"], 0) + params["bias"]
     np.testing.assert_allclose(model.apply(variables, x), want, rtol=1e-5, atol=1e-6)
     other = {"params": params, "masks": {"mask": ~KERNEL_MASK}}
@@ -195,7 +196,7 @@ def test_linen_masks_are_a_collection(x: Array) -> None:
 def test_nnx_conversions(x: Array) -> None:
     dense = nnx.Linear(7, 5, dtype=jnp.float32, precision="highest", rngs=nnx.Rngs(2))
     layer = MaskedLinear.from_linear(dense, KERNEL_MASK)
-    np.testing.assert_array_equal(layer.kernel[...], dense.kernel[...])
+    np.testing.assert_array_equal(layer.full_kernel, dense.kernel[...])
     assert layer.kernel is not dense.kernel
     assert (layer.precision, layer.dtype) == ("highest", jnp.float32)
     back = layer.to_linear()

@@ -170,29 +170,30 @@ def test_a_schedule_prunes_at_its_steps_and_goes_on_from_a_state() -> None:
 def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
     model = network()
     saved = jax.tree.map(jnp.copy, nnx.state(model))
-    start = np.asarray(model.layers[0].kernel[...])
+    start = np.asarray(model.layers[0].full_kernel)
     step(model, adam(model), X)
     prune_model(model, 0.5)
     kept = {name: np.asarray(mask) for name, mask in get_masks(model).items()}
-    assert (model.layers[0].kernel[...] != start).any()
+    assert (model.layers[0].full_kernel != start).any()
     rewind_model(model, saved)
-    np.testing.assert_array_equal(model.layers[0].kernel[...], start)
+    np.testing.assert_array_equal(model.layers[0].full_kernel, start)
+    np.testing.assert_array_equal(model.layers[0].kernel[...], np.where(kept["layers.0"], start, 0))
     for name, mask in get_masks(model).items():
         np.testing.assert_array_equal(mask, kept[name])
     plain = nnx.Sequential(nnx.Linear(12, 20, rngs=nnx.Rngs(1)), nnx.tanh, nnx.Linear(20, 5, rngs=nnx.Rngs(1)))
     rewind_model(model, nnx.state(plain))  # of a model that was not masked yet
-    np.testing.assert_array_equal(model.layers[0].kernel[...], plain.layers[0].kernel[...])
+    np.testing.assert_array_equal(model.layers[0].full_kernel, plain.layers[0].kernel[...])
     np.testing.assert_array_equal(model.layers[0].mask[...], kept["layers.0"])
 
 
 def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
     model = network()
-    start = np.asarray(model.layers[0].kernel[...])
+    start = np.asarray(model.layers[0].full_kernel)
     seen: list[float] = []
     told: list[float] = []
     before: dict[str, Any] = {}
     for sparsity in lottery_rounds(model, 0.8, rounds=3, scope="layer", progress=told.append):
-        np.testing.assert_array_equal(model.layers[0].kernel[...], start)
+        np.testing.assert_array_equal(model.layers[0].full_kernel, start)
         assert summary(model).sparsity == pytest.approx(sparsity, abs=0.01)
         now = get_masks(model)
         assert all((before[name] | ~mask).all() for name, mask in now.items() if before)  # what is gone stays gone
@@ -202,7 +203,7 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
             step(model, optimizer, X)
     assert seen == [GeometricSchedule(0.8, 3)(round) for round in range(4)]
     assert told == [0.25, 0.5, 0.75, 1]
-    assert (model.layers[0].kernel[...] != start).any()
+    assert (model.layers[0].full_kernel != start).any()
     with pytest.raises(ValueError, match="rounds >= 1"):
         lottery_rounds(model, 0.8, rounds=0)
 
@@ -250,7 +251,49 @@ def test_what_cannot_be_moved_is_refused() -> None:
     assert layer.pattern == before, "nothing moves if not all can"
     one, other = SparseLinear(4, 4, rngs=nnx.Rngs(0)), SparseLinear(4, 4, rngs=nnx.Rngs(0))
     other.weight_values = one.weight_values
-    with pytest.raises(ValueError, match="has its values to itself; here 2 modules share it"):
+    with pytest.raises(ValueError, match="has its weight_values to itself; here 2 modules share it"):
         regrow_model(nnx.List([one, other]), 0.5)
     with pytest.raises(ValueError, match="growth by gradient needs gradients"):
         ScheduledRegrowth(sparse, every=1, end=5).step()
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["dense", "sparse"])
+def test_averages_get_the_masks_and_the_connections_that_have_changed(form: int) -> None:
+    model = both()[form]
+    average = nnx.clone(model)
+
+    def masks() -> list[np.ndarray]:
+        layers = (model.layers[0], model.layers[2])
+        return [np.asarray(layer.pattern.to_mask() if form else layer.mask[...].T) for layer in layers]
+
+    def weights(layers: Any) -> list[np.ndarray]:
+        dense = (layer.to_masked() if form else layer for layer in (layers[0], layers[2]))
+        return [np.asarray(layer.kernel[...]).T * live for layer, live in zip(dense, masks(), strict=True)]
+
+    expected = weights(average.layers)
+    regrowth = ScheduledRegrowth(model, every=2, end=20, growth="random", averages=[average])
+    moved = 0
+    for _ in range(10):
+        now = nnx.state(model, nnx.Param)
+        nnx.update(model, jax.tree.map(lambda value: value * 0.9, now))
+        moved += regrowth.step()
+        expected = [
+            0.5 * old * live + 0.5 * new
+            for old, new, live in zip(expected, weights(model.layers), masks(), strict=True)
+        ]
+        mean = jax.tree.map(
+            lambda old, new: 0.5 * old + 0.5 * new, *(nnx.state(one, nnx.Param) for one in (average, model))
+        )
+        nnx.update(average, mean)
+    assert moved > 0
+    for one, other in zip(weights(average.layers), expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+    if not form:
+        pruner = ScheduledPruning(model, CubicSchedule(0.8, begin=0, end=1), averages=[average], scope="layer")
+        assert pruner.step_at(1)
+        for name, mask in get_masks(model).items():
+            assert (get_masks(average)[name] == mask).all()
+        assert summary(average).sparsity == pytest.approx(0.8, abs=0.02)
+    other = both()[1 - form]
+    with pytest.raises(ValueError, match="an average has the layers of its model"):
+        ScheduledRegrowth(model, every=1, end=3, growth="random", averages=[other]).step_at(1)

@@ -62,8 +62,17 @@ class Network(nnx.Module):
         return {"y": self.leave(jnp.where(h > 1, h, 0.5 * h))}["y"]
 
 
-@pytest.mark.parametrize("between", [nnx.relu, nnx.gelu, nnx.silu, nnx.leaky_relu, nnx.elu, jax.jit(jnp.sin)])
-@pytest.mark.parametrize("shape", [(7, 6), (2, 3, 6)])
+BETWEEN = [nnx.relu, nnx.gelu, nnx.silu, nnx.leaky_relu, nnx.elu, jax.jit(jnp.sin)]
+
+
+@pytest.mark.parametrize(
+    ("between", "shape"),
+    [
+        *((between, (7, 6)) for between in BETWEEN),
+        (nnx.relu, (2, 3, 6)),
+        *(pytest.param(between, (2, 3, 6), marks=pytest.mark.slow) for between in BETWEEN[1:]),
+    ],
+)
 def test_nodes_are_followed_through_a_module(between: Any, shape: tuple[int, ...]) -> None:
     model = without(Network(between), {"enter": [0, 1], "blocks.1": [1, 2], "blocks.0": [3]}, {"leave": [7]})
     x = jax.random.normal(jax.random.key(1), shape)

@@ -129,7 +129,9 @@ def test_pruning_is_pytorchs_and_can_be_taken_back() -> None:
         prune_model(ours, 0.9, score="snip")
     with pytest.raises(ValueError, match="there is none: make them with mask_model"):
         prune_model(nnx.List([]), 0.5)
-    set_masks(ours, full)
+    for layer in ours:
+        np.testing.assert_array_equal(layer.kernel[...] == 0, ~layer.mask[...])
+    assert set_masks(ours, full) is ours
     assert summary(ours).sparsity == 0
     for i, kernel in enumerate(kernels):
         np.testing.assert_array_equal(ours[i].kernel[...], kernel)
@@ -179,16 +181,34 @@ def test_connections_move_as_pytorchs_do(by: str) -> None:
     moved = regrow_model(ours, 0.4, gradients=gradients if chosen else None, seed=3)
     assert moved == in_torch.regrow_model(theirs, 0.4, gradients=recorded if chosen else None, seed=3) == 15
     np.testing.assert_array_equal(np.asarray(ours[0].mask[...]).T, theirs[0].mask.numpy())  # type: ignore[union-attr, operator]
-    np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].weight.detach().numpy())  # type: ignore[union-attr, operator]
+    np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].to_linear().weight.detach().numpy())  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="needs that of each layer; 0 has none"):
         regrow_model(ours, 0.4, gradients={})
 
 
-def test_a_shared_kernel_is_unmasked_only_if_both_masks_agree(model: Network) -> None:
-    mask_model(model, {"tied": masks.random((16, 16), sparsity=0.5, seed=0)}, include="blocks.1.*")
-    with pytest.raises(ValueError, match="shares its kernel with a MaskedLinear that does not mask it alike"):
-        unmask_model(model)
-    assert "tied" in masked(model)
+def test_layers_that_share_a_kernel_share_its_mask(model: Network) -> None:
+    mask, tied = masks.random((16, 16), sparsity=0.5, seed=0), model.blocks[1].layers[0]
+    mask_model(model, {"tied": mask}, include="blocks.1.*")
+    assert model.tied.mask is tied.mask  # type: ignore[attr-defined]
+    assert model.tied.dormant is tied.dormant  # type: ignore[attr-defined]
+    before = nnx.grad(lambda model: (model(X) ** 2).sum())(model)
+    prune_model(model, 0.75)
+    assert int(tied.mask[...].sum()) == 64
+    np.testing.assert_array_equal(tied.kernel[...] == 0, ~tied.mask[...])
+    prune_model(model, 0.8, score="snip", gradients=before)
+    set_masks(model, {"tied": mask})
+    np.testing.assert_array_equal(get_masks(model)["blocks.1.layers.0"], mask)
+    for call in (
+        lambda: set_masks(model, {"tied": mask, "blocks.1.layers.0": ~mask}),
+        lambda: mask_model(Network(), {"tied": mask, "blocks.1.layers.0": ~mask}),
+        lambda: mask_model(mask_model(Network(), {"tied": mask}), {"blocks.1.layers.0": ~mask}),
+    ):
+        with pytest.raises(ValueError, match="layers that share a kernel share its mask; got different ones"):
+            call()
+    y = model(X)
+    unmask_model(model)
+    assert masked(model) == set()
+    np.testing.assert_allclose(model(X), y, rtol=1e-6)
 
 
 def test_a_kernel_that_others_use_does_not_move(model: Network) -> None:
@@ -196,8 +216,6 @@ def test_a_kernel_that_others_use_does_not_move(model: Network) -> None:
     for call in (lambda: regrow_model(model, 0.5), lambda: dense_gradients(lambda m: m(X).sum(), model)):
         with pytest.raises(ValueError, match="has its kernel to itself; here 2 modules share it"):
             call()
-    with pytest.raises(ValueError, match="shares its kernel with a Linear"):
-        unmask_model(mask_model(Network(), {"tied": np.eye(16)}))
 
 
 def test_a_stack_of_layers_is_reported_one_by_one() -> None:

@@ -35,7 +35,7 @@ def test_connections_move_as_the_core_says(by: str) -> None:
         old, new, made = (tree[name]["kernel"].T if first else tree[name] for tree in (MASKS, masks, params))
         gradient = None if gradients is None else gradients[name]["kernel"].T if first else gradients[name]
         np.testing.assert_array_equal(new, pruning.regrow(old, weight, 0.3, gradient, seed=4 + number))
-        np.testing.assert_array_equal(made, np.where(new & ~old, 0, weight))
+        np.testing.assert_array_equal(made, np.where(new & old, weight, 0))
     assert masks["first"]["bias"] is True
 
 

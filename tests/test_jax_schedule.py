@@ -34,8 +34,18 @@ def loss(params: Any, x: Any) -> Any:
     return ((hidden @ params["last"].T) ** 2).mean()
 
 
-@pytest.mark.parametrize("scope", ["layer", "erdos_renyi", "global"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("dtype", "scope"),
+    [
+        *(("float32", scope) for scope in ("layer", "erdos_renyi", "global")),
+        *((dtype, "layer") for dtype in ("bfloat16", "float16")),
+        *(
+            pytest.param(dtype, scope, marks=pytest.mark.slow)
+            for dtype in ("bfloat16", "float16")
+            for scope in ("erdos_renyi", "global")
+        ),
+    ],
+)
 def test_the_jitted_step_makes_the_masks_of_prune_tree(dtype: str, scope: Any) -> None:
     params, x = parameters(dtype), jnp.ones((5, 8), dtype)
     tx = scheduled_pruning(optax.adamw(0.02, eps=1e-2, weight_decay=0.1), SCHEDULE, scope=scope, on_empty="allow")
@@ -46,17 +56,33 @@ def test_the_jitted_step_makes_the_masks_of_prune_tree(dtype: str, scope: Any) -
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
+    @jax.jit
+    def unpruned_step(params: Any, state: Any) -> Any:
+        grads = jax.grad(lambda params: loss(apply_masks(params, state.masks), x))(params)
+        never = state._replace(step=jnp.int32(99))  # a step at which nothing is pruned
+        return optax.apply_updates(params, tx.update(grads, never, params)[0])
+
     state, made = tx.init(params), None
     for number in range(12):
-        before, live = params, state.masks
+        before, live, dormant = params, state.masks, state.dormant
+        unpruned = unpruned_step(params, state)
         params, state = step(params, state)
         if SCHEDULE.due(number):
-            made = prune_tree(params, SCHEDULE(number), masks=made, scope=scope, on_empty="allow")
+            whole = jax.tree.map(jnp.where, state.masks, params, state.dormant)  # with what has just become 0
+            made = prune_tree(whole, SCHEDULE(number), masks=made, scope=scope, on_empty="allow")
         for name in ("first", "last"):
             new, old, mask = (
                 tree[name]["kernel"] if name == "first" else tree[name] for tree in (params, before, live)
             )
             np.testing.assert_array_equal(new[~mask], old[~mask])
+            after, kept, was, full = (
+                tree[name]["kernel"] if name == "first" else tree[name]
+                for tree in (state.masks, state.dormant, dormant, unpruned)
+            )
+            assert not np.asarray(new)[~after].tobytes().strip(b"\0"), "what is pruned is +0"
+            np.testing.assert_array_equal(kept[~mask | after], was[~mask | after])
+            for one, where in ((new, after), (kept, mask & ~after)):
+                np.testing.assert_allclose(one[where].astype(float), full[where].astype(float), rtol=0.02, atol=1e-6)
             if made is not None:
                 wanted, got = (tree[name]["kernel"] if name == "first" else tree[name] for tree in (made, state.masks))
                 np.testing.assert_array_equal(wanted, got, err_msg=f"{name} at {number}")

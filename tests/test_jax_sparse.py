@@ -16,7 +16,7 @@ from jax import Array
 from jax.test_util import check_grads
 
 from maskedlinear import masks
-from maskedlinear.flax import MaskedLinear, PatternIndex, SparseLinear
+from maskedlinear.flax import MaskedLinear, PatternIndex, SparseLinear, load_state
 from maskedlinear.jax import masked_linear, sparse_linear
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _products
@@ -309,3 +309,112 @@ def test_a_pattern_has_an_argument_of_its_own() -> None:
         SparseLinear(5, 6, mask=MASK.T, pattern=PATTERN, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"must be a maskedlinear\.pattern\.SparsityPattern; got ndarray: .* mask="):
         SparseLinear(5, 6, pattern=MASK, rngs=nnx.Rngs(0))
+
+
+def scrambled() -> dict[str, Any]:
+    """Return what a state may bring of each index: none of it belongs to the others."""
+    here = {name: np.array(array) for name, array in _products.DevicePattern.of(PATTERN)._asdict().items()}
+    ascending, last = np.arange(PATTERN.nnz, dtype=np.int32), PATTERN.nnz - 1
+    two = np.flatnonzero(np.diff(PATTERN.rows) == 0)[0]
+    wrong: dict[str, Any] = {
+        "order": {"order": ascending},
+        "order out of range": {"order": np.where(ascending == last, 99, here["order"])},
+        "order twice": {"order": np.where(ascending == 1, here["order"][0], here["order"])},
+        "outputs": {"outputs": here["outputs"][::-1]},
+        "rows": {"rows": here["rows"][::-1]},
+        "rows out of range": {"rows": np.where(ascending == last, 99, here["rows"])},
+        "starts": {"starts": np.zeros_like(here["starts"])},
+        "starts that fall": {"starts": np.array([0, 5, 2, *here["starts"][3:]], np.int32)},
+        "indices out of range": {"indices": np.where(ascending == last, 5, here["indices"])},
+        "indices below 0": {"indices": np.where(ascending == 0, -1, here["indices"])},
+        "an index twice": {"indices": np.where(ascending == two + 1, here["indices"][two], here["indices"])},
+        "indptr": {"indptr": np.minimum(here["indptr"], 3)},
+        "by columns": dict(
+            zip(("starts", "outputs", "order"), SparsityPattern.from_mask(MASK[:, ::-1]).csc, strict=True)
+        ),
+        "another mask": {
+            name: getattr(_products.DevicePattern.of(SparsityPattern.from_mask(MASK[::-1])), name)
+            for name in ("indptr", "indices")
+        },
+    }
+    return wrong
+
+
+@pytest.mark.parametrize("name", scrambled())
+def test_indices_that_contradict_each_other_never_give_a_number(name: str) -> None:
+    layer = SparseLinear(5, 6, pattern=PATTERN, rngs=nnx.Rngs(0))
+    state, x = nnx.state(layer), jnp.ones((3, 5))
+    expected, own = layer(x), jnp.asarray(layer.pattern.indices)
+    for part, array in scrambled()[name].items():
+        state[part].set_value(jnp.asarray(array))
+    nnx.update(layer, state)
+    with pytest.raises(ValueError, match=r"must|an input"):
+        layer(x)
+    differentiate = nnx.grad(lambda layer, x: layer(x).sum(), argnums=(0, 1))
+    y, gradients = nnx.jit(lambda layer, x: (layer(x), differentiate(layer, x)))(layer, x)
+    assert np.isnan(gradients[1]).all()
+    if {"indptr", "indices", "rows"} & scrambled()[name].keys():
+        assert np.isnan(y).all()
+        assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(gradients[0]))
+    else:  # by columns, which are used for x's gradient only
+        np.testing.assert_array_equal(y, expected)
+    if not {"indptr", "indices"} & scrambled()[name].keys():
+        load_state(layer, state)
+        np.testing.assert_array_equal(layer(x), expected)
+        np.testing.assert_array_equal(nnx.jit(lambda layer, x: layer(x))(layer, x), expected)
+        np.testing.assert_array_equal(layer.indices[...], own)
+    elif name != "another mask":
+        with pytest.raises(ValueError, match=r"must|an input"):
+            load_state(layer, state)
+
+
+def test_indptr_and_indices_are_all_of_a_pattern() -> None:
+    target, source = (SparseLinear(5, 6, mask=mask.T, rngs=nnx.Rngs(0)) for mask in (MASK, MASK[::-1]))
+    state, x = nnx.state(source), jnp.ones((3, 5))
+    for part in ("rows", "starts", "outputs", "order"):
+        del state[part]
+    load_state(target, state)
+    np.testing.assert_array_equal(target(x), source(x))
+    np.testing.assert_array_equal(nnx.jit(lambda layer, x: layer(x))(target, x), source(x))
+    assert target.pattern == source.pattern
+    make = nnx.vmap(lambda rngs: SparseLinear(5, 6, pattern=PATTERN, rngs=rngs))
+    stack = make(nnx.Rngs(0).split(3))
+    state = nnx.state(stack)
+    state["order"].set_value(jnp.zeros((3, PATTERN.nnz), jnp.int32))
+    load_state(stack, state)
+    np.testing.assert_array_equal(stack.order[...], np.broadcast_to(PATTERN.csc[2], (3, PATTERN.nnz)))
+
+
+def test_indices_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = SparseLinear(5, 6, pattern=PATTERN, rngs=nnx.Rngs(0)), jnp.ones((3, 5))
+    layer(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseLinear, "pattern", property(lambda _: pytest.fail("looked at again")))
+        layer(x)
+        layer.order.set_value(layer.order[...] + 0)
+        with pytest.raises(pytest.fail.Exception):
+            layer(x)
+
+
+@X64
+@pytest.mark.parametrize("name", ["_spmm_p", "_sddmm_p"])
+def test_without_primitives_the_products_are_jaxs_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    monkeypatch.setattr(_products, "Primitive", None)
+    assert _products._primitive("none", *(None,) * 5) is None
+    for part in ("_spmm_p", "_sddmm_p"):
+        monkeypatch.setattr(_products, part, None)
+    given = arguments(rng)
+    product = {"_spmm_p": sparse, "_sddmm_p": lambda *given: sampled(*given)}[name]
+
+    def sampled(x: Array, values: Array, bias: Array) -> Array:
+        left = jnp.outer(bias, values[:4])
+        return _products.sddmm(left, x.reshape(-1, 5)[:4].T, _products.DevicePattern.of(PATTERN))
+
+    if name == "_spmm_p":
+        np.testing.assert_allclose(product(*given), dense(*given))
+        np.testing.assert_allclose(jax.jacrev(product, 1)(*given), jax.jacfwd(dense, 1)(*given), atol=1e-12)
+    else:
+        full = jnp.outer(given[2], given[1][:4]) @ given[0].reshape(-1, 5)[:4]
+        np.testing.assert_allclose(product(*given), full[PATTERN.rows, PATTERN.indices])

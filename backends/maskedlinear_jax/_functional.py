@@ -20,8 +20,9 @@ from jax.typing import ArrayLike
 
 from maskedlinear.masks import as_mask
 from maskedlinear.spec import check_floating, check_shapes
+from maskedlinear_jax._compat import is_traced
 
-__all__ = ["as_array", "boolean_mask", "check_devices", "enable_x64", "expression", "masked_linear", "rule"]
+__all__ = ["as_array", "boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
 
 Precision = Any  # what jax.lax.dot_general takes: None, a name, a Precision, a pair of these, an algorithm
 
@@ -87,12 +88,12 @@ def boolean_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (ou
     Raises:
         ValueError: if the mask has another shape, holds anything but 0 and 1, or is traced and not boolean.
     """
-    if isinstance(mask, jax.core.Tracer) and mask.dtype != jnp.bool_:
+    if is_traced(mask) and mask.dtype != jnp.bool_:
         raise ValueError(
             f"inside a transform a mask must be boolean, because its values cannot be checked; got {mask.dtype}: "
             "convert it before, with mask.astype(bool)"
         )
-    if isinstance(mask, jax.core.Tracer) or getattr(mask, "dtype", None) == jnp.bool_:
+    if is_traced(mask) or getattr(mask, "dtype", None) == jnp.bool_:
         return jnp.asarray(as_mask(mask, shape, parameter))
     # By NumPy: inside a transform JAX would not look at the values of its own arrays either.
     return jnp.asarray(as_mask(np.asarray(mask) if isinstance(mask, jax.Array) else mask, shape, parameter))
@@ -110,7 +111,7 @@ def check_devices(mask: Array, weight: Array) -> None:
 
 def _pinned(array: Any) -> set[Any] | None:
     """The devices that an array was put on by choice; ``None`` if JAX may still move it, or if it is traced."""
-    if isinstance(array, jax.core.Tracer) or not getattr(array, "committed", False):
+    if is_traced(array) or not getattr(array, "committed", False):
         return None
     return set(array.devices())
 
@@ -188,10 +189,3 @@ def _backward(
 
 
 rule.defvjp(_forward, _backward)
-
-
-def enable_x64(on: bool) -> Any:
-    """``jax.enable_x64``, or its older name."""
-    if hasattr(jax, "enable_x64"):
-        return jax.enable_x64(on)
-    return jax.experimental.enable_x64(on)  # type: ignore[attr-defined, unused-ignore]

@@ -12,7 +12,7 @@ from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
 
-__all__ = ["freeze_masked", "renewed_state"]
+__all__ = ["freeze_masked", "renewed_state", "to_zero"]
 
 Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what is fresh
 
@@ -20,10 +20,11 @@ Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what 
 def freeze_masked(
     inner: optax.GradientTransformation, masks: Any | Callable[[Any], Any] | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Wrap an optax transformation so that its updates leave masked weights bit-identical.
+    """Wrap an optax transformation so that masked weights take no part in it and stay +0.
 
-    Momentum, Adam's moments and weight decay move weights whose gradient is zero. The wrapped transformation's
-    ``update`` takes the masks that hold at that step as one more argument::
+    Momentum, Adam's moments and weight decay move weights whose gradient is zero, and what they see of a gradient under a
+    mask (a clip's norm, Muon's whole matrix) moves the others. So gradients are masked before the wrapped transformation,
+    and its updates afterwards; its ``update`` takes the masks that hold at that step as one more argument::
 
         tx = freeze_masked(optax.adamw(1e-3))
         updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": True})
@@ -31,12 +32,16 @@ def freeze_masked(
     Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
     ``flax.training.train_state.TrainState``.
 
+    What stands under a mask becomes +0 with the next update, exactly if it is finite and the update as wide as the
+    parameter: weights that are to come back are kept elsewhere, as Flax's layers keep them. Without ``params`` it stays as
+    it is.
+
     Where a mask has changed since the last step, the state that optax keeps for the weight is made new, so that a revived
-    weight starts clean; the guard's own state holds the masks of the last step for that, a byte a parameter.
+    weight starts clean; the guard's own state holds a copy of the masks of the last step for that, a byte a parameter.
 
     Args:
-        inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes after the guard is not
-            guarded.
+        inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes before the guard sees the
+            gradients under the masks, and what comes after it is not guarded.
         masks: the masks of every step that is not given others: a tree as ``update`` takes it, or a function of the
             parameters that returns one.
 
@@ -66,9 +71,14 @@ def freeze_masked(
         masks = _like(updates, masks)
         like = updates if params is None else params  # a gradient for each example has a dimension more
         live = jax.tree_util.tree_map_with_path(_live, like, masks)
-        anew = _anew(inner, state, live, like)
-        updates, kept = guarded.update(updates, anew, params, **extra)
-        return jax.tree.map(_held, updates, live, masks), FrozenState(kept, live)
+        clean = None if params is None else jax.tree.map(_cleared, params, live, masks)
+        kept = _renewed(inner, state, live, updates if clean is None else clean)
+        updates, kept = guarded.update(jax.tree.map(_cleared, updates, live, masks), kept, clean, **extra)
+        if params is None:
+            updates = jax.tree.map(_held, updates, live, masks)
+        else:
+            updates = jax.tree.map(_held, updates, live, masks, params)
+        return updates, FrozenState(kept, live)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -78,14 +88,14 @@ class FrozenState(NamedTuple):
 
     Attributes:
         inner: the state of the transformation itself.
-        live: a tree like the parameters': what was live at the last step.
+        live: a tree like the parameters': what was live at the last step. Copies, so that buffers can be donated.
     """
 
     inner: Any
     live: Any
 
 
-def _anew(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
+def _renewed(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
     """Return the inner state, made new for each entry whose mask is not that of the last step."""
     structure: Any = jax.tree.structure(live)
     changed = structure.flatten_up_to(jax.tree.map(jnp.not_equal, state.live, live))
@@ -148,8 +158,15 @@ def _always(masks: Any, params: Any) -> Any:
 
 def _like(updates: Any, masks: Any) -> Any:
     """Return ``masks`` if it has the structure of ``updates``: lists are masks there, not branches."""
+
+    def is_left_out(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    def chosen(update: Any, mask: Any) -> Any:
+        return update if is_left_out(update) else mask
+
     try:
-        return jax.tree.map(lambda _, mask: mask, updates, masks)
+        return jax.tree.map(chosen, updates, masks, is_leaf=is_left_out)
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or True for each; "
@@ -166,12 +183,29 @@ def _live(path: Any, value: Any, mask: Any) -> Array:
     if mask is None or mask is False:
         raise ValueError(f"the mask of {name} must be an array, or True where there is none; got {mask}")
     try:
-        return boolean_mask(mask, update.shape, name)
+        return jnp.copy(boolean_mask(mask, update.shape, name))
     except ValueError as error:
         raise ValueError(f"the mask of {name}: {error}") from error
 
 
-def _held(update: Any, live: Array, mask: Any) -> Array:
+def _cleared(array: Any, live: Array, mask: Any) -> Any:
+    """Return a parameter or its gradient, or one for each example, with +0 under the mask."""
+    if mask is True:
+        return array
+    array = jnp.asarray(array)
+    return jnp.where(jnp.broadcast_to(live, array.shape), array, jnp.zeros((), array.dtype))
+
+
+def _held(update: Any, live: Array, mask: Any, param: Any = None) -> Any:
+    """Return an update that leaves +0 where the mask is off."""
     array = jnp.asarray(update)
-    # p + (-0.0) is p for every p, bit for bit; -0.0 + 0.0 is not.
-    return array if mask is True else jnp.where(live, array, jnp.asarray(-0.0, array.dtype))
+    if mask is True:
+        return array
+    # +0 + (-0.0) is +0, where +0.0 would do too; and -0.0 leaves everything else as it is.
+    return jnp.where(live, array, jnp.asarray(-0.0, array.dtype) if param is None else to_zero(param, array.dtype))
+
+
+def to_zero(param: Any, dtype: Any) -> Array:
+    """Return the update after which a parameter is +0: p + (-p) is, for every finite p; others stay as they are."""
+    param = jnp.asarray(param)
+    return jnp.where(jnp.isfinite(param), -param, -jnp.zeros((), param.dtype)).astype(dtype)

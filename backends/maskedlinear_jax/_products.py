@@ -18,10 +18,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import sparse
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._compat import Primitive, ad, batching, mlir
 
 __all__ = ["DevicePattern", "sddmm", "spmm"]
 
@@ -47,6 +46,42 @@ class DevicePattern(NamedTuple):
         """Return the indices of ``pattern``, which may be traced."""
         return cls(*(jnp.asarray(array) for array in _flatten(pattern)[0]))
 
+    def is_valid_by_rows(self, in_features: int) -> Array:
+        """Return whether ``indptr``, ``rows`` and ``indices`` are those of one pattern: a state may have brought any."""
+        return _are_segments(self.indptr, self.rows) & _ascend(self.rows, self.indices, in_features)
+
+    def is_valid_by_columns(self) -> Array:
+        """Return whether ``starts``, ``outputs`` and ``order`` are those of the connections by rows, which are valid."""
+        # In the one loop that gathers. No connection is there twice, so that none is missing.
+        columns = jnp.where(self.rows[self.order] == self.outputs, self.indices[self.order], -1)
+        columns = lax.optimization_barrier(columns)
+        return _are_segments(self.starts, columns) & _ascend(columns, self.order, self.order.size)
+
+
+def _are_segments(starts: Array, groups: Array) -> Array:
+    """Return whether group i is ``starts[i]`` to ``starts[i + 1] - 1``, for all of them, where groups do not fall."""
+    size, group = groups.size, jnp.arange(starts.size - 1, dtype=jnp.int32)
+    first, end = starts[:-1], starts[1:]
+    wrong = first > end
+    if size:
+        wrong |= (groups[jnp.clip(first, 0, size - 1)] != group) & (first < end)
+        wrong |= (groups[jnp.clip(end - 1, 0, size - 1)] != group) & (first < end)
+    return (starts[0] == 0) & (starts[-1] == size) & _none(wrong)
+
+
+def _ascend(groups: Array, values: Array, bound: int) -> Array:
+    """Return whether groups do not fall, and the values of each group ascend, all of them from 0 to below ``bound``."""
+    if not values.size:
+        return jnp.ones((), bool)
+    falls, stays = groups[1:] < groups[:-1], groups[1:] == groups[:-1]
+    outside = (values[1:] < 0) | (values[1:] >= bound)
+    return _none(falls | (stays & (values[1:] <= values[:-1])) | outside) & (values[0] >= 0) & (values[0] < bound)
+
+
+def _none(wrong: Array) -> Array:
+    """Return ``~wrong.any()``, as a dot product, which XLA forms on the CPU many numbers at a time."""
+    return jnp.dot(wrong.astype(jnp.float32), jnp.ones(wrong.size, jnp.float32)) == 0
+
 
 def _flatten(pattern: SparsityPattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
     return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc), pattern.shape
@@ -67,11 +102,15 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool =
 
     W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64.
     """
+    if _spmm_p is None:
+        return _spmm(values, right, *pattern, transposed=transposed, cpu=False)
     return _spmm_p.bind(values, right, *pattern, transposed=transposed)
 
 
 def sddmm(left: Array, right: Array, pattern: DevicePattern) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
+    if _sddmm_p is None:
+        return _sddmm(left, right, *pattern, cpu=False)
     return _sddmm_p.bind(left, right, *pattern)
 
 
@@ -254,26 +293,26 @@ def _refuse_mapped(dims: Any) -> None:
         raise ValueError("a pattern cannot be mapped over by jax.vmap: its size is the size of the values")
 
 
-def _primitive(name: str, shape: Any, jvp: Any, transpose: Any, batch: Any) -> Primitive:
-    primitive = Primitive(name)
-    primitive.def_abstract_eval(shape)
-    ad.primitive_jvps[primitive] = jvp
-    ad.primitive_transposes[primitive] = transpose
-    batching.primitive_batchers[primitive] = batch
+def _primitive(
+    name: str, body: Any, shape: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...] = ()
+) -> Any:
+    """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface."""
+    try:
+        primitive = Primitive(name)
+        primitive.def_abstract_eval(shape)
+        primitive.def_impl(
+            jax.jit(primitive.bind, static_argnames=static)
+        )  # outside of transforms: compiled on its own
+        ad.primitive_jvps[primitive] = jvp
+        ad.primitive_transposes[primitive] = transpose
+        batching.primitive_batchers[primitive] = batch
+        for cpu, platform in ((False, None), (True, "cpu")):
+            lowering = mlir.lower_fun(partial(body, cpu=cpu), multiple_results=False)
+            mlir.register_lowering(primitive, lowering, platform=platform)
+    except (AttributeError, TypeError):
+        return None
     return primitive
 
 
-def _eager(primitive: Primitive, **static: Any) -> None:
-    """Run the primitive outside of transforms: compiled on its own."""
-    compiled = jax.jit(primitive.bind, static_argnames=tuple(static))
-    primitive.def_impl(compiled)
-
-
-_spmm_p = _primitive("masked_spmm", _spmm_shape, _spmm_jvp, _spmm_transpose, _spmm_batch)
-_sddmm_p = _primitive("masked_sddmm", _sddmm_shape, _sddmm_jvp, _sddmm_transpose, _sddmm_batch)
-_eager(_spmm_p, transposed=None)
-_eager(_sddmm_p)
-mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, cpu=False), multiple_results=False))
-mlir.register_lowering(_spmm_p, mlir.lower_fun(partial(_spmm, cpu=True), multiple_results=False), platform="cpu")
-mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, cpu=False), multiple_results=False))
-mlir.register_lowering(_sddmm_p, mlir.lower_fun(partial(_sddmm, cpu=True), multiple_results=False), platform="cpu")
+_spmm_p = _primitive("masked_spmm", _spmm, _spmm_shape, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
+_sddmm_p = _primitive("masked_sddmm", _sddmm, _sddmm_shape, _sddmm_jvp, _sddmm_transpose, _sddmm_batch)

@@ -16,7 +16,7 @@ from maskedlinear import pruning
 from maskedlinear.pruning._edges import zeros_by_scope
 from maskedlinear.pruning._layers import Include
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax._optim import freeze_masked
+from maskedlinear_jax._optim import freeze_masked, to_zero
 from maskedlinear_jax._select import check_comparable, clear_smallest
 from maskedlinear_jax._tree import chosen_parameters, is_turned, named_leaves
 
@@ -29,11 +29,14 @@ class PruningState(NamedTuple):
     Attributes:
         step: how many updates there were, int32.
         masks: a tree like the parameters', of booleans of their shapes: what is live in the next forward pass.
+        dormant: a tree like the parameters': of those to prune, what they were where they were pruned, and 0 elsewhere; of
+            the others a 0.
         inner: the state of the transformation itself, guarded by :func:`freeze_masked`.
     """
 
     step: Array
     masks: Any
+    dormant: Any
     inner: Any
 
 
@@ -57,7 +60,8 @@ def scheduled_pruning(
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-    The masks are in the state, ``state.masks``, for the forward pass; masked weights are held as :func:`freeze_masked` does.
+    The masks are in the state, ``state.masks``, and what is pruned too, ``state.dormant``: the parameters are +0 there, and
+    stay so, as by :func:`freeze_masked`. :func:`apply_masks` masks their gradients in a model that knows nothing of masks.
     Update i, counted from 0, prunes what it has updated, where the schedule says so: to the masks, bit for bit, that
     :func:`prune_tree` gives for these weights and the masks before. Between two that prune the step costs nothing more.
 
@@ -111,8 +115,12 @@ def scheduled_pruning(
         chosen = chosen_parameters(params, include)
         given = _given(masks, params, {name: tuple(leaf.shape) for name, (_, leaf) in chosen.items()})
         for name, (place, _) in chosen.items():
-            leaves[place] = jnp.asarray(given[name])
-        return PruningState(jnp.zeros((), jnp.int32), jax.tree.unflatten(structure, leaves), guarded.init(params))
+            leaves[place] = jnp.array(given[name])
+        dormant = [jnp.zeros((), leaf.dtype) for leaf in jax.tree.leaves(params)]
+        for place, leaf in chosen.values():
+            dormant[place] = jnp.zeros(leaf.shape, leaf.dtype)
+        trees = [jax.tree.unflatten(structure, part) for part in (leaves, dormant)]
+        return PruningState(jnp.zeros((), jnp.int32), trees[0], trees[1], guarded.init(params))
 
     def update(updates: Any, state: PruningState, params: Any = None, **extra: Any) -> tuple[Any, PruningState]:
         if params is None:
@@ -125,10 +133,23 @@ def scheduled_pruning(
         place = jnp.minimum(jnp.searchsorted(steps, state.step), len(steps) - 1)
 
         def prune() -> Any:
-            return _pruned(optax.apply_updates(params, updates), state.masks, groups, include, place)
+            after = optax.apply_updates(params, updates)
+            new = _pruned(after, state.masks, groups, include, place)
 
-        new = lax.cond(jnp.asarray(steps)[place] == state.step, prune, lambda: state.masks)
-        return updates, PruningState(optax.safe_increment(state.step), new, kept)
+            def part(update: Any, param: Any, after: Any, old: Array, new: Array, dormant: Array) -> Any:
+                if dormant.shape != new.shape:
+                    return update, dormant  # of a parameter that is not pruned
+                gone = old & ~new
+                return jnp.where(gone, to_zero(param, update.dtype), update), jnp.where(gone, after, dormant)
+
+            parts = jax.tree.map(part, updates, params, after, state.masks, new, state.dormant)
+            structure: Any = jax.tree.structure(new)
+            changed, dormant = zip(*structure.flatten_up_to(parts), strict=True)
+            return jax.tree.unflatten(structure, changed), new, jax.tree.unflatten(structure, dormant)
+
+        due = jnp.asarray(steps)[place] == state.step
+        updates, new, dormant = lax.cond(due, prune, lambda: (updates, state.masks, state.dormant))
+        return updates, PruningState(optax.safe_increment(state.step), new, dormant, kept)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

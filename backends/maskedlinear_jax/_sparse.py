@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from maskedlinear.pattern import SparsityPattern
@@ -49,8 +51,19 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bia
     return product(x, values, DevicePattern.of(pattern), pattern.shape[1], bias)
 
 
-def product(x: ArrayLike, values: ArrayLike, pattern: DevicePattern, in_features: int, bias: ArrayLike | None) -> Array:
-    """Return y, for the indices of a pattern."""
+def product(
+    x: ArrayLike,
+    values: ArrayLike,
+    pattern: DevicePattern,
+    in_features: int,
+    bias: ArrayLike | None,
+    *,
+    check: bool = False,
+) -> Array:
+    """Return y, for the indices of a pattern; with ``check`` NaN for y or a gradient that wrong indices would be used for.
+
+    What nobody asks for is not checked: to look at the indices by columns takes longer, and only x's gradient uses them.
+    """
     x, values = as_array("x", x), as_array("values", values)
     bias = None if bias is None else as_array("bias", bias)
     named = {"x": x, "values": values} | ({} if bias is None else {"bias": bias})
@@ -66,10 +79,29 @@ def product(x: ArrayLike, values: ArrayLike, pattern: DevicePattern, in_features
     dtype = jnp.result_type(*named.values())
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
     rows = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide)
-    y = _from_columns(spmm(values.astype(dtype).astype(wide), _to_columns(rows), pattern))
-    if bias is not None:
-        y = y + bias.astype(dtype).astype(wide)[None]
+    columns, values = _to_columns(rows), values.astype(dtype).astype(wide)
+    offset = None if bias is None else bias.astype(dtype).astype(wide)
+    if check:
+        by_rows = pattern.is_valid_by_rows(in_features)
+        one = jnp.where(by_rows, 1, jnp.nan).astype(wide)
+        columns, values = _poison_tangent(columns, by_rows & pattern.is_valid_by_columns()), values * one
+        offset = (jnp.zeros(out, wide) if offset is None else offset) * one
+    y = _from_columns(spmm(values, columns, pattern))
+    if offset is not None:
+        y = y + offset[None]
     return y.astype(dtype).reshape(*x.shape[:-1], out)
+
+
+@jax.custom_jvp
+def _poison_tangent(array: Array, valid: Array) -> Array:
+    """Return ``array``, whose tangent and cotangent are NaN unless ``valid``."""
+    return array
+
+
+@_poison_tangent.defjvp
+def _poison_tangent_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
+    # By a branch: a product would be one with the transposition next to it, which takes several times as long then.
+    return primals[0], lax.cond(primals[1], lambda tangent: tangent, lambda tangent: tangent * jnp.nan, tangents[0])
 
 
 # x.T and back, by way of blocks: XLA takes a plain transpose for a matter of layout, and copies once for each reader.

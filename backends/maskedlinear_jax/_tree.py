@@ -105,7 +105,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
 def regrow_tree(
     params: Any, masks: Any, fraction: float, *, gradients: Any = None, include: Include = None, seed: int = 0
 ) -> tuple[Any, Any]:
-    """Move a fraction of each masked parameter's connections; return the parameters, in which new ones are 0, and the masks.
+    """Move a fraction of each masked parameter's connections; return the parameters, 0 but for those that stay, and masks.
 
     Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`. Layers of other frameworks with
     the same weights move alike. An optimizer guarded by :func:`freeze_masked` starts new connections with a clean state at
@@ -138,7 +138,7 @@ def regrow_tree(
         gradient = None if moved is None else turned(name, moved[place])
         new = pruning.regrow(turned(name, old), turned(name, leaf), fraction, gradient, seed=layer_seed(seed, number))
         new = turned(name, new)
-        leaves[place] = jnp.where(new & ~old, jnp.zeros((), leaf.dtype), leaf)
+        leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = jnp.asarray(new)
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, found)
 

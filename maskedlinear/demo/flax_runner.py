@@ -57,7 +57,7 @@ class FlaxRunner:
 
     def weights(self) -> tuple[Float32, ...]:
         """See ``Runner``."""
-        return tuple(np.array(layer.kernel[...]).T for layer in self._network.linears)
+        return tuple(np.array(layer.full_kernel).T for layer in self._network.linears)
 
     def sparsity(self) -> tuple[float, ...]:
         """See ``Runner``."""

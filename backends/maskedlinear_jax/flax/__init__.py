@@ -4,18 +4,26 @@ Flax keeps a layer's kernel as ``(in, out)``, and a mask has the shape of the pa
 given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``: transpose them with ``mask.T``.
 """
 
+from maskedlinear_jax.flax._check import check_masks
 from maskedlinear_jax.flax._growth import dense_gradients
-from maskedlinear_jax.flax._kernel import Mask, param_masks, set_param_masks
+from maskedlinear_jax.flax._kernel import Dormant, Mask, param_masks, set_param_masks
 from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
-from maskedlinear_jax.flax._over_time import ScheduledPruning, ScheduledRegrowth, lottery_rounds, rewind_model
+from maskedlinear_jax.flax._over_time import (
+    ScheduledPruning,
+    ScheduledRegrowth,
+    load_state,
+    lottery_rounds,
+    rewind_model,
+)
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._shrink import shrink
 from maskedlinear_jax.flax._sparse_nnx import PatternIndex, SparseLinear
 from maskedlinear_jax.flax._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
 __all__ = [
+    "Dormant",
     "Mask",
     "MaskedDense",
     "MaskedLinear",
@@ -23,10 +31,12 @@ __all__ = [
     "ScheduledPruning",
     "ScheduledRegrowth",
     "SparseLinear",
+    "check_masks",
     "compress",
     "dense_gradients",
     "expand",
     "get_masks",
+    "load_state",
     "lottery_rounds",
     "mask_model",
     "param_masks",

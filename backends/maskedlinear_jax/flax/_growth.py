@@ -89,7 +89,7 @@ def _prepared(loss: Callable[..., Array], model: Any, arguments: tuple[Any, ...]
     whole = nnx.clone(model)
     for layer in layers_of(whole, MaskedLinear).values():
         layer.kernel[...] = layer.masked_kernel
-        layer.set_mask(jnp.ones(layer.kernel[...].shape, bool))
+        layer.mask.set_value(jnp.ones(layer.kernel[...].shape, bool))
     recorded = layers_of(whole, SparseLinear)
     for layer in recorded.values():
         _Recorded.adopt(layer)

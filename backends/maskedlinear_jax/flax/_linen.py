@@ -1,4 +1,4 @@
-"""``MaskedDense`` for linen: a drop-in ``nn.Dense`` whose mask lives in a collection of its own, ``masks``."""
+"""``MaskedDense`` for linen: a drop-in ``nn.Dense`` with the collections ``masks`` and ``dormant`` of its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from maskedlinear.spec import check_shapes
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale
+from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
 from maskedlinear_jax.flax._nnx import check_options
 
 __all__ = ["MaskedDense"]
@@ -21,8 +21,10 @@ __all__ = ["MaskedDense"]
 class MaskedDense(nn.Dense):
     """A dense layer whose connections are chosen by a mask: ``y = x · where(mask, kernel, 0) + bias``.
 
-    The whole kernel is kept, in ``params``; the mask is in the collection ``masks``, which optimizers never see and
-    checkpoints do. Pass both to ``apply``. A new mask is a new value in that collection, and needs no new compilation.
+    The kernel is in ``params``, and 0 where the mask is off, so that whatever reads it has the weights that act. The mask is
+    in the collection ``masks``, and what masked connections were in ``dormant``: optimizers see neither, checkpoints both.
+    Pass ``params`` and ``masks`` to ``apply``. :func:`maskedlinear.flax.set_masks` changes masks and moves weights; another
+    array put into ``masks`` by hand only selects. A new mask needs no new compilation.
 
     Attributes:
         features: the number of outputs.
@@ -32,6 +34,8 @@ class MaskedDense(nn.Dense):
             them as drawn, ``"full"``. The same without a mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural
             Networks and How Lottery Tickets Win", AAAI 2022, section 3.
         forward_mode: see :func:`maskedlinear.jax.masked_linear`.
+        keep_dormant: whether ``init`` makes the collection ``dormant``. Without it, as where a transform of linen leaves it
+            out, a connection that comes back starts at 0.
 
     The others are those of ``nn.Dense``: ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
     ``bias_init``, ``promote_dtype``, ``dot_general``, ``dot_general_cls``.
@@ -48,6 +52,7 @@ class MaskedDense(nn.Dense):
     mask: Any = None
     init_fan_in: Literal["live", "full"] = "live"
     forward_mode: bool = False
+    keep_dormant: bool = True
 
     @nn.compact
     def __call__(self, inputs: Array) -> Array:
@@ -95,10 +100,13 @@ class MaskedDense(nn.Dense):
         return jax.tree.map(lambda _: mask, boxed)  # partitioned as the kernel is
 
     def _initial_kernel(self, key: Array, shape: tuple[int, int], dtype: Any, mask: Array) -> Any:
-        kernel = self._drawn_kernel(key, shape, dtype)
-        if self.mask is None or self.init_fan_in == "full":
-            return kernel
-        return jax.tree.map(lambda drawn: drawn * live_scale(mask, dtype), kernel)
+        kernel = self._drawn_kernel(key, shape, dtype)  # boxed, if it is partitioned
+        if self.mask is not None and self.init_fan_in == "live":
+            kernel = jax.tree.map(lambda drawn: drawn * live_scale(mask, dtype), kernel)
+        if self.keep_dormant and self.is_mutable_collection("dormant"):
+            dormant = jax.tree.map(lambda drawn: masked_kernel(drawn, ~mask), kernel)
+            self.variable("dormant", "dormant", lambda: dormant)
+        return kernel if self.mask is None else jax.tree.map(lambda drawn: masked_kernel(drawn, mask), kernel)
 
     def _drawn_kernel(self, key: Array, shape: tuple[int, int], dtype: Any) -> Any:
         if 0 in shape and self.kernel_init is nn.linear.default_kernel_init:  # it divides by the size

@@ -10,9 +10,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from maskedlinear_jax._compat import children, holds_data, is_traced
+
 __all__ = [
+    "as_double",
     "copy_metadata_and_attributes",
     "device_of",
+    "doubled",
     "kernel_gradients",
     "layers_of",
     "parameter_users",
@@ -67,7 +71,7 @@ def kernel_gradients(gradients: Any) -> dict[str, Array]:
 
 def device_of(array: Any) -> jax.Device | None:
     """Return the device that an array lies on; ``None`` if on several, or traced."""
-    devices = [] if isinstance(array, jax.core.Tracer) else list(array.devices())
+    devices = [] if is_traced(array) else list(array.devices())
     return devices[0] if len(devices) == 1 else None
 
 
@@ -80,7 +84,7 @@ def copy_metadata_and_attributes(new: Any, old: Any) -> Any:
     known = vars(new).keys() | vars(type(old)(1, 1, rngs=nnx.Rngs(0))).keys()
     for name in vars(old).keys() - known:
         value = getattr(old, name)
-        setattr(new, name, nnx.data(value) if old._pytree__nodes[name] else nnx.static(value))
+        setattr(new, name, nnx.data(value) if holds_data(old, name) else nnx.static(value))
     return new
 
 
@@ -97,11 +101,11 @@ def replace_modules(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
         return node
     seen.add(id(node))
     if isinstance(node, nnx.List | list):
-        children: list[tuple[Any, Any]] = list(enumerate(node))
+        named: list[tuple[Any, Any]] = list(enumerate(node))
     else:
-        children = list((node if isinstance(node, dict) else vars(node)).items())
-    for name, child in children:
-        new = child if str(name).startswith("_pytree") else replace_modules(child, made, seen)
+        named = list((node if isinstance(node, dict) else children(node)).items())
+    for name, child in named:
+        new = replace_modules(child, made, seen)
         if new is child:
             continue
         if isinstance(node, list | dict | nnx.List):
@@ -114,3 +118,20 @@ def replace_modules(node: Any, made: dict[int, Any], seen: set[int]) -> Any:
 def _weight(layer: Any) -> Any:
     """Return the Variable of a masked layer's weights, of either form."""
     return layer.kernel if hasattr(layer, "kernel") else layer.weight_values
+
+
+def doubled(model: Any) -> Any:
+    """Return a copy in float64 and evaluation."""
+    copy = nnx.clone(model)
+    copy.eval()
+    nnx.update(copy, jax.tree.map(as_double, nnx.state(copy)))
+    for _, node in nnx.iter_graph(copy):
+        if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
+            node.dtype = None  # type: ignore[attr-defined]  # that of the parameters
+    return copy
+
+
+def as_double(value: Any) -> Any:
+    """Return an array in float64 if it is of floats."""
+    floating = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
+    return jnp.asarray(value, jnp.float64) if floating else value

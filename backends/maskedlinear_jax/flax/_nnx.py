@@ -1,4 +1,4 @@
-"""``MaskedLinear`` for nnx: a drop-in ``nnx.Linear`` whose mask is a Variable of its own type."""
+"""``MaskedLinear`` for nnx: a drop-in ``nnx.Linear`` whose mask and dormant weights are Variables of types of their own."""
 
 from __future__ import annotations
 
@@ -9,8 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax.flax._kernel import PARAMETER, Mask, apply_kernel, live_scale, mask_shape, masked_kernel
+from maskedlinear_jax.flax._kernel import (
+    PARAMETER,
+    Dormant,
+    Mask,
+    apply_kernel,
+    checked_mask,
+    full_kernel,
+    live_scale,
+    mask_shape,
+    masked_kernel,
+    set_variables,
+    value_of,
+)
 
 __all__ = ["MaskedLinear"]
 
@@ -18,9 +31,13 @@ __all__ = ["MaskedLinear"]
 class MaskedLinear(nnx.Linear):
     """A linear layer whose connections are chosen by a mask: ``y = x · where(mask, kernel, 0) + bias``.
 
-    The whole kernel is kept. A masked connection takes no part in the forward or the backward pass, keeps its stored
-    weight, and comes back when the mask brings it back. Optimizers move a weight whose gradient is zero (momentum,
-    weight decay): guard them with :func:`maskedlinear.jax.freeze_masked`.
+    ``kernel`` is 0 where the mask is off, so that whatever reads it has the weights that act. What a masked connection was
+    lies in ``dormant``, a Variable that no optimizer sees, and comes back, bit for bit, when :meth:`set_mask` brings the
+    connection back. A masked connection takes no part in the forward or the backward pass, whatever stands in the kernel.
+    Optimizers move a weight whose gradient is zero (momentum, weight decay), which other readers of the kernel would see:
+    guard them with :func:`maskedlinear.jax.freeze_masked`.
+
+    A layer made by ``nnx.eval_shape`` without a mask acts with the full one as soon as it has a kernel.
 
     Args:
         in_features: the size of the input's last dimension.
@@ -31,10 +48,12 @@ class MaskedLinear(nnx.Linear):
             without a mask. Source: U. Evci et al., "Gradient Flow in Sparse Neural Networks and How Lottery Tickets
             Win", AAAI 2022, section 3.
         forward_mode: see :func:`maskedlinear.jax.masked_linear`.
+        keep_dormant: whether weights come back; otherwise there is no ``dormant``, and a connection that comes back starts
+            at 0.
         rngs: as in ``nnx.Linear``.
         **options: those of ``nnx.Linear``: ``use_bias``, ``dtype``, ``param_dtype``, ``precision``, ``kernel_init``,
             ``bias_init``, ``dot_general``, ``promote_dtype``, ``preferred_element_type``, ``kernel_metadata``,
-            ``bias_metadata``. The kernel's sharding is the mask's too.
+            ``bias_metadata``. The kernel's sharding is that of mask and dormant weights too.
 
     Shapes:
         inputs ``(..., in_features)``; output ``(..., out_features)``.
@@ -46,6 +65,7 @@ class MaskedLinear(nnx.Linear):
     """
 
     mask: Mask
+    dormant: Dormant | None
 
     def __init__(
         self,
@@ -55,6 +75,7 @@ class MaskedLinear(nnx.Linear):
         mask: Any = None,
         init_fan_in: Literal["live", "full"] = "live",
         forward_mode: bool = False,
+        keep_dormant: bool = True,
         rngs: nnx.Rngs,
         **options: Any,
     ) -> None:
@@ -63,14 +84,11 @@ class MaskedLinear(nnx.Linear):
         if 0 in (in_features, out_features):  # Flax's own initialiser divides by the size
             options.setdefault("kernel_init", nnx.initializers.zeros)
         super().__init__(in_features, out_features, rngs=rngs, **options)
-        self.init_fan_in = init_fan_in
-        self.forward_mode = forward_mode
-        kernel = self.kernel[...]
-        full = jnp.ones(kernel.shape, bool)
-        chosen = full if mask is None else jnp.array(boolean_mask(mask, kernel.shape, PARAMETER))
-        self.mask = Mask(chosen, **_sharding(self.kernel))
-        if mask is not None and init_fan_in == "live":
-            self.kernel[...] = kernel * live_scale(chosen, kernel.dtype)
+        if mask is not None:
+            mask = jnp.array(boolean_mask(mask, self.kernel.shape, PARAMETER))
+            if init_fan_in == "live":
+                self.kernel[...] = self.kernel[...] * live_scale(mask, self.kernel.dtype)
+        self._begin(mask, init_fan_in, forward_mode, keep_dormant)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``; ``out_sharding`` as in ``nnx.Linear``."""
@@ -91,9 +109,10 @@ class MaskedLinear(nnx.Linear):
         )
 
     def set_mask(self, mask: Any) -> None:
-        """Replace the layer's mask; it holds from the next call on, without a new compilation.
+        """Replace the layer's mask; it holds from the next call on, without a new compilation; inside ``jit`` too.
 
-        No weight changes, so setting an old mask again brings the old outputs back, bit for bit.
+        Weights move between ``kernel`` and ``dormant`` bit for bit, so that setting an old mask again brings the old outputs
+        back.
 
         Args:
             mask: shape ``(in_features, out_features)``, booleans or 0s and 1s.
@@ -102,16 +121,22 @@ class MaskedLinear(nnx.Linear):
             ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was. Or if the
                 layer is abstract.
         """
-        old = _value(self.mask)
-        new = jnp.array(boolean_mask(mask, mask_shape(_value(self.kernel), old), PARAMETER))
-        if isinstance(old, jax.Array) and not isinstance(old, jax.core.Tracer) and not isinstance(new, jax.core.Tracer):
+        old = self.mask.get_value()
+        new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER))
+        if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new):
             new = jax.device_put(new, old.sharding)
-        self.mask.set_value(new)
+        set_variables(vars(self), new)
 
     @property
     def masked_kernel(self) -> Array:
-        """``where(mask, kernel, 0)``, shape ``(in_features, out_features)``."""
-        return masked_kernel(_value(self.kernel), self._checked_mask())
+        """``where(mask, kernel, 0)``, shape ``(in, out)``: the kernel, without what an optimizer has left in it."""
+        return masked_kernel(value_of(self.kernel), self._checked_mask())
+
+    @property
+    def full_kernel(self) -> Array:
+        """The live and the dormant weights together, shape ``(in, out)``."""
+        dormant = None if self.dormant is None else value_of(self.dormant)
+        return full_kernel(value_of(self.kernel), self._checked_mask(), dormant)
 
     @property
     def sparsity(self) -> float:
@@ -120,13 +145,14 @@ class MaskedLinear(nnx.Linear):
         return (mask.size - int(mask.sum())) / mask.size if mask.size else 0.0
 
     @classmethod
-    def from_linear(cls, linear: nnx.Linear, mask: Any = None) -> Self:
+    def from_linear(cls, linear: nnx.Linear, mask: Any = None, *, keep_dormant: bool | None = None) -> Self:
         """Return a masked layer with a copy of ``linear``'s parameters and its options.
 
         Args:
-            linear: any ``nnx.Linear``, a stack of them (by ``nnx.vmap``) too. Of a ``MaskedLinear`` the mask is copied too,
-                unless another is given.
+            linear: any ``nnx.Linear``, a stack of them (by ``nnx.vmap``) too. Of a ``MaskedLinear`` mask and dormant weights
+                are copied too; another mask that is given brings weights back and makes others dormant.
             mask: the kernel's shape, ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
+            keep_dormant: as in the class; ``None`` is as in ``linear``, if that is masked, else ``True``.
 
         Raises:
             ValueError: if the mask has another shape, or holds anything but 0 and 1. Or if ``linear`` is abstract.
@@ -134,27 +160,29 @@ class MaskedLinear(nnx.Linear):
         """
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"from_linear takes an nnx.Linear; got {type(linear).__name__}")
-        kernel = _value(linear.kernel)
+        shape = value_of(linear.kernel).shape
+        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
         layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **_options(linear))
         _copy_parameters(linear, layer)
         if isinstance(linear, MaskedLinear):
-            layer.init_fan_in, layer.forward_mode = linear.init_fan_in, linear.forward_mode
-        if mask is not None:
-            chosen = boolean_mask(mask, kernel.shape, PARAMETER)
-        elif isinstance(linear, MaskedLinear):
-            chosen = linear._checked_mask()
+            layer.kernel.set_value(linear.full_kernel)
+            chosen = jnp.array(linear._checked_mask()) if chosen is None else chosen
+            keep_dormant = linear.dormant is not None if keep_dormant is None else keep_dormant
+            layer._begin(chosen, linear.init_fan_in, linear.forward_mode, keep_dormant)
         else:
-            chosen = jnp.ones(kernel.shape, bool)
-        layer.mask = Mask(jnp.array(chosen), **_sharding(layer.kernel))
+            layer._begin(chosen, "live", False, keep_dormant is not False)
         return layer
 
     @classmethod
-    def adopt(cls, linear: nnx.Linear, mask: Any = None) -> Self:
+    def adopt(cls, linear: nnx.Linear, mask: Any = None, *, keep_dormant: bool = True) -> Self:
         """Turn an ``nnx.Linear`` into a masked layer: the same object, with the same parameters and options.
+
+        Weights under the mask become dormant.
 
         Args:
             linear: an ``nnx.Linear``, no subclass.
             mask: the kernel's shape, ``(in, out)``, booleans or 0s and 1s; ``None`` is the full mask.
+            keep_dormant: as in the class.
 
         Raises:
             ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
@@ -164,16 +192,15 @@ class MaskedLinear(nnx.Linear):
             raise TypeError(
                 f"adopt takes a plain nnx.Linear; got {type(linear).__name__}: a copy is made by MaskedLinear.from_linear"
             )
-        shape = _value(linear.kernel).shape
-        chosen = jnp.ones(shape, bool) if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
+        shape = value_of(linear.kernel).shape
+        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
         linear.__class__ = cls
         layer: Self = linear  # type: ignore[assignment]
-        layer.init_fan_in, layer.forward_mode = "live", False
-        layer.mask = Mask(chosen, **_sharding(layer.kernel))
+        layer._begin(chosen, "live", False, keep_dormant)
         return layer
 
     def release(self) -> nnx.Linear:
-        """Turn this layer into a plain ``nnx.Linear`` with the same outputs: the same object, whose masked weights become 0.
+        """Turn this layer into a plain ``nnx.Linear`` with the same outputs: the same object; what is dormant is dropped.
 
         Raises:
             TypeError: if this is a subclass.
@@ -183,23 +210,38 @@ class MaskedLinear(nnx.Linear):
                 f"release turns a plain MaskedLinear into an nnx.Linear; got {type(self).__name__}: to_linear makes a copy"
             )
         self.kernel[...] = self.masked_kernel
-        for name in ("mask", "init_fan_in", "forward_mode"):
+        for name in ("mask", "dormant", "init_fan_in", "forward_mode", "_full_at_first"):
             delattr(self, name)
         linear: nnx.Linear = self
         linear.__class__ = nnx.Linear
         return linear
 
     def to_linear(self) -> nnx.Linear:
-        """Return a plain ``nnx.Linear`` with the same outputs: a copy, whose masked weights are 0."""
+        """Return a plain ``nnx.Linear`` with the same outputs: a copy, without what is dormant."""
         linear = nnx.Linear(self.in_features, self.out_features, rngs=nnx.Rngs(0), **_options(self))
         _copy_parameters(self, linear)
         linear.kernel[...] = self.masked_kernel
         return linear
 
+    def _begin(self, mask: Array | None, init_fan_in: Any, forward_mode: bool, keep_dormant: bool) -> None:
+        """Mask a layer that has its kernel: ``mask`` is its own; of a stack of layers, too."""
+        self.init_fan_in, self.forward_mode, self._full_at_first = init_fan_in, forward_mode, mask is None
+        kernel, sharding = self.kernel.get_value(), _sharding(self.kernel)
+        self.mask = Mask(jnp.ones(kernel.shape, bool) if mask is None else mask, **sharding)
+        dormant = jnp.zeros_like(kernel) if mask is None else masked_kernel(kernel, ~mask)
+        self.dormant = Dormant(dormant, **sharding) if keep_dormant else None
+        if mask is not None:
+            self.kernel.set_value(masked_kernel(kernel, mask))
+
+    def _own_mask(self) -> Any:
+        """Return the mask as it is: a state may have brought any; a layer made by ``nnx.eval_shape`` has none to give."""
+        mask = self.mask.get_value()
+        abstract = isinstance(mask, jax.ShapeDtypeStruct)
+        return jnp.ones(mask.shape, bool) if abstract and self._full_at_first else mask
+
     def _checked_mask(self) -> Array:
-        """Return the mask; a state may have brought any."""
-        mask = _value(self.mask)
-        return boolean_mask(mask, mask_shape(_value(self.kernel), mask), PARAMETER)
+        """Return the mask, checked."""
+        return checked_mask(value_of(self.kernel), self._own_mask())
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "mask" and "mask" in vars(self) and not isinstance(value, nnx.Variable):
@@ -232,16 +274,6 @@ def check_options(init_fan_in: str, param_dtype: Any) -> None:
         )
 
 
-def _value(variable: nnx.Variable[Array]) -> Array:
-    """Return a Variable's array, or raise a ``ValueError`` if it has none."""
-    value = variable.get_value()
-    if isinstance(value, jax.ShapeDtypeStruct):
-        raise ValueError(
-            "this layer is abstract (made by nnx.eval_shape) and has no values: restore its state first, with nnx.update"
-        )
-    return value
-
-
 def _sharding(kernel: nnx.Variable[Array]) -> dict[str, Any]:
     """Return the metadata of ``kernel`` that says how it is sharded."""
     return {name: value for name, value in kernel.get_metadata().items() if "sharding" in name or "mesh" in name}
@@ -259,5 +291,5 @@ def _copy_parameters(source: nnx.Linear, target: nnx.Linear) -> None:
         variable = getattr(source, name)
         if variable is not None:
             copy = variable.copy()  # with its metadata, a sharding for one
-            copy.set_value(jnp.array(_value(variable)))
+            copy.set_value(jnp.array(value_of(variable)))
             setattr(target, name, copy)

@@ -11,11 +11,14 @@ from flax import nnx
 
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
-from maskedlinear_jax.flax._kernel import Mask
+from maskedlinear_jax.flax._kernel import set_variables
+from maskedlinear_jax.flax._modules import layers_of
+from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._regrow import regrow_model
+from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._whole import prune_model
 
-__all__ = ["ScheduledPruning", "ScheduledRegrowth", "lottery_rounds", "rewind_model"]
+__all__ = ["ScheduledPruning", "ScheduledRegrowth", "load_state", "lottery_rounds", "rewind_model"]
 
 
 class ScheduledPruning(Pruning):
@@ -31,6 +34,7 @@ class ScheduledPruning(Pruning):
     Args:
         model: a module with :class:`MaskedLinear` layers.
         schedule: the sparsity at each step, counted from 0.
+        averages: averages of the model, nnx modules too, which get its masks whenever it was pruned.
         how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them;
             ``gradients`` are given to ``step``.
 
@@ -40,6 +44,9 @@ class ScheduledPruning(Pruning):
 
     def _prune(self, sparsity: float, **how: Any) -> None:
         prune_model(self.model, sparsity, **how)
+
+    def _bring_masks(self, average: Any) -> None:
+        _bring_masks(self.model, average)
 
 
 class ScheduledRegrowth(Regrowth):
@@ -63,6 +70,8 @@ class ScheduledRegrowth(Regrowth):
         growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
         include: which layers, as in :func:`mask_model`.
         seed: of the random places.
+        averages: averages of the model, nnx modules too, which get its connections whenever they have moved; new ones start
+            at 0 there, too.
 
     Attributes:
         steps: how many steps there were.
@@ -95,7 +104,51 @@ class ScheduledRegrowth(Regrowth):
         if not self.due(step):
             return 0
         found = gradients() if self.growth == "gradient" and gradients is not None else None
-        return regrow_model(self.model, gradients=found, **self._options(step))
+        moved = regrow_model(self.model, gradients=found, **self._options(step))
+        self._update_averages()
+        return moved
+
+    def _bring_masks(self, average: Any) -> None:
+        _bring_masks(self.model, average)
+
+
+def _bring_masks(model: Any, average: Any) -> None:
+    """Give an average of a model its masks and its sparse layers' connections; what has come back starts at 0 there.
+
+    Raises:
+        ValueError: if the average has not the same masked layers; it is left as it was.
+    """
+    layers, others = (layers_of(one, MaskedLinear | SparseLinear) for one in (model, average))
+    if {name: type(layer) for name, layer in layers.items()} != {name: type(layer) for name, layer in others.items()}:
+        raise ValueError(
+            f"an average has the layers of its model; got one with the masked layers {list(others)}, and the model has "
+            f"{list(layers)}: make it of the model as it is"
+        )
+    for name, layer in layers.items():
+        other = others[name]
+        if isinstance(layer, MaskedLinear):
+            new, old = layer.mask[...], other.mask[...]
+            other.set_mask(new)
+            other.kernel[...] = jnp.where(new & ~old, jnp.zeros((), other.kernel.dtype), other.kernel[...])
+        elif other.pattern != layer.pattern:
+            other.rewire(layer.pattern, layer.pattern.places_in(other.pattern))
+
+
+def load_state(model: Any, state: Any) -> None:
+    """Set the Variables of a model from a state, one of an earlier version too, as ``nnx.update`` does.
+
+    A state of an earlier version has no ``dormant``: of each :class:`MaskedLinear` what stands in the kernel under the mask
+    is what is dormant. Of a :class:`SparseLinear` ``indptr`` and ``indices`` are enough; they are checked, and what is made
+    of them is made anew. Where the state has no mask, the layer's own stays.
+
+    Args:
+        model: any nnx module.
+        state: of ``nnx.state``, or restored from a checkpoint: a ``State`` of Variables.
+
+    Raises:
+        ValueError: if the indices of a sparse layer are none of a layer of its shape; other Variables are set then.
+    """
+    _load(model, state, keep_masks=False)
 
 
 def rewind_model(model: Any, state: Any) -> None:
@@ -105,10 +158,29 @@ def rewind_model(model: Any, state: Any) -> None:
 
     Args:
         model: a module with :class:`MaskedLinear` layers.
-        state: a copy of ``nnx.state(model)`` from an earlier moment, before or after it was masked:
-            ``jax.tree.map(jnp.copy, nnx.state(model))``, where a jitted step donates its buffers.
+        state: a copy of ``nnx.state(model)`` from an earlier moment, before or after it was masked, or of an earlier
+            version: ``jax.tree.map(jnp.copy, nnx.state(model))``, where a jitted step donates its buffers.
     """
-    nnx.update(model, _copied(nnx.filter_state(state, nnx.Not(nnx.OfType(Mask)))))
+    _load(model, state, keep_masks=True)
+
+
+def _load(model: Any, state: Any, keep_masks: bool) -> None:
+    layers = layers_of(model, MaskedLinear).values()
+    masks = [layer._own_mask() for layer in layers]
+    absent = [jnp.zeros((0,) * mask.ndim, bool) for mask in masks]
+    for layer, nothing in zip(layers, absent, strict=True):
+        layer.mask.set_value(nothing)
+        if layer.dormant is not None:
+            layer.dormant.set_value(jnp.zeros_like(layer.dormant.get_value()))
+    nnx.update(model, _copied(state))
+    for layer, mask, nothing in zip(layers, masks, absent, strict=True):
+        brought = layer.mask.get_value()
+        if keep_masks or brought is nothing:
+            set_variables(vars(layer), mask)
+        else:
+            layer.set_mask(brought)
+    for layer in layers_of(model, SparseLinear).values():
+        layer._complete_pattern()
 
 
 def lottery_rounds(

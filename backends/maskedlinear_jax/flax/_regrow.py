@@ -14,6 +14,7 @@ from maskedlinear import pruning
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_jax._optim import renewed_state
 from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import layers_of, pure, refuse_shared
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
@@ -90,8 +91,8 @@ def _move(name: str, layer: Any, plan: Any) -> Moved:
         layer.rewire(pattern, source)
         return f"{name}weight_values", source < 0, np.maximum(source, 0)
     new = plan & ~np.asarray(layer.mask[...])
-    layer.kernel[...] = jnp.where(new, jnp.zeros((), layer.kernel[...].dtype), layer.kernel[...])
     layer.set_mask(plan)
+    layer.kernel[...] = masked_kernel(layer.kernel[...], ~new)
     return f"{name}kernel", new, None
 
 

@@ -14,12 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 
 from maskedlinear._table import lines
 from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
-from maskedlinear_jax._functional import enable_x64
-from maskedlinear_jax.flax._modules import layers_of, parameter_users, replace_modules
+from maskedlinear_jax._compat import ClosedJaxpr, Jaxpr, Literal, Primitive, ShapedArray, enable_x64
+from maskedlinear_jax.flax._modules import as_double, doubled, layers_of, parameter_users, replace_modules
 from maskedlinear_jax.flax._nnx import MaskedLinear
 
 __all__ = ["shrink"]
@@ -43,10 +42,9 @@ _CALLING = {
 }
 _SLACK = 1e4  # times the unit roundoff, relative to the largest output; sums over layers are taken in another order
 
-_layer_p = Primitive("layer")
-_layer_p.def_abstract_eval(  # type: ignore[no-untyped-call]
-    lambda x, *, name, features: jax.core.ShapedArray((*x.shape[:-1], features), x.dtype)
-)
+_layer_p: Any = None if Primitive is None else Primitive("layer")
+if _layer_p is not None:
+    _layer_p.def_abstract_eval(lambda x, *, name, features: ShapedArray((*x.shape[:-1], features), x.dtype))
 
 
 def shrink(
@@ -78,15 +76,17 @@ def shrink(
     Raises:
         ValueError: if the model cannot be traced, or, with ``on_unfollowed="raise"``, leads nodes that could go into
             something that is not followed.
-        RuntimeError: if the smaller model's outputs are not the same.
+        RuntimeError: if the smaller model's outputs are not the same, or this release of JAX shows no traces.
         TypeError: if ``model`` is no nnx module that can be called.
     """
     if not isinstance(model, nnx.Module) or not callable(model):
         raise TypeError(f"shrink takes an nnx.Module that can be called; got {type(model).__name__}")
     check_unfollowed(on_unfollowed)
+    if _layer_p is None:
+        raise RuntimeError(f"shrink reads JAX's traces, and those of jax {jax.__version__} have another form")
     with enable_x64(True):
-        reference = _doubled(model)
-        given = jax.tree.map(_double, (inputs, named))
+        reference = doubled(model)
+        given = jax.tree.map(as_double, (inputs, named))
         plan = _planned(reference, given, on_unfollowed)
         _check_same(reference, _smaller(nnx.clone(reference), plan), given)
     small: Model = _smaller(nnx.clone(model), plan)
@@ -105,9 +105,7 @@ class _Marker(nnx.Module):
     def __call__(self, x: Array, out_sharding: Any = None, use_running_average: bool = True, mask: Any = None) -> Any:
         if not use_running_average or mask is not None:
             raise ValueError(f"{self.name} is called with statistics of the batch: call the model as in evaluation")
-        return _layer_p.bind(  # type: ignore[no-untyped-call]
-            jnp.asarray(x), name=self.name, features=self.features
-        )
+        return _layer_p.bind(jnp.asarray(x), name=self.name, features=self.features)
 
 
 def _planned(model: Any, given: Any, on_unfollowed: Unfollowed) -> Plan:
@@ -255,17 +253,6 @@ def _at(model: Any, names: Iterable[str]) -> list[Any]:
     return [by_name[name] for name in names]
 
 
-def _doubled(model: Any) -> Any:
-    """Return a copy in float64 and evaluation."""
-    copy = nnx.clone(model)
-    copy.eval()
-    nnx.update(copy, jax.tree.map(_double, nnx.state(copy)))
-    for _, node in nnx.iter_graph(copy):
-        if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
-            node.dtype = None  # type: ignore[attr-defined]  # that of the parameters
-    return copy
-
-
 def _smaller(model: Any, plan: Plan) -> Any:
     """Exchange the layers of a model for what the plan leaves of them, in place, and return the model."""
     made: dict[int, Any] = {}
@@ -284,18 +271,18 @@ def _smaller(model: Any, plan: Plan) -> Any:
 def _smaller_layer(layer: Any, rows: Any, columns: Any, added: Any) -> nnx.Linear:
     """Return a copy of a layer without some of its outputs (``rows``) and inputs, the kernel's columns and rows."""
     inner = np.ix_(columns, rows)
-    mask = layer.mask[...][inner] if isinstance(layer, MaskedLinear) else None
     new: Any = nnx.clone(layer)
     new.in_features, new.out_features = int(columns.sum()), int(rows.sum())
-    new.kernel.set_value(layer.kernel[...][inner])
-    if mask is not None:
-        new.mask.set_value(mask)
+    for own in ("kernel", "mask", "dormant"):
+        variable = getattr(new, own, None)
+        if variable is not None:
+            variable.set_value(variable.get_value()[inner])
     if layer.bias is not None:
         old = layer.bias[...]
         new.bias.set_value(jnp.asarray(np.asarray(old, np.float64)[rows] + added, old.dtype))
     elif added.any():
         new.bias, new.use_bias = nnx.Param(jnp.asarray(added, layer.kernel[...].dtype)), True
-    plain: nnx.Linear = new.release() if mask is not None and bool(mask.all()) else new
+    plain: nnx.Linear = new.release() if isinstance(new, MaskedLinear) and bool(new.mask[...].all()) else new
     return plain
 
 
@@ -325,11 +312,6 @@ def _check_same(model: Any, small: Any, given: Any) -> None:
                     f"shrink would change an output by more than rounding can, {slack:.3g}: the call does something that "
                     "its trace does not show. The model is as it was"
                 )
-
-
-def _double(value: Any) -> Any:
-    floating = hasattr(value, "dtype") and jnp.issubdtype(value.dtype, jnp.floating)
-    return jnp.asarray(value, jnp.float64) if floating else value
 
 
 def _table(model: Any, small: Any, plan: Plan) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 from typing import Any, Literal, Self
 
 import jax
@@ -14,6 +15,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
@@ -35,9 +37,10 @@ class SparseLinear(nnx.Module):
     :class:`MaskedLinear` is the form whose mask can change at will. Every optimizer leaves what is not there alone, so none
     needs a guard. Half types are computed in float32.
 
-    The indices are in the layer's state. Of a state that is restored a call checks their shapes only: what is not a
-    connection of the layer gives wrong numbers, because JAX takes an index out of range for the nearest one. Read
-    :attr:`pattern` after loading a state that may be damaged; it checks all of them.
+    The indices are in the layer's state, by rows (``indptr``, ``rows``, ``indices``) and by columns (``starts``,
+    ``outputs``, ``order``). ``indptr`` and ``indices`` say all, and :func:`maskedlinear.flax.load_state` makes the others of
+    them. A call checks that all six say the same: where a state has brought others it is an error; and inside transforms,
+    where numbers cannot be looked at, NaN whatever wrong indices are used for (those by columns for x's gradient only).
 
     Args:
         in_features: the size of the input's last dimension.
@@ -61,7 +64,7 @@ class SparseLinear(nnx.Module):
 
     Raises:
         ValueError: if both a mask and a pattern are given, one has another shape, a mask holds anything but 0 and 1, or
-            a size is negative. When called, if a state brought indices of other shapes.
+            a size is negative. When called, if a state brought indices of other shapes, or none of a layer.
         TypeError: if ``mask`` is a pattern, or ``pattern`` is not; if ``param_dtype`` is not real floating-point, or a
             size no whole number.
     """
@@ -109,7 +112,12 @@ class SparseLinear(nnx.Module):
         inputs, values, bias = dtypes.promote_dtype(
             (as_array("inputs", inputs), self.weight_values[...], bias), dtype=self.dtype
         )
-        return product(inputs, values, self._device_pattern(), self.in_features, bias)
+        pattern = self._device_pattern()
+        traced = any(map(is_traced, pattern))
+        if not traced and not _are_known(pattern):
+            self.pattern  # noqa: B018 - raises if they contradict each other
+            _remember(pattern)
+        return product(inputs, values, pattern, self.in_features, bias, check=traced)
 
     @property
     def pattern(self) -> SparsityPattern:
@@ -124,8 +132,8 @@ class SparseLinear(nnx.Module):
         for name, expected in found.items():
             if not np.array_equal(here[name], expected):
                 raise ValueError(
-                    f"{name} must belong to the same connections as indptr and indices; got others: restore all of the "
-                    "layer's state"
+                    f"{name} must belong to the same connections as indptr and indices; got others: restore the "
+                    "layer's state, with maskedlinear.flax.load_state"
                 )
         return pattern
 
@@ -287,9 +295,19 @@ class SparseLinear(nnx.Module):
         for name, array in DevicePattern.of(pattern)._asdict().items():
             setattr(self, name, PatternIndex(array))
 
+    def _complete_pattern(self) -> None:
+        """Make of ``indptr`` and ``indices``, which a state has brought, the other indices."""
+        starts, inputs = (np.asarray(array.get_value()) for array in (self.indptr, self.indices))
+        pairs = zip(starts.reshape(-1, starts.shape[-1]), inputs.reshape(-1, inputs.shape[-1]), strict=True)
+        patterns = [DevicePattern.of(SparsityPattern(*pair, self.in_features)) for pair in pairs]
+        for name in DevicePattern._fields:
+            arrays = jnp.stack([getattr(pattern, name) for pattern in patterns])
+            array = arrays.reshape(*starts.shape[:-1], arrays.shape[-1])
+            getattr(self, name).set_value(jax.device_put(array, self.indices.get_value().sharding))
+
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
-        found = DevicePattern(*(getattr(self, name)[...] for name in DevicePattern._fields))
+        found = DevicePattern(*(getattr(self, name).get_value() for name in DevicePattern._fields))
         each = self.weight_values[...].shape
         if len(each) != 1:
             raise ValueError(
@@ -304,6 +322,20 @@ class SparseLinear(nnx.Module):
                     f"{math.prod(each)} values; got {array.shape}: restore the state of a layer of this size, all of it"
                 )
         return found
+
+
+_known: dict[int, tuple[weakref.ref[Any], ...]] = {}  # indices that were checked, by the identity of the first
+
+
+def _are_known(pattern: DevicePattern) -> bool:
+    references = _known.get(id(pattern.indptr), ())
+    return bool(references) and all(known() is array for known, array in zip(references, pattern, strict=True))
+
+
+def _remember(pattern: DevicePattern) -> None:
+    if all(isinstance(array, jax.Array) for array in pattern):  # nobody can write to it
+        key = id(pattern.indptr)
+        _known[key] = (weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)), *map(weakref.ref, pattern[1:]))
 
 
 def _check_real(name: str, array: Any) -> None:

@@ -1,4 +1,4 @@
-"""Whole nnx models: their linear layers masked in place and back, pruned, their masks read and set, and a summary."""
+"""Whole models: nnx layers masked in place and back, pruned, summed up; masks read and set, of linen variables too."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from maskedlinear._progress import Progress
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
 from maskedlinear.summaries import ModelSummary, WeightSummary
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax.flax._kernel import PARAMETER
-from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, parameter_users
+from maskedlinear_jax.flax._kernel import PARAMETER, is_linen, linen_layers, mask_shape, set_linen_masks
+from maskedlinear_jax.flax._modules import kernel_gradients, layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -27,13 +28,18 @@ __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "un
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
 
+_ONE_MASK = "layers that share a kernel share its mask; got different ones: give them the same, or a kernel each"
 
-def mask_model(model: Model, masks: Masks | None = None, *, include: Include = None) -> Model:
+
+def mask_model(
+    model: Model, masks: Masks | None = None, *, include: Include = None, keep_dormant: bool = True
+) -> Model:
     """Turn linear layers of an nnx model into :class:`MaskedLinear`, in place, and return the model.
 
     The layers stay the same objects with the same parameters: shared layers and kernels and options are kept, and with full
-    masks every output. Make the ``nnx.Optimizer`` afterwards or before: the parameters are the same. Each ``nnx.Linear``
-    with a kernel of two dimensions is meant, wherever it is nested; subclasses and stacks of layers are left out.
+    masks every output. Layers that share a kernel share its mask. Make the ``nnx.Optimizer`` afterwards or before: the
+    parameters are the same. Each ``nnx.Linear`` with a kernel of two dimensions is meant, wherever it is nested; subclasses
+    and stacks of layers are left out.
 
     Args:
         model: any nnx module, or a list, tuple or dict of them; a single ``nnx.Linear`` too.
@@ -41,10 +47,12 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
             0s and 1s; without ``include`` only these layers are turned. Layers without one get the full mask.
         include: which layers: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
             layer.
+        keep_dormant: as in :class:`MaskedLinear`.
 
     Raises:
         ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
-            but 0 and 1; if a pattern means no layer. The model is left as it was.
+            but 0 and 1; if layers that share a kernel are given different masks; if a pattern means no layer. The model is
+            left as it was.
     """
     masks = dict(masks or {})
     possible = {
@@ -53,65 +61,76 @@ def mask_model(model: Model, masks: Masks | None = None, *, include: Include = N
         if type(layer) is nnx.Linear and _is_flat(layer)
     }
     layers = select_weights(model, possible, masks, include)
-    made = {name: _checked(masks[name], layer, name) for name, layer in layers.items() if name in masks}
-    for name, layer in layers.items():
-        MaskedLinear.adopt(layer, made.get(name))
+    checked = {name: _checked(mask, layers[name].kernel, name) for name, mask in masks.items() if name in layers}
+    masked = {id(layer.kernel): layer for layer in layers_of(model, MaskedLinear).values()}
+    by_kernel = _agreed(checked, layers)
+    for key, mask in by_kernel.items():
+        if key in masked and not bool((mask == masked[key].mask[...]).all()):
+            raise ValueError(_ONE_MASK)
+    for layer in layers.values():
+        first = masked.setdefault(id(layer.kernel), layer)
+        adopted = MaskedLinear.adopt(layer, by_kernel.get(id(layer.kernel)), keep_dormant=keep_dormant)
+        adopted.mask, adopted.dormant = first.mask, first.dormant
     return model
 
 
 def unmask_model(model: Model, *, include: Include = None) -> Model:
     """Turn :class:`MaskedLinear` layers back into ``nnx.Linear``, in place, with the same outputs; return the model.
 
-    Their dormant weights become 0; everything else is kept, as by :func:`mask_model`. Subclasses stay as they are.
+    What is dormant is dropped; everything else is kept, as by :func:`mask_model`. Subclasses stay as they are.
 
     Args:
         model: any nnx module.
         include: which layers, as in :func:`mask_model`.
-
-    Raises:
-        ValueError: if a kernel is shared with a module that does not mask it alike; the model is left as it was.
     """
-    layers = {
-        name: layer
-        for name, layer in layers_of(model, MaskedLinear).items()
-        if type(layer) is MaskedLinear and matches(name, layer, include)
-    }
-    held = parameter_users(model)
-    for name, layer in layers.items():
-        if bool(layer.mask[...].all()):
-            continue  # no weight becomes 0
-        for other in held[id(layer.kernel)]:
-            if not isinstance(other, MaskedLinear) or not bool((layer.mask[...] == other.mask[...]).all()):
-                raise ValueError(
-                    f"{name} shares its kernel with a {type(other).__name__} that does not mask it alike, so that no dense "
-                    "kernel gives the outputs of both: give them one mask first, or the full one"
-                )
-    for layer in layers.values():
-        layer.release()
+    for name, layer in layers_of(model, MaskedLinear).items():
+        if type(layer) is MaskedLinear and matches(name, layer, include):
+            layer.release()
     return model
 
 
 def get_masks(model: Any) -> dict[str, Array]:
-    """Return the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
+    """Return the mask of each :class:`MaskedLinear` of a model, or of each :class:`MaskedDense` of linen's variables.
+
+    By the layer's name, its path with dots between, for :func:`set_masks` to bring back.
+    """
+    if is_linen(model):
+        return {".".join(path): mask for path, (_, mask) in linen_layers(model).items()}
     return {name: layer.mask[...] for name, layer in layers_of(model, MaskedLinear).items()}
 
 
-def set_masks(model: Any, masks: Masks) -> None:
-    """Set the masks of layers, by name; no weight changes, so an earlier mask brings the earlier outputs back.
+def set_masks(model: Any, masks: Masks) -> Any:
+    """Set the masks of layers, by name, and return the model; weights move, so an earlier mask brings earlier outputs back.
 
     Args:
-        model: any nnx module.
-        masks: by name, shape ``(in, out)``, booleans or 0s and 1s; other layers keep theirs.
+        model: any nnx module, whose layers are set in place; or the variables of a linen one, which stay as they are.
+        masks: by name, as :func:`get_masks` returns them: shape ``(in, out)``, booleans or 0s and 1s; inside transforms
+            booleans. Other layers keep theirs.
+
+    Returns:
+        The model; or new linen variables.
 
     Raises:
-        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; the model is
-            left as it was.
+        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; if layers
+            that share a kernel are given different masks. The model is left as it was.
     """
+    if is_linen(model):
+        named = {".".join(path): (path, kernel, mask) for path, (kernel, mask) in linen_layers(model).items()}
+        check_known("masks", masks, list(named))
+        new = {}
+        for name, mask in masks.items():
+            path, kernel, old = named[name]
+            new[path] = _checked(mask, kernel, name, old), None
+        return set_linen_masks(model, new)
     layers = layers_of(model, MaskedLinear)
     check_known("masks", masks, list(layers))
-    checked = {name: _checked(mask, layers[name], name) for name, mask in masks.items()}
+    checked = {
+        name: _checked(mask, layers[name].kernel.get_value(), name, layers[name].mask) for name, mask in masks.items()
+    }
+    _agreed(checked, layers)
     for name, mask in checked.items():
         layers[name].set_mask(mask)
+    return model
 
 
 def prune_model(
@@ -154,21 +173,24 @@ def prune_model(
     layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if matches(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
-    weights = {name: layer.kernel[...].T for name, layer in layers.items()}
-    found = {} if gradients is None else kernel_gradients(gradients)
-    scores = score_layers(score, weights, {name: found[name].T for name in layers if name in found}, seed)
     before = {name: layer.mask[...] for name, layer in layers.items()}
+    first: dict[int, str] = {}  # the name of each kernel, whoever shares it
+    for name, layer in layers.items():
+        first.setdefault(id(layer.kernel), name)
+    weights = {name: layers[name].kernel[...].T for name in first.values()}
+    found = {} if gradients is None else kernel_gradients(gradients)
+    scores = score_layers(score, weights, {name: found[name].T for name in weights if name in found}, seed)
     made = pruning.prune(
         scores,
         sparsity=sparsity,
-        masks={name: mask.T for name, mask in before.items()},
+        masks={name: before[name].T for name in weights},
         scope=scope,
         block=block,
         on_empty=on_empty,
         progress=progress,
     )
-    for name, layer in layers.items():
-        layer.set_mask(made[name].T)
+    for layer in layers.values():
+        layer.set_mask(made[first[id(layer.kernel)]].T)
     return before
 
 
@@ -204,8 +226,20 @@ def _is_flat(layer: nnx.Linear) -> bool:
     return len(layer.kernel.get_value().shape) == 2
 
 
-def _checked(mask: Any, layer: nnx.Linear, name: str) -> Array:
+def _checked(mask: Any, kernel: Any, name: str, old: Any = None) -> Array:
+    """Return a mask of a layer; a stack of layers may share one, as their ``old`` one."""
+    shape = kernel.shape if old is None else mask_shape(kernel, old)
     try:
-        return jnp.array(boolean_mask(mask, layer.kernel.get_value().shape, PARAMETER))
+        return jnp.array(boolean_mask(mask, shape, PARAMETER))
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error
+
+
+def _agreed(masks: Mapping[str, Array], layers: Mapping[str, Any]) -> dict[int, Array]:
+    """Return the mask of each kernel, by its identity: layers that share a kernel must be given the same one."""
+    found: dict[int, Array] = {}
+    for name, mask in masks.items():
+        first = found.setdefault(id(layers[name].kernel), mask)
+        if first is not mask and not is_traced(first) and not is_traced(mask) and bool((first != mask).any()):
+            raise ValueError(_ONE_MASK)
+    return found
