@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 __all__ = [
     "CAPABILITIES",
     "GROUP",
+    "LAYERS",
     "LAYOUTS",
     "Backend",
     "BackendNotAvailableError",
@@ -53,16 +54,28 @@ CAPABILITIES: Mapping[str, str | None] = {
     "checkpoint": "transformed",
     "scan": "transformed",
     "compile of derivatives": "compile_derivative",
+    "compile of the hessian": "compile_derivative",
     "autocast": "autocast",
     **dict.fromkeys(LAYOUTS),
     "layer": "layer",
     "dormant weights": "layer",
     "save": "layer",
+    "plain load": "layer",
+    "other states": "layer",
+    "conversion": "layer",
+    "mask edits": "layer",
+    "shared weights": "layer",
+    "other readers": "layer",
     "freeze_masked": "layer",
+    "unguarded optimizers": "layer",
+    "projection": "layer",
     "masks": "random_mask",
     "bernoulli masks": "bernoulli_mask",
 }
 """What a backend may declare that it lacks, and the method that it must have otherwise (``None``: no method of its own)."""
+
+LAYERS = tuple(name for name, method in CAPABILITIES.items() if method == "layer")
+"""The capabilities that belong to layers: what a backend of functions alone lacks."""
 
 Array = Any
 Direction = Array | None
@@ -226,7 +239,13 @@ class OptionalMethods(Protocol):
         """
 
     def compile_derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
-        """Return what ``jvp`` or ``hvp`` gives, compiled; arguments as of ``vmap_derivative``."""
+        """Return what a derivative gives, compiled by the framework's default compiler.
+
+        Args:
+            derivative: as in ``vmap_derivative``; ``"vjp"``: y, dx, dW and db, from x, weight, mask, bias and g; or
+                ``"hessian"``: of ⟨g, y⟩ by x twice, by x and weight, by weight and x, and by weight twice, from the same.
+            arrays: the arguments of ``jvp``, those of ``hvp`` up to the mode, or the ones just named.
+        """
 
     def transforms(self) -> Sequence[str]:
         """Return the names that ``transformed`` takes: ``compile``, ``checkpoint``, ``scan`` unless lacking, and others."""
@@ -261,30 +280,50 @@ class OptionalMethods(Protocol):
 class Layer(Protocol):
     """A layer as users have it: it keeps its weight and its mask, copies of what it was made with.
 
-    One that lacks ``"dormant weights"`` keeps the live weights only, and a mask that never changes: its state shows 0 under
-    the mask, it has no ``set_mask``, and no optimizer to guard.
+    What it shows as its weight is +0 under the mask; the values there are *dormant*: they lie apart, and a mask that brings
+    them back brings back every bit. One that lacks ``"dormant weights"`` keeps the live weights only, and a mask that never
+    changes: its state shows 0 under the mask, it has no ``set_mask``, and no optimizer to guard.
+
+    Methods that belong to a capability that the backend lacks are never called. One that has ``"projection"`` sets what an
+    optimizer without a guard has left under the mask back to +0 before it acts, is saved or is converted; one that lacks it
+    only selects.
+
+    Attributes:
+        optimizers: the optimizers that ``frozen_step`` and ``unguarded_step`` take, by name.
+        weight_edits: the roads besides ``set_weight`` on which users write to a weight, by name: past whatever counts
+            edits, by another array in its place, ...
     """
 
     optimizers: Sequence[str]
+    weight_edits: Sequence[str]
 
     def __call__(self, x: Array) -> Array:
-        """Return ``y``."""
+        """Return ``y``, as in inference."""
 
     def gradients(self, x: Array, g: Array) -> Gradients:
-        """Return ``(dx, dW, db)``, each in the spec's orientation."""
+        """Return ``(dx, dW, db)``, each in the spec's orientation, as in training."""
 
     def set_mask(self, mask: Any) -> None:
-        """Give the layer a new mask, a NumPy array of shape ``(out, in)``, as users do.
+        """Give the layer a new mask, a NumPy array of shape ``(out, in)``, as users do: dormant values come back.
 
         Raises:
             ValueError: if it has another shape, or holds anything but booleans or 0s and 1s.
         """
 
     def set_weight(self, weight: Array) -> None:
-        """Write ``weight (out, in)`` into the layer's own, as an optimizer does."""
+        """Write ``weight (out, in)`` into the layer's own, as an optimizer does; what it holds under the mask is dropped."""
+
+    def edit_weight(self, edit: str, weight: Array) -> None:
+        """Write ``weight (out, in)``, which is +0 under the mask, by one of ``weight_edits``."""
+
+    def visible_weight(self) -> Array:
+        """Return a copy of the weight as it stands, ``(out, in)``: what other code reads of the layer, untouched."""
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-        """Return weight, mask and bias as NumPy arrays (see ``asnumpy``), in the spec's orientation."""
+        """Return weight, mask and bias as NumPy arrays (see ``asnumpy``), in the spec's orientation.
+
+        The weight is the whole one: live values, and dormant ones under the mask.
+        """
 
     def save(self, path: Path) -> None:
         """Write the framework's own checkpoint into the folder ``path``."""
@@ -292,12 +331,43 @@ class Layer(Protocol):
     def load(self, path: Path) -> None:
         """Read it again."""
 
+    def load_plain(self, path: Path) -> Callable[[Array], Array]:
+        """Return a plain dense layer of the framework that has loaded what ``save`` wrote, for ``"plain load"``.
+
+        It knows nothing of masks: what of the state is not its own, it leaves.
+        """
+
+    def load_other(self, weight: Array, mask: Array | None, bias: Array | None) -> None:
+        """Load a state that has all its values in ``weight``, those under the mask too, for ``"other states"``.
+
+        Without a mask it is the state of a plain dense layer, and the layer's mask stays; with one, the state that an
+        earlier version of this layer has written.
+        """
+
+    def convert(self, dtype: str) -> None:
+        """Give the layer's parameters another dtype, as users do, for ``"conversion"``."""
+
+    def edit_mask(self, mask: NDArray[Any]) -> None:
+        """Write ``mask`` into the layer's own, past ``set_mask``, for ``"mask edits"``.
+
+        It acts at the next call. What it switches on starts from what stands in the weight, +0.
+        """
+
+    def sharer(self) -> Layer:
+        """Return another layer that has the same weight and bias, for ``"shared weights"``."""
+
+    def reader_gradient(self, x: Array, g: Array) -> Array:
+        """Return dW of other code that reads the layer's weight, ``y = x · weightᵀ``, for ``"other readers"``."""
+
     def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a function of x and g that takes one step of an optimizer of weight and bias under ``freeze_masked``.
 
         The loss is ``⟨g, y⟩``. ``optimizer`` is one of ``optimizers``; its state lives as long as the function. The step
         must be large enough to move a weight of 1 in every dtype, as with a learning rate of 0.1.
         """
+
+    def unguarded_step(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return the same without ``freeze_masked``, for ``"unguarded optimizers"``."""
 
 
 def available() -> tuple[str, ...]:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear import masks, spec
+from maskedlinear.backends import LAYERS
 
 __all__ = ["NumpyBackend", "laid_out"]
 
@@ -46,8 +47,9 @@ class NumpyBackend:
         """Return what NumPy does not have."""
         none = dict.fromkeys(("autodiff_vjp",), "NumPy does not differentiate")
         transforms = ("vmap", "vmap over the mask", "vmap of derivatives", "compile", "checkpoint", "scan")
-        none |= dict.fromkeys((*transforms, "compile of derivatives"), "NumPy has no function transforms")
-        none |= dict.fromkeys(("dense", "layer", "dormant weights", "save", "freeze_masked"), "NumPy has no layers")
+        compiled = ("compile of derivatives", "compile of the hessian")
+        none |= dict.fromkeys((*transforms, *compiled), "NumPy has no function transforms")
+        none |= dict.fromkeys(("dense", *LAYERS), "NumPy has no layers")
         return none | {"autocast": "NumPy has no automatic casts"}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:

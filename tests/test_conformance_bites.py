@@ -26,7 +26,7 @@ def test_every_planted_fault_is_caught_by_a_law_that_it_breaks(tmp_path: Path) -
         "an exception, or the reference backend fails"
     )
     assert result.returncode == 0, result.stdout[-3000:]
-    assert len(report["faults"]) >= 140
+    assert len(report["faults"]) >= 240
     for name, fault in report["faults"].items():
         assert set(fault["should_break"]) == set(fault["caught_by"]), name
     assert "NOT CAUGHT" not in result.stdout

@@ -17,10 +17,11 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear import masks
+from maskedlinear.backends import LAYERS
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.reference import laid_out
 from maskedlinear_jax import masked_linear, sparse_linear
-from maskedlinear_jax._functional import enable_x64
+from maskedlinear_jax._compat import enable_x64
 
 __all__ = ["JaxBackend"]
 
@@ -39,6 +40,8 @@ class JaxBackend:
         # Each compiled as a whole; op by op, every shape would compile each operation on its own.
         self.value = jax.jit(self.op)
         self._vjp = jax.jit(partial(_value_and_gradients, self.op), static_argnames="wrt")
+        loss = partial(_loss, self.op)
+        self._hessian = jax.jit(jax.hessian(loss, (0, 1)))
         self._jvp = jax.jit(partial(_jvp, partial(self.op, forward_mode=True)))
         self._hvp = jax.jit(partial(_hvp, self.op), static_argnames="mode")
         self._jvp_of_jvp = jax.jit(partial(_jvp_of_jvp, partial(self.op, forward_mode=True)))
@@ -76,7 +79,7 @@ class JaxBackend:
     def unsupported(self) -> Mapping[str, str]:
         """Return what JAX does not have."""
         functions = "these are functions; the layers are the backends nnx and linen"
-        none = dict.fromkeys(("layer", "dormant weights", "save", "freeze_masked"), functions)
+        none = dict.fromkeys(LAYERS, functions)
         if self.format == "sparse":
             none |= {"vmap over the mask": "a pattern decides how many values there are"}
         return none | {"autocast": "JAX has no automatic casts"}
@@ -176,6 +179,12 @@ class JaxBackend:
 
     def compile_derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
         """Return the derivative as ever: all are compiled here."""
+        x, weight, mask, bias, *more = arrays
+        if derivative == "vjp":
+            return _padded(self._vjp(x, weight, self._prepared(mask), bias, *more))  # type: ignore[no-any-return]
+        if derivative == "hessian":
+            (of_x, mixed), (other, of_weight) = self._hessian(x, weight, self._prepared(mask), bias, *more)
+            return of_x, mixed, other, of_weight
         made: Callable[..., Any] = self.jvp if derivative == "jvp" else partial(self.hvp, mode=derivative)
         return made(*arrays)  # type: ignore[no-any-return]
 
@@ -251,6 +260,10 @@ def _value_and_gradients(
     y, pullback = jax.vjp(lambda moving: op(**(given | {"mask": mask} | moving)), moving)
     (gradients,) = pullback(g)
     return (y, *(gradients[name] for name in moving))
+
+
+def _loss(op: Op, x: Array, weight: Array, mask: Array, bias: Bias, g: Array) -> Array:
+    return jnp.vdot(g, op(x, weight, mask, bias))
 
 
 def _padded(found: Sequence[Any]) -> Any:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import platform
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
+from maskedlinear.backends import LAYERS
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_torch import _functional, masked_linear, sparse_linear
+from maskedlinear_torch import masked_linear, sparse_linear
 from maskedlinear_torch._conformance_layers import Placed, TorchLayer, as_numpy, made, values_of
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse import product
@@ -30,11 +33,7 @@ Call = Callable[..., Tensor]
 
 
 class TorchBackend:
-    """``masked_linear`` and ``sparse_linear``, and their layers. See :mod:`maskedlinear.backends`.
-
-    Small weights take the rules of large ones here, so that every law reaches the rules in every shape; the transform
-    ``"small"`` is the function as it is for them, and so are the layers.
-    """
+    """``masked_linear`` and ``sparse_linear``, and their layers. See :mod:`maskedlinear.backends`."""
 
     name = "torch"
     formats = ("dense", "sparse")
@@ -64,12 +63,12 @@ class TorchBackend:
         """Return what torch does not have."""
         unsupported = {"scan": "torch has no stable scan", "read-only": "torch has no read-only tensors"}
         if not shutil.which("g++"):
-            unsupported["compile"] = "torch.compile needs a C++ compiler, and there is none here"
+            for name in ("compile", "compile of derivatives", "compile of the hessian"):
+                unsupported[name] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
             unsupported["vmap over the mask"] = "a pattern decides how many values there are"
-            unsupported |= dict.fromkeys(
-                ("dormant weights", "freeze_masked"), "the sparse form has live connections only"
-            )
+            dense_only = (name for name in LAYERS if name not in ("layer", "save", "conversion", "other readers"))
+            unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
         return unsupported
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
@@ -113,12 +112,7 @@ class TorchBackend:
         """Return ``y`` by the rules; of the sparse form, of the weights at the connections of the pattern ``mask``."""
         if isinstance(mask, SparsityPattern):
             return sparse_linear(x, values_of(weight, mask), mask, bias)
-        small = _functional._SMALL
-        try:
-            _functional._SMALL = 0
-            return masked_linear(x, weight, mask, bias)
-        finally:
-            _functional._SMALL = small
+        return masked_linear(x, weight, mask, bias)
 
     def _prepared(self, mask: Tensor) -> Any:
         """Return the mask; of the sparse form its pattern, which no transform can look for."""
@@ -230,25 +224,37 @@ class TorchBackend:
         return mapped(*arrays[:2], self._prepared(arrays[2]), *arrays[3:])
 
     def compile_derivative(self, derivative: str, *arrays: Tensor) -> Sequence[Tensor]:
-        """Return the derivatives that ``torch.func`` makes, compiled."""
+        """Return the derivatives that ``torch.func`` makes, compiled by the default compiler.
+
+        Compiled Hessians have ended the process before now (https://github.com/pytorch/pytorch/issues/190856), so that they
+        run in one of their own.
+        """
+        if derivative == "hessian":
+            sent = [None if array is None else self.asnumpy(array) for array in arrays]
+            dtype, device = str(arrays[0].dtype).removeprefix("torch."), arrays[0].device.type
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                found = process.submit(_compiled_hessian, type(self), self.format, dtype, device, sent).result()
+            return [self.asarray(array, dtype, device) for array in found]
+        return self._compiled(derivative, *arrays)
+
+    def _compiled(self, derivative: str, *arrays: Tensor) -> Sequence[Tensor]:
         x, weight, mask, bias, *more = arrays
-        fixed = mask if self.format == "dense" else Placed.of(self._prepared(mask), x.device)
-        return self._compiled_derivative(derivative, self.traceable(weight, bias))(x, weight, fixed, bias, *more)
+        prepared = self._prepared(mask)
+        fixed = mask if self.format == "dense" else Placed.of(prepared, x.device)
+        call = self._compiled_derivative(derivative, self.traceable(weight, prepared, bias))
+        return call(x, weight, fixed, bias, *more)
 
     def _compile_derivative(self, derivative: str, op: Call) -> Callable[..., Sequence[Tensor]]:
-        compiled: Callable[..., Sequence[Tensor]] = torch.compile(
-            partial(_derivative, op, derivative), fullgraph=True, backend="aot_eager"
-        )
+        compiled: Callable[..., Sequence[Tensor]] = torch.compile(partial(_derivative, op, derivative), fullgraph=True)
         return compiled
 
-    def traceable(self, weight: Tensor, bias: Bias) -> Call:
+    def traceable(self, weight: Tensor, mask: Any, bias: Bias) -> Call:
         """Return the function without what cannot be compiled; always the same one."""
         return masked_linear if self.format == "dense" else _by_places
 
     def transforms(self) -> Sequence[str]:
         """Return the transforms; ``compile`` is inductor's, ``aot_eager`` the same without its kernels."""
-        small = ("small",) if self.format == "dense" else ()
-        return ("compile", "aot_eager", "checkpoint", "torch.func", "inference_mode", *small)
+        return ("compile", "aot_eager", "checkpoint", "torch.func", "inference_mode")
 
     def transformed(
         self, transform: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
@@ -258,7 +264,6 @@ class TorchBackend:
             return _all(self._by_func(x, weight, self._prepared(mask), bias, g))
         ways: dict[str, Callable[[Call], Call]] = {
             "checkpoint": lambda call: partial(checkpoint, call, use_reentrant=False),
-            "small": lambda _: masked_linear,
         }
         if transform in ("compile", "aot_eager"):
             ways[transform] = partial(self.compiled, self._compilers[transform])
@@ -289,13 +294,7 @@ class TorchBackend:
         return sparse
 
     def _by_func(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
-        moving = [array for array in (x, weight, bias) if array is not None]
-
-        def layer(x: Tensor, weight: Tensor, bias: Bias = None) -> Tensor:
-            return self.op(x, weight, mask, bias)
-
-        y, pullback = torch.func.vjp(layer, *moving)  # type: ignore[misc]
-        return (y, *pullback(g))
+        return _vjp(self.op, x, weight, mask, bias, g)
 
     def autocast(
         self, dtype: str, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
@@ -323,12 +322,40 @@ class TorchBackend:
         return torch.asarray(masks.bernoulli(shape, threshold=threshold, seed=seed, shard=shard)).to(device)
 
 
+def _compiled_hessian(
+    kind: type[TorchBackend], format: str, dtype: str, device: str, arrays: Sequence[Any]
+) -> Sequence[NDArray[Any]]:
+    backend = kind(format)
+    with backend.strict_precision():
+        sent: list[Any] = [None if array is None else backend.asarray(array, dtype, device) for array in arrays]
+        return [as_numpy(array) for array in backend._compiled("hessian", *sent)]
+
+
 def _by_places(x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
     return product(x, mask.values(weight), mask.indices, weight.shape[1], bias)
 
 
 def _derivative(op: Call, derivative: str, *arrays: Any) -> tuple[Any, ...]:
-    return _jvp(op, *arrays) if derivative == "jvp" else _hvp(op, derivative, *arrays)
+    functions: dict[str, Callable[..., tuple[Any, ...]]] = {"vjp": _vjp, "jvp": _jvp, "hessian": _hessian}
+    return functions[derivative](op, *arrays) if derivative in functions else _hvp(op, derivative, *arrays)
+
+
+def _vjp(op: Call, x: Tensor, weight: Tensor, mask: Any, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
+    moving = [array for array in (x, weight, bias) if array is not None]
+
+    def layer(x: Tensor, weight: Tensor, bias: Bias = None) -> Tensor:
+        return op(x, weight, mask, bias)
+
+    y, pullback = torch.func.vjp(layer, *moving)  # type: ignore[misc]
+    return (y, *pullback(g))
+
+
+def _hessian(op: Call, x: Tensor, weight: Tensor, mask: Any, bias: Bias, g: Tensor) -> tuple[Tensor, ...]:
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return (op(x, weight, mask, bias) * g).sum()
+
+    (of_x, mixed), (other, of_weight) = torch.func.hessian(loss, (0, 1))(x, weight)
+    return of_x, mixed, other, of_weight
 
 
 def _jvp(

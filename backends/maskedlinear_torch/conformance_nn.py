@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ class TorchNnBackend(TorchBackend):
     def __init__(self, format: str = "dense") -> None:
         super().__init__(format)
         self._kept: dict[Any, TorchLayer] = {}
-        self._calls = cache(_call_with)
+        self._calls = cache(_dense_call)
+        self._sparse_calls: dict[Any, Call] = {}
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
         """Return ``y`` of a layer, without gradients."""
@@ -39,11 +40,16 @@ class TorchNnBackend(TorchBackend):
     def op(self, x: Tensor, weight: Tensor, mask: Any, bias: Bias) -> Tensor:
         """Return ``y`` of a layer whose parameters these are for one call."""
         fixed = Placed.of(mask, x.device) if isinstance(mask, SparsityPattern) else mask
-        return self.traceable(weight, bias)(x, weight, fixed, bias)
+        return self.traceable(weight, mask, bias)(x, weight, fixed, bias)
 
-    def traceable(self, weight: Tensor, bias: Bias) -> Call:
-        """Return the call of a layer with other parameters; always the same one."""
-        return self._calls(self.format == "sparse", weight.shape, bias is not None)
+    def traceable(self, weight: Tensor, mask: Any, bias: Bias) -> Call:
+        """Return the call of a layer with other parameters: one for each shape, or for each pattern."""
+        if not isinstance(mask, SparsityPattern):
+            return self._calls(weight.shape, bias is not None)
+        key = (mask.shape, mask.indptr.tobytes(), mask.indices.tobytes(), bias is not None, weight.device)
+        if key not in self._sparse_calls:
+            self._sparse_calls[key] = _sparse_call(mask, bias is not None, weight.device)
+        return self._sparse_calls[key]
 
     def through(
         self,
@@ -64,10 +70,6 @@ class TorchNnBackend(TorchBackend):
         asked = [name for name in wrt if name in leaves]
         found = torch.autograd.grad(y, [leaves[name] for name in asked], g)
         return y, [layer.matrix(part) if name == "weight" else part for name, part in zip(asked, found, strict=True)]
-
-    def transforms(self) -> Sequence[str]:
-        """Return the transforms; small layers are small here."""
-        return [name for name in super().transforms() if name != "small"]
 
     def compiled(self, compiler: Callable[[Call], Call], module: Call) -> Call:
         """Return the call of a module compiled, with the module as an argument."""
@@ -99,20 +101,23 @@ def _call(module: Call, x: Tensor) -> Tensor:
     return module(x)
 
 
-def _call_with(sparse: bool, shape: tuple[int, int], bias: bool) -> Call:
+def _dense_call(shape: tuple[int, int], bias: bool) -> Call:
     """Return the call of a layer that has no values of its own, and takes them as arguments."""
-    out, in_ = shape
-    if sparse:
-        nowhere = SparsityPattern.from_edges([], [], shape)[0]
-        return partial(_sparse, SparseLinear(in_, out, bias, pattern=nowhere, device="meta"))
-    return partial(_dense, MaskedLinear(in_, out, bias, device="meta"))
+    layer = MaskedLinear(shape[1], shape[0], bias, device="meta")
+
+    def call(x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
+        own: dict[str, Any] = {"weight": weight, "mask": mask, "bias": bias}
+        return torch.func.functional_call(layer, own, (x,))  # type: ignore[no-any-return]
+
+    return call
 
 
-def _dense(module: nn.Module, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
-    own: dict[str, Any] = {"weight": weight, "mask": mask, "bias": bias}
-    return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]
+def _sparse_call(pattern: SparsityPattern, bias: bool, device: torch.device) -> Call:
+    """Return the call of a layer with these connections, which takes values and bias as arguments."""
+    layer = SparseLinear(pattern.shape[1], pattern.shape[0], bias, pattern=pattern, device=device)
 
+    def call(x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
+        own: dict[str, Any] = {"weight_values": mask.values(weight), "bias": bias}
+        return torch.func.functional_call(layer, own, (x,))  # type: ignore[no-any-return]
 
-def _sparse(module: nn.Module, x: Tensor, weight: Tensor, mask: Placed, bias: Bias) -> Tensor:
-    own = {"weight_values": mask.values(weight), "bias": bias, **mask.indices._asdict()}
-    return torch.func.functional_call(module, own, (x,))  # type: ignore[no-any-return]
+    return call

@@ -16,6 +16,7 @@ from maskedlinear import masks
 
 __all__ = [
     "CASES",
+    "HEAVY",
     "OTHER",
     "PROBE",
     "PROFILES",
@@ -31,6 +32,7 @@ __all__ = [
     "poisoned",
     "round_to",
     "small",
+    "small_or_heavy",
     "with_nan",
 ]
 
@@ -172,6 +174,9 @@ CASES = (
     Case((0,), 4, 6, 0.5),
     Case((5,), 0, 4, 1.0),
     Case((33,), 257, 129, 0.1),
+    Case((2, 3), 136, 128, 0.5),
+    Case((), 136, 128, 0.5, bias=False, since="default"),
+    Case((0,), 136, 128, 0.5, since="default"),
     Case((5,), 4096, 61, 0.5, since="default"),
     Case((1,), 1, 1, 1.0, since="default"),
     Case((4,), 7, 5, 1.0, since="default"),
@@ -202,6 +207,8 @@ OTHER = Case((4,), 7, 5, 0.7)
 SEVERAL = Case((2, 3), 17, 13, 0.5)
 TILED = Case((33,), 257, 129, 0.1)
 """Large enough for code that works in tiles, and no multiple of any."""
+HEAVY = Case((2, 3), 136, 128, 0.5)
+"""Of more than 2¹⁴ weights, for which a backend may take another way than for few, and little to compute."""
 WIDE = Case((5,), 4096, 61, 0.5)
 """So large that one connection is a small part of a sum."""
 
@@ -209,6 +216,11 @@ WIDE = Case((5,), 4096, 61, 0.5)
 def small(case: Case) -> bool:
     """Whether a case is cheap enough for the laws that are dear to check."""
     return case.size <= 2000
+
+
+def small_or_heavy(case: Case) -> bool:
+    """Whether a case is cheap enough for the laws that are dear to check, or stands for all that have many weights."""
+    return small(case) or case == HEAVY
 
 
 def odd(case: Case) -> bool:

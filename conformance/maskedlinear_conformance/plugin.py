@@ -18,7 +18,7 @@ from maskedlinear_conformance.cases import CASES, PROFILES, Case, among
 from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
 from maskedlinear_conformance.golden import goldens
 from maskedlinear_conformance.laws import Law
-from maskedlinear_conformance.laws.compositions import DERIVATIVES
+from maskedlinear_conformance.laws.compositions import COMPILED, DERIVATIVES
 from maskedlinear_conformance.laws.derivatives import FULL
 from maskedlinear_conformance.record import Outcome, Record
 
@@ -220,6 +220,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ],
         "mode": lambda _: MODES,
         "derivative": lambda _: list(DERIVATIVES),
+        "compiled": lambda _: list(COMPILED),
         "layout": lambda _: LAYOUTS,
         "transform": _transforms,
         "golden": lambda subject: [

@@ -14,13 +14,24 @@ from maskedlinear_conformance.laws.generation import Generation
 from maskedlinear_conformance.laws.layers import Layers
 from maskedlinear_conformance.laws.masking import Masking
 from maskedlinear_conformance.laws.optimizers import Optimizers
+from maskedlinear_conformance.laws.storage import Storage
 from maskedlinear_conformance.laws.transforms import Transforms
 
 __all__ = ["BackendConformance"]
 
 
 class BackendConformance(
-    Derivatives, Compositions, Masking, Arrays, Transforms, Layers, Checkpoints, Optimizers, Generation, Comparison
+    Derivatives,
+    Compositions,
+    Masking,
+    Arrays,
+    Transforms,
+    Layers,
+    Storage,
+    Checkpoints,
+    Optimizers,
+    Generation,
+    Comparison,
 ):
     """The laws as tests.
 

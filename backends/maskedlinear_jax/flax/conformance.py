@@ -17,12 +17,22 @@ from flax import linen, nnx
 from jax import Array
 from numpy.typing import NDArray
 
-from maskedlinear.masks import as_mask
+from maskedlinear.backends import LAYERS
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import freeze_masked
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax.conformance import JaxBackend
-from maskedlinear_jax.flax import MaskedDense, MaskedLinear, SparseLinear, param_masks
+from maskedlinear_jax.flax import (
+    Mask,
+    MaskedDense,
+    MaskedLinear,
+    SparseLinear,
+    get_masks,
+    load_state,
+    mask_model,
+    param_masks,
+    set_masks,
+)
 
 __all__ = ["LinenBackend", "NnxBackend"]
 
@@ -42,22 +52,15 @@ class _FlaxBackend(JaxBackend):
 
     def unsupported(self) -> Mapping[str, str]:
         """Return what Flax does not have: what JAX does not, but for layers."""
-        layers = ("layer", "dormant weights", "save", "freeze_masked")
-        unsupported = {name: why for name, why in super().unsupported().items() if name not in layers}
+        unsupported = {name: why for name, why in super().unsupported().items() if name not in LAYERS}
+        unsupported |= {
+            "other readers": "a gradient goes to who asks for it: the guard masks that of a kernel",
+            "projection": "nobody counts the edits of an array: the layer selects, and the guard keeps the kernel clean",
+        }
         if self.format == "sparse":
-            unsupported |= dict.fromkeys(
-                ("dormant weights", "freeze_masked"), "the sparse form has live connections only"
-            )
+            dense_only = (name for name in LAYERS if name not in ("layer", "save", "conversion"))
+            unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
         return unsupported
-
-    def expected_failures(self, device: str) -> Mapping[str, str]:
-        """Return what XLA's arithmetic on the CPU cannot do."""
-        if device != "cpu" or self.format != "dense":
-            return {}
-        why = (
-            "XLA takes subnormal numbers for 0 on the CPU, so that adding an update of 0 loses them: openxla/xla#22858"
-        )
-        return {f"test_a_guarded_optimizer_leaves_subnormal_dormant_weights[[]{self.name} dense *": why}
 
 
 class NnxBackend(_FlaxBackend):
@@ -80,13 +83,14 @@ class NnxBackend(_FlaxBackend):
         """Return a ``MaskedLinear`` or a ``SparseLinear``."""
         if self.format == "sparse":
             return SparseNnxLayer(self, _nnx_sparse(weight, self._prepared(mask), bias))
-        return NnxLayer(self, _nnx_layer(weight, mask, bias))
+        return NnxLayer(self, MaskedLinear.from_linear(_nnx_fill(nnx.Linear, weight, bias), mask.T))
 
 
 class NnxLayer:
     """A ``MaskedLinear`` as :class:`maskedlinear.backends.Layer`."""
 
     optimizers = tuple(OPTIMIZERS)
+    weight_edits = ("set_value", "nnx.update", "another Param")
 
     def __init__(self, backend: NnxBackend, module: Any) -> None:
         self._backend, self._module = backend, module
@@ -107,11 +111,27 @@ class NnxLayer:
         """Write into the parameter."""
         self._module.kernel[...] = weight.T
 
+    def edit_weight(self, edit: str, weight: Array) -> None:
+        """Set the Variable's value, in the module or by its state, or put another Variable in its place."""
+        self._edit("kernel", edit, weight.T)
+
+    def _edit(self, name: str, edit: str, value: Array) -> None:
+        if edit == "set_value":
+            getattr(self._module, name).set_value(value)
+        elif edit == "nnx.update":
+            nnx.update(self._module, nnx.State({name: nnx.Param(value)}))
+        else:
+            setattr(self._module, name, nnx.Param(value))
+
+    def visible_weight(self) -> Array:
+        """Return the kernel as it stands."""
+        return self._module.kernel[...].T  # type: ignore[no-any-return]
+
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays."""
         layer, to_numpy = self._module, self._backend.asnumpy
         bias = None if layer.bias is None else to_numpy(layer.bias[...])
-        return to_numpy(layer.kernel[...]).T, to_numpy(layer.mask[...]).T, bias
+        return to_numpy(layer.full_kernel).T, to_numpy(layer.mask[...]).T, bias
 
     def save(self, path: Path) -> None:
         """Save the module's state with orbax."""
@@ -123,14 +143,47 @@ class NnxLayer:
         nnx.replace_by_pure_dict(state, _load(path, nnx.to_pure_dict(state)))
         nnx.update(self._module, state)
 
+    def load_plain(self, path: Path) -> Callable[[Array], Array]:
+        """Return an ``nnx.Linear`` that has loaded the parameters."""
+        params = _load(path, nnx.to_pure_dict(nnx.state(self._module)))
+        return _nnx_fill(nnx.Linear, jnp.asarray(params["kernel"]).T, params.get("bias"))  # type: ignore[no-any-return]
+
+    def load_other(self, weight: Array, mask: Array | None, bias: Bias) -> None:
+        """Call ``load_state`` with the state of an ``nnx.Linear``, or with one that has a mask besides."""
+        state = nnx.state(_nnx_fill(nnx.Linear, weight, bias))
+        if mask is not None:
+            state["mask"] = Mask(mask.T)
+        load_state(self._module, state)
+
+    def convert(self, dtype: str) -> None:
+        """Update the module with its state in another dtype."""
+        nnx.update(self._module, _converted(nnx.state(self._module), dtype))
+
+    def edit_mask(self, mask: NDArray[Any]) -> None:
+        """Write into the Variable."""
+        self._module.mask[...] = jnp.array(mask.T)
+
+    def sharer(self) -> NnxLayer:
+        """Return a layer that ``mask_model`` makes of an ``nnx.Linear`` with the same kernel."""
+        linear = _nnx_fill(nnx.Linear, self._module.kernel[...].T, self._module.bias)
+        linear.kernel, linear.bias = self._module.kernel, self._module.bias
+        return NnxLayer(self._backend, mask_model(nnx.List([self._module, linear]))[1])
+
     def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a step of an ``nnx.Optimizer`` under ``freeze_masked``."""
+        return self._step(freeze_masked(OPTIMIZERS[optimizer]()), lambda module: {"masks": param_masks(module)})
+
+    def unguarded_step(self, optimizer: str) -> Callable[[Array, Array], None]:
         """Return a step of an ``nnx.Optimizer``."""
-        made = nnx.Optimizer(self._module, freeze_masked(OPTIMIZERS[optimizer]()), wrt=nnx.Param)
+        return self._step(OPTIMIZERS[optimizer](), lambda module: {})
+
+    def _step(self, tx: Any, more: Callable[[MaskedLinear], Mapping[str, Any]]) -> Callable[[Array, Array], None]:
+        made = nnx.Optimizer(self._module, tx, wrt=nnx.Param)
 
         @nnx.jit
         def update(module: MaskedLinear, made: nnx.Optimizer[MaskedLinear], x: Array, g: Array) -> None:
             gradients = nnx.grad(lambda module: jnp.vdot(g, module(x)))(module)
-            made.update(module, gradients, masks=param_masks(module))
+            made.update(module, gradients, **more(module))
 
         return lambda x, g: update(self._module, made, x, g)
 
@@ -147,6 +200,15 @@ class SparseNnxLayer(NnxLayer):
         """Write the live ones into the parameter."""
         pattern = self._module.pattern
         self._module.weight_values[...] = weight[pattern.rows, pattern.indices]
+
+    def edit_weight(self, edit: str, weight: Array) -> None:
+        """Set the Variable's value to the live ones, or put another Variable in its place."""
+        pattern = self._module.pattern
+        self._edit("weight_values", edit, weight[pattern.rows, pattern.indices])
+
+    def visible_weight(self) -> Array:
+        """Return the values laid out as a matrix."""
+        return self._matrix(self._module.weight_values[...])
 
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays, the values laid out as a matrix."""
@@ -171,6 +233,13 @@ class LinenBackend(_FlaxBackend):
     name = "linen"
     formats = ("dense",)
 
+    def unsupported(self) -> Mapping[str, str]:
+        """Return what linen does not have besides."""
+        return {
+            **super().unsupported(),
+            "shared weights": "variables are a tree: a module that is called twice has one",
+        }
+
     def op(self, x: Array, weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> Array:
         """Return ``y`` of a layer with these values."""
         model = MaskedDense(weight.shape[0], use_bias=bias is not None, forward_mode=forward_mode)
@@ -184,13 +253,16 @@ class LinenBackend(_FlaxBackend):
 
     def layer(self, weight: Array, mask: Array, bias: Bias) -> LinenLayer:
         """Return a ``MaskedDense`` with its variables."""
-        return LinenLayer(self, _linen_variables(weight, mask, bias))
+        dense = _linen_variables(weight, jnp.ones(weight.shape, bool), bias)
+        dense["dormant"] = {"dormant": jnp.zeros_like(weight.T)}
+        return LinenLayer(self, set_masks(dense, {"": mask.T}))
 
 
 class LinenLayer:
     """A ``MaskedDense`` and its variables as :class:`maskedlinear.backends.Layer`."""
 
     optimizers = tuple(OPTIMIZERS)
+    weight_edits = ("a NumPy array",)
 
     def __init__(self, backend: LinenBackend, variables: dict[str, Any]) -> None:
         self._backend, self._variables = backend, variables
@@ -206,19 +278,28 @@ class LinenLayer:
         return _linen_gradients(self._model, self._variables, x, g)  # type: ignore[no-any-return]
 
     def set_mask(self, mask: Any) -> None:
-        """Put another mask, checked, into the collection."""
-        mask = jnp.array(as_mask(mask.T, self._variables["params"]["kernel"].shape, "kernel (in, out)"))
-        self._variables = {**self._variables, "masks": {"mask": mask}}
+        """Call ``set_masks``."""
+        self._variables = set_masks(self._variables, {"": mask.T})
 
     def set_weight(self, weight: Array) -> None:
         """Put another kernel among the parameters."""
         self._variables = {**self._variables, "params": {**self._variables["params"], "kernel": weight.T}}
 
+    def edit_weight(self, edit: str, weight: Array) -> None:
+        """Put a kernel of NumPy's among the parameters."""
+        self.set_weight(np.asarray(weight))  # type: ignore[arg-type]
+
+    def visible_weight(self) -> Array:
+        """Return the kernel as it stands."""
+        return jnp.asarray(self._variables["params"]["kernel"]).T
+
     def state(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
         """Return the state as NumPy arrays."""
         params, to_numpy = self._variables["params"], self._backend.asnumpy
         bias = to_numpy(params["bias"]) if "bias" in params else None
-        return to_numpy(params["kernel"]).T, to_numpy(self._variables["masks"]["mask"]).T, bias
+        mask = self._variables["masks"]["mask"]
+        whole = set_masks(self._variables, {"": np.ones(mask.shape, bool)})["params"]["kernel"]
+        return to_numpy(whole).T, to_numpy(mask).T, bias
 
     def save(self, path: Path) -> None:
         """Save the variables with orbax."""
@@ -228,9 +309,39 @@ class LinenLayer:
         """Load them."""
         self._variables = _load(path, self._variables)
 
+    def load_plain(self, path: Path) -> Callable[[Array], Array]:
+        """Return an ``nn.Dense`` with the parameters that were saved."""
+        params = _load(path, self._variables)["params"]
+        model = linen.Dense(self._model.features, use_bias=self._model.use_bias)
+        return lambda x: model.apply({"params": params}, x)  # type: ignore[return-value]
+
+    def load_other(self, weight: Array, mask: Array | None, bias: Bias) -> None:
+        """Take the parameters, and a mask if there is one, with nothing dormant, and call ``set_masks``."""
+        masks = self._variables["masks"] if mask is None else {"mask": mask.T}
+        loaded = {
+            **_linen_variables(weight, mask if mask is not None else masks["mask"].T, bias),
+            "dormant": {"dormant": jnp.zeros_like(weight.T)},
+        }
+        self._variables = set_masks(loaded, get_masks(loaded))
+
+    def convert(self, dtype: str) -> None:
+        """Convert every floating leaf of the variables."""
+        self._variables = _converted(self._variables, dtype)
+
+    def edit_mask(self, mask: NDArray[Any]) -> None:
+        """Put another mask into the collection by hand."""
+        self._variables = {**self._variables, "masks": {"mask": jnp.array(mask.T)}}
+
     def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
-        """Return a step of the optax transformation."""
+        """Return a step of the optax transformation under ``freeze_masked``."""
         transformation = freeze_masked(OPTIMIZERS[optimizer]())
+        return self._step(transformation, lambda variables: {"masks": param_masks(variables)})
+
+    def unguarded_step(self, optimizer: str) -> Callable[[Array, Array], None]:
+        """Return a step of the optax transformation."""
+        return self._step(OPTIMIZERS[optimizer](), lambda variables: {})
+
+    def _step(self, transformation: Any, more: Callable[[Any], Mapping[str, Any]]) -> Callable[[Array, Array], None]:
         state = transformation.init(self._variables["params"])
 
         @jax.jit
@@ -240,7 +351,7 @@ class LinenLayer:
                 return jnp.vdot(g, y)
 
             params = variables["params"]
-            updates, state = transformation.update(jax.grad(loss)(params), state, params, masks=param_masks(variables))
+            updates, state = transformation.update(jax.grad(loss)(params), state, params, **more(variables))
             return optax.apply_updates(params, updates), state
 
         def step(x: Array, g: Array) -> None:
@@ -252,7 +363,8 @@ class LinenLayer:
 
 
 def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = False) -> MaskedLinear:
-    layer: MaskedLinear = _nnx_fill(MaskedLinear, weight, bias, {"mask": mask.T}, forward_mode=forward_mode)
+    options = {"forward_mode": forward_mode, "keep_dormant": False}
+    layer: MaskedLinear = _nnx_fill(MaskedLinear, weight, bias, {"mask": mask.T}, **options)
     return layer
 
 
@@ -321,6 +433,11 @@ def _linen_gradients(model: MaskedDense, variables: Any, x: Array, g: Array) -> 
 def _linen_variables(weight: Array, mask: Array, bias: Bias) -> dict[str, Any]:
     params = {"kernel": weight.T} | ({} if bias is None else {"bias": bias})
     return {"params": params, "masks": {"mask": mask.T}}
+
+
+def _converted(tree: Any, dtype: str) -> Any:
+    """Return a tree whose floating leaves have another dtype."""
+    return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
 def _save(path: Path, tree: Any) -> None:

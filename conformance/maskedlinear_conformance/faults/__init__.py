@@ -14,6 +14,7 @@ from maskedlinear_conformance.faults import (
     _layers,
     _missing,
     _optimizers,
+    _storage,
     _transforms,
     _vmap,
 )
@@ -30,6 +31,7 @@ FAULTS: dict[str, type[Mutant]] = {
         _vmap,
         _transforms,
         _layers,
+        _storage,
         _checkpoints,
         _missing,
         _large,

@@ -4,7 +4,8 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 
 class CheckpointLosesDormantWeights(Mutant):
@@ -19,7 +20,7 @@ class CheckpointLosesDormantWeights(Mutant):
 
 class _CheckpointLosesDormantWeights(ReferenceLayer):
     def kept(self, name, array):
-        return np.where(self.mask, array, 0) if name == "weight" else array
+        return np.zeros_like(array) if name == "dormant" else array
 
 
 class CheckpointLosesTheMask(Mutant):
@@ -37,7 +38,6 @@ class _CheckpointLosesTheMask(ReferenceLayer):
         mask = self.mask
         super().load(path)
         self.mask = mask
-        self.derive()
 
 
 class CheckpointInHalfPrecision(Mutant):
@@ -67,7 +67,7 @@ class CheckpointCleansNan(Mutant):
 
 class _CheckpointCleansNan(ReferenceLayer):
     def kept(self, name, array):
-        return np.nan_to_num(array) if name == "weight" else array
+        return np.nan_to_num(array) if name == "dormant" else array
 
 
 class CheckpointLosesNegativeZero(Mutant):
@@ -82,11 +82,11 @@ class CheckpointLosesNegativeZero(Mutant):
 
 class _CheckpointLosesNegativeZero(ReferenceLayer):
     def kept(self, name, array):
-        return array + 0.0 if name == "weight" else array
+        return array + 0.0 if name == "dormant" else array
 
 
 class StaleAfterLoading(Mutant):
-    """What was derived before a checkpoint was loaded is used after it."""
+    """Calls take a copy of the weight from before a checkpoint was loaded."""
 
     name = "stale after loading"
     laws = ("12",)
@@ -97,9 +97,12 @@ class StaleAfterLoading(Mutant):
 
 class _StaleAfterLoading(ReferenceLayer):
     def load(self, path):
-        masked = self.masked
+        self.before = self.weight.copy()
         super().load(path)
-        self.masked = masked
+
+    def __call__(self, x):
+        weight = vars(self).get("before", self.weight)
+        return self.backend.masked_linear(x, weight, np.ones_like(self.mask), self.bias)
 
 
 class MaskFixedAfterLoading(Mutant):

@@ -224,3 +224,49 @@ class CompiledDerivativeKeepsItsMask(Mutant):
             self.constant = mask
         mask = mask if mask.shape != self.constant.shape else self.constant
         return super().compile_derivative(derivative, x, weight, mask, *others)
+
+
+class CompiledGradientsByAProduct(Mutant):
+    """Compiled reverse mode multiplies the weight with the mask: NaN under it."""
+
+    name = "compiled gradients by a product"
+    laws = ("7",)
+
+    def compile_derivative(self, derivative, *arrays):
+        found = super().compile_derivative(derivative, *arrays)
+        if derivative != "vjp":
+            return found
+        return [found[0], self.product(arrays[4], arrays[1] * arrays[2]), *found[2:]]
+
+
+class CompiledGradientsAddTheValue(Mutant):
+    """The compiler takes two matrices of zeros for one, so that one sum is added to the other."""
+
+    name = "compiled gradients add the value"
+    laws = ("7",)
+
+    def compile_derivative(self, derivative, *arrays):
+        found = list(super().compile_derivative(derivative, *arrays))
+        if derivative == "jvp":
+            found[1] = found[1] + found[0]
+        return found
+
+
+class HessianOfTheWholeWeight(Mutant):
+    """The compiled Hessian has the connections that are masked, too."""
+
+    name = "hessian of the whole weight"
+    laws = ("7",)
+
+    def hessian(self, x, weight, mask, bias, g):
+        return super().hessian(x, weight, mask | True, bias, g)
+
+
+class HessianWithoutItsMixedPart(Mutant):
+    """The compiled Hessian is 0 throughout, as each block by x or by weight twice is."""
+
+    name = "hessian without its mixed part"
+    laws = ("7",)
+
+    def hessian(self, *arrays):
+        return [0 * array for array in super().hessian(*arrays)]

@@ -4,7 +4,8 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer, flat
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 
 class NearlyFullIsFull(Mutant):
@@ -165,3 +166,119 @@ class LargeLayerNotGuarded(Mutant):
 class _LargeLayerNotGuarded(ReferenceLayer):
     def guard(self):
         return super().guard() if self.mask.size < 1000 else lambda moved: moved
+
+
+MANY = 1 << 14  # weights from which these backends take another way
+
+
+class ManyWeightsTakeOneBatchDimension(Mutant):
+    """The way for many weights sums the bias gradient over the first batch dimension only."""
+
+    name = "many weights take one batch dimension"
+    laws = ("1", "6")
+
+    def bias_gradient(self, g):
+        total = super().bias_gradient(g)
+        return total if g.shape[-1] != 128 or g.ndim < 3 else total * g.dtype.type(0.5)
+
+
+class ManyWeightsNeedEveryGradient(Mutant):
+    """The way for many weights gives no gradient of the weight unless x asks for one too."""
+
+    name = "many weights need every gradient"
+    laws = ("1",)
+
+    def vjp(self, x, weight, mask, bias, g, wrt):
+        found = super().vjp(x, weight, mask, bias, g, wrt)
+        if mask.size <= MANY or "x" in wrt:
+            return found
+        return [part * (name != "weight") for name, part in zip(wrt, found, strict=True)]
+
+
+class ManyWeightsTransposed(Mutant):
+    """The expression of many weights is differentiated with the mask's rows backwards."""
+
+    name = "many weights backwards"
+    laws = ("2",)
+
+    def autodiff_vjp(self, x, weight, mask, bias, g):
+        return super().autodiff_vjp(x, weight, mask[::-1] if mask.size > MANY else mask, bias, g)
+
+
+class ManyWeightsClipped(Mutant):
+    """The way for many weights clips values that are larger than 40."""
+
+    name = "many weights clipped"
+    laws = ("3",)
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, bias)
+        return y if mask.size <= MANY else np.clip(y, -40, 40)
+
+
+class ManyWeightsHideNan(Mutant):
+    """The way for many weights takes NaN for 0."""
+
+    name = "many weights hide nan"
+    laws = ("4",)
+
+    def output(self, x, weight, mask, bias):
+        y = super().output(x, weight, mask, bias)
+        return y if mask.size <= MANY else np.nan_to_num(y)
+
+
+class ManyWeightsMaskedTwice(Mutant):
+    """The way for many weights takes a weight of 0 for one that is not there yet, and puts a small number there."""
+
+    name = "many weights masked twice"
+    laws = ("5",)
+
+    def select(self, mask, array):
+        masked = super().select(mask, array)
+        return masked if mask.size <= MANY or (array[~mask] != 0).any() else masked + array.dtype.type(2**-20)
+
+
+class ManyWeightsNeedAConnection(Mutant):
+    """The way for many weights forgets the bias where the mask is empty."""
+
+    name = "many weights need a connection"
+    laws = ("5",)
+
+    def output(self, x, weight, mask, bias):
+        return super().output(x, weight, mask, None if mask.size > MANY and not mask.any() else bias)
+
+
+class ManyWeightsAccumulateInHalf(Mutant):
+    """The way for many weights adds up in the dtype of x."""
+
+    name = "many weights accumulate in half"
+    laws = ("9",)
+
+    def dtypes(self, device):
+        return ("float16",)
+
+    def output(self, x, weight, mask, bias):
+        if mask.size <= MANY:
+            return super().output(x, weight, mask, bias)
+        terms = x[..., None, :] * self.select(mask, weight)
+        y = np.add.accumulate(terms, axis=-1, dtype=x.dtype)[..., -1]
+        return y if bias is None else y + bias
+
+
+class LayerOfManyWeightsKeepsItsArguments(Mutant):
+    """A layer of many weights keeps the array that it was made with."""
+
+    name = "layer of many weights keeps its arguments"
+    laws = ("10",)
+
+    def layer(self, weight, mask, bias):
+        return _LayerOfManyWeightsKeepsItsArguments(self, weight, mask, bias)
+
+
+class _LayerOfManyWeightsKeepsItsArguments(ReferenceLayer):
+    def __init__(self, backend, weight, mask, bias):
+        super().__init__(backend, weight, mask, bias)
+        if mask.size > MANY:
+            weight[...] = self.weight
+            self.weight = weight
+            self.note()

@@ -4,11 +4,12 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer, flat, in_memory
+from maskedlinear_conformance.faults._reference_backend import Mutant, flat, in_memory
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 
 class StaleMask(Mutant):
-    """The masked weight is derived again when the weight changes, not when the mask does."""
+    """``set_mask`` replaces the mask, and leaves the weight as the old one had it."""
 
     name = "stale mask"
     laws = ("11",)
@@ -23,7 +24,7 @@ class _StaleMask(ReferenceLayer):
 
 
 class StaleWeight(Mutant):
-    """The masked weight is derived again when the mask changes, not when the weight does."""
+    """Calls take a copy of the weight that is made anew when the mask changes, not when the weight does."""
 
     name = "stale weight"
     laws = ("11",)
@@ -33,8 +34,12 @@ class StaleWeight(Mutant):
 
 
 class _StaleWeight(ReferenceLayer):
-    def set_weight(self, weight):
-        self.weight = weight.copy()
+    def divide(self, full):
+        super().divide(full)
+        self.copy = self.weight.copy()
+
+    def __call__(self, x):
+        return self.backend.masked_linear(x, self.copy, self.mask, self.bias)
 
 
 class MaskOfTheCallerKept(Mutant):
@@ -49,8 +54,8 @@ class MaskOfTheCallerKept(Mutant):
 
 class _MaskOfTheCallerKept(ReferenceLayer):
     def set_mask(self, mask):
+        super().set_mask(mask)
         self.mask = mask
-        self.derive()
 
 
 class DormantWeightsZeroed(Mutant):
@@ -66,7 +71,7 @@ class DormantWeightsZeroed(Mutant):
 class _DormantWeightsZeroed(ReferenceLayer):
     def set_mask(self, mask):
         super().set_mask(mask)
-        self.weight = np.where(self.mask, self.weight, 0).astype(self.weight.dtype)
+        self.dormant = np.zeros_like(self.dormant)
 
 
 class StaleMaskInTheGradient(Mutant):
@@ -82,6 +87,7 @@ class StaleMaskInTheGradient(Mutant):
 class _StaleMaskInTheGradient(ReferenceLayer):
     def gradients(self, x, g):
         vars(self).setdefault("first", self.mask.copy())
+        self.project()
         found = self.backend.both(x, self.weight, self.first, self.bias, g)
         return found[1], found[2], found[3]
 
@@ -97,8 +103,8 @@ class LayerByAProduct(Mutant):
 
 
 class _LayerByAProduct(ReferenceLayer):
-    def derive(self):
-        self.masked = (self.weight * self.mask).astype(self.weight.dtype)
+    def select(self, mask, values):
+        return (values * mask).astype(values.dtype)
 
 
 class LayerMultipliesItsGradient(Mutant):
@@ -134,7 +140,7 @@ class _LayerTakesOneBatchDimension(ReferenceLayer):
 
 
 class LayerKeepsItsArguments(Mutant):
-    """The layer keeps the arrays that it was made with, and writes new values into them."""
+    """The layer keeps the arrays that it was made with, and writes what is +0 under the mask into them."""
 
     name = "layer keeps its arguments"
     laws = ("10",)
@@ -146,17 +152,14 @@ class LayerKeepsItsArguments(Mutant):
 class _LayerKeepsItsArguments(ReferenceLayer):
     def __init__(self, backend, weight, mask, bias):
         super().__init__(backend, weight, mask, bias)
-        self.weight, self.mask = weight, mask
+        self.mask = mask
 
-    def set_mask(self, mask):
-        kept = self.mask
-        super().set_mask(mask)
-        kept[...] = self.mask
-        self.mask = kept
-
-    def set_weight(self, weight):
-        self.weight[...] = weight
-        self.derive()
+    def divide(self, full):
+        kept = self.weight
+        super().divide(full)
+        kept[...] = self.weight
+        self.weight = kept
+        self.note()
 
 
 class AnyNumberIsAMask(Mutant):
@@ -217,11 +220,10 @@ class LayerFlipsABitWhenLarge(Mutant):
 
 
 class _LayerFlipsABitWhenLarge(ReferenceLayer):
-    def derive(self):
-        mask = self.mask.copy()
-        if mask.size > 100_000:
-            mask.flat[mask.size // 3] ^= True
-        self.masked = self.backend.select(mask, self.weight)
+    def divide(self, full):
+        if self.mask.size > 100_000:
+            self.mask.flat[self.mask.size // 3] ^= True
+        super().divide(full)
 
 
 class LargeLayerByAProduct(Mutant):
@@ -235,10 +237,8 @@ class LargeLayerByAProduct(Mutant):
 
 
 class _LargeLayerByAProduct(ReferenceLayer):
-    def derive(self):
-        super().derive()
-        if self.mask.size > 1000:
-            self.masked = (self.weight * self.mask).astype(self.weight.dtype)
+    def select(self, mask, values):
+        return super().select(mask, values) if mask.size < 1000 else (values * mask).astype(values.dtype)
 
 
 class LayerWithAFullMaskTakesAWrongShortCut(Mutant):
@@ -253,6 +253,7 @@ class LayerWithAFullMaskTakesAWrongShortCut(Mutant):
 
 class _LayerWithAFullMaskTakesAWrongShortCut(ReferenceLayer):
     def __call__(self, x):
+        self.project()
         bias = None if self.mask.size and self.mask.all() else self.bias
         return self.backend.masked_linear(x, self.weight, self.mask, bias)
 
@@ -268,9 +269,9 @@ class LayerKeptByItsNumberOfConnections(Mutant):
 
 
 class _LayerKeptByItsNumberOfConnections(ReferenceLayer):
-    def derive(self):
-        seen = vars(self).setdefault("seen", {}).setdefault(self.mask.sum(), self.mask.copy())
-        self.masked = self.backend.select(seen, self.weight)
+    def select(self, mask, values):
+        kept = vars(self).setdefault("masks", {}).setdefault(mask.sum(), mask.copy())
+        return super().select(kept, values)
 
 
 class LayerIsNotDeterministic(Mutant):
@@ -285,23 +286,24 @@ class LayerIsNotDeterministic(Mutant):
 
 class _LayerIsNotDeterministic(ReferenceLayer):
     def __call__(self, x):
+        self.project()
         order = np.random.default_rng().permutation(x.shape[-1])
         return self.backend.masked_linear(x[..., order], self.weight[:, order], self.mask[:, order], self.bias)
 
 
-class CallsCleanTheWeight(Mutant):
-    """A call masks the layer's own weight: dormant weights are lost."""
+class CallsDropDormantWeights(Mutant):
+    """A call lets go of what is dormant."""
 
-    name = "calls clean the weight"
+    name = "calls drop dormant weights"
     laws = ("10", "11")
 
     def layer(self, weight, mask, bias):
-        return _CallsCleanTheWeight(self, weight, mask, bias)
+        return _CallsDropDormantWeights(self, weight, mask, bias)
 
 
-class _CallsCleanTheWeight(ReferenceLayer):
+class _CallsDropDormantWeights(ReferenceLayer):
     def __call__(self, x):
-        self.weight = self.masked
+        self.dormant = np.zeros_like(self.dormant)
         return super().__call__(x)
 
 
@@ -354,20 +356,22 @@ class _TheMaskIsNumbers(ReferenceLayer):
         return weight, mask.astype(np.float64), bias
 
 
-class LargeLayerDerivesOnce(Mutant):
-    """A large layer keeps the masked weight of its first call."""
+class LargeLayerKeepsItsFirstWeight(Mutant):
+    """A large layer keeps the weight of its first call."""
 
-    name = "large layer derives once"
+    name = "large layer keeps its first weight"
     laws = ("11",)
 
     def layer(self, weight, mask, bias):
-        return _LargeLayerDerivesOnce(self, weight, mask, bias)
+        return _LargeLayerKeepsItsFirstWeight(self, weight, mask, bias)
 
 
-class _LargeLayerDerivesOnce(ReferenceLayer):
-    def derive(self):
-        if self.mask.size < 1000 or not hasattr(self, "masked"):
-            super().derive()
+class _LargeLayerKeepsItsFirstWeight(ReferenceLayer):
+    def __call__(self, x):
+        if self.mask.size < 1000:
+            return super().__call__(x)
+        first = vars(self).setdefault("first", self.weight.copy())
+        return self.backend.masked_linear(x, first, np.ones_like(self.mask), self.bias)
 
 
 class OneRowTakesAnOldWeight(Mutant):
@@ -385,7 +389,7 @@ class _OneRowTakesAnOldWeight(ReferenceLayer):
         if x.size > x.shape[-1]:
             return super().__call__(x)
         if not hasattr(self, "matrix"):
-            self.matrix = self.backend.select(self.mask, self.weight)
+            self.matrix = self.weight.copy()
         return self.backend.masked_linear(x, self.matrix, np.ones_like(self.mask), self.bias)
 
     def set_mask(self, mask):

@@ -2,7 +2,8 @@
 
 # mypy: disable-error-code="no-untyped-def,no-untyped-call,attr-defined,no-any-return"
 
-from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 
 class NoSecondDerivativeOfX(Mutant):

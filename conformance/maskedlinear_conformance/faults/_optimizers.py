@@ -4,11 +4,12 @@
 
 import numpy as np
 
-from maskedlinear_conformance.faults._reference_backend import Mutant, ReferenceLayer
+from maskedlinear_conformance.faults._reference_backend import Mutant
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 
 class OptimizerNotGuarded(Mutant):
-    """Momentum and weight decay move dormant weights."""
+    """Momentum of another mask moves what is masked."""
 
     name = "optimizer not guarded"
     laws = ("13",)
@@ -50,7 +51,7 @@ class OptimizerGuardedByTheFirstMask(Mutant):
 class _OptimizerGuardedByTheFirstMask(ReferenceLayer):
     def guard(self):
         mask = self.mask.copy()
-        return lambda moved: np.where(mask, moved, self.weight)
+        return lambda moved: self.backend.select(mask, moved)
 
 
 class OptimizerGuardRounds(Mutant):
@@ -63,9 +64,23 @@ class OptimizerGuardRounds(Mutant):
         return _OptimizerGuardRounds(self, weight, mask, bias)
 
 
-class _OptimizerGuardRounds(ReferenceLayer):
-    def guard(self):
-        return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float16))
+class _TogetherInAStep(ReferenceLayer):
+    """The guard hands the optimizer live and dormant weights together, and divides them after its step."""
+
+    def frozen_step(self, optimizer):
+        step = super().frozen_step(optimizer)
+
+        def together(x, g):
+            dormant = self.full()
+            step(x, g)
+            self.divide(self.joined(self.weight, dormant).astype(self.weight.dtype))
+
+        return together
+
+
+class _OptimizerGuardRounds(_TogetherInAStep):
+    def joined(self, weight, dormant):
+        return np.where(self.mask, weight, dormant.astype(np.float16))
 
 
 class OptimizerFrozenAltogether(Mutant):
@@ -80,7 +95,7 @@ class OptimizerFrozenAltogether(Mutant):
 
 class _OptimizerFrozenAltogether(ReferenceLayer):
     def guard(self):
-        return lambda moved: self.weight
+        return lambda moved: self.weight.copy()
 
 
 class OptimizerGuardedByABlend(Mutant):
@@ -93,9 +108,9 @@ class OptimizerGuardedByABlend(Mutant):
         return _OptimizerGuardedByABlend(self, weight, mask, bias)
 
 
-class _OptimizerGuardedByABlend(ReferenceLayer):
-    def guard(self):
-        return lambda moved: moved * self.mask + self.weight * ~self.mask
+class _OptimizerGuardedByABlend(_TogetherInAStep):
+    def joined(self, weight, dormant):
+        return weight * self.mask + dormant * ~self.mask
 
 
 class OptimizerGuardFlushesSubnormals(Mutant):
@@ -108,13 +123,9 @@ class OptimizerGuardFlushesSubnormals(Mutant):
         return _OptimizerGuardFlushesSubnormals(self, weight, mask, bias)
 
 
-class _OptimizerGuardFlushesSubnormals(ReferenceLayer):
-    def guard(self):
-        def held(moved):
-            tiny = np.finfo(self.weight.dtype).tiny
-            return np.where(self.mask, moved, np.where(abs(self.weight) < tiny, 0 * self.weight, self.weight))
-
-        return held
+class _OptimizerGuardFlushesSubnormals(_TogetherInAStep):
+    def joined(self, weight, dormant):
+        return np.where(self.mask, weight, np.where(abs(dormant) < np.finfo(dormant.dtype).tiny, 0 * dormant, dormant))
 
 
 class OptimizerClimbs(Mutant):
@@ -129,7 +140,7 @@ class OptimizerClimbs(Mutant):
 
 class _OptimizerClimbs(ReferenceLayer):
     def guard(self):
-        return lambda moved: np.where(self.mask, 2 * self.weight - moved, self.weight)
+        return lambda moved: self.backend.select(self.mask, 2 * self.weight - moved)
 
 
 class OptimizerClimbsLater(Mutant):
@@ -148,7 +159,7 @@ class _OptimizerClimbsLater(ReferenceLayer):
 
         def held(moved):
             along = next(steps, 1) * (moved - self.weight)
-            return np.where(self.mask, self.weight + along, self.weight)
+            return self.backend.select(self.mask, self.weight + along)
 
         return held
 
@@ -209,9 +220,9 @@ class OptimizerGuardInSinglePrecision(Mutant):
         return _OptimizerGuardInSinglePrecision(self, weight, mask, bias)
 
 
-class _OptimizerGuardInSinglePrecision(ReferenceLayer):
-    def guard(self):
-        return lambda moved: np.where(self.mask, moved, self.weight.astype(np.float32))
+class _OptimizerGuardInSinglePrecision(_TogetherInAStep):
+    def joined(self, weight, dormant):
+        return np.where(self.mask, weight, dormant.astype(np.float32))
 
 
 class OptimizerWithoutBiasNotGuarded(Mutant):

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maskedlinear import masks
 from maskedlinear.reference import NumpyBackend
+from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 __all__ = ["Array", "Mutant", "ReferenceBackend", "ReferenceLayer", "flat", "in_memory"]
 
@@ -43,7 +43,7 @@ class ReferenceBackend(NumpyBackend):
     # The steps
 
     def select(self, mask: Array, array: Array) -> Array:
-        """Return ``where(mask, array, 0)``."""
+        """Return ``where(mask, array, 0)``, in new memory."""
         return np.where(mask, array, array.dtype.type(0))
 
     def product(self, a: Array, b: Array) -> Array:
@@ -168,9 +168,16 @@ class ReferenceBackend(NumpyBackend):
         return tuple(None if part[0] is None else np.stack(part) for part in zip(*found, strict=True))
 
     def derivative(self, derivative: str, *arrays: Array) -> Sequence[Array]:
-        """Return ``jvp``, or ``hvp`` by a mode."""
-        made: Any = self.jvp if derivative == "jvp" else partial(self.hvp, mode=derivative)
-        return made(*arrays)  # type: ignore[no-any-return]
+        """Return ``jvp``, or ``hvp`` by a mode; compiled, the gradients or the Hessian too."""
+        named: dict[str, Any] = {"jvp": self.jvp, "vjp": self.both, "hessian": self.hessian}
+        return named.get(derivative, partial(self.hvp, mode=derivative))(*arrays)  # type: ignore[no-any-return]
+
+    def hessian(self, x: Array, weight: Array, mask: Array, bias: Array | None, g: Array) -> Sequence[Array]:
+        """Return the second derivatives of ⟨g, y⟩ by x and weight: g where a connection is live."""
+        live = self.select(mask, np.ones_like(weight))
+        mixed = np.einsum("...o,oj,ij->...ioj", g, live, np.eye(x.shape[-1], dtype=x.dtype))
+        none = (np.zeros(side.shape * 2, x.dtype) for side in (x, weight))
+        return next(none), mixed, np.moveaxis(mixed, (-2, -1), (0, 1)), next(none)
 
     def vmap_derivative(self, derivative: str, axes: Sequence[int | None], *arrays: Array) -> Sequence[Array]:
         """Return the derivatives of each problem, stacked."""
@@ -247,78 +254,3 @@ class Mutant(ReferenceBackend):
     def dtypes(self, device: str) -> Sequence[str]:
         """Return one of NumPy's: what is wrong in every precision is not run thrice."""
         return ("float32",)
-
-
-class ReferenceLayer:
-    """A layer that keeps its weight and mask, and derives the masked weight anew when either changes."""
-
-    optimizers = ("momentum and decay",)
-
-    def __init__(self, backend: ReferenceBackend, weight: Array, mask: Array, bias: Array | None) -> None:
-        self.backend = backend
-        self.weight, self.mask = weight.copy(), mask.copy()
-        self.bias = None if bias is None else bias.copy()
-        self.derive()
-
-    def derive(self) -> None:
-        """Derive what the calls use."""
-        self.masked = self.backend.select(self.mask, self.weight)
-
-    def __call__(self, x: Array) -> Array:
-        """Return y."""
-        return self.backend.masked_linear(x, self.masked, np.ones_like(self.mask), self.bias)
-
-    def gradients(self, x: Array, g: Array) -> tuple[Array, Array, Array | None]:
-        """Return dx, dW and db."""
-        found = self.backend.both(x, self.weight, self.mask, self.bias, g)
-        return found[1], found[2], found[3]
-
-    def set_mask(self, mask: Any) -> None:
-        """Replace the mask."""
-        self.mask = np.array(masks.as_mask(mask, self.weight.shape))
-        self.derive()
-
-    def set_weight(self, weight: Array) -> None:
-        """Replace the weight."""
-        self.weight = weight.copy()
-        self.derive()
-
-    def state(self) -> tuple[Array, Array, Array | None]:
-        """Return weight, mask and bias."""
-        to_numpy = self.backend.asnumpy
-        return to_numpy(self.weight), to_numpy(self.mask), None if self.bias is None else to_numpy(self.bias)
-
-    def save(self, path: Path) -> None:
-        """Write what there is."""
-        parts = {"weight": self.weight, "mask": self.mask} | ({} if self.bias is None else {"bias": self.bias})
-        np.savez(path / "state.npz", **{name: self.kept(name, array) for name, array in parts.items()})
-
-    def kept(self, name: str, array: Array) -> Array:
-        """Return what of ``array`` a file keeps."""
-        return array
-
-    def load(self, path: Path) -> None:
-        """Read it again."""
-        with np.load(path / "state.npz") as parts:
-            for name in parts:
-                setattr(self, name, parts[name].astype(getattr(self, name).dtype))
-        self.derive()
-
-    def frozen_step(self, optimizer: str) -> Callable[[Array, Array], None]:
-        """Return a step with momentum and weight decay, held to the mask."""
-        momentum = np.zeros_like(self.weight)
-        guard = self.guard()
-
-        def step(x: Array, g: Array) -> None:
-            nonlocal momentum
-            _, gradient, along_bias = self.gradients(x, g)
-            momentum = momentum * 0.5 + gradient + 0.125 * self.weight
-            self.set_weight(guard(self.weight - 0.25 * momentum).astype(self.weight.dtype))
-            if self.bias is not None and along_bias is not None:
-                self.bias = (self.bias - 0.25 * along_bias).astype(self.bias.dtype)
-
-        return step
-
-    def guard(self) -> Callable[[Array], Array]:
-        """Return what an updated weight becomes: dormant entries stay."""
-        return lambda moved: np.where(self.mask, moved, self.weight)

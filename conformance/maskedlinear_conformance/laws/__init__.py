@@ -27,6 +27,8 @@ LAWS = {
     "12f": "the project's own file format",
     "13": "freeze_masked",
     "14": "random masks",
+    "15": "what shows is what acts",
+    "16": "every edit shows; drift does not act",
     "golden": "golden vectors, bit for bit",
     "pairs": "backends equal each other",
 }

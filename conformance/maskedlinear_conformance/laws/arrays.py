@@ -19,6 +19,7 @@ from maskedlinear_conformance.backend_under_test import (
 )
 from maskedlinear_conformance.bounds import QUANTITIES, expected
 from maskedlinear_conformance.cases import (
+    HEAVY,
     OTHER,
     PROBE,
     SEVERAL,
@@ -60,13 +61,14 @@ class Arrays:
     @law(6, enough=FULL)
     def test_a_batch_equals_its_rows_one_by_one(self, subject: BackendUnderTest) -> None:
         """Rows do not see each other, and their gradients add up: exactly, on integers."""
-        data = PROBE.data(subject.dtype, "integers")
-        whole = subject.plain(data)
-        rows = [subject.plain(data._replace(x=data.x[i], g=data.g[i])) for i in range(len(data.x))]
-        for name in ("y", "dx"):
-            equal_bits([whole[name] + 0.0], [np.stack([row[name] for row in rows]) + 0.0], name)
-        for name in ("dW", "db"):
-            equal_bits([whole[name] + 0.0], [sum((row[name] for row in rows), 0.0 * whole[name])], name)
+        for case in (PROBE, HEAVY):
+            data = case.data(subject.dtype, "integers")
+            whole = subject.plain(data)
+            rows = [subject.plain(data._replace(x=data.x[i], g=data.g[i])) for i in range(len(data.x))]
+            for name in ("y", "dx"):
+                equal_bits([whole[name] + 0.0], [np.stack([row[name] for row in rows]) + 0.0], name)
+            for name in ("dW", "db"):
+                equal_bits([whole[name] + 0.0], [sum((row[name] for row in rows), 0.0 * whole[name])], name)
 
     @law(8)
     def test_layouts_give_the_same_and_are_not_written_to(self, subject: BackendUnderTest, layout: str) -> None:
@@ -85,8 +87,8 @@ class Arrays:
     @law(9, dtypes=HALF)
     def test_half_types_accumulate_in_a_wider_type(self, subject: BackendUnderTest) -> None:
         """Sums of thousands of ones come out exactly, in the value and in every derivative; others within the bound."""
-        shapes = ((1, LONG, 2), (LONG, 2, 2), (1, 2, LONG))
-        for batch, in_, out in shapes[: 2 if subject.profile == "quick" else 3]:
+        shapes = ((1, LONG, 3), (LONG, 2, 2), (1, 3, LONG), (LONG, HEAVY.in_features, HEAVY.out_features))
+        for batch, in_, out in shapes[: 2 if subject.profile == "quick" else 4]:
             mask = np.ones((out, in_), bool)
             data = draw(np.ones, (batch,), mask, True, subject.dtype)
             data = data._replace(bias=np.zeros(out), dbias=np.zeros(out))

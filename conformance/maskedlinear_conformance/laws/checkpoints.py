@@ -6,23 +6,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import PROBE, TILED, Data, others
+from maskedlinear_conformance.cases import PROBE, TILED, others
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.laws.layers import built, called, stored
+from maskedlinear_conformance.laws.layers import built, called, stored, with_odd_dormant_values
 
 __all__ = ["Checkpoints"]
-
-SUBNORMAL = 2.0**-133  # the smallest number of bfloat16
-
-
-def with_odd_dormant_values(data: Data) -> Data:
-    """Put what a careless conversion loses under the mask: NaN, infinity, -0 and a subnormal number."""
-    odd = np.resize([np.nan, np.inf, -0.0, SUBNORMAL, -1.5], data.weight.shape)
-    return data._replace(weight=np.where(data.mask, data.weight, odd))
 
 
 class Checkpoints:

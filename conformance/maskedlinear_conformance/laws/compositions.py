@@ -8,19 +8,22 @@ from typing import Any
 
 import numpy as np
 
-from maskedlinear_conformance.backend_under_test import BackendUnderTest, Results, equal_bits, positive_zero
+from maskedlinear_conformance.backend_under_test import FIRST, BackendUnderTest, Results, equal_bits, positive_zero
 from maskedlinear_conformance.bounds import expected
 from maskedlinear_conformance.cases import OTHER, PROBE, Case, Data, others, poisoned, small
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.derivatives import FULL
 
-__all__ = ["DERIVATIVES", "Compositions"]
+__all__ = ["COMPILED", "DERIVATIVES", "Compositions"]
 
 DERIVATIVES = {
     "jvp": (("x", "weight", "mask", "bias", "dx", "dweight", "dbias"), ("y", "ẏ")),
     **dict.fromkeys(("reverse over reverse", "forward over reverse"), (Data._fields, ("Hx", "HW", "Hb", "Hg"))),
 }
 """The derivatives that transforms are asked of, each a capability, with its arguments and its results."""
+
+COMPILED = {"vjp": (Data._fields[:5], FIRST), **DERIVATIVES}
+"""Those that are compiled."""
 
 
 class Compositions:
@@ -63,16 +66,26 @@ class Compositions:
                 _assert_matches_spec(subject, derivative, single, found)
 
     @law(7, needs=["compile of derivatives"], enough=FULL, dear=True)
-    def test_a_compiled_derivative_equals_the_spec(self, subject: BackendUnderTest, derivative: str) -> None:
+    def test_a_compiled_derivative_equals_the_spec(self, subject: BackendUnderTest, compiled: str) -> None:
         """With one mask, another, other values, and the first again; nothing leaks."""
         data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
         for problem in (data, other._replace(mask=data.mask), data._replace(mask=others(data.mask)[1]), data):
             problem = _dirty(problem)
-            arrays = [getattr(problem, name) for name in DERIVATIVES[derivative][0]]
-            found = _made(subject, "compile_derivative", derivative, arrays)
-            _assert_matches_spec(
-                subject, derivative, problem, dict(zip(DERIVATIVES[derivative][1], found, strict=True))
-            )
+            arrays = [getattr(problem, name) for name in COMPILED[compiled][0]]
+            found = _made(subject, "compile_derivative", compiled, arrays)
+            _assert_matches_spec(subject, compiled, problem, dict(zip(COMPILED[compiled][1], found, strict=True)))
+
+    @law(7, needs=["compile of the hessian"], enough=["float32"], since="default")
+    def test_a_compiled_hessian_equals_the_spec(self, subject: BackendUnderTest) -> None:
+        """Of ⟨g, y⟩: 0 but for x and weight together, where it is g at the live connections, exactly; nothing leaks."""
+        data = _dirty(PROBE.data(subject.dtype))
+        found = _made(subject, "compile_derivative", "hessian", data[:5])
+        batch, (out, in_) = data.x.shape[:-1], data.mask.shape
+        # by x[b, i] and weight[o, j] it is g[b, o] where i is j and the connection is live
+        mixed = np.einsum("...o,oj,ij->...ioj", data.g, data.mask, np.eye(in_))
+        swapped = np.moveaxis(mixed, (-2, -1), (0, 1))
+        want = (np.zeros((*batch, in_) * 2), mixed, swapped, np.zeros((out, in_) * 2))
+        equal_bits([array + 0.0 for array in found], want, "the Hessian")
 
 
 def _dirty(data: Data) -> Data:
@@ -98,3 +111,5 @@ def _assert_matches_spec(subject: BackendUnderTest, derivative: str, data: Data,
     subject.assert_matches_spec({f"{name} by {derivative}": array for name, array in found.items()}, expected(data))
     if "HW" in found:
         positive_zero(found["HW"][~data.mask], "HW under the mask")
+    if "dW" in found:
+        positive_zero(found["dW"][~data.mask], "dW under the mask")

@@ -19,7 +19,7 @@ from maskedlinear_conformance.backend_under_test import (
     positive_zero,
 )
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import PROBE, Case, Data, draw, small
+from maskedlinear_conformance.cases import HEAVY, PROBE, Case, Data, draw, small_or_heavy
 from maskedlinear_conformance.laws import law
 
 __all__ = ["FULL", "Derivatives", "problems"]
@@ -47,8 +47,9 @@ def problems(subject: BackendUnderTest) -> tuple[st.SearchStrategy[Data], dict[s
         out=st.integers(0, 40),
         tenths=st.integers(0, 10),
     )
-    solid: list[tuple[tuple[int, ...], int, int, int]] = [((3, 2, 2), 37, 29, 5), ((2, 1, 5), 40, 3, 2)]
-    taken = solid[:1] if subject.profile == "quick" else solid
+    heavy: tuple[tuple[int, ...], int, int, int] = (HEAVY.batch, HEAVY.in_features, HEAVY.out_features, 5)
+    solid = [heavy, ((3, 2, 2), 37, 29, 5), ((2, 1, 5), 40, 3, 2)]
+    taken = solid[:2] if subject.profile == "quick" else solid
     return drawn, {"examples": [(integer_problem(subject.dtype, seed, *one),) for seed, one in enumerate(taken)]}
 
 
@@ -87,9 +88,11 @@ class Derivatives:
     @law(1, enough=FULL)
     def test_any_subset_of_inputs_may_ask_for_a_gradient(self, subject: BackendUnderTest) -> None:
         """Gradients do not depend on which others are asked for."""
-        data, want = PROBE.data(subject.dtype), expectations(PROBE, subject.dtype)
-        for wrt in (*(some for count in (1, 2, 3) for some in combinations(INPUTS, count)), INPUTS[::-1]):
-            subject.assert_matches_spec(subject.gradients(data, wrt), want)
+        for case in (PROBE, HEAVY):
+            data, want = case.data(subject.dtype), expectations(case, subject.dtype)
+            counts = (1,) if case == HEAVY and subject.profile == "quick" else (1, 2, 3)
+            for wrt in (*(some for count in counts for some in combinations(INPUTS, count)), INPUTS[::-1]):
+                subject.assert_matches_spec(subject.gradients(data, wrt), want)
 
     @law(1, needs=["jvp"], enough=FULL)
     def test_any_subset_of_inputs_may_move(self, subject: BackendUnderTest) -> None:
@@ -101,7 +104,7 @@ class Derivatives:
                 found = subject.tangent(data._replace(**dict.fromkeys(still)))
                 subject.assert_matches_spec(found, expected(data._replace(**zero)))
 
-    @law(2, needs=["autodiff_vjp"], cases=small)
+    @law(2, needs=["autodiff_vjp"], cases=small_or_heavy)
     def test_rule_equals_automatic_differentiation(self, subject: BackendUnderTest, case: Case) -> None:
         """The gradients are those that the framework itself makes of the forward expression."""
         data = case.data(subject.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,12 +18,14 @@ from maskedlinear_conformance.backend_under_test import (
     positive_zero,
 )
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import OTHER, PROBE, TILED, Case, Data, odd, others, poisoned, with_nan
+from maskedlinear_conformance.cases import HEAVY, OTHER, PROBE, TILED, Case, Data, odd, others, poisoned, with_nan
 from maskedlinear_conformance.laws import law
 from maskedlinear_conformance.laws.arrays import alike_rows
 from maskedlinear_conformance.laws.derivatives import FULL
 
-__all__ = ["Layers", "built", "called", "stored"]
+__all__ = ["Layers", "built", "called", "put", "stored", "with_odd_dormant_values"]
+
+SUBNORMAL = 2.0**-133  # the smallest number of bfloat16
 
 
 def built(subject: BackendUnderTest, data: Data) -> Any:
@@ -34,6 +37,19 @@ def stored(subject: BackendUnderTest, data: Data) -> tuple[Any, Any, Any]:
     """Return the state of a layer made from ``data``: all weights, or the live ones and 0, in the dtype."""
     weight = subject.to_numpy(subject.to_backend(data.weight))
     return (weight if subject.has("dormant weights") else np.where(data.mask, weight, 0)), data.mask, data.bias
+
+
+def put(subject: BackendUnderTest, layer: Any, weight: Any, mask: Any) -> None:
+    """Give a layer that keeps dormant weights these ones and this mask."""
+    layer.set_mask(np.ones_like(mask))
+    layer.set_weight(subject.to_backend(weight))
+    layer.set_mask(mask)
+
+
+def with_odd_dormant_values(data: Data) -> Data:
+    """Put what a careless conversion loses under the mask: NaN, infinity, -0 and a subnormal number."""
+    odd = np.resize([np.nan, np.inf, -0.0, SUBNORMAL, -1.5], data.weight.shape)
+    return data._replace(weight=np.where(data.mask, data.weight, odd))
 
 
 def called(subject: BackendUnderTest, layer: Any, data: Data, layout: str = "contiguous") -> Results:
@@ -96,33 +112,8 @@ class Layers:
     @law(10, needs=["layer"])
     def test_a_layer_leaves_its_arguments_alone(self, subject: BackendUnderTest) -> None:
         """It keeps copies, writes to no x or g and computes the same twice; no later call changes a result."""
-        data, other = PROBE.data(subject.dtype), OTHER.data(subject.dtype)
-        with subject.backend.strict_precision():
-            sent = [subject.to_backend(array) for array in (data.weight, data.mask, data.bias)]
-            given = [subject.to_backend(array) for array in (data.x, data.g, other.weight, -other.x, other.g)]
-            x, g, weight, *later = given
-            layer = subject.backend.layer(*sent)
-            before = layer.state()
-            first = (layer(x), *layer.gradients(x, g))
-            at_once = [subject.to_numpy(array) for array in first]
-            twice = [subject.to_numpy(array) for array in (layer(x), *layer.gradients(x, g))]
-            equal_bits(twice, at_once, "the same call again")
-            equal_bits(layer.state(), before, "the layer's state, after calls")
-            if subject.has("dormant weights"):
-                layer.set_mask(other.mask)
-            layer.set_weight(weight)
-            layer(later[0])
-            layer.gradients(*later)
-            if subject.has("freeze_masked"):
-                layer.frozen_step(layer.optimizers[0])(x, g)
-            layer.set_weight(subject.to_backend(-other.weight))
-            equal_bits([subject.to_numpy(array) for array in first], at_once, "a result, after later calls")
-            equal_bits([subject.to_numpy(array) for array in sent], (data.weight, data.mask, data.bias), "an argument")
-            equal_bits(
-                [subject.to_numpy(array) for array in given],
-                (data.x, data.g, other.weight, -other.x, other.g),
-                "what a method was called with",
-            )
+        for case, other in ((PROBE, OTHER), (HEAVY, replace(HEAVY, density=0.7))):
+            _left_alone(subject, case.data(subject.dtype), other.data(subject.dtype))
 
     @law(11, enough=["float32", "bfloat16"])
     def test_a_new_mask_holds_at_the_next_call_of_the_function(self, subject: BackendUnderTest) -> None:
@@ -177,6 +168,36 @@ class Layers:
             _reweighted(subject, some)
 
 
+def _left_alone(subject: BackendUnderTest, data: Data, other: Data) -> None:
+    """Check that a layer leaves alone what it is made of and called with, and what it has returned."""
+    with subject.backend.strict_precision():
+        sent = [subject.to_backend(array) for array in (data.weight, data.mask, data.bias)]
+        given = [subject.to_backend(array) for array in (data.x, data.g, other.weight, -other.x, other.g)]
+        x, g, weight, *later = given
+        layer = subject.backend.layer(*sent)
+        before = layer.state()
+        first = (layer(x), *layer.gradients(x, g))
+        at_once = [subject.to_numpy(array) for array in first]
+        twice = [subject.to_numpy(array) for array in (layer(x), *layer.gradients(x, g))]
+        equal_bits(twice, at_once, "the same call again")
+        equal_bits(layer.state(), before, "the layer's state, after calls")
+        if subject.has("dormant weights"):
+            layer.set_mask(other.mask)
+        layer.set_weight(weight)
+        layer(later[0])
+        layer.gradients(*later)
+        if subject.has("freeze_masked"):
+            layer.frozen_step(layer.optimizers[0])(x, g)
+        layer.set_weight(subject.to_backend(-other.weight))
+        equal_bits([subject.to_numpy(array) for array in first], at_once, "a result, after later calls")
+        equal_bits([subject.to_numpy(array) for array in sent], (data.weight, data.mask, data.bias), "an argument")
+        equal_bits(
+            [subject.to_numpy(array) for array in given],
+            (data.x, data.g, other.weight, -other.x, other.g),
+            "what a method was called with",
+        )
+
+
 def _remasked(subject: BackendUnderTest, data: Data) -> None:
     """Check a layer under other masks, and under the first again."""
     with subject.backend.strict_precision():
@@ -198,7 +219,8 @@ def _remasked(subject: BackendUnderTest, data: Data) -> None:
 
 def _reweighted(subject: BackendUnderTest, data: Data) -> None:
     """Check a layer with other weights, as an optimizer writes them, and then under another mask too."""
-    moved = data._replace(weight=-data.weight)
+    kept = data.weight if subject.has("dormant weights") else -data.weight
+    moved = data._replace(weight=np.where(data.mask, -data.weight, kept))
     with subject.backend.strict_precision():
         layer = built(subject, data)
         called(subject, layer, data)

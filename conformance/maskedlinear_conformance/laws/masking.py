@@ -9,7 +9,7 @@ import numpy as np
 
 from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits, positive_zero
 from maskedlinear_conformance.bounds import expected
-from maskedlinear_conformance.cases import PROBE, TILED, Case, poisoned, small, with_nan
+from maskedlinear_conformance.cases import HEAVY, PROBE, TILED, Case, Data, poisoned, small_or_heavy, with_nan
 from maskedlinear_conformance.laws import law
 
 __all__ = ["Masking"]
@@ -48,24 +48,10 @@ class Masking:
     @law(4)
     def test_what_is_live_shows(self, subject: BackendUnderTest) -> None:
         """NaN and infinities of a live weight, of x and of g are not hidden: they show where the spec has them."""
-        data = PROBE.data(subject.dtype)
-        node, edge = np.argwhere(data.mask)[0]
-        for value in (np.nan, np.inf, -np.inf):
-            weight = data.weight.copy()
-            weight[node, edge] = value
-            dirty = data._replace(weight=weight)
-            found = subject.plain(dirty)
-            with np.errstate(invalid="ignore"):  # of the spec, too
-                want = expected(dirty)
-            for name in ("y", "dx"):
-                exact = want[name].exact
-                shown = np.where(np.isfinite(exact), found[name], exact)
-                equal_bits([found[name]], [shown], f"{name}, {value} being a live weight,")
-        for name, result, live in (("x", "y", data.mask.any(1)), ("g", "dx", data.mask.any(0))):
-            row = subject.plain(with_nan(data, name))[result][0]
-            assert np.isnan(row[live]).all(), f"NaN of {name} must reach {result} by its live connections"
+        for case in (PROBE, HEAVY):
+            _shows(subject, case.data(subject.dtype))
 
-    @law(5, cases=small)
+    @law(5, cases=small_or_heavy)
     def test_masking_is_idempotent(self, subject: BackendUnderTest, case: Case) -> None:
         """A weight that is masked already gives the same, bit for bit."""
         data = case.data(subject.dtype)
@@ -73,7 +59,7 @@ class Masking:
         for name, result in masked.items():
             equal_bits([result], [subject.on(case)[name]], name)
 
-    @law(5, needs=["dense"], cases=small)
+    @law(5, needs=["dense"], cases=small_or_heavy)
     def test_full_mask_is_the_dense_layer(self, subject: BackendUnderTest, case: Case) -> None:
         """With every connection live, the value is that of the framework's own dense layer."""
         data = case.data(subject.dtype)
@@ -87,11 +73,31 @@ class Masking:
     @law(5)
     def test_empty_mask_gives_the_bias(self, subject: BackendUnderTest) -> None:
         """With no connection live, the value is the bias, and x has no influence."""
-        data = PROBE.data(subject.dtype)
-        data = data._replace(mask=np.zeros_like(data.mask))
-        found = subject.plain(data)
-        assert data.bias is not None
-        equal_bits([found["y"]], [np.broadcast_to(data.bias, found["y"].shape)], "y")
-        assert not found["dx"].any(), "dx must be 0"
-        positive_zero(found["dW"], "dW")
-        assert not subject.value(data._replace(bias=None)).any(), "y must be 0 without a bias"
+        for case in (PROBE, HEAVY):
+            data = case.data(subject.dtype)
+            data = data._replace(mask=np.zeros_like(data.mask))
+            found = subject.plain(data)
+            assert data.bias is not None
+            equal_bits([found["y"]], [np.broadcast_to(data.bias, found["y"].shape)], "y")
+            assert not found["dx"].any(), "dx must be 0"
+            positive_zero(found["dW"], "dW")
+            assert not subject.value(data._replace(bias=None)).any(), "y must be 0 without a bias"
+
+
+def _shows(subject: BackendUnderTest, data: Data) -> None:
+    """Check that NaN and infinities of a live weight, of x and of g reach what they are connected to."""
+    node, edge = np.argwhere(data.mask)[0]
+    for value in (np.nan, np.inf, -np.inf):
+        weight = data.weight.copy()
+        weight[node, edge] = value
+        dirty = data._replace(weight=weight)
+        found = subject.plain(dirty)
+        with np.errstate(invalid="ignore"):  # of the spec, too
+            want = expected(dirty)
+        for name in ("y", "dx"):
+            exact = want[name].exact
+            shown = np.where(np.isfinite(exact), found[name], exact)
+            equal_bits([found[name]], [shown], f"{name}, {value} being a live weight,")
+    for name, result, live in (("x", "y", data.mask.any(1)), ("g", "dx", data.mask.any(0))):
+        row = subject.plain(with_nan(data, name))[result][0]
+        assert np.isnan(row[..., live]).all(), f"NaN of {name} must reach {result} by its live connections"

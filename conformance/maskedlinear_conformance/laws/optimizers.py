@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits
+from maskedlinear_conformance.backend_under_test import BackendUnderTest, equal_bits, positive_zero
 from maskedlinear_conformance.bounds import expected, smallest
 from maskedlinear_conformance.cases import OTHER, PROBE, TILED, Data
 from maskedlinear_conformance.laws import law
-from maskedlinear_conformance.laws.layers import built
+from maskedlinear_conformance.laws.layers import built, put
 
 __all__ = ["Optimizers"]
 
@@ -68,10 +68,12 @@ def _guarded(subject: BackendUnderTest, data: Data, name: str, masks: Sequence[A
         trained = None
         for dormant in (None, *values):
             if dormant is not None:
-                layer.set_weight(subject.to_backend(np.where(mask, layer.state()[0], dormant)))
+                put(subject, layer, np.where(mask, layer.state()[0], dormant), mask)
             states = [layer.state()]
             for _ in range(3):
                 step(x, g)
+                shown = subject.to_numpy(layer.visible_weight())
+                positive_zero(shown[~mask], f"the visible weight under the mask, after a step of {name},")
                 states.append(layer.state())
             (before, _, bias), (after, kept, biased) = states[0], states[-1]
             equal_bits([after[~mask]], [before[~mask]], f"dormant weights, {dormant}, under {name}")
@@ -83,4 +85,4 @@ def _guarded(subject: BackendUnderTest, data: Data, name: str, masks: Sequence[A
                     trains = biased is bias is None or (biased != bias).all()
                     assert trains, f"the bias, which has no mask, must train under {name}"
                     downhill(data, [state[0] for state in states], name)
-        layer.set_weight(subject.to_backend(trained))
+        put(subject, layer, trained, mask)

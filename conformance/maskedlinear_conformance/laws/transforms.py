@@ -18,6 +18,7 @@ from maskedlinear_conformance.backend_under_test import (
 )
 from maskedlinear_conformance.bounds import Expected, expected
 from maskedlinear_conformance.cases import (
+    HEAVY,
     OTHER,
     PROBE,
     SEVERAL,
@@ -82,6 +83,7 @@ class Transforms:
             *(data._replace(**{name: getattr(other, name)}) for name in ("x", "weight", "bias", "g")),
             data._replace(bias=None, dbias=None),
             *(() if subject.profile == "quick" else (SEVERAL.data(subject.dtype),)),
+            HEAVY.data(subject.dtype),
             data,
         )
         for problem in problems:
