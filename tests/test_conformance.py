@@ -376,9 +376,16 @@ def test_every_backend_obeys_the_laws_and_the_report_has_what_is_printed(tmp_pat
     assert found["header"]["backends"]["torch dense"]["versions"]["torch"] in result.stdout
 
 
-def test_the_sparse_formats_obey_the_laws() -> None:
-    asked = [option for name in ("torch", "jax", "nnx") for option in ("--backend", name)]
+@pytest.mark.parametrize("names", [("torch", "jax"), pytest.param(("torch", "jax", "nnx"), marks=pytest.mark.slow)])
+def test_the_sparse_formats_obey_the_laws(names: tuple[str, ...]) -> None:
+    asked = [option for name in names for option in ("--backend", name)]
     result = suite(*asked, "--format", "sparse", "--profile", "quick")
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_sparse_form_of_nnx_obeys_the_laws_of_layers() -> None:
+    laws = "new_ or leaks or vmap or equal_the_spec or checkpoint or shows"
+    result = suite("--backend", "nnx", "--format", "sparse", "--profile", "quick", "-k", laws)
     assert result.returncode == 0, result.stdout
 
 
