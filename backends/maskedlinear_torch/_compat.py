@@ -41,7 +41,7 @@ def nothing_looks_on() -> bool:
         and _tracing is not None
         and _peek() is None
         and _tracing() is None
-        and forward_ad._current_level < 0
+        and getattr(forward_ad, "_current_level", 0) < 0
     )
 
 

@@ -15,6 +15,7 @@ from maskedlinear_conformance.faults import (
     _missing,
     _optimizers,
     _storage,
+    _storage_changes,
     _transforms,
     _vmap,
 )
@@ -32,6 +33,7 @@ FAULTS: dict[str, type[Mutant]] = {
         _transforms,
         _layers,
         _storage,
+        _storage_changes,
         _checkpoints,
         _missing,
         _large,
