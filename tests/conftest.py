@@ -27,13 +27,18 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
+    flags = ["--xla_cpu_multi_thread_eigen=false"]
+    if (
+        config.option.markexpr
+    ):  # compiled with less care, in two thirds of the time; what users run, `make test-all` does
+        flags.append("--xla_backend_optimization_level=0")
     config.stash[_COMPILED] = tempfile.mkdtemp(prefix="maskedlinear-jax-")
     os.environ |= {
         "OMP_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
         "OPENBLAS_NUM_THREADS": "1",
         "NPROC": "1",  # XLA's own pools
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_cpu_multi_thread_eigen=false".strip(),
+        "XLA_FLAGS": " ".join([os.environ.get("XLA_FLAGS", ""), *flags]).strip(),
         "JAX_COMPILATION_CACHE_DIR": config.stash[_COMPILED],
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",

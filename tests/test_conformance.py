@@ -348,9 +348,15 @@ def test_a_law_that_did_not_run_is_named() -> None:
     assert report.silent(run) == [], "one backend has no partner"
 
 
-def test_every_backend_obeys_the_laws_and_the_report_has_what_is_printed(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "backends",
+    [("numpy", "torch", "jax"), pytest.param(("numpy", "torch", "jax", "nnx", "linen"), marks=pytest.mark.slow)],
+    ids=len,
+)
+def test_every_backend_obeys_the_laws_and_the_report_has_what_is_printed(
+    backends: tuple[str, ...], tmp_path: Path
+) -> None:
     path = tmp_path / "report.json"
-    backends = ("numpy", "torch", "jax", "nnx", "linen")
     asked = [option for name in backends for option in ("--backend", name)]
     result = suite(*asked, "--profile", "quick", "--report", str(path))
     assert result.returncode == 0, result.stdout
@@ -376,16 +382,31 @@ def test_every_backend_obeys_the_laws_and_the_report_has_what_is_printed(tmp_pat
     assert found["header"]["backends"]["torch dense"]["versions"]["torch"] in result.stdout
 
 
-@pytest.mark.parametrize("names", [("torch", "jax"), pytest.param(("torch", "jax", "nnx"), marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", [("torch",), pytest.param(("torch", "jax", "nnx"), marks=pytest.mark.slow)], ids=len)
 def test_the_sparse_formats_obey_the_laws(names: tuple[str, ...]) -> None:
     asked = [option for name in names for option in ("--backend", name)]
     result = suite(*asked, "--format", "sparse", "--profile", "quick")
     assert result.returncode == 0, result.stdout
 
 
-def test_the_sparse_form_of_nnx_obeys_the_laws_of_layers() -> None:
-    laws = "new_ or leaks or vmap or equal_the_spec or checkpoint or shows"
-    result = suite("--backend", "nnx", "--format", "sparse", "--profile", "quick", "-k", laws)
+@pytest.mark.parametrize(
+    ("names", "form", "laws"),
+    [
+        (
+            ("nnx", "linen"),
+            "dense",
+            "any_shape or any_layout or new_ or in_a_layer or checkpoint or shows or acts or act or dormant",
+        ),
+        (("jax",), "sparse", "equal_the_spec or leaks or any_batch or vmap or half"),
+        (("nnx",), "sparse", "any_layout or new_weight or checkpoint or shows"),
+    ],
+    ids=str,
+)
+def test_what_is_dear_to_compile_obeys_the_laws_that_are_most_its_own(
+    names: tuple[str, ...], form: str, laws: str
+) -> None:
+    asked = [option for name in names for option in ("--backend", name)]
+    result = suite(*asked, "--format", form, "--profile", "quick", "-k", laws)
     assert result.returncode == 0, result.stdout
 
 

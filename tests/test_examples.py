@@ -22,7 +22,7 @@ def example(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("framework", ["torch", "flax"])
+@pytest.mark.parametrize("framework", ["torch", pytest.param("flax", marks=pytest.mark.slow)])
 def test_accuracy_against_sparsity(
     framework: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

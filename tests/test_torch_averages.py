@@ -228,6 +228,19 @@ def test_an_average_of_sparse_layers_is_that_of_their_values() -> None:
     assert average.module[0].pattern == model[0].pattern
 
 
+def test_an_average_that_goes_through_two_states_side_by_side_takes_each_for_its_own() -> None:
+    model = nn.Sequential(MaskedLinear(6, 6, bias=False), MaskedLinear(6, 6, bias=False))
+    average, before = copy.deepcopy(model), [layer.weight.detach().clone() for layer in model]  # as timm's ModelEmaV2
+    prune_model(model, 0.5)
+    assert list(average.state_dict()) == list(model.state_dict())
+    for mean, value in zip(average.state_dict().values(), model.state_dict().values(), strict=True):
+        mean.copy_(0.5 * mean + 0.5 * value)
+    for mean, old, layer in zip(average, before, model, strict=True):
+        assert torch.equal(mean.weight, 0.5 * old + 0.5 * layer.weight)
+    set_masks(average, get_masks(model))
+    assert summary(average).sparsity == 0.5
+
+
 def test_a_copy_whose_mask_would_erase_what_has_grown_warns() -> None:
     model = network(0.5)
     average = copy.deepcopy(model)

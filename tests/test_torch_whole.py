@@ -75,7 +75,9 @@ def test_every_linear_layer_is_masked_in_place_and_back(model: Network, x: Tenso
     assert torch.equal(model(x), before)
     assert calls == ["hook"]
     assert model.again is model.blocks[0][0]  # type: ignore[index]
-    assert set(model.state_dict()) - set(Network().state_dict()) == {f"{name}.mask" for name in [*NAMES, "again"]}
+    assert set(model.state_dict()) - set(Network().state_dict()) == {
+        f"{name}.{key}" for name in [*NAMES, "again"] for key in ("mask", "dormant")
+    }
     assert unmask_model(model) is model
     assert masked(model) == []
     assert type(model.first) is nn.Linear

@@ -103,10 +103,10 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_with_the_frameworks(python: Path, tmp_path: Path) -> None:
     out = run(
         *(python, "-m", "maskedlinear_conformance", "--backend", "torch", "--backend", "jax", "--profile", "quick"),
-        *("-k", "each_other or leak or zero or golden or exchange"),
+        *("-k", "golden or pass_from_one"),
         cwd=tmp_path,
     )
-    assert "torch dense - jax dense" in out
+    assert "passed 6" in out
     assert "passed" in out.splitlines()[-1]
 
 

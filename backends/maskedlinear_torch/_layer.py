@@ -41,8 +41,8 @@ class MaskedLinear(MaskedWeight):
     a mask takes out are *dormant*: they lie apart, where no optimizer, average or reader finds them, and come back bit
     for bit when :meth:`set_mask` brings them back. :attr:`full_weight` shows live and dormant values together.
 
-    ``state_dict`` has the keys ``weight``, ``bias``, ``mask`` and, where anything is dormant, ``dormant``, which may be
-    left out: a plain ``nn.Linear`` that loads it with ``strict=False`` has the same outputs. The state of a plain
+    ``state_dict`` has the keys ``weight``, ``bias``, ``mask`` and ``dormant``, which may be left out: a plain
+    ``nn.Linear`` that loads it with ``strict=False`` has the same outputs. The state of a plain
     ``nn.Linear`` loads too and leaves the mask as it is; what it has under the mask becomes dormant.
 
     What an optimizer, a ``copy_`` or a merge leaves under the mask is set back to +0 before the layer next acts, and in
@@ -62,8 +62,7 @@ class MaskedLinear(MaskedWeight):
         mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, an array of any framework on the CPU or a
             tensor; copied. ``None`` is the full mask.
         init_fan_in: what :meth:`reset_parameters` scales the weights to: each row's ``"live"`` inputs, or the
-        ``"full"``
-            number of inputs, as ``nn.Linear`` does. The same without a mask.
+            ``"full"`` number of inputs, as ``nn.Linear`` does. The same without a mask.
         keep_dormant: whether dormant values are kept: beside the weight, one array of its shape as soon as anything is
             masked, or on the ``"host"``. ``False`` lets them go: a connection that comes back starts at 0.
         device: as in ``nn.Linear``. A layer made on ``"meta"`` keeps the mask it was given until it has values.
@@ -74,8 +73,7 @@ class MaskedLinear(MaskedWeight):
 
     Raises:
         ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``),
-        or
-            ``init_fan_in`` or ``keep_dormant`` is none of the choices.
+            or ``init_fan_in`` or ``keep_dormant`` is none of the choices.
         TypeError: if ``dtype`` is none of float64, float32, bfloat16 and float16, or a mask or a device is in another
             argument's place.
     """
@@ -204,10 +202,9 @@ class MaskedLinear(MaskedWeight):
 
         Args:
             linear: an ``nn.Linear``. Of a ``MaskedLinear`` the mask and the dormant values are copied too; another mask
-            may
-                be given.
+                may be given.
             mask: shape ``(out, in)``, booleans or 0s and 1s; ``None`` is the full mask. What it takes out becomes
-            dormant.
+                dormant.
 
         Raises:
             ValueError: if the mask has another shape, or holds anything but 0 and 1.

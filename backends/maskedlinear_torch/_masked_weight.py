@@ -137,8 +137,7 @@ class MaskedWeight(nn.Linear):
 
         Raises:
             ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values
-            (``"meta"``);
-                the layer is left as it was.
+                (``"meta"``); the layer is left as it was.
         """
         checked = checked_mask(mask, self.mask.shape)  # a copy: it may be a view of the layer's own
         with torch.no_grad():
@@ -332,8 +331,13 @@ class MaskedWeight(nn.Linear):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.project()
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        # With 0s if nothing is dormant: averagers go through two states side by side, and distributed checkpoints load
+        # what the state that they load into has.
         if self.dormant is not None:
             destination[prefix + "dormant"] = self.dormant
+        elif self.keep_dormant and "weight" in self._parameters and not self.mask.is_meta and not self.weight.is_meta:
+            device = "cpu" if self.keep_dormant == "host" else local_part(self.weight).device
+            destination[prefix + "dormant"] = torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device)
 
     def _load_from_state_dict(
         self,

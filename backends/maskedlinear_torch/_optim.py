@@ -79,9 +79,8 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
         self._optimizer, self._model = optimizer, model
-        self._clean: dict[
-            int, Version | None
-        ] = {}  # of each weight, the mask under which the optimizer's state is clean
+        # Of each weight, by its identity: the mask under which the optimizer's state is clean.
+        self._clean: dict[int, Version | None] = {}
         _masked_layers(model, optimizer)
 
     @torch.no_grad()

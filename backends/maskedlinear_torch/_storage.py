@@ -44,9 +44,8 @@ _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
 _BLOCK = 1 << 18  # entries that are masked at once: of float32 1 MiB, which stays in a core's cache
 _SMALL = 1 << 12  # entries for which one select takes less time than several calls
 _HUGE_PAGE = 2 << 20
-_GIVEN_BACK = (
-    32 << 20
-)  # bytes from which on glibc's allocator keeps nothing that was freed (DEFAULT_MMAP_THRESHOLD_MAX)
+# Bytes from which on glibc's allocator keeps nothing that was freed (DEFAULT_MMAP_THRESHOLD_MAX).
+_GIVEN_BACK = 32 << 20
 
 Version = tuple[int, int]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from maskedlinear.backends import lacking
-from maskedlinear_conformance.bounds import QUANTITIES, Expected, expected
+from maskedlinear_conformance.bounds import FIRST, QUANTITIES, SECOND, Expected, expected
 from maskedlinear_conformance.cases import Case, Data, round_to
 from maskedlinear_conformance.record import Record
 
@@ -39,9 +39,6 @@ MODES = ("reverse over reverse", "forward over reverse")
 Float = NDArray[np.float64]
 Results = dict[str, Float]
 """Results by name: a quantity, or a quantity and the way it was come by, ``"y by jvp"``."""
-
-FIRST = ("y", "dx", "dW", "db")
-"""The results that every way to value and gradients gives."""
 
 _NAMES = dict(zip(INPUTS, FIRST[1:], strict=True))
 _FORWARD = ("y by jvp", "ẏ")
@@ -153,7 +150,7 @@ class BackendUnderTest:
         return found
 
     def assert_matches_spec(
-        self, got: Results, want: dict[str, Expected], *, hard: bool = False, wide: bool = False
+        self, got: Results, want: Mapping[str, Expected], *, hard: bool = False, wide: bool = False
     ) -> None:
         """Check that each result has its shape and dtype, or a wider one, and lies within its bound of the spec's."""
         for name, result in got.items():
@@ -167,7 +164,7 @@ class BackendUnderTest:
             self.record.against_spec(self.label, quantity(name), self.dtype, used, hard)
             assert used <= 1, f"{name} is {used:.3g} times its bound away from the spec"
 
-    def assert_agree(self, one: Results, other: Results, want: dict[str, Expected]) -> None:
+    def assert_agree(self, one: Results, other: Results, want: Mapping[str, Expected]) -> None:
         """Check that two ways to the same results agree within the bound."""
         for name, result in one.items():
             assert result.shape == other[name].shape, f"the shape of {name}"
@@ -205,7 +202,7 @@ def by_name(names: Sequence[str], found: Sequence[Any], bias: Any) -> dict[str, 
 
 
 def _second(mode: str) -> tuple[str, ...]:
-    return tuple(f"{name} by {mode}" for name in ("Hx", "HW", "Hb", "Hg"))
+    return tuple(f"{name} by {mode}" for name in SECOND)
 
 
 def quantity(name: str) -> str:
@@ -214,7 +211,7 @@ def quantity(name: str) -> str:
 
 
 @lru_cache(maxsize=256)
-def expectations(case: Case, dtype: str, kind: str = "signed") -> dict[str, Expected]:
+def expectations(case: Case, dtype: str, kind: str = "signed") -> Mapping[str, Expected]:
     """Return what every result of a case should be, computed once a run."""
     return expected(case.data(dtype, kind))
 

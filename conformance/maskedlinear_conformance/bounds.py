@@ -10,7 +10,9 @@ dtype is rounded once more; a second derivative there is a sum of terms that are
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +20,30 @@ from numpy.typing import NDArray
 from maskedlinear import spec
 from maskedlinear_conformance.cases import Data
 
-__all__ = ["DTYPES", "QUANTITIES", "C", "Expected", "accumulation_unit", "expected", "output_unit", "smallest"]
+__all__ = [
+    "DTYPES",
+    "FIRST",
+    "QUANTITIES",
+    "SECOND",
+    "C",
+    "Expected",
+    "accumulation_unit",
+    "expected",
+    "output_unit",
+    "smallest",
+]
 
 C = 8.0
 
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
-QUANTITIES = ("y", "dx", "dW", "db", "ẏ", "Hx", "HW", "Hb", "Hg")
+FIRST = ("y", "dx", "dW", "db")
+"""The results that every way to value and gradients gives."""
+SECOND = ("Hx", "HW", "Hb", "Hg")
+"""The second derivatives."""
+_ORDERS = (FIRST, ("ẏ",), SECOND)
+
+QUANTITIES = tuple(name for order in _ORDERS for name in order)
 
 Float = NDArray[np.float64]
 
@@ -86,34 +105,65 @@ def accumulation_unit(dtype: str) -> float:
     return output_unit("float64" if dtype == "float64" else "float32")
 
 
-def expected(data: Data) -> dict[str, Expected]:
+class _Expectations(Mapping[str, Expected]):
+    """What every result of a problem should be, computed when it is first asked for: most laws ask for few."""
+
+    def __init__(self, data: Data) -> None:
+        self._data, self._found = data, dict[str, Expected]()
+        without = ("db", "Hb") if data.bias is None else ()
+        self._names = [name for name in QUANTITIES if name not in without]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __getitem__(self, name: str) -> Expected:
+        if name not in self._names:
+            raise KeyError(name)
+        if name not in self._found:
+            self._found |= _expected(self._data, next(order for order in _ORDERS if name in order))
+        return self._found[name]
+
+
+def expected(data: Data) -> Mapping[str, Expected]:
     """Return what every result of ``data`` should be, by its name in ``QUANTITIES``; without bias, without its gradients."""
-    arrays = _results(data)
-    sums = _results(data._replace(**{n: abs(a) for n, a in data._asdict().items() if n != "mask" and a is not None}))
-    # The second derivatives are sums over the directions; a narrow dtype rounds each part, and the sums of some.
-    still = {name: None if a is None else np.zeros_like(a) for name, a in data._asdict().items() if name[0] == "d"}
-    parts = [_results(data._replace(**{**still, name: getattr(data, name)})) for name in still]
+    return _Expectations(data)
+
+
+def _expected(data: Data, names: tuple[str, ...]) -> dict[str, Expected]:
+    arrays = _results(data, names)
+    absolute = {n: abs(a) for n, a in data._asdict().items() if n != "mask" and a is not None}
+    sums = _results(data._replace(**absolute), names)
     batch, (out, in_) = math.prod(data.x.shape[:-1]), data.mask.shape
     lengths = {
         **dict(zip(("y", "dx", "dW", "db", "ẏ"), (in_ + 1, out, batch, batch, 2 * in_ + 1), strict=True)),
         **dict(zip(("Hx", "HW", "Hb", "Hg"), (2 * out, 2 * batch, batch, 2 * in_ + 1), strict=True)),
     }
-    found = {}
-    for name, exact in arrays.items():
-        rounded = abs(exact)
-        if name in ("Hx", "HW", "Hg"):
-            rounded = rounded + 2 * sum(abs(part[name]) for part in parts)
-        found[name] = Expected(exact, sums[name], max(lengths[name], 1), rounded)
-    return found
+    rounded = {name: abs(exact) for name, exact in arrays.items()}
+    if names == SECOND:
+        # They are sums over the directions; a narrow dtype rounds each part, and the sums of some.
+        still = {name: None if a is None else np.zeros_like(a) for name, a in data._asdict().items() if name[0] == "d"}
+        parts = [_results(data._replace(**{**still, name: getattr(data, name)}), names) for name in still]
+        for name in ("Hx", "HW", "Hg"):
+            rounded[name] = rounded[name] + 2 * sum(abs(part[name]) for part in parts)
+    return {name: Expected(exact, sums[name], max(lengths[name], 1), rounded[name]) for name, exact in arrays.items()}
 
 
-def _results(data: Data) -> dict[str, Float]:
+def _results(data: Data, names: tuple[str, ...]) -> dict[str, Float]:
     arguments = data[:4]
-    y, dy = spec.jvp(*arguments, data.dx, data.dweight, data.dbias)
-    gradients = spec.vjp(*arguments, data.g)
-    curvature = spec.hvp(*data)
-    named = zip(QUANTITIES, (y, *gradients, dy, *curvature), strict=True)
-    return {name: array for name, array in named if array is not None}
+    found: tuple[Any, ...]
+    if names == FIRST:
+        found = spec.forward(*arguments), *spec.vjp(*arguments, data.g)
+    elif names == SECOND:
+        found = spec.hvp(*data)
+    else:
+        found = spec.jvp(*arguments, data.dx, data.dweight, data.dbias)[1:]
+    return {name: array for name, array in zip(names, found, strict=True) if array is not None}
 
 
 def _largest(difference: Float, bound: Float) -> float:

@@ -354,10 +354,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     """Under ``--faults``, leave out what a law has yet to say of a fault that it has caught already."""
     run = item.config.stash[_RUN]
     says: Law | None = getattr(getattr(item, "function", None), "conformance", None)
-    if run.faults and says is not None:
-        caught = {(o.labels[0], o.law) for o in run.record.outcomes if o.status == "caught"}
-        if any((subject.label, says.number) in caught for subject in _subjects(item)):
-            pytest.skip(f"{_DECLARED}caught already")
+    if says is not None and any((subject.label, says.number) in run.record.caught for subject in _subjects(item)):
+        pytest.skip(f"{_DECLARED}caught already")
 
 
 @pytest.hookimpl(wrapper=True)

@@ -42,6 +42,7 @@ class Record:
         self.hard: dict[tuple[str, str, str], float] = {}
         self.pairs: dict[tuple[str, str, str], float] = {}
         self.outcomes: list[Outcome] = []
+        self.caught: set[tuple[str, str]] = set()  # label and law of each fault that a law has caught
         self._results: dict[Hashable, Any] = {}
 
     def remembered(self, key: Hashable, make: Callable[[], Any]) -> Any:
@@ -63,6 +64,8 @@ class Record:
     def ended(self, outcome: Outcome) -> None:
         """Note how a test ended."""
         self.outcomes.append(outcome)
+        if outcome.status == "caught":
+            self.caught.add((outcome.labels[0], outcome.law))
 
     def law_table(self, laws: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, dict[str, int]]]:
         """Return how many tests ended in which way, by law and label; nothing for what did not run."""

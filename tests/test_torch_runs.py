@@ -1,0 +1,240 @@
+"""What is done around a layer in real runs: resuming, processes, distributed checkpoints, averages, compilers."""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from maskedlinear import masks
+from maskedlinear.pruning import CubicSchedule
+from maskedlinear.torch import (
+    MaskedLinear,
+    ScheduledPruning,
+    ScheduledRegrowth,
+    compress,
+    freeze_masked,
+    mask_model,
+    prune_model,
+)
+
+METHODS = [("dense", how) for how in ("fixed", "prune", "gradient", "random")]
+METHODS += [("sparse", how) for how in ("fixed", "gradient", "random")]
+OPTIMIZERS = {
+    "SGD": {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01},
+    "Adam": {"lr": 0.01},
+    "AdamW": {"lr": 0.01, "fused": True},
+    "RMSprop": {"lr": 0.01, "momentum": 0.5},
+    "Adagrad": {"lr": 0.1},
+    "NAdam": {"lr": 0.01, "weight_decay": 0.01},
+}
+
+
+class Training:
+    """A model, its optimizer and what changes its masks; started, saved and gone on with."""
+
+    def __init__(self, form: Any, method: Any, name: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        self.model = mask_model(nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4)))
+        prune_model(self.model, 0.5, scope="layer", score="random", seed=seed)
+        if form == "sparse":
+            compress(self.model, "sparse")
+        self.optimizer = getattr(torch.optim, name)(self.model.parameters(), **OPTIMIZERS[name])
+        if form == "dense":
+            freeze_masked(self.optimizer, self.model)
+        self.changes: Any = None
+        if method == "prune":
+            self.changes = ScheduledPruning(self.model, CubicSchedule(0.8, begin=1, end=7, initial=0.5))
+        elif method != "fixed":
+            self.changes = ScheduledRegrowth(self.model, self.optimizer, every=2, end=8, growth=method)
+
+    def step(self, step: int) -> None:
+        x = torch.randn(12, 8, generator=torch.Generator().manual_seed(step))
+        self.optimizer.zero_grad()
+        if isinstance(self.changes, ScheduledRegrowth):
+            with self.changes.recording():
+                self.model(x).square().mean().backward()
+        else:
+            self.model(x).square().mean().backward()
+        self.optimizer.step()
+        if self.changes is not None:
+            self.changes.step()
+
+    def parts(self) -> list[Any]:
+        return [part for part in (self.model, self.optimizer, self.changes) if part is not None]
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(("form", "method"), METHODS)
+def test_a_run_that_is_resumed_is_the_run_that_was_not_interrupted(form: str, method: str, name: str) -> None:
+    through = Training(form, method, name, seed=0)
+    for step in range(4):
+        through.step(step)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in through.parts()], file)
+    resumed = Training(form, method, name, seed=1)
+    file.seek(0)
+    for part, state in zip(resumed.parts(), torch.load(file), strict=True):
+        part.load_state_dict(state)
+    for step in range(4, 9):
+        through.step(step)
+        resumed.step(step)
+    for one, other in zip(through.model.state_dict().items(), resumed.model.state_dict().items(), strict=True):
+        assert one[0] == other[0]
+        assert torch.equal(one[1], other[1]), one[0]
+
+
+HOGWILD = """
+import sys
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear
+
+
+def train(model, seed):
+    torch.set_num_threads(1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    for x in torch.randn(40, 16, 200, generator=torch.Generator().manual_seed(seed)):
+        optimizer.zero_grad()
+        (model(x) - x[:, :3]).square().mean().backward()
+        optimizer.step()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        MaskedLinear(200, 100, mask=masks.random((100, 200), sparsity=0.5)), nn.Tanh(), MaskedLinear(100, 3)
+    ).share_memory()
+    x = torch.randn(64, 200)
+    before = (model(x) - x[:, :3]).square().mean().item()
+    start = model[0].weight.detach().clone()
+    processes = [mp.get_context("spawn").Process(target=train, args=(model, seed)) for seed in (1, 2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    after = (model(x) - x[:, :3]).square().mean().item()
+    assert after < before, (before, after)
+    assert torch.equal(model[0].weight != start, model[0].mask), "the live weights have moved, and they alone"
+    assert torch.equal(model[0].full_weight[~model[0].mask] != 0, torch.ones(100 * 100, dtype=torch.bool))
+"""
+
+
+def test_processes_train_a_model_in_shared_memory(tmp_path: Path) -> None:
+    (tmp_path / "hogwild.py").write_text(HOGWILD)
+    done = subprocess.run([sys.executable, "hogwild.py"], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+PARALLEL = """
+import os, sys, warnings
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear, compress, prune_model
+
+warnings.simplefilter("ignore")
+
+
+def network(seed, sparsity=0.5):
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        MaskedLinear(200, 100, mask=masks.random((100, 200), sparsity=sparsity, seed=seed)), nn.Tanh(), MaskedLinear(100, 3)
+    )
+
+
+def train(model, xs):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.01)
+    for step, x in enumerate(xs):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        if step == 2:
+            prune_model(model, 0.7)
+
+
+def main(rank, meeting, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+    xs = torch.randn(6, 16, 200, generator=torch.Generator().manual_seed(0))
+    # Two processes with half of each batch train as one with all of it does; what the first begins with holds.
+    begun = network(seed=0)
+    with torch.no_grad():
+        begun[0].weight.add_(rank), begun[0].bias.add_(rank)
+    model = DistributedDataParallel(begun)
+    train(model, xs[:, rank::2])
+    alone = network(seed=0)
+    train(alone, xs)
+    first = model.module[0]
+    assert torch.equal(first.mask, alone[0].mask)
+    torch.testing.assert_close(model(xs[0]), alone(xs[0]))
+    assert not first.weight[~first.mask].any()
+    # A distributed checkpoint holds what is dormant, too, and goes into a model that has other masks.
+    for form in ("dense", "sparse"):
+        if form == "sparse":
+            compress(model.module, "sparse")
+        state = {"model": model.module.state_dict()}
+        dcp.save(state, checkpoint_id=f"{folder}/{form}")
+        other = network(seed=5, sparsity=0.5 if form == "dense" else 0.7)
+        if form == "sparse":
+            prune_model(other, 0.7)
+            other[0].set_mask(first.mask.roll(1, 0)), other[2].set_mask(model.module[2].pattern.to_mask())
+            compress(other, "sparse")
+        into = {"model": other.state_dict()}
+        dcp.load(into, checkpoint_id=f"{folder}/{form}")
+        other.load_state_dict(into["model"])
+        assert torch.equal(other(xs[0]), model.module(xs[0]))
+        if form == "dense":
+            for layer, twin in ((other[0], model.module[0]), (other[2], model.module[2])):
+                assert torch.equal(layer.mask, twin.mask)
+                assert (layer.dormant is None) == (twin.dormant is None)
+                assert torch.equal(layer.full_weight, twin.full_weight)
+    dist.destroy_process_group()
+
+
+main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
+os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
+"""
+
+
+def test_parallel_training_and_distributed_checkpoints(tmp_path: Path) -> None:
+    arguments = [str(tmp_path / "meeting"), str(tmp_path)]
+    processes = [
+        subprocess.Popen([sys.executable, "-c", PARALLEL, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+
+
+def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedLinear(200, 100, mask=masks.random((100, 200), sparsity=0.5)), MaskedLinear(100, 3))
+    optimizer = freeze_masked(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
+    compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(16, 200)
+    seen = []
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for step in range(5):
+            optimizer.zero_grad()
+            y = compiled(x)
+            torch.testing.assert_close(y, model(x))
+            y.square().mean().backward()
+            optimizer.step()
+            seen.append(y.detach())
+            if step % 2:
+                prune_model(model, 0.5 + 0.1 * step)
+    assert not torch.equal(seen[0], seen[-1])
