@@ -9,6 +9,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from importlib.metadata import version
 from typing import TYPE_CHECKING
 
 import pytest
@@ -23,15 +24,17 @@ def pytest_configure(config: pytest.Config) -> None:
     """Let a worker of pytest-xdist, and the processes that its tests start, compute on one thread and compile once.
 
     What JAX compiles goes to a folder that lives as long as the run. Each worker has its own: JAX writes entries in place,
-    so that another process could read half of one.
+    so that another process could read half of one. Of ``make test``, XLA compiles with less care, which takes a third of
+    the time.
     """
     if "PYTEST_XDIST_WORKER" not in os.environ:
         return
     flags = ["--xla_cpu_multi_thread_eigen=false"]
-    if (
-        config.option.markexpr
-    ):  # compiled with less care, in two thirds of the time; what users run, `make test-all` does
+    if config.option.markexpr:  # `make test-all` proves what users run
         flags.append("--xla_backend_optimization_level=0")
+        if version("jaxlib").startswith("0.10."):  # another may not know them, and XLA ends the process then
+            flags += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # dozens of processes would compile the package anew
     config.stash[_COMPILED] = tempfile.mkdtemp(prefix="maskedlinear-jax-")
     os.environ |= {
         "OMP_NUM_THREADS": "1",

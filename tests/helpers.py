@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,15 +44,59 @@ def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[st
 
 
 def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run the conformance suite with these arguments, in the folder ``path``."""
-    return subprocess.run(
-        # -B: a file that is written anew within a second, as long as before, is taken for what was compiled of it.
-        [sys.executable, "-B", "-m", "maskedlinear_conformance", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=path or "/",
-    )
+    """Run the conformance suite as a command with these arguments, in the folder ``path``."""
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        # A file that is written anew within a second, as long as before, is taken for what was compiled of it: such
+        # files lie in folders of the tests' own.
+        task = {"arguments": arguments, "path": str(path or "/"), "bytecode": path is None}
+        server = _server()
+        assert server.stdin is not None
+        assert server.stdout is not None
+        server.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}) + "\n")
+        server.stdin.flush()
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
+
+
+@functools.cache
+def _server() -> subprocess.Popen[str]:
+    """Start a process that forks one for each run of the suite: what all of them import is imported once."""
+    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+_SERVER = """
+import importlib, json, os, runpy, sys, traceback
+import hypothesis, numpy, pytest
+import maskedlinear.masks, maskedlinear.reference
+
+
+def run(task):
+    os.chdir(task["path"])  # which is the first of sys.path
+    importlib.invalidate_caches()
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.argv, sys.dont_write_bytecode = ["suite", *task["arguments"]], not task["bytecode"]
+    try:
+        runpy.run_module("maskedlinear_conformance", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        return end.code or 0
+
+
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        status = 70
+        try:
+            status = run(json.loads(line))
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush(), sys.stderr.flush()
+            os._exit(status)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
 
 
 def distribution(path: Path, code: str) -> None:

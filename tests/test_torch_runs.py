@@ -209,15 +209,116 @@ os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pyt
 """
 
 
+SHARDED = """
+import copy, os, sys, warnings
+import torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from maskedlinear import masks
+from maskedlinear.torch import MaskedLinear, freeze_masked
+
+warnings.simplefilter("ignore")
+
+
+def main(rank, meeting):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+    mask, mesh = masks.random((4, 6), sparsity=0.5), init_device_mesh("cpu", (2,))
+    if not torch.__version__.startswith("2.6."):  # which has no fully_shard on the CPU
+        fully_sharded(mesh, mask)
+    parallel(mesh, mask, ColwiseParallel())
+    parallel(mesh, mask, RowwiseParallel(input_layouts=Replicate()))
+    dist.destroy_process_group()
+
+
+def fully_sharded(mesh, mask):
+    torch.manual_seed(0)
+    model = nn.Sequential(MaskedLinear(6, 4, mask=mask))
+    start = model[0].weight.detach().clone()
+    fully_shard(model, mesh=mesh)
+    optimizer = freeze_masked(torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1), model)
+    for _ in range(3):
+        model(torch.ones(5, 6)).square().sum().backward()
+        optimizer.step()
+    moved = model[0].weight.full_tensor() != start
+    assert torch.equal(moved, torch.tensor(mask)), "the live weights move, and they alone"
+    assert torch.equal(model[0].masked_weight.full_tensor() != 0, torch.tensor(mask))
+    assert torch.equal(model[0].to_linear().weight != 0, torch.tensor(mask))
+    last = MaskedLinear(4, 3, mask=masks.random((3, 4), sparsity=0.5))
+    loose = nn.Sequential(MaskedLinear(6, 4, mask=mask), nn.Tanh(), last)
+    twin = copy.deepcopy(loose)
+    fully_shard(loose, mesh=mesh)
+    steps = [torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1) for m in (loose, twin)]
+    for step in range(5):  # without a guard, masks moving, momentum drifting: nothing of it acts
+        xs = [torch.ones(5, 6, requires_grad=True) for _ in range(2)]
+        ys = [m(x) for m, x in zip((loose, twin), xs)]
+        for y, optimizer in zip(ys, steps):
+            y.square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.testing.assert_close(ys[0], ys[1])
+        torch.testing.assert_close(xs[0].grad, xs[1].grad)
+        for m in (loose, twin):
+            m[0].set_mask(m[0].mask.roll(1, 0))
+    state, mask_now = loose.state_dict(), loose[0].mask
+    assert not state["0.weight"].full_tensor()[~mask_now].any(), "a state holds what acts"
+    empty = nn.Sequential(MaskedLinear(6, 4, mask=mask, device="meta"))
+    fully_shard(empty, mesh=mesh)
+    empty.to_empty(device="cpu")
+    empty[0].reset_parameters()
+    assert torch.equal(empty[0].mask, torch.tensor(mask))
+    model[0].set_mask(model[0].masked_weight != 0)  # a mask cut as the weight is
+    assert torch.equal(model[0].mask, torch.tensor(mask))
+
+
+def parallel(mesh, mask, style):  # which cuts the weight, and makes a DTensor of the mask
+    torch.manual_seed(0)
+    layer = MaskedLinear(6, 4, mask=mask)
+    start, x = layer.weight.detach().clone(), torch.ones(5, 6)
+    y = layer(x).detach()
+    parallelize_module(layer, mesh, style)
+    optimizer = freeze_masked(torch.optim.AdamW(layer.parameters(), lr=0.1, weight_decay=0.1), layer)
+    torch.testing.assert_close(layer.to_linear()(x), y)
+    layer(x).square().sum().backward()
+    optimizer.step()
+    assert torch.equal(layer.weight.full_tensor() != start, torch.tensor(mask))
+    layer.set_mask(~mask)
+    assert torch.equal(layer.masked_weight.full_tensor() != 0, torch.tensor(~mask))
+    assert layer.sparsity == 0.5
+    layer.reset_parameters()
+    assert torch.equal(MaskedLinear.from_linear(layer).mask, torch.tensor(~mask))
+    layer.to("meta").to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.mask.full_tensor(), torch.tensor(~mask))
+    layer.to("meta").set_mask(mask)
+    layer.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(layer.mask.full_tensor(), torch.tensor(mask))
+
+
+main(int(sys.argv[1]), sys.argv[2])
+os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
+"""
+
+
 def test_parallel_training_and_distributed_checkpoints(tmp_path: Path) -> None:
-    arguments = [str(tmp_path / "meeting"), str(tmp_path)]
+    in_two_processes(PARALLEL, tmp_path)
+
+
+def test_sharded_and_parallel(tmp_path: Path) -> None:
+    in_two_processes(SHARDED, tmp_path)
+
+
+def in_two_processes(code: str, path: Path) -> None:
+    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder."""
+    command = [sys.executable, "-c", code]
     processes = [
-        subprocess.Popen([sys.executable, "-c", PARALLEL, str(rank), *arguments], stderr=subprocess.PIPE, text=True)
+        subprocess.Popen([*command, str(rank), str(path / "meeting"), str(path)], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "".join(errors)
 
 
 def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:
