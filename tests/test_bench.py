@@ -18,7 +18,7 @@ from maskedlinear.cli import main
 TINY = [Case(of, 32, 16, 4, count) for of, count in (("layers", 50), ("density", 20), ("density", 200), ("choice", 9))]
 
 
-@pytest.mark.parametrize("framework", ["torch", "jax"])
+@pytest.mark.parametrize("framework", ["torch", pytest.param("jax", marks=pytest.mark.slow)])
 def test_every_layer_is_measured_and_shown(
     framework: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -65,6 +65,7 @@ def test_costs_are_measured_and_written(
     assert framework in costs.machine
 
 
+@pytest.mark.slow
 def test_the_most_memory_of_a_layer_grows_with_what_it_keeps() -> None:
     case = Case("peak", 1024, 1024, 4, 1000)
     dense, sparse = (peak("torch", "cpu", name, case) for name in ("nn.Linear", "SparseLinear"))

@@ -390,23 +390,20 @@ def test_the_sparse_formats_obey_the_laws(names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "form", "laws"),
+    ("asked", "laws"),
     [
         (
-            ("nnx", "linen"),
-            "dense",
-            "any_shape or any_layout or new_ or in_a_layer or checkpoint or shows or acts or act or dormant",
+            "--backend nnx --backend linen --format dense",
+            "any_shape or new_ or in_a_layer or checkpoint or shows or acts or act or dormant",
         ),
-        (("jax",), "sparse", "equal_the_spec or leaks or any_batch or vmap or half"),
-        (("nnx",), "sparse", "any_layout or new_weight or checkpoint or shows"),
+        (
+            "--backend jax --backend nnx --format sparse",
+            "jax and (equal_the_spec or leaks or any_batch or half) or nnx and (new_weight or shows)",
+        ),
     ],
-    ids=str,
 )
-def test_what_is_dear_to_compile_obeys_the_laws_that_are_most_its_own(
-    names: tuple[str, ...], form: str, laws: str
-) -> None:
-    asked = [option for name in names for option in ("--backend", name)]
-    result = suite(*asked, "--format", form, "--profile", "quick", "-k", laws)
+def test_what_is_dear_to_compile_obeys_the_laws_that_are_most_its_own(asked: str, laws: str) -> None:
+    result = suite(*asked.split(), "--profile", "quick", "-k", laws)
     assert result.returncode == 0, result.stdout
 
 

@@ -59,12 +59,17 @@ def both() -> tuple[Any, Any]:
     return dense, sparse
 
 
+SLOW_WAYS = [("gradient", False), ("chance", True)]
+
+
 def weights(model: Any) -> list[Any]:
     layers = [layer if isinstance(layer, MaskedLinear) else layer.to_masked() for layer in model.layers[::2]]
     return [np.asarray(layer.masked_kernel) for layer in layers]
 
 
-@pytest.mark.parametrize(("by", "jitted"), [("gradient", False), ("gradient", True), ("chance", True)])
+@pytest.mark.parametrize(
+    ("by", "jitted"), [("gradient", True), *(pytest.param(*how, marks=pytest.mark.slow) for how in SLOW_WAYS)]
+)
 def test_both_forms_move_alike_and_train_on_alike(by: str, jitted: bool) -> None:
     models = both()
     optimizers = [adam(model) for model in models]
@@ -208,8 +213,15 @@ def test_rounds_of_a_lottery_start_from_the_same_weights() -> None:
         lottery_rounds(model, 0.8, rounds=0)
 
 
-@pytest.mark.parametrize("growth", ["gradient", "random"])
-@pytest.mark.parametrize("form", ["dense", "sparse"])
+@pytest.mark.parametrize(
+    ("form", "growth"),
+    [
+        ("dense", "gradient"),
+        ("sparse", "random"),
+        pytest.param("dense", "random", marks=pytest.mark.slow),
+        pytest.param("sparse", "gradient", marks=pytest.mark.slow),
+    ],
+)
 def test_connections_move_at_their_steps(growth: Any, form: Any) -> None:
     model = network()
     prune_model(model, 0.5, scope="layer")

@@ -23,6 +23,7 @@ from maskedlinear.torch import (
     prune_model,
     regrow_model,
     set_masks,
+    shrink,
 )
 
 SIZES = [(7, 5), (160, 130)]  # small ones take the expression in training, large ones the Function
@@ -444,3 +445,23 @@ def test_a_copy_of_a_parameter_that_is_merged_past_autograd_is_not_silent(layer:
     with pytest.warns(UserWarning, match="values under the mask .* are set back to 0, which no optimizer has left"):
         layer.eval()
     check(layer)
+
+
+def test_what_a_new_layer_has_in_its_memory_is_not_dormant(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dirty(*arguments: Any, empty_like: Any = torch.empty_like, **options: Any) -> Tensor:
+        new = empty_like(*arguments, **options)
+        return new.fill_(torch.nan) if new.is_floating_point() else new
+
+    for keep_dormant in (True, False):
+        layer = MaskedLinear(40, 30, mask=mask_like(40, 30), keep_dormant=keep_dormant)
+        model = nn.Sequential(layer, nn.ReLU(), MaskedLinear(30, 4))
+        layer.set_mask(layer.mask & (torch.arange(30) > 0)[:, None])  # an output without inputs
+        full, smaller = layer.full_weight, torch.arange(30) > 0
+        monkeypatch.setattr(torch, "empty_like", dirty)
+        dense, small = SparseLinear.from_masked(layer).to_masked(), shrink(model, torch.ones(2, 40))
+        monkeypatch.undo()
+        assert dense.dormant is None
+        assert small[0].out_features == 29
+        assert torch.equal(small[0].full_weight, full[smaller])
+        assert dense.keep_dormant == small[0].keep_dormant == keep_dormant
+        assert layer.keep_dormant or small[0].dormant is None

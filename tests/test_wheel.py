@@ -100,6 +100,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
+@pytest.mark.slow  # the third parties' tests use the same environment
 def test_with_the_frameworks(python: Path, tmp_path: Path) -> None:
     out = run(
         *(python, "-m", "maskedlinear_conformance", "--backend", "torch", "--backend", "jax", "--profile", "quick"),

@@ -280,11 +280,11 @@ def _smaller_layer(layer: nn.Linear, rows: Any, columns: Any, added: Any) -> nn.
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")  # a layer may have no node left
         new: nn.Linear = nn.utils.skip_init(kind, *sizes, has_bias, **options)
+    full = layer.full_weight if isinstance(layer, MaskedLinear) else weight
+    new.weight.copy_(full[rows][:, columns])
     if isinstance(new, MaskedLinear):
-        new.init_fan_in = layer.init_fan_in  # type: ignore[assignment]
+        new.init_fan_in, new.keep_dormant = layer.init_fan_in, layer.keep_dormant  # type: ignore[assignment]
         new.set_mask(mask)
-        new._pending_mask = None
-    new.weight.copy_(weight[rows][:, columns])
     new.weight.requires_grad_(weight.requires_grad)
     if has_bias:
         old = torch.zeros_like(added) if bias is None else bias[rows].double()

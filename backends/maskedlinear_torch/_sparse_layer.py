@@ -15,6 +15,7 @@ from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
 from maskedlinear_torch._sparse import check_values, product
 
@@ -73,6 +74,7 @@ class SparseLinear(nn.Module):
     starts: Tensor
     outputs: Tensor
     order: Tensor
+    keep_dormant: KeepDormant = True  # of the dense form that this was, and may become again
     _matrix: Matrix
 
     def __init__(
@@ -98,6 +100,7 @@ class SparseLinear(nn.Module):
         pattern = _pattern(mask, pattern, (out_features, in_features))
         super().__init__()
         self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
+        self.keep_dormant = True
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_values = nn.Parameter(torch.empty(pattern.nnz, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
@@ -174,7 +177,7 @@ class SparseLinear(nn.Module):
             pattern, weight = SparsityPattern.from_mask(full_tensor(layer.known_mask).cpu().numpy()), layer.weight
             live = weight.new_empty(pattern.nnz) if weight.is_meta else weight[layer.mask]
             made = cls._made(pattern, live, layer.bias)
-        made.init_fan_in = layer.init_fan_in
+        made.init_fan_in, made.keep_dormant = layer.init_fan_in, layer.keep_dormant
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(getattr(layer, "weight" if name == "weight_values" else name).requires_grad)
         return made.train(layer.training)
@@ -248,13 +251,15 @@ class SparseLinear(nn.Module):
             self.out_features,
             self.bias is not None,
             init_fan_in=self.init_fan_in,
+            keep_dormant=self.keep_dormant,
             device=self.weight_values.device,
             dtype=self.weight_values.dtype,
         )
-        layer.set_mask(self.pattern.to_mask())
         with torch.no_grad():
+            layer.weight.zero_()  # before the mask makes something dormant
+            layer.set_mask(self.pattern.to_mask())
             if not self.weight_values.is_meta:
-                layer.weight.zero_()[layer.mask] = self.weight_values
+                layer.weight[layer.mask] = self.weight_values
             if self.bias is not None:
                 layer.bias.copy_(self.bias)
         for name, parameter in self.named_parameters():

@@ -146,7 +146,7 @@ class Case:
         return _data(self, dtype, kind)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
 def _data(case: Case, dtype: str, kind: str) -> Data:
     generator = np.random.default_rng(zlib.crc32(str(case).encode()))
 

@@ -350,12 +350,13 @@ def _subjects(item: pytest.Item) -> tuple[BackendUnderTest, ...]:
     return tuple(subject for subject in found if isinstance(subject, BackendUnderTest))
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item) -> bool | None:
     """Under ``--faults``, leave out what a law has yet to say of a fault that it has caught already."""
-    run = item.config.stash[_RUN]
+    caught = item.config.stash[_RUN].record.caught
     says: Law | None = getattr(getattr(item, "function", None), "conformance", None)
-    if says is not None and any((subject.label, says.number) in run.record.caught for subject in _subjects(item)):
-        pytest.skip(f"{_DECLARED}caught already")
+    is_known = says is not None and any((subject.label, says.number) in caught for subject in _subjects(item))
+    return True if is_known else None
 
 
 @pytest.hookimpl(wrapper=True)

@@ -75,6 +75,7 @@ class SparseLinear(nnx.Module):
     starts: PatternIndex
     outputs: PatternIndex
     order: PatternIndex
+    keep_dormant: bool  # of the dense form that this was, and may become again
 
     def __init__(
         self,
@@ -95,7 +96,7 @@ class SparseLinear(nnx.Module):
         check_options(init_fan_in, param_dtype)
         pattern = _pattern(mask, pattern, (out_features, in_features))
         self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
-        self.dtype, self.param_dtype = dtype, param_dtype
+        self.dtype, self.param_dtype, self.keep_dormant = dtype, param_dtype, True
         size, live = pattern.nnz, np.diff(pattern.indptr)
         values = jnp.zeros(0, param_dtype)
         if size:
@@ -161,6 +162,7 @@ class SparseLinear(nnx.Module):
             values = kernel[pattern.indices, pattern.rows]
             made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
         made.dtype, made.init_fan_in = layer.dtype, layer.init_fan_in
+        made.keep_dormant = layer.dormant is not None
         return made
 
     @classmethod
@@ -227,6 +229,7 @@ class SparseLinear(nnx.Module):
                 self.out_features,
                 mask=pattern.to_mask().T,
                 init_fan_in=self.init_fan_in,
+                keep_dormant=self.keep_dormant,
                 use_bias=bias is not None,
                 dtype=self.dtype,
                 param_dtype=values.dtype,
