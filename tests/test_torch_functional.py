@@ -267,7 +267,7 @@ def test_an_unchecked_mask_is_refused_inside_transforms(p: list[Tensor]) -> None
     with pytest.raises(ValueError, match=r"must be boolean.*mask.bool\(\)"):
         torch.func.vmap(lambda mask: masked_linear(p[0], p[1], mask))(torch.ones(2, 6, 5))
     torch.compiler.reset()
-    compiled = torch.compile(masked_linear, backend="eager")
+    compiled = torch.compile(masked_linear, backend="eager", fullgraph=True)  # else what is refused may run uncompiled
     with pytest.raises(Exception, match=r"must be boolean"):
         compiled(p[0], p[1], p[2].double())
 

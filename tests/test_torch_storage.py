@@ -399,7 +399,7 @@ def test_layers_that_share_a_weight_still_do_after_copies_and_conversions() -> N
 
 
 def test_the_guard_makes_nothing_of_a_weights_size() -> None:
-    layer = MaskedLinear(160, 130, mask=mask_like(160, 130))
+    layer = MaskedLinear(1200, 1000, mask=mask_like(1200, 1000))  # of several blocks
     optimizer = freeze_masked(torch.optim.AdamW(layer.parameters(), fused=True), layer)
     for _ in range(3):
         optimizer.zero_grad()

@@ -64,7 +64,7 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_masks takes a torch.nn.Module; got {type(model).__name__}")
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
+    layers = dict(_masked_layers(model))
     if not layers:
         raise ValueError(
             "check_masks checks MaskedLinear layers, and this model has none: make them with mask_model(model)"
@@ -84,6 +84,21 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     for training in (True, False):
         _check_mode(model, layers, partial(_run, inputs=inputs, kwargs=kwargs, training=training), training, failures)
     return MaskCheck(list(layers), {name: what for name, what in failures.items() if what})
+
+
+def _masked_layers(
+    module: nn.Module, name: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, MaskedLinear]]:
+    """Yield the masked layers, by name; past ``named_modules``, in which they would set right what is to be reported."""
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, MaskedLinear):
+        yield name, module
+    for key, child in module._modules.items():
+        if child is not None:
+            yield from _masked_layers(child, f"{name}.{key}" if name else key, seen)
 
 
 def _check_mode(

@@ -12,6 +12,7 @@ Function takes longer than the product; in every transform of ``torch.func`` and
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -247,7 +248,7 @@ class _MaskedLinear(torch.autograd.Function):
         if x is not None:
             dweight = _weight_gradient(flatten_batch(g), flatten_batch(x), mask)
             if ctx.own is not None and type(dweight) is Tensor and is_plain(dweight):
-                ctx.own.made = version_of(dweight)
+                ctx.own.made = weakref.ref(dweight), dweight._version
         if ctx.needs_input_grad[3]:
             dbias = flatten_batch(g).sum(0)
         return dx, dweight, None, dbias, None

@@ -27,7 +27,7 @@ from maskedlinear_torch._functional import (
     masked_linear,
 )
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight
-from maskedlinear_torch._storage import OwnWeight, version_of
+from maskedlinear_torch._storage import OwnWeight
 
 __all__ = ["MaskedLinear"]
 
@@ -129,7 +129,7 @@ class MaskedLinear(MaskedWeight):
             if weight is not None and own.key == id(weight):
                 if type(input) is Tensor and nothing_looks_on():
                     return self._apply_own(input, weight, own)
-                if is_tracing() and own.weight == version_of(weight) and own.has_not_stepped():
+                if is_tracing() and self.is_clean():
                     return F.linear(input, self.weight, self.bias)
             elif own.key is None and self._pending_mask is not None:
                 self.project()  # someone may have put values in place by hand
@@ -147,7 +147,9 @@ class MaskedLinear(MaskedWeight):
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401 - which may look up twice
         try:
             if torch.is_grad_enabled() and weight.requires_grad:
-                if is_any_autocast_on() or own.hook is None:
+                if own.hook is None:  # it was frozen until now
+                    self._hook()
+                if is_any_autocast_on():
                     return masked_linear(x, weight, self.mask, bias)
                 if not is_small(weight) and x.dtype is weight.dtype:
                     if own.gradient is not None and weight.grad is not own.gradient[0]:

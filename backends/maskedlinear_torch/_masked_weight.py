@@ -7,7 +7,7 @@ conversions, copies, and a weight that is exchanged for another.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
@@ -94,9 +94,10 @@ class MaskedWeight(nn.Linear):
         """Keep what an edit of the mask has switched off; what it has switched on stands in the weight. Return the mask."""
         if mask.dtype is not torch.bool or mask.shape != weight.shape or mask.device != weight.device:
             self._buffers["mask"] = mask = as_tensor(as_mask(mask, weight.shape)).to(weight.device)
-        if self.keep_dormant and self._own.mask is not None:
-            old = self.dormant
-            kept = weight.detach() if old is None else _overlay(old.to(weight.device), weight.detach())
+        if self._own.mask is not None:
+            old, kept = self.dormant, weight.detach()
+            if old is not None:  # what stands in the weight where something is dormant already is drift
+                kept = _overlay(kept, old.to(weight.device))
             self._set_dormant(torch.where(mask, 0, kept))
         return mask
 
@@ -117,7 +118,7 @@ class MaskedWeight(nn.Linear):
     def has_clean_gradient(self) -> bool:
         """Whether the gradient of the layer's own weight is known to be +0 under the mask."""
         weight = self._parameters.get("weight")
-        return weight is not None and weight.grad is not None and self._own.holds_clean(weight.grad)
+        return weight is not None and weight.grad is not None and self._own.holds_clean(weight.grad, self.mask)
 
     def note_clean(self) -> None:
         """Note that the weight is +0 under the mask as both stand; for whoever has seen to it."""
@@ -160,19 +161,21 @@ class MaskedWeight(nn.Linear):
             return
         mask = as_dtensor_like(self.mask, full)
         self.weight.copy_(torch.where(mask, full, 0))
-        if self.keep_dormant:
-            self._set_dormant(full_tensor(torch.where(mask, 0, full)))
+        self._set_dormant(full_tensor(torch.where(mask, 0, full)))
         if not torch.compiler.is_compiling():
             self.note_clean()
 
     def _set_dormant(self, values: Tensor) -> None:
-        """Keep dormant values, 0 where the weight is live."""
+        """Keep dormant values, 0 where the weight is live; or let them go."""
+        if not self.keep_dormant:
+            self._dormant.values = None
+            return
         if torch.compiler.is_compiling():  # which cannot look at values
             self._dormant.values = values
             return
         with torch.inference_mode(False):
             kept = values.clone() if values.is_inference() else values
-        if kept.itemsize in (2, 4, 8) and not bool(bits_of(kept).any()):
+        if not bool(bits_of(kept).any()):
             self._dormant.values = None
         else:
             self._dormant.values = kept.cpu() if self.keep_dormant == "host" else kept
@@ -181,6 +184,10 @@ class MaskedWeight(nn.Linear):
     def dormant(self) -> Tensor | None:
         """What is dormant, shape ``(out_features, in_features)``, 0 where the weight is live; ``None`` if all is 0."""
         return self._dormant.values
+
+    @dormant.setter
+    def dormant(self, values: Tensor | None) -> None:  # torch.func.functional_call sets what a state has
+        self._dormant.values = values
 
     @property
     def full_weight(self) -> Tensor:
@@ -203,6 +210,15 @@ class MaskedWeight(nn.Linear):
         """Set the layer's mode, as in ``nn.Module``, and project what has drifted."""
         self.project()
         return super().train(mode)
+
+    def named_modules(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Go through this and all modules in it, as in ``nn.Module``; whoever reads parameters of a model comes by here,
+        and finds weights that are projected.
+        """
+        if not torch.compiler.is_compiling() and not self.is_clean():
+            self.project()
+        modules: Iterator[tuple[str, nn.Module]] = super().named_modules(*arguments, **options)
+        return modules
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, as in ``nn.Module``; a weight is the layer's own from here on.
@@ -288,6 +304,7 @@ class MaskedWeight(nn.Linear):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.__dict__["_own"] = OwnWeight()  # copy.copy has given the old one's
         self._adopt()
         self._own.copied = True
 
@@ -355,7 +372,7 @@ class MaskedWeight(nn.Linear):
             mask = None if mask is None else as_mask(mask, self.mask.shape)
             if dormant is not None and dormant.shape != self.mask.shape:
                 raise ValueError(
-                    f"dormant values must have the weight's shape {tuple(self.mask.shape)}; got {dormant.shape}"
+                    f"dormant values must have the weight's shape {tuple(self.mask.shape)}; got {tuple(dormant.shape)}"
                 )
         except ValueError as error:
             error_msgs.append(f"{key}: {error}")
@@ -393,8 +410,9 @@ class MaskedWeight(nn.Linear):
         else:
             if full is not None:
                 self._split(full)
-            if dormant is not None and self.keep_dormant:
-                self._set_dormant(dormant.detach().clone().to(self.weight.dtype))
+            if dormant is not None:
+                dormant = dormant.detach().to(device=self.weight.device, dtype=self.weight.dtype)
+                self._set_dormant(torch.where(full_tensor(self.mask), 0, dormant))
 
     @torch.no_grad()
     def _settle(self, dormant: Tensor | None, assigned: bool) -> None:
@@ -404,23 +422,21 @@ class MaskedWeight(nn.Linear):
         if dormant is not None:
             dormant = as_dtensor_like(dormant.detach().to(device=weight.device, dtype=weight.dtype), weight)
         if is_sharded(weight):
-            if self.keep_dormant:
-                self._set_dormant(full_tensor(torch.where(mask, 0, weight) if dormant is None else dormant).clone())
+            self._set_dormant(full_tensor(torch.where(mask, 0, weight) if dormant is None else dormant).clone())
             self.project()
             return
         full = weight if dormant is None else _overlay(dormant, weight)
-        live, hidden = torch.where(mask, full, 0), torch.where(mask, 0, full)
-        if assigned and weight.itemsize in (2, 4, 8):
+        live, hidden = torch.where(mask, weight, 0), torch.where(mask, 0, full)
+        if assigned:
             # The tensor is the caller's: it is not written to, but exchanged if it does not hold what it should.
             if not torch.equal(bits_of(live), bits_of(weight)):
                 self.weight = nn.Parameter(live, self.weight.requires_grad)
         else:
             self.weight.copy_(live)
-        if self.keep_dormant:
-            self._set_dormant(hidden)
+        self._set_dormant(hidden)
         self.note_clean()
 
 
-def _overlay(dormant: Tensor, weight: Tensor) -> Tensor:
-    """Return what stands in the weight, and dormant values where it is +0."""
-    return torch.where(bits_of(weight) != 0, weight, dormant)
+def _overlay(below: Tensor, above: Tensor) -> Tensor:
+    """Return the values of ``above``, and those of ``below`` where it is +0."""
+    return torch.where(bits_of(above) != 0, above, below)

@@ -28,9 +28,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     moments, ...), so that a revived weight does. What is kept for whole rows and columns (``Adafactor``) stays;
     ``LBFGS``, which remembers all weights together, forgets everything.
 
-    It works in place and needs no memory. Where gradient and state are known to be +0 under the mask, and the optimizer
-    works entry by entry (SGD and the Adam family; Muon mixes entries), nothing is left to do. A copied optimizer
-    (``copy.deepcopy``) loses its guard: guard it again. To guard it twice by one model is to guard it once.
+    It works in place and needs no memory: after each step it passes over the weights, once, which the layers then do not
+    repeat, and before it over gradients that are not known to be masked. A copied optimizer (``copy.deepcopy``) loses its
+    guard: guard it again. To guard it twice by one model is to guard it once.
 
     Args:
         optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
@@ -103,14 +103,10 @@ class Guard:
     @torch.no_grad()
     def after_step(self) -> None:
         """Set back to +0 what the step has left under the masks."""
-        by_entry = _works_by_entry(self._optimizer)
         for layer in _masked_layers(self._model, self._optimizer):
-            version = _mask_version(layer)
-            if by_entry and version is not None and self._clean.get(id(layer.weight)) == version:
-                layer.note_clean()  # 0 in weight, gradient and state: nothing has moved
-                continue
-            layer.project()
-            if not by_entry:
+            if not layer.is_clean():
+                layer.project()
+            if type(self._optimizer) not in _BY_ENTRY:
                 _clean_state(self._optimizer, layer.weight, layer.mask)
 
     def reset(self) -> None:
@@ -146,23 +142,12 @@ def _zero(tensor: Tensor, mask: Tensor) -> None:
     zero_masked(local_part(tensor), local_part(as_dtensor_like(mask, tensor)))
 
 
-# Of torch's own, those whose update of an entry reads that entry of weight, gradient and state alone: what is 0 in all
-# three stays +0. No subclass, which may do anything. Adafactor and Muon mix entries; LBFGS remembers all together.
+# Of torch's own, those whose update of an entry reads that entry of weight, gradient and state alone: state that is clean
+# stays so. No subclass, which may do anything. Adafactor and Muon mix entries; LBFGS remembers all together.
 _BY_ENTRY = tuple(
     getattr(torch.optim, name)
     for name in ("SGD", "Adam", "AdamW", "NAdam", "RAdam", "Adamax", "Adagrad", "Adadelta", "RMSprop", "ASGD", "Rprop")
 )
-
-
-def _works_by_entry(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an entry that is 0 in weight, gradient and state stays +0 by a step."""
-    return type(optimizer) in _BY_ENTRY and all(
-        # 0 / (0 + eps) is 0; a decay by more than all would leave -0.
-        group.get("eps", 1) > 0
-        and not isinstance(group["lr"], Tensor)
-        and group["lr"] * group.get("weight_decay", 0) <= 1
-        for group in optimizer.param_groups
-    )
 
 
 def _clean_state(optimizer: torch.optim.Optimizer, weight: Tensor, mask: Tensor) -> None:

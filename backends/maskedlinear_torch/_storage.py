@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ __all__ = [
     "zero_masked",
 ]
 
-_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16}
+_BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _BLOCK = 1 << 18  # entries that are masked at once: of float32 1 MiB, which stays in a core's cache
 _SMALL = 1 << 12  # entries for which one select takes less time than several calls
 _HUGE_PAGE = 2 << 20
@@ -74,10 +74,12 @@ class OwnWeight:
         shared: whether processes share the weight's memory.
         copied: whether the layer is a copy of another to which no gradient has come yet, as an average is.
         hook: of the parameter, which masks the gradients that other readers of the weight send.
-        made: the state of a gradient that the layer's Function has just made, +0 under the mask; for the hook.
+        made: a gradient that the layer's Function has just made, +0 under the mask, by weak reference, and its version; for
+            the hook.
         watch: of a guarded parameter, the hook that looks at the gradient when it has been added up.
-        gradient: the gradient that this has found to be +0 under the mask, and its state then.
-        adds_up: whether the gradient that comes is added to one that is +0 under the mask, or to none.
+        gradient: the gradient that this has found to be +0 under the mask, its state then, and that mask and its state.
+        adds_up: the mask under which the gradient that comes will be +0 when it has been added to what there was, and its
+            state; or ``None``.
     """
 
     __slots__ = (
@@ -99,11 +101,12 @@ class OwnWeight:
         self.weight: Version | None = None
         self.mask: tuple[Tensor, int] | None = None
         self.steps = -1
-        self.made: Version | None = None
-        self.gradient: tuple[Tensor, Version | None] | None = None
+        self.made: tuple[Callable[[], Tensor | None], int] | None = None
+        self.gradient: tuple[Tensor, Version | None, Tensor, Version | None] | None = None
+        self.adds_up: tuple[Tensor, Version | None] | None = None
         self.hook: Any = None
         self.watch: Any = None
-        self.adds_up = self.shared = self.copied = False
+        self.shared = self.copied = False
 
     def may_lose_values(self, weight: Tensor) -> bool:
         """Whether something else than an optimizer or a counted edit may have left values under the mask: those of a merge
@@ -120,9 +123,13 @@ class OwnWeight:
         """Whether no optimizer has stepped since the weight was last +0 under the mask."""
         return self.weight is not None and self.steps == steps[0]
 
-    def holds_clean(self, gradient: Tensor) -> bool:
-        """Whether this is the gradient that was found to be +0 under the mask, as it was."""
-        return self.gradient is not None and self.gradient[0] is gradient and self.gradient[1] == version_of(gradient)
+    def holds_clean(self, gradient: Tensor, mask: Tensor) -> bool:
+        """Whether this is the gradient that was found to be +0 under this mask, both as they were."""
+        if self.gradient is None:
+            return False
+        found, version, under, mask_version = self.gradient
+        same = found is gradient and under is mask
+        return same and version == version_of(gradient) and mask_version == version_of(mask) is not None
 
     def __reduce__(self) -> tuple[type[OwnWeight], tuple[()]]:
         return OwnWeight, ()
@@ -149,14 +156,13 @@ class GradientMask:
         layer: Any = self._layer()
         if layer is None or "mask" not in layer._buffers:
             return None
-        own = layer._own
+        own, mask = layer._own, layer._buffers["mask"]
         made, own.made, own.copied = own.made, None, False
         if own.watch is not None:
             old = layer._parameters["weight"].grad
-            own.adds_up = old is None or own.holds_clean(old)
-        if made is not None and type(g) is Tensor and is_plain(g) and made == version_of(g):
+            own.adds_up = (mask, version_of(mask)) if old is None or own.holds_clean(old, mask) else None
+        if made is not None and made[0]() is g and made[1] == g._version and is_plain(g):
             return None
-        mask = layer._buffers["mask"]
         if g.shape != mask.shape:
             return None  # of a parametrization, which has made something else of the parameter
         return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, ZERO)
@@ -167,9 +173,9 @@ class GradientMask:
         if layer is not None and layer._own.key == id(weight):
             own, gradient = layer._own, weight.grad
             own.gradient = None
-            if gradient is not None and own.adds_up and not gradient.requires_grad:
-                own.gradient = gradient, version_of(gradient)
-            own.adds_up = False
+            if gradient is not None and own.adds_up is not None and not gradient.requires_grad:
+                own.gradient = gradient, version_of(gradient), *own.adds_up
+            own.adds_up = None
 
 
 # The layer that a parameter belongs to, by the parameter's identity: valid while that layer still holds it.
@@ -226,7 +232,7 @@ def zero_masked(matrix: Tensor, mask: Tensor) -> Tensor:
     On the CPU by a product of the bits, as whole numbers, with 0 or 1, which takes two thirds of the time of a select; some
     rows at a time, so that what torch makes of the mask for it stays in the cache.
     """
-    if not matrix.is_cpu or matrix.numel() <= _SMALL or matrix.itemsize not in _BITS:
+    if not matrix.is_cpu or matrix.numel() <= _SMALL or matrix.itemsize not in _BITS or matrix.is_neg():
         return torch.where(mask, matrix, ZERO, out=matrix)
     bits = bits_of(matrix)
     for rows in _blocks(mask):
