@@ -368,12 +368,14 @@ class MaskedWeight(nn.Linear):
     ) -> None:
         state_dict, key = dict(state_dict), prefix + "mask"
         mask, dormant = state_dict.pop(key, None), state_dict.pop(prefix + "dormant", None)
+        if dormant is not None and dormant.shape != self.mask.shape:
+            error_msgs.append(
+                f"{prefix}dormant: dormant values must have the weight's shape {tuple(self.mask.shape)}; got "
+                f"{tuple(dormant.shape)}"
+            )
+            return
         try:
             mask = None if mask is None else as_mask(mask, self.mask.shape)
-            if dormant is not None and dormant.shape != self.mask.shape:
-                raise ValueError(
-                    f"dormant values must have the weight's shape {tuple(self.mask.shape)}; got {tuple(dormant.shape)}"
-                )
         except ValueError as error:
             error_msgs.append(f"{key}: {error}")
             return

@@ -23,7 +23,6 @@ from maskedlinear_torch._compat import in_transform, is_forward_mode, is_grads_b
 from maskedlinear_torch._dtensors import as_dtensor_like
 
 __all__ = [
-    "ZERO",
     "DormantStore",
     "GradientMask",
     "OwnWeight",
@@ -49,7 +48,7 @@ _GIVEN_BACK = 32 << 20
 
 Version = tuple[int, int]
 
-ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in torch.where; a number takes longer
+_ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in torch.where; a number takes longer
 steps = [0]  # of all optimizers of this process
 
 
@@ -165,7 +164,7 @@ class GradientMask:
             return None
         if g.shape != mask.shape:
             return None  # of a parametrization, which has made something else of the parameter
-        return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, ZERO)
+        return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, _ZERO)
 
     def watch(self, weight: Tensor) -> None:
         """Note the gradient when it has been added to what there was: the other hook of a guarded weight."""
@@ -233,7 +232,7 @@ def zero_masked(matrix: Tensor, mask: Tensor) -> Tensor:
     rows at a time, so that what torch makes of the mask for it stays in the cache.
     """
     if not matrix.is_cpu or matrix.numel() <= _SMALL or matrix.itemsize not in _BITS or matrix.is_neg():
-        return torch.where(mask, matrix, ZERO, out=matrix)
+        return torch.where(mask, matrix, _ZERO, out=matrix)
     bits = bits_of(matrix)
     for rows in _blocks(mask):
         bits[rows].mul_(mask[rows])
@@ -263,10 +262,10 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     memory anew for every gradient, and a page fault for each 4 KiB of it takes longer than the product that is written
     there.
     """
+    size = math.prod(shape) * dtype.itemsize
     with torch.inference_mode(False), torch.no_grad():  # it may outlive the call
-        if math.prod(shape) * dtype.itemsize <= _GIVEN_BACK:
+        if size <= _GIVEN_BACK:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        size = math.prod(shape) * dtype.itemsize
         spare = np.empty(size + _HUGE_PAGE, np.int8)
         start = -spare.ctypes.data % _HUGE_PAGE
         return torch.from_numpy(spare[start : start + size]).view(dtype).view(*shape)
