@@ -205,6 +205,7 @@ def test_golden_vectors_of_another_file_are_refused(tmp_path: Path, monkeypatch:
         golden.goldens.__wrapped__()
 
 
+@pytest.mark.slow
 def test_two_backends_pass_and_the_report_says_so(tmp_path: Path) -> None:
     path = tmp_path / "report.json"
     result = suite(

@@ -178,10 +178,11 @@ class Other(JaxBackend):
 @pytest.mark.parametrize(
     ("code", "select", "failed"),
     [
-        (
+        pytest.param(
             SAVED_PRODUCT,
             "((second_order and 12) or leak or positive_zero) and float32",
             ["test_second_order_equals_the_spec", "test_nothing_stored_under_the_mask_leaks", "test_masked_gradient"],
+            marks=pytest.mark.slow,
         ),
         (
             STRAIGHT_THROUGH,

@@ -330,6 +330,7 @@ def test_missing_packages_are_named(
     )
 
 
+@pytest.mark.slow
 def test_a_framework_that_is_not_asked_for_may_be_missing(tmp_path: Path) -> None:
     done = python(
         "import sys; sys.modules.update(jax=None, flax=None, optax=None)\n"

@@ -116,7 +116,7 @@ if __name__ == "__main__":
     x = torch.randn(64, 200)
     before = (model(x) - x[:, :3]).square().mean().item()
     start = model[0].weight.detach().clone()
-    processes = [mp.get_context("spawn").Process(target=train, args=(model, seed)) for seed in (1, 2)]
+    processes = [mp.get_context("fork").Process(target=train, args=(model, seed)) for seed in (1, 2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -100,7 +100,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python
 
 
-@pytest.mark.slow  # the third parties' tests use the same environment
+@pytest.mark.slow
 def test_with_the_frameworks(python: Path, tmp_path: Path) -> None:
     out = run(
         *(python, "-m", "maskedlinear_conformance", "--backend", "torch", "--backend", "jax", "--profile", "quick"),
@@ -130,6 +130,7 @@ def third_party(python: Path, folder: Path, name: str, path: Path) -> str:
     )
 
 
+@pytest.mark.slow
 def test_the_example_of_a_third_partys_backend_is_proven(python: Path, tmp_path: Path) -> None:
     folder = ROOT / "examples" / "third_party_backend"
     assert len((folder / "maskedlinear_scipy.py").read_text().splitlines()) <= 100
@@ -139,6 +140,7 @@ def test_the_example_of_a_third_partys_backend_is_proven(python: Path, tmp_path:
     assert "failed" not in out.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_the_page_on_writing_a_backend_works_from_an_empty_folder(python: Path, tmp_path: Path) -> None:
     page = (ROOT / "docs" / "writing-a-backend.md").read_text()
     files = dict(re.findall(r"^`([\w.]+)`:\n\n```\w+\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL))
