@@ -19,14 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from maskedlinear.summaries import MaskCheck
 from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._storage import version_of
+from maskedlinear_torch._storage import bits_of, version_of
 
 __all__ = ["check_masks"]
 
 Layers = Mapping[str, MaskedLinear]
 Results = dict[tuple[Literal["output", "gradient of"], str], Tensor]
 Likeness = Literal["bits", "rounding", "nan"]  # how much alike two results are to be: NaN in the same places, at least
-_BYTES = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
@@ -326,7 +325,7 @@ def _alike(one: Tensor, other: Tensor, likeness: Likeness, largest: float) -> bo
         return False
     if likeness == "bits" or not (other.is_floating_point() or other.is_complex()):
         one, other = (torch.view_as_real(y.resolve_conj()) if y.is_complex() else y for y in (one, other))
-        return likeness == "nan" or torch.equal(*(y.contiguous().view(_BYTES[y.itemsize]) for y in (one, other)))
+        return likeness == "nan" or torch.equal(*(bits_of(y.contiguous()) for y in (one, other)))
     if likeness == "nan":
         return torch.equal(one.isnan(), other.isnan())
     # Rounding adds up through a deep model; what acts that should not is far larger. Next to what is largest, since a

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 __all__ = [
+    "gradient_hooks",
     "in_transform",
     "is_any_autocast_on",
     "is_exporting",
@@ -22,6 +23,7 @@ __all__ = [
     "is_nested",
     "is_tracing",
     "nothing_looks_on",
+    "take_hooks_along",
 ]
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
@@ -74,6 +76,20 @@ def is_nested(mode: Literal["Grad", "Jvp"]) -> bool:
         return bool(sum(level.key() == kind for level in _functorch.get_interpreter_stack() or ()) > 1)
     except AttributeError:
         return True
+
+
+def gradient_hooks(tensor: Tensor) -> list[Any]:
+    """Return what looks on when a tensor gets its gradient; a torch that cannot say is taken to have something that does."""
+    try:
+        return [*(tensor._backward_hooks or {}).values(), *(tensor._post_accumulate_grad_hooks or {}).values()]
+    except AttributeError:
+        return [None]
+
+
+def take_hooks_along(tensor: Tensor) -> None:
+    """Let a tensor's hooks fire: ``torch.utils.swap_tensors`` brings their dictionary, and does not tell autograd of it."""
+    if getattr(tensor, "_backward_hooks", None) is not None:
+        tensor._backward_hooks = tensor._backward_hooks
 
 
 def is_tracing() -> bool:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear.masks import as_mask
+from maskedlinear_torch._compat import take_hooks_along
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part
 from maskedlinear_torch._functional import as_tensor, checked_mask
 from maskedlinear_torch._storage import (
@@ -270,8 +271,7 @@ class MaskedWeight(nn.Linear):
         """Mask the gradients that other readers of the weight send; a frozen parameter takes no hook."""
         own, weight = self._own, self._parameters["weight"]
         if weight is not None and weight.requires_grad and own.hook is None:
-            if weight._backward_hooks is not None:
-                weight._backward_hooks = weight._backward_hooks  # torch.utils.swap_tensors leaves hooks behind
+            take_hooks_along(weight)
             own.hook = weight.register_hook(GradientMask(self))
 
     def watch_gradient(self) -> None:

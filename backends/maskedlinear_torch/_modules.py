@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from maskedlinear_torch._compat import gradient_hooks
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._storage import GradientMask
 
@@ -67,8 +68,7 @@ def has_state_hooks(module: nn.Module) -> bool:
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
     """Whether something but a masked layer looks on when a parameter gets its gradient."""
-    hooks = [*(parameter._backward_hooks or {}).values(), *(parameter._post_accumulate_grad_hooks or {}).values()]
-    return any(not isinstance(getattr(hook, "__self__", hook), GradientMask) for hook in hooks)
+    return any(not isinstance(getattr(hook, "__self__", hook), GradientMask) for hook in gradient_hooks(parameter))
 
 
 def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:

@@ -251,7 +251,7 @@ def keep_bits(tensor: Tensor, mask: Tensor) -> Tensor:
 
 
 def bits_of(tensor: Tensor) -> Tensor:
-    """Return the bits of a floating tensor, as whole numbers: NaN is equal to itself there, and -0 is not +0."""
+    """Return the bits of a tensor that is not complex, as whole numbers: NaN is equal to itself there, and -0 is not +0."""
     return tensor.view(_BITS[tensor.itemsize])
 
 
