@@ -322,13 +322,13 @@ def in_two_processes(code: str, path: Path) -> None:
 
 
 def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.manual_seed(0)
     model = nn.Sequential(MaskedLinear(200, 100, mask=masks.random((100, 200), sparsity=0.5)), MaskedLinear(100, 3))
     optimizer = freeze_masked(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), model)
     compiled, x = torch.compile(model, backend="aot_eager", fullgraph=True), torch.randn(16, 200)
-    seen = []
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    seen = [compiled(x).detach()]
+    with torch.compiler.set_stance("fail_on_recompile"):
         for step in range(5):
             optimizer.zero_grad()
             y = compiled(x)

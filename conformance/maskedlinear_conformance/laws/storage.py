@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import cycle, product
 from pathlib import Path
@@ -217,11 +217,7 @@ class Storage:
     def test_what_an_optimizer_leaves_under_the_mask_is_not_revived(self, subject: BackendUnderTest) -> None:
         """A mask that follows a step at once brings back what was dormant, and makes what was trained dormant."""
         with subject.backend.strict_precision():
-            for data, name in _trained(subject):
-                layer, step = _with_momentum(subject, data, name)
-                layer.set_mask(data.mask)
-                before, _, _ = layer.state()
-                step(subject.to_backend(data.x), subject.to_backend(data.g))
+            for data, name, layer, before in _after_a_step(subject):
                 trained = subject.to_numpy(layer.visible_weight())
                 layer.set_mask(~data.mask)
                 bias = layer.state()[2]
@@ -234,15 +230,11 @@ class Storage:
     ) -> None:
         """A state that is saved straight after a step without a guard is that of the weight which acts."""
         with subject.backend.strict_precision():
-            for data, name in _trained(subject):
+            for data, name, layer, _ in _after_a_step(subject):
                 path = tmp_path / f"{len(data.mask)} {name}"
                 path.mkdir()
-                x = subject.to_backend(data.x)
-                layer, step = _with_momentum(subject, data, name)
-                layer.set_mask(data.mask)
-                step(x, subject.to_backend(data.g))
                 layer.save(path)
-                y = subject.to_numpy(layer.load_plain(path)(x))
+                y = subject.to_numpy(layer.load_plain(path)(subject.to_backend(data.x)))
                 weight, _, bias = layer.state()
                 now = data._replace(weight=weight, bias=bias)
                 subject.assert_agree({"y": y}, _value(subject, layer, now), {"y": _as_dense(now)})
@@ -254,11 +246,7 @@ class Storage:
             (dtype for dtype in subject.backend.dtypes(subject.device) if dtype != subject.dtype), subject.dtype
         )
         with subject.backend.strict_precision():
-            for data, name in _trained(subject):
-                layer, step = _with_momentum(subject, data, name)
-                layer.set_mask(data.mask)
-                before, _, _ = layer.state()
-                step(subject.to_backend(data.x), subject.to_backend(data.g))
+            for data, name, layer, before in _after_a_step(subject):
                 layer.convert(other)
                 shown = subject.to_numpy(layer.visible_weight())
                 positive_zero(shown[~data.mask], f"the visible weight under the mask, {name} and a conversion after,")
@@ -317,6 +305,16 @@ def _with_momentum(subject: BackendUnderTest, data: Data, optimizer: str) -> tup
     step = layer.unguarded_step(optimizer)
     step(subject.to_backend(data.x), subject.to_backend(data.g))
     return layer, step
+
+
+def _after_a_step(subject: BackendUnderTest) -> Iterator[tuple[Data, str, Any, Any]]:
+    """Yield data, an optimizer, a layer that a step of it without a guard has left, and its state's weight before that."""
+    for data, name in _trained(subject):
+        layer, step = _with_momentum(subject, data, name)
+        layer.set_mask(data.mask)
+        before, _, _ = layer.state()
+        step(subject.to_backend(data.x), subject.to_backend(data.g))
+        yield data, name, layer, before
 
 
 def _held_by_both(data: Data, dtype: str, other: str) -> Data:
