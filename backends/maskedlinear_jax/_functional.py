@@ -9,6 +9,7 @@ refuses ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` (https://github.com/ja
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -178,9 +179,13 @@ def _backward(
     # (jax.linear_transpose forgets both). The product that vjp forms on the way is dead code under jit.
     # They are formed in x's dtype, so that their transposes take g in it too: a half-type product is the fast one. A device
     # adds it up in float32; a sum over devices is in x's dtype, as in every layer of Flax.
+    # Not so where a matrix is a single row or column: on a GPU XLA multiplies and adds those up in x's dtype, and no fast
+    # product is lost.
+    alone = 1 in (math.prod(x.shape[:-1]), *weight.shape)
+
     def layer(x: Array, weight: Array, bias: Array | None) -> Array:
-        axes = (((x.ndim - 1,), (in_axis,)), ((), ()))
-        y = lax.dot_general(x, _apply_mask(mask, weight), axes, precision=precision).astype(wide)
+        axes, kind = (((x.ndim - 1,), (in_axis,)), ((), ())), wide if alone else None
+        y = lax.dot_general(x, _apply_mask(mask, weight), axes, precision, preferred_element_type=kind).astype(wide)
         return y if bias is None else y + _row(bias, y).astype(wide)
 
     _, pull = jax.vjp(layer, x, weight, bias)

@@ -244,7 +244,7 @@ class MaskedWeight(nn.Linear):
         """Take the mask and the dormant values of a layer whose weight this one gets."""
         if other.mask.is_meta or self.mask.is_meta or self.mask.shape != other.mask.shape:
             return
-        if not torch.equal(self.mask, other.mask):
+        if not torch.equal(self.mask.to(other.mask.device), other.mask):
             if bool(other.mask.all()):
                 other.set_mask(self.mask)
             elif not bool(self.mask.all()):

@@ -164,7 +164,9 @@ class GradientMask:
             return None
         if g.shape != mask.shape:
             return None  # of a parametrization, which has made something else of the parameter
-        return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, _ZERO)
+        # On a GPU a 0 on the CPU would be copied there, which waits for the device, and which no CUDA graph can hold.
+        zero = _ZERO if g.is_cpu else g.new_zeros(())
+        return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, zero)
 
     def watch(self, weight: Tensor) -> None:
         """Note the gradient when it has been added to what there was: the other hook of a guarded weight."""
@@ -229,9 +231,12 @@ def zero_masked(matrix: Tensor, mask: Tensor) -> Tensor:
     """Set ``matrix`` to +0 where ``mask`` is ``False``, NaN included; nothing differentiates it.
 
     On the CPU by a product of the bits, as whole numbers, with 0 or 1, which takes two thirds of the time of a select; some
-    rows at a time, so that what torch makes of the mask for it stays in the cache.
+    rows at a time, so that what torch makes of the mask for it stays in the cache. On a GPU by a fill, which takes two
+    thirds of the time of a select too.
     """
-    if not matrix.is_cpu or matrix.numel() <= _SMALL or matrix.itemsize not in _BITS or matrix.is_neg():
+    if not matrix.is_cpu:
+        return matrix.masked_fill_(~mask, 0)
+    if matrix.numel() <= _SMALL or matrix.itemsize not in _BITS or matrix.is_neg():
         return torch.where(mask, matrix, _ZERO, out=matrix)
     bits = bits_of(matrix)
     for rows in _blocks(mask):
