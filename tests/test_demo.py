@@ -115,6 +115,7 @@ def test_files_are_pictures(small: tuple[Path, str, Any]) -> None:
         assert name == "report.json" or (out / name).read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_same_seed_same_numbers_another_seed_others(small: tuple[Path, str, Any], tmp_path: Path) -> None:
     again = run(tmp_path, "--epochs", "2", "--seed", "0")[2]
     assert without_times(again) == without_times(small[2])
@@ -122,6 +123,7 @@ def test_same_seed_same_numbers_another_seed_others(small: tuple[Path, str, Any]
     assert other["frameworks"]["torch"]["losses"] != again["frameworks"]["torch"]["losses"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", ["torch", "flax"])
 def test_one_framework_alone(framework: str, tmp_path: Path, small: tuple[Path, str, Any]) -> None:
     status, screen, report = run(tmp_path, "--framework", framework, "--framework", framework, "--epochs", "2")

@@ -323,6 +323,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_new_forms_lie_where_the_old_ones_did_and_sharded_ones_stay() -> None:
     result = python(DEVICES)
     assert not result.returncode, result.stderr

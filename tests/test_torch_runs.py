@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -311,14 +314,36 @@ def test_sharded_and_parallel(tmp_path: Path) -> None:
 
 
 def in_two_processes(code: str, path: Path) -> None:
-    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder."""
-    command = [sys.executable, "-c", code]
+    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder.
+
+    One that fails leaves the other waiting: what both have said is shown, and where one waits that does not end.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
+    said = [(path / f"said by {rank}").open("w+") for rank in range(2)]
     processes = [
-        subprocess.Popen([*command, str(rank), str(path / "meeting"), str(path)], stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
+        subprocess.Popen(
+            [*command, str(rank), str(path / "meeting"), str(path)], stdout=file, stderr=file, env=environment
+        )
+        for rank, file in enumerate(said)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], "".join(errors)
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and all(process.poll() in (None, 0) for process in processes):
+            if all(process.poll() == 0 for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        left = [process for process in processes if process.poll() is None]
+        for process in left:
+            process.send_signal(signal.SIGABRT)  # which prints its stack
+            process.wait()
+        texts = []
+        for file in said:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
 
 
 def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:

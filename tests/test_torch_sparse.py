@@ -273,6 +273,7 @@ print(used() - before)
 """
 
 
+@pytest.mark.slow
 def test_a_layer_whose_matrix_would_fill_40_gigabytes_trains_in_one() -> None:
     result = subprocess.run([sys.executable, "-c", HUGE], capture_output=True, text=True, check=True)
     assert int(result.stdout) < 2**30

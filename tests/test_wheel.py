@@ -57,6 +57,7 @@ def test_contents(wheel: Path) -> None:
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
+@pytest.mark.slow
 def test_alone_it_needs_numpy_and_array_api_compat(wheel: Path, tmp_path: Path) -> None:
     python = environment(tmp_path / "env")
     run(python, "-m", "pip", "install", "--quiet", wheel, cwd=tmp_path)
