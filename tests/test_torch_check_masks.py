@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.utils import prune
 
-from maskedlinear.summaries import MaskCheck
+from maskedlinear.models import MaskCheck
 from maskedlinear.torch import MaskedLinear, check_masks, compress, mask_model, prune_model
 
 X = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
@@ -70,7 +70,7 @@ def test_a_masked_model_is_found_to_act_masked() -> None:
     assert str(check) == "All 2 masked layers act masked."
 
 
-PLAIN, NAN = "a plain nn.Linear with its weights acts otherwise", "NaN in place of its dormant values acts"
+PLAIN, NAN = "a plain module with its weights acts otherwise", "NaN in place of its dormant values acts"
 
 
 @pytest.mark.parametrize(

@@ -212,7 +212,7 @@ def test_freeze_masked_refuses_what_it_cannot_guard(layer: MaskedLinear) -> None
     pruned = prune.l1_unstructured(MaskedLinear(7, 5, mask=MASK), "weight", 0.3)
     normed = parametrizations.weight_norm(MaskedLinear(7, 5, mask=MASK))
     for model in (pruned, normed):
-        with pytest.raises(ValueError, match=r"the weight of a MaskedLinear here is computed .*: remove that first"):
+        with pytest.raises(ValueError, match=r"the weight of a masked layer here is computed .*: remove that first"):
             freeze_masked(adamw(model.parameters()), model)
     freeze_masked(optimizer, layer)
     parametrizations.weight_norm(layer)

@@ -61,7 +61,48 @@ def llama() -> Called:
 
 
 def gpt2() -> Called:
-    return hugging_face("GPT2Model", "GPT2Config", vocab_size=64, n_embd=16, n_layer=1, n_head=2), (TOKENS,), {}
+    """Its layers are ``Conv1D``, (in, out); its head shares its weight with the embedding."""
+    options = {"n_embd": 16, "n_layer": 1, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2}
+    return hugging_face("GPT2LMHeadModel", "GPT2Config", vocab_size=64, **options), (TOKENS,), {}
+
+
+def mixtral() -> Called:
+    """Its experts are stacks of matrices."""
+    options = {"num_key_value_heads": 1, "num_local_experts": 4}
+    return hugging_face("MixtralForCausalLM", "MixtralConfig", **TEXT, **options), (TOKENS,), {}
+
+
+def qwen3_moe() -> Called:
+    options = {"num_key_value_heads": 1, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    return hugging_face("Qwen3MoeForCausalLM", "Qwen3MoeConfig", **TEXT, **options, head_dim=8), (TOKENS,), {}
+
+
+def gpt_oss() -> Called:
+    """Its experts are stacks of matrices (in, out)."""
+    options = {"num_key_value_heads": 1, "num_local_experts": 4, "head_dim": 8}
+    return hugging_face("GptOssForCausalLM", "GptOssConfig", **TEXT, **options), (TOKENS,), {}
+
+
+def whisper() -> Called:
+    layers = {f"{side}_{what}": n for side in ("encoder", "decoder") for what, n in (("layers", 1), ("ffn_dim", 32))}
+    heads = {f"{side}_attention_heads": 2 for side in ("encoder", "decoder")}
+    tokens = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+    sizes = {"vocab_size": 64, "d_model": 16, "num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 20}
+    model = hugging_face("WhisperModel", "WhisperConfig", **layers, **heads, **tokens, **sizes)
+    return model, (torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(0)),), {"decoder_input_ids": TOKENS}
+
+
+def convnext() -> Called:
+    return (
+        hugging_face("ConvNextModel", "ConvNextConfig", hidden_sizes=[8, 8], depths=[1, 1], num_stages=2),
+        (PIXELS,),
+        {},
+    )
+
+
+def resnet() -> Called:
+    options = {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    return hugging_face("ResNetModel", "ResNetConfig", **options), (PIXELS,), {}
 
 
 def t5() -> Called:
@@ -132,6 +173,30 @@ class WindowAttention(nn.Module):
         return F.linear(F.scaled_dot_product_attention(q, k, v), self.proj.weight, self.proj.bias)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(16, 12, 2, batch_first=True, bidirectional=True), nn.Linear(24, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0])  # type: ignore[no-any-return]
+
+
+def lstm() -> Called:
+    return Recurrent(), (SEQUENCE,), {}
+
+
+def convolutions() -> Called:
+    parts = (
+        nn.Conv2d(3, 8, 5, 2),
+        nn.ReLU(),
+        nn.ConvTranspose2d(8, 6, 3, groups=2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+    )
+    return nn.Sequential(*parts, nn.Linear(6, 4)), (PIXELS,), {}
+
+
 def windows() -> Called:
     return WindowAttention(), (SEQUENCE,), {}
 
@@ -140,7 +205,8 @@ MODELS: dict[str, Callable[[], Called]] = {
     made.__name__: made
     for made in (
         *(bert, llama, t5, deberta, bloom, mobilebert, vit, beit, swin, wavlm, mamba),
-        *(encoder, windows),
+        *(gpt2, mixtral, qwen3_moe, gpt_oss, whisper, convnext, resnet),
+        *(encoder, windows, lstm, convolutions),
     )
 }
 
@@ -157,12 +223,24 @@ def called(name: str, masked: bool = True) -> Called:
     model, inputs, named = original(name)
     model = copy.deepcopy(model)
     if masked:
-        prune_model(mask_model(model, include=lambda _, layer: not is_tied(model, layer)), 0.9, scope="layer")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is left out: a head that shares its weight with an embedding, say
+            mask_model(model)
+        prune_model(model, 0.9, scope="layer", on_empty="keep")
     return model, inputs, named
 
 
-def is_tied(model: nn.Module, layer: nn.Module) -> bool:
-    return any(isinstance(part, nn.Embedding) and part.weight is layer.weight for part in model.modules())
+def weights(model: nn.Module) -> list[Tensor]:
+    """The matrices and kernels by hand: two dimensions or more, of no embedding, of none of some names."""
+    embeddings = {id(part.weight) for part in model.modules() if isinstance(part, nn.Embedding)}
+    names = ("bias", "pos", "token", "A_log", "original")
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1
+        and id(parameter) not in embeddings
+        and not any(word in name.rpartition(".")[2] for word in names)
+    ]
 
 
 def outputs(output: Any) -> list[Tensor]:
@@ -188,10 +266,13 @@ def bits(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_what_is_masked_acts_masked(name: str) -> None:
     model, inputs, named = called(name)
-    plain = [layer for layer in original(name)[0].modules() if type(layer) is nn.Linear]
-    tied = [layer for layer in plain if is_tied(original(name)[0], layer)]
-    assert len(get_masks(model)) == len(plain) - len(tied) > 0
-    assert summary(model).sparsity == pytest.approx(0.9, abs=0.02)
+    assert len(get_masks(model)) == len(weights(original(name)[0])) > 0
+    table, every = summary(model), sum(parameter.numel() for parameter in model.parameters())
+    assert table.sparsity == pytest.approx(0.9, abs=0.02)
+    assert [other for other in table.unmasked if not other.why] == [], "nothing is left out unnamed"
+    assert sum(part.size for part in (*table.rows, *table.unmasked)) == every
+    zeros = sum(int((~mask).sum()) for mask in get_masks(model).values())
+    assert table.model_sparsity == pytest.approx(zeros / every)
     check = check_masks(model, *inputs, **named)
     assert check.ok, str(check)
     assert check.checked == list(get_masks(model))
@@ -205,14 +286,16 @@ def test_training_leaves_no_weight_and_no_gradient_under_the_masks(name: str) ->
     for _ in range(2):
         optimizer.zero_grad()
         sum(y.square().mean() for y in outputs(model.train()(*inputs, **named)) if y.requires_grad).backward()
-        for place, layer in model.named_modules():
-            if isinstance(layer, MaskedLinear) and layer.weight.grad is not None:
+        parameters = dict(model.named_parameters())
+        for place, mask in get_masks(model).items():
+            weight = parameters[place if place in parameters else f"{place}.weight"]
+            if weight.grad is not None:
                 with_gradient.add(place)
-                assert not bits(layer.weight.grad)[~layer.mask].any(), place
+                assert not bits(weight.grad)[~mask].any(), place
         optimizer.step()
-        for place, layer in model.named_modules():
-            if isinstance(layer, MaskedLinear):
-                assert not bits(layer.weight)[~layer.mask].any(), place
+        for place, mask in get_masks(model).items():
+            weight = parameters[place if place in parameters else f"{place}.weight"]
+            assert not bits(weight)[~mask].any(), place
     assert len(with_gradient) > 0.7 * len(get_masks(model))
     assert check_masks(model, *inputs, **named).ok
 
@@ -234,28 +317,21 @@ def test_a_model_in_the_sparse_form_has_the_same_outputs(name: str) -> None:
         with pytest.raises(ValueError, match="the module around it reads its weight"):
             compress(model, "sparse")
         return
+    layers = {place for place, module in model.named_modules() if isinstance(module, MaskedLinear)}
+    others = [place for place in get_masks(model) if place not in layers]
     compress(model, "sparse")
-    assert not get_masks(model)
+    assert list(get_masks(model)) == others
     for one, other in zip(infer(model, inputs, named), masked, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 def test_an_encoder_infers_what_it_trains() -> None:
     model, inputs, named = called("encoder")
-    assert len(get_masks(model)) == 4
+    assert len(get_masks(model)) == 8
     fast, slow = infer(model, inputs, named)[0], model(*inputs, **named)
     assert slow.requires_grad
     assert not fast[PADDING].any()  # the way of nested tensors, in which padding has no place
     torch.testing.assert_close(fast[~PADDING], slow[~PADDING])
-
-
-def test_layers_of_other_kinds_are_left_out() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model, _, _ = gpt2()
-    with pytest.raises(ValueError, match="there is no linear layer to mask in GPT2Model"):
-        mask_model(model)
-    assert list(get_masks(mask_model(encoder()[0], include="*linear1"))) == ["layers.0.linear1", "layers.1.linear1"]
 
 
 def test_attention_reads_the_masked_weight_of_its_last_layer() -> None:

@@ -156,5 +156,5 @@ def test_what_cannot_be_rewired_is_refused() -> None:
             layer.rewire(wrong, places)
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         regrow_model(layer, 1.5)
-    with pytest.raises(ValueError, match="connections move in masked layers, and there is none"):
+    with pytest.raises(ValueError, match="connections move in masked weights, and there is none"):
         regrow_model(nn.Sequential(layer), 0.5, include="nonesuch")

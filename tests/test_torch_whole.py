@@ -70,13 +70,14 @@ def test_every_linear_layer_is_masked_in_place_and_back(model: Network, x: Tenso
     model.first.register_forward_hook(lambda *_: calls.append("hook"))
     assert mask_model(model) is model
     assert masked(model) == NAMES
-    assert dict(model.named_modules()) == layers
+    children = {"attention.in_proj_weight_mask", "attention.out_proj.weight_mask"}
+    assert {name: part for name, part in model.named_modules() if name not in children} == layers
     assert all(one is parameters[name] for name, one in model.named_parameters())
     assert torch.equal(model(x), before)
     assert calls == ["hook"]
     assert model.again is model.blocks[0][0]  # type: ignore[index]
     assert set(model.state_dict()) - set(Network().state_dict()) == {
-        f"{name}.{key}" for name in [*NAMES, "again"] for key in ("mask", "dormant")
+        f"{name}.{key}" for name in [*NAMES, "again", *children] for key in ("mask", "dormant")
     }
     assert unmask_model(model) is model
     assert masked(model) == []
@@ -92,10 +93,10 @@ def test_masks_and_patterns_choose_the_layers(model: Network, x: Tensor) -> None
     assert masked(model) == ["first"]
     assert (model.first.mask.numpy() == mask).all()  # type: ignore[union-attr, operator]
     mask_model(model, {"last": torch.ones(4, 16)}, include="blocks.*")
-    assert masked(model) == ["first", "blocks.0.0", "blocks.1.0", "last"]
+    assert masked(model) == ["first", "blocks.0.0", "blocks.1.0", "tied", "last"], "who shares a weight shares its mask"
     y = model(x)
     unmask_model(model, include=lambda name, _: name == "first")
-    assert masked(model) == ["blocks.0.0", "blocks.1.0", "last"]
+    assert masked(model) == ["blocks.0.0", "blocks.1.0", "tied", "last"]
     torch.testing.assert_close(model(x), y)
     assert not model.first.weight[~torch.from_numpy(mask)].any()
     single = mask_model(nn.Linear(3, 2), include=["", "x"])
@@ -110,11 +111,15 @@ def test_masks_and_patterns_choose_the_layers(model: Network, x: Tensor) -> None
             ValueError,
             "masks must be of layers that there are; got 'frist', and there",
         ),
-        ({"masks": {"attention.out_proj": np.ones((16, 16))}}, ValueError, "got 'attention.out_proj'"),
+        (
+            {"masks": {"attention.in_proj_bias": np.ones((16, 16))}},
+            ValueError,
+            "the mask of attention.in_proj_bias: .*shape",
+        ),
         ({"masks": {"first": np.ones((8, 16))}}, ValueError, "the mask of first: .* which is its transpose"),
         ({"masks": {"last": np.full((4, 16), 0.5), "first": np.ones((16, 8))}}, ValueError, "the mask of last: .* 0.5"),
         ({"include": "nonesuch.*"}, ValueError, "include='nonesuch.*' means none of"),
-        ({"model": nn.ReLU()}, ValueError, "no linear layer to mask in ReLU"),
+        ({"model": nn.ReLU()}, ValueError, "no weight to mask in ReLU"),
         ({"model": [1]}, TypeError, "takes a torch.nn.Module; got list"),
     ],
 )
@@ -150,7 +155,11 @@ def test_pruning_is_the_cores_and_can_be_taken_back(model: Network, x: Tensor) -
     mask_model(model)
     start, weights = model(x), copy.deepcopy(model.state_dict())
     before = prune_model(model, 0.6)
-    scores = {name: pruning.magnitude(layer.full_weight) for name, layer in named(model) if name != "tied"}
+    parts = {name: layer.full_weight for name, layer in named(model) if name != "tied"} | {
+        "attention.in_proj_weight": model.attention.in_proj_weight,
+        "attention.out_proj": model.attention.out_proj.weight,
+    }
+    scores = {name: pruning.magnitude(parts[name].detach()) for name in get_masks(model) if name in parts}
     wanted = pruning.prune(scores, sparsity=0.6)
     assert all((get_masks(model)[name].numpy() == mask).all() for name, mask in wanted.items())
     assert torch.equal(model.tied.mask, model.blocks[1][0].mask)  # type: ignore[union-attr, index, arg-type]
@@ -247,9 +256,14 @@ def test_the_report_counts_what_is_live_and_dead() -> None:
     assert [row.flops for row in found.rows] == [12, 4]
     assert found.sparsity == pytest.approx(8 / 12)
     lines = str(found).splitlines()
-    assert " ".join(lines[0].split()) == "layer form in -> out live sparsity dead outputs dead inputs KiB kFLOP a row"
-    assert lines[1].split()[:6] == ["0", "dense", "3", "->", "2", "2"]
-    assert lines[-1].split()[:3] == ["all", "4", "0.6667"]
+    assert " ".join(lines[0].split()) == "weight form shape live sparsity dead outputs dead inputs KiB kFLOP a row"
+    assert lines[1].split()[:6] == ["0", "dense", "2", "x", "3", "2"]
+    assert lines[3].split()[:3] == ["all", "4", "0.6667"]
+    assert lines[4:] == [
+        "Of all weights 0.6667, of the whole model 0.5714 is masked.",
+        "not masked  numbers  parameters",
+        "bias        2        0.bias",
+    ]
     assert str(summary(nn.ReLU())).splitlines()[-1].startswith("all")
 
 

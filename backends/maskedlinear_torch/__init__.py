@@ -18,6 +18,7 @@ from maskedlinear_torch._regrow import dense_gradients, regrow_model
 from maskedlinear_torch._shrink import shrink
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._weights import register_axes
 from maskedlinear_torch._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "mask_model",
     "masked_linear",
     "prune_model",
+    "register_axes",
     "regrow_model",
     "rewind_model",
     "set_masks",

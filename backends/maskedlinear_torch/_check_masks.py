@@ -16,31 +16,33 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from maskedlinear.summaries import MaskCheck
+from maskedlinear.models import MaskCheck
 from maskedlinear_torch._dtensors import is_sharded
-from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._storage import bits_of, version_of
+from maskedlinear_torch._weight_mask import WeightMask
+from maskedlinear_torch._weights import is_releasable, mask_name, masked_weights, release
 
 __all__ = ["check_masks"]
 
-Layers = Mapping[str, MaskedLinear]
+Layers = Mapping[str, MaskedWeight]
 Results = dict[tuple[Literal["output", "gradient of"], str], Tensor]
 Likeness = Literal["bits", "rounding", "nan"]  # how much alike two results are to be: NaN in the same places, at least
 
 
 def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
-    """Show on an input that the masked layers of a model act masked, whoever reads their weights.
+    """Show on an input that the masked weights of a model act masked, whoever reads them.
 
     The model is called as ``model(*inputs, **kwargs)``: in training mode with gradients, and in evaluation mode without.
-    Of each :class:`MaskedLinear` this must hold:
+    Of each masked weight this must hold:
 
     1. ``weight`` is +0 under the mask, as it stands before anything mends it: an optimizer without a guard, or a merge
        past autograd, may have left values there.
     2. NaN in place of the dormant values changes no bit of an output or a gradient.
     3. The gradient that reaches the weight is +0 under the mask.
-    4. A copy of the model whose masked layers are plain ``nn.Linear`` layers, zeros standing for what is masked, has the
-       same outputs and gradients, but for rounding. Subclasses, and layers whose weight is computed, stay what they are
-       there.
+    4. A copy of the model without masks (a ``MaskedLinear`` is a plain ``nn.Linear``), zeros standing for what is masked,
+       has the same outputs and gradients, but for rounding. Subclasses, and layers whose weight is computed, stay what they
+       are there.
 
     What was found in a weight under its mask is set back to +0, as at the layer's next call. Everything else is left as
     it was: modes, gradients, buffers, dormant values, the state of random generators. Layers in the sparse form have
@@ -56,7 +58,7 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
         What was checked, and what does not hold, by the layer's name; printed, a table.
 
     Raises:
-        ValueError: if the model has no ``MaskedLinear``, is sharded or has no values (``"meta"``), or if there is no
+        ValueError: if the model has no masked weight, is sharded or has no values (``"meta"``), or if there is no
             tensor in what it returns.
         TypeError: if ``model`` is no module.
     """
@@ -65,9 +67,7 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     model = model.module if isinstance(model, DistributedDataParallel) else model
     layers = dict(_masked_layers(model))
     if not layers:
-        raise ValueError(
-            "check_masks checks MaskedLinear layers, and this model has none: make them with mask_model(model)"
-        )
+        raise ValueError("check_masks checks masked weights, and this model has none: make them with mask_model(model)")
     if any(tensor.is_meta or is_sharded(tensor) for layer in layers.values() for tensor in (layer.weight, layer.mask)):
         raise ValueError(
             "check_masks needs the values of whole weights; got a model on the meta device, or cut over processes: check "
@@ -87,15 +87,17 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
 
 def _masked_layers(
     module: nn.Module, name: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, MaskedLinear]]:
+) -> Iterator[tuple[str, MaskedWeight]]:
     """Yield the masked layers, by name; past ``named_modules``, in which they would set right what is to be reported."""
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
     seen.add(id(module))
-    if isinstance(module, MaskedLinear):
-        yield name, module
-    for key, child in module._modules.items():
+    if isinstance(module, MaskedWeight):
+        yield mask_name(name, module), module
+    # A module's own weights come before those of its children, as in get_masks.
+    children = sorted(module._modules.items(), key=lambda item: not isinstance(item[1], WeightMask))
+    for key, child in children:
         if child is not None:
             yield from _masked_layers(child, f"{name}.{key}" if name else key, seen)
 
@@ -133,7 +135,7 @@ def _check_mode(
     # A plain copy is compared with a masked one, since copies lose what hangs on a parameter.
     trials: tuple[tuple[str, nn.Module, Callable[[Layers], Results], Likeness], ...] = (
         ("NaN in place of its dormant values acts", model, with_nan, "bits"),
-        ("a plain nn.Linear with its weights acts otherwise", _copied(model), with_plain, "rounding"),
+        ("a plain module with its weights acts otherwise", _copied(model), with_plain, "rounding"),
     )
     for claim, masked, changed, likeness in trials:
         expected = run(masked)
@@ -230,9 +232,9 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
         (module, name, buffer, None if buffer is None else (version_of(buffer), buffer.clone()))
         for module in modules
         for name, buffer in module._buffers.items()
-        if not (isinstance(module, MaskedLinear) and name == "mask")
+        if not (isinstance(module, MaskedWeight) and name == "mask")
     ]
-    copied = [(layer._own, layer._own.copied) for layer in modules if isinstance(layer, MaskedLinear)]
+    copied = [(layer._own, layer._own.copied) for layer in modules if isinstance(layer, MaskedWeight)]
     cuda = sorted({tensor.get_device() for tensor in model.parameters() if tensor.is_cuda})
     state, numbers = random.getstate(), np.random.get_state()
     try:
@@ -269,10 +271,10 @@ def _nan_dormant(layers: Layers) -> Iterator[None]:
 def _with_plain(model: nn.Module, layers: Layers) -> nn.Module:
     """Return a copy of a model in which these layers are plain ones."""
     plain = _copied(model)
+    masks = masked_weights(plain)
     for name in layers:
-        layer = plain.get_submodule(name)
-        if type(layer) is MaskedLinear and "weight" in layer._parameters:
-            layer.release()
+        if is_releasable(layer := masks[name]):
+            release(layer)
     return plain
 
 

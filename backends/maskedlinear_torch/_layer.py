@@ -34,7 +34,7 @@ __all__ = ["MaskedLinear"]
 torch.fx.wrap("masked_linear")  # one node of a traced graph: the checks of its arguments cannot be traced
 
 
-class MaskedLinear(MaskedWeight):
+class MaskedLinear(MaskedWeight, nn.Linear):
     """A linear layer whose connections are chosen by a mask: ``y = x · where(mask, weight, 0)ᵀ + bias``.
 
     ``weight`` is +0 where the mask is ``False``, for everyone who reads it, and so is ``weight.grad``. The values that
@@ -163,12 +163,6 @@ class MaskedLinear(MaskedWeight):
     def masked_weight(self) -> Tensor:
         """``where(mask, weight, 0)``, shape ``(out_features, in_features)``; differentiable in the weight."""
         return apply_mask(self.weight, as_dtensor_like(self.mask, self.weight))
-
-    @property
-    def sparsity(self) -> float:
-        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
-        size = self.mask.numel()
-        return (size - int(self.mask.sum())) / size if size else 0.0
 
     def reset_parameters(self) -> None:
         """Draw weights, dormant ones too, and bias anew, as ``nn.Linear`` does, scaled to the live inputs of each row.

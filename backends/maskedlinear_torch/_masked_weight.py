@@ -34,8 +34,10 @@ __all__ = ["KeepDormant", "MaskedWeight"]
 KeepDormant = bool | Literal["host"]
 
 
-class MaskedWeight(nn.Linear):
-    """The storage of :class:`maskedlinear.torch.MaskedLinear`."""
+class MaskedWeight(nn.Module):
+    """The storage of a weight with a mask: what :class:`maskedlinear.torch.MaskedLinear` is beside an ``nn.Linear``."""
+
+    weight: Tensor
 
     mask: Tensor
     keep_dormant: KeepDormant
@@ -134,7 +136,8 @@ class MaskedWeight(nn.Linear):
         ``keep_dormant=False`` they start at 0.
 
         Args:
-            mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, on any device but ``"meta"``.
+            mask: of the weight's shape (of a layer ``(out_features, in_features)``), booleans or 0s and 1s, on any device
+                but ``"meta"``.
             revive: whether connections that come back have their dormant values; or start at 0, as new ones do.
 
         Raises:
@@ -183,7 +186,7 @@ class MaskedWeight(nn.Linear):
 
     @property
     def dormant(self) -> Tensor | None:
-        """What is dormant, shape ``(out_features, in_features)``, 0 where the weight is live; ``None`` if all is 0."""
+        """What is dormant, of the weight's shape, 0 where the weight is live; ``None`` if all is 0."""
         return self._dormant.values
 
     @dormant.setter
@@ -192,7 +195,7 @@ class MaskedWeight(nn.Linear):
 
     @property
     def full_weight(self) -> Tensor:
-        """Live and dormant values together, shape ``(out_features, in_features)``; a copy, without a gradient."""
+        """Live and dormant values together, of the weight's shape; a copy, without a gradient."""
         with torch.no_grad():
             if not torch.compiler.is_compiling():
                 self.project()
@@ -201,6 +204,12 @@ class MaskedWeight(nn.Linear):
             if dormant is None:
                 return torch.where(mask, weight, 0)
             return torch.where(mask, weight, as_dtensor_like(dormant.to(weight.device), weight))
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
+        size = self.mask.numel()
+        return (size - int(self.mask.sum())) / size if size else 0.0
 
     @property
     def known_mask(self) -> Tensor:

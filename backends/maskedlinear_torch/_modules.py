@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from maskedlinear_torch._compat import gradient_hooks
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._storage import GradientMask
+from maskedlinear_torch._weight_mask import WeightMask
 
 __all__ = [
     "copy_hooks_and_attributes",
@@ -45,7 +46,7 @@ def parameter_users(model: nn.Module) -> dict[int, list[nn.Module]]:
     """Return the modules that hold each parameter, by its identity: more than one where it is shared."""
     found: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        for parameter in module._parameters.values():
+        for parameter in () if isinstance(module, WeightMask) else module._parameters.values():
             if parameter is not None:
                 found.setdefault(id(parameter), []).append(module)
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -11,10 +12,10 @@ from torch import Tensor, nn
 
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 from maskedlinear_torch._functional import is_small
-from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._storage import Version, version_of, zero_masked
 
-__all__ = ["Guard", "freeze_masked", "renew"]
+__all__ = ["Guard", "freeze_masked", "holds_masked", "renew"]
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
@@ -23,25 +24,27 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     """Make every step of ``optimizer`` leave the masked weights of ``model`` at +0.
 
     A :class:`MaskedLinear` is right without it: it projects what an optimizer has left under its mask before it next
-    acts. The guard keeps ``weight`` clean for every other reader too, from one step to the next; keeps gradients out of
-    the optimizer's view where they are masked; and lets its state start clean where a mask has changed (momentum,
-    moments, ...), so that a revived weight does. What is kept for whole rows and columns (``Adafactor``) stays;
-    ``LBFGS``, which remembers all weights together, forgets everything.
+    acts; masked weights of other modules are projected after each step of any optimizer. The guard keeps ``weight`` clean
+    for every other reader too, from one step to the next; keeps gradients out of the optimizer's view where they are
+    masked; and lets its state start clean where a mask has changed (momentum, moments, ...), so that a revived weight
+    does. What is kept for whole rows and columns (``Adafactor``) stays; ``LBFGS``, which remembers all weights together,
+    forgets everything.
 
     It works in place and needs no memory: after each step it passes over the weights, once, which the layers then do not
     repeat, and before it over gradients that are not known to be masked. A copied optimizer (``copy.deepcopy``) loses its
     guard: guard it again. To guard it twice by one model is to guard it once.
 
     Args:
-        optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced.
-        model: the module whose :class:`MaskedLinear` layers are guarded, layers added later included.
+        optimizer: any ``torch.optim.Optimizer``; its ``step`` is replaced. One that wraps another (accelerate's, SAM,
+            Lookahead) is guarded itself if it holds the weights, else the one in it that does.
+        model: the module whose masked weights are guarded, those that are masked later included.
 
     Returns:
         The same optimizer.
 
     Raises:
-        ValueError: if ``model`` has no ``MaskedLinear``, or, here or at a step, if one's weight is computed by a
-            parametrization or by ``torch.nn.utils.prune``: no optimizer holds it.
+        ValueError: if ``model`` has no masked weight, if the optimizer holds none of them, or, here or at a step, if one is
+            computed by a parametrization or by ``torch.nn.utils.prune``: no optimizer holds it.
         TypeError: if the arguments are not an optimizer and a module.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(model, nn.Module):
@@ -49,13 +52,24 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
             "freeze_masked takes an optimizer and a module, in this order; "
             f"got {type(optimizer).__name__} and {type(model).__name__}"
         )
-    if not any(isinstance(module, MaskedLinear) for module in model.modules()):
-        raise ValueError("freeze_masked guards MaskedLinear layers, and this model has none")
-    step = optimizer.step
+    if not any(isinstance(module, MaskedWeight) for module in model.modules()):
+        raise ValueError(
+            "freeze_masked guards masked weights, and this model has none: make them with mask_model(model)"
+        )
+    holder = next((one for one in _wrapped(optimizer) if holds_masked(one, model)), None)
+    if holder is None:
+        raise ValueError(
+            "freeze_masked guards masked weights that an optimizer holds, and this one holds none of the model's: it was "
+            "made of another model or a copy, or before layers were exchanged (compress, expand, shrink); or it wraps the "
+            "optimizer that holds them, which is the one to guard"
+        )
+    step = holder.step
     if getattr(step, "guard", None) is model:
         return optimizer
-    guard = Guard(optimizer, model)
-    optimizer.register_load_state_dict_post_hook(lambda _: guard.reset())
+    guard = Guard(holder, model)
+    for one in _wrapped(holder):
+        if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # accelerate's has not become an optimizer of torch
+            one.register_load_state_dict_post_hook(lambda _: guard.reset())
 
     # Not a pair of hooks: those do not run after a step that raises, and do not see what a subclass does after
     # super().step(). A method of the instance that carries the step's attributes, because learning rate schedulers put
@@ -69,8 +83,22 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
             guard.after_step()
 
     guarded.guard = model  # type: ignore[attr-defined]
-    optimizer.step = MethodType(guarded, optimizer)  # type: ignore[method-assign]
+    holder.step = MethodType(guarded, holder)  # type: ignore[method-assign]
     return optimizer
+
+
+def holds_masked(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer holds a masked weight of a model."""
+    return bool(_masked_layers(model, optimizer))
+
+
+def _wrapped(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
+    """Yield an optimizer, and those that it wraps, by the names that wrappers give them."""
+    inner: Any = optimizer
+    while isinstance(inner, torch.optim.Optimizer):
+        yield inner
+        names = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "inner_optimizer")
+        inner = next((vars(inner)[name] for name in names if name in vars(inner)), None)
 
 
 class Guard:
@@ -114,17 +142,17 @@ class Guard:
         self._clean.clear()
 
 
-def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[MaskedLinear]:
+def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[MaskedWeight]:
     """Return a layer for each masked weight that an optimizer holds; layers that share a weight share its mask."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    layers: dict[int, MaskedLinear] = {}
+    layers: dict[int, MaskedWeight] = {}
     for module in model.modules():
-        if not isinstance(module, MaskedLinear):
+        if not isinstance(module, MaskedWeight):
             continue
         weight = module._parameters.get("weight")
         if weight is None:
             raise ValueError(
-                "freeze_masked guards weights that an optimizer holds, and the weight of a MaskedLinear here is computed "
+                "freeze_masked guards weights that an optimizer holds, and the weight of a masked layer here is computed "
                 "(by torch.nn.utils.parametrize or prune): remove that first, or put the mask into it"
             )
         if id(weight) in held:
@@ -132,7 +160,7 @@ def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[M
     return list(layers.values())
 
 
-def _mask_version(layer: MaskedLinear) -> Version | None:
+def _mask_version(layer: MaskedWeight) -> Version | None:
     """Return what changes when the layer's mask does; ``None`` if nothing tells."""
     return None if is_sharded(layer.mask) else version_of(layer.mask)
 

@@ -14,8 +14,10 @@ from torch.optim.swa_utils import AveragedModel
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._regrow import DenseGradients, dense_gradients, regrow_model
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
@@ -31,7 +33,7 @@ class ScheduledPruning(Pruning):
             pruner.step()
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         schedule: the sparsity at each step, counted from 0.
         averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
             get its masks whenever it was pruned.
@@ -134,11 +136,11 @@ def bring_masks(model: nn.Module, average: nn.Module) -> None:
     layers = {
         name: layer
         for name, layer in _unwrapped(model).named_modules()
-        if isinstance(layer, MaskedLinear | SparseLinear)
+        if isinstance(layer, MaskedWeight | SparseLinear)
     }
     others = dict(_unwrapped(average).named_modules())
     for name, layer in layers.items():
-        form = MaskedLinear if isinstance(layer, MaskedLinear) else SparseLinear
+        form = next(form for form in (MaskedLinear, WeightMask, SparseLinear) if isinstance(layer, form))
         if not isinstance(others.get(name), form):
             raise ValueError(
                 f"an average has the layers of its model; got one in which {name or 'the model'} is a "
@@ -146,7 +148,7 @@ def bring_masks(model: nn.Module, average: nn.Module) -> None:
             )
     for name, layer in layers.items():
         other: Any = others[name]
-        if isinstance(layer, MaskedLinear):
+        if isinstance(layer, MaskedWeight):
             other.set_mask(layer.mask, revive=False)
         elif other.pattern != layer.pattern:
             other.rewire(layer.pattern, layer.pattern.places_in(other.pattern))
@@ -169,7 +171,7 @@ def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     An optimizer's state is not touched: make a new one, or load that of the same moment.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         state: a copy of ``model.state_dict()`` from an earlier moment, before or after it was masked.
 
     Raises:
@@ -178,7 +180,7 @@ def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     masks = {
         f"{name}.mask" if name else "mask": layer.mask.clone()
         for name, layer in model.named_modules()
-        if isinstance(layer, MaskedLinear)
+        if isinstance(layer, MaskedWeight)
     }
     model.load_state_dict({**state, **masks})
 
@@ -206,7 +208,7 @@ def lottery_rounds(
     2020.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         sparsity: the fraction of masked connections after the last round, in [0, 1).
         rounds: how many times it is pruned.
         state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.

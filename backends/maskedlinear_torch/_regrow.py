@@ -4,46 +4,63 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maskedlinear import pruning
+from maskedlinear._arrays import as_numpy
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
 from maskedlinear_torch._functional import flatten_batch
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._weight_mask import WeightMask
+from maskedlinear_torch._weights import axes_of_mask, mask_name
 
 __all__ = ["DenseGradients", "dense_gradients", "regrow_model"]
 
-Masked = MaskedLinear | SparseLinear
+Masked = MaskedWeight | SparseLinear
 
 
 class DenseGradients:
-    """What went in and out of masked layers in a backward pass: the gradient of every weight, without ever holding it.
+    """The gradients of whole weights, masked entries included, of a backward pass.
 
-    Row i of a layer's gradient is ``g[:, i]ᵀ · x``; :meth:`rows` makes some of them at a time.
+    Of masked layers it holds what went in and out: row i of the gradient is ``g[:, i]ᵀ · x``, and :meth:`rows` makes some of
+    them at a time. Of weights of other modules it holds the gradient.
     """
 
     def __init__(self) -> None:
         self._pairs: dict[Masked, list[tuple[Tensor, Tensor]]] = {}
+        self._whole: dict[WeightMask, NDArray[Any]] = {}
 
     def add(self, layer: Masked, x: Tensor, g: Tensor) -> None:
         """Take down x and the cotangent of y of one call of a layer."""
         self._pairs.setdefault(layer, []).append((flatten_batch(x.detach()), flatten_batch(g.detach())))
 
+    def add_whole(self, mask: WeightMask, g: Tensor) -> None:
+        """Take down the gradient of a weight, or add one up to what there was."""
+        matrices = axes_of_mask(mask).matrices(as_numpy(full_tensor(g.detach())))
+        self._whole[mask] = self._whole.get(mask, 0) + np.array(matrices)
+
     def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
-        """Return the rows ``start`` to ``stop`` of the gradient of a layer's whole weight, shape ``(stop - start, in)``.
+        """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the
+        matrices of a stack follow each other.
 
         Raises:
             ValueError: if the layer had no backward pass.
         """
         pairs = self._pairs.get(layer)
+        if isinstance(layer, WeightMask) and layer in self._whole:
+            matrices = self._whole[layer]
+            return torch.from_numpy(matrices.reshape(-1, matrices.shape[2])[start:stop])
         if pairs is None:
             raise ValueError(
                 "growth by gradient needs a backward pass through each layer inside dense_gradients; there was none "
@@ -62,9 +79,9 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
             loss(model(x)).backward()
         regrow_model(model, 0.3, gradients=gradients, optimizer=optimizer)
 
-    It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape. Not inside
-    ``torch.compile``. Where several processes train one model, each sees its own batch: let all of them grow by the same
-    one, or at random, so that their masks stay alike.
+    It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape; of masked
+    weights of other modules their gradients. Not inside ``torch.compile``. Where several processes train one model, each
+    sees its own batch: let all of them grow by the same one, or at random, so that their masks stay alike.
 
     Args:
         model: a module with masked layers of either form.
@@ -76,11 +93,17 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
             x = arguments[0] if arguments else named["input"]
             output.register_hook(lambda g: gradients.add(layer, x, g))
 
-    layers = [layer for layer in model.modules() if isinstance(layer, Masked)]
+    layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear | SparseLinear)]
+    masks = [mask for mask in model.modules() if isinstance(mask, WeightMask)]
     handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
     try:
+        for mask in masks:
+            mask.project()  # which renews the hook of a copy
+            mask._own.record = partial(gradients.add_whole, mask)
         yield gradients
     finally:
+        for mask in masks:
+            mask._own.record = None
         for handle in handles:
             handle.remove()
 
@@ -100,12 +123,12 @@ def regrow_model(
     on both forms of the layer. On the sparse form nothing of the weight's shape is made.
 
     Args:
-        model: a module with :class:`MaskedLinear` or :class:`SparseLinear` layers.
+        model: a module with masked weights of either form.
         fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
             fall.
         gradients: of :func:`dense_gradients`, to grow where the gradient is largest; ``None`` grows at random.
         optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs.
-            ``MaskedLinear`` layers need :func:`freeze_masked` too.
+            Those in the dense form need :func:`freeze_masked` too.
         include: which layers, as in :func:`mask_model`.
         seed: of the random places; another at each step. Layer i takes ``seed + i``.
 
@@ -117,22 +140,43 @@ def regrow_model(
             weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN, or
             ``gradients`` lack a layer. The model is left as it was.
     """
-    layers = [
-        layer for name, layer in model.named_modules() if isinstance(layer, Masked) and matches(name, layer, include)
-    ]
+    layers = [layer for name, layer in _masked(model) if matches(name, layer, include)]
     if not layers:
-        raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")
+        raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
-    planned = []
-    for place, layer in enumerate(layers):
+    planned: list[Any] = []
+    place = 0
+    for layer in layers:
         rows, own = None if gradients is None else _rows(gradients, layer), layer_seed(seed, place)
-        plan: Any
         if isinstance(layer, SparseLinear):
-            plan = pruning.regrow_pattern(layer.pattern, layer.weight_values, fraction, rows, seed=own)
-        else:
-            plan = pruning.regrow(full_tensor(layer.mask), full_tensor(layer.weight), fraction, rows, seed=own)
-        planned.append(plan)
+            planned.append(pruning.regrow_pattern(layer.pattern, layer.weight_values, fraction, rows, seed=own))
+            place += 1
+            continue
+        axes, shape = axes_of_mask(layer), tuple(layer.mask.shape)
+        masks = axes.matrices(full_tensor(layer.mask).cpu().numpy())
+        weights = axes.matrices(as_numpy(full_tensor(layer.weight.detach())))
+        moved = [
+            pruning.regrow(mask, weight, fraction, _shifted(rows, i * mask.shape[0]), seed=layer_seed(seed, place + i))
+            for i, (mask, weight) in enumerate(zip(masks, weights, strict=True))
+        ]
+        planned.append(axes.from_matrices(np.stack(moved) if moved else masks, shape))
+        place += len(moved)
     return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
+
+
+def _masked(model: nn.Module) -> Iterator[tuple[str, Masked]]:
+    """Yield the masked weights of both forms, in the model's order."""
+    for name, module in model.named_modules():
+        if isinstance(module, MaskedLinear | SparseLinear):
+            yield name, module
+        for key, child in module._modules.items():
+            if isinstance(child, WeightMask):
+                yield mask_name(f"{name}.{key}" if name else key, child), child
+
+
+def _shifted(rows: Any, by: int) -> Any:
+    """Return the rows of a matrix that starts so many rows further down."""
+    return rows if rows is None or not by else lambda start, stop: rows(start + by, stop + by)
 
 
 def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
@@ -144,7 +188,7 @@ def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
             raise ValueError(
                 f"connections move in a layer that holds its {name}; here it is computed (parametrize, prune)"
             )
-        if len(held[id(weight)]) > 1:
+        if len(held.get(id(weight), ())) > 1:
             raise ValueError(
                 f"connections move in a layer that has its {name} to itself; here {len(held[id(weight)])} modules share it: "
                 "leave it out with include=..."
@@ -165,7 +209,7 @@ def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> 
             renew(optimizer, layer.weight_values, places < 0, places.clamp(min=0))
         return int(np.count_nonzero(source < 0))
     old = full_tensor(layer.mask)
-    found = torch.from_numpy(plan).to(old.device)
+    found = torch.from_numpy(np.ascontiguousarray(plan)).to(old.device)
     new, changed = found & ~old, found != old  # before the mask, which old may be, changes
     layer.set_mask(found, revive=False)
     if optimizer is not None:

@@ -77,6 +77,7 @@ class OwnWeight:
             the hook.
         watch: of a guarded parameter, the hook that looks at the gradient when it has been added up.
         gradient: the gradient that this has found to be +0 under the mask, its state then, and that mask and its state.
+        record: what else is to see the gradient as it comes, before it is masked; for growth.
         adds_up: the mask under which the gradient that comes will be +0 when it has been added to what there was, and its
             state; or ``None``.
     """
@@ -89,6 +90,7 @@ class OwnWeight:
         "key",
         "made",
         "mask",
+        "record",
         "shared",
         "steps",
         "watch",
@@ -104,6 +106,7 @@ class OwnWeight:
         self.gradient: tuple[Tensor, Version | None, Tensor, Version | None] | None = None
         self.adds_up: tuple[Tensor, Version | None] | None = None
         self.hook: Any = None
+        self.record: Callable[[Tensor], object] | None = None
         self.watch: Any = None
         self.shared = self.copied = False
 
@@ -156,6 +159,8 @@ class GradientMask:
         if layer is None or "mask" not in layer._buffers:
             return None
         own, mask = layer._own, layer._buffers["mask"]
+        if own.record is not None:
+            own.record(g)
         made, own.made, own.copied = own.made, None, False
         if own.watch is not None:
             old = layer._parameters["weight"].grad

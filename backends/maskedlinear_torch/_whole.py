@@ -1,113 +1,187 @@
-"""Whole models: their linear layers masked in place and back, pruned, their masks read and set, and a summary."""
+"""Whole models: their weights masked in place and back, pruned, their masks read and set, and a summary."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
-from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
-from maskedlinear.summaries import ModelSummary, WeightSummary
+from maskedlinear.models import (
+    ModelSummary,
+    Of,
+    Prunable,
+    UnmaskedParameter,
+    WeightSummary,
+    first_names,
+    prune_weights,
+)
+from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, select_weights
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
+from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._products import DevicePattern
-from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._weight_mask import WeightMask
+from maskedlinear_torch._weights import (
+    ModelWeight,
+    axes_of_mask,
+    is_releasable,
+    masked_weights,
+    model_weights,
+    release,
+)
 
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
+# What is left out because nobody would expect it to be masked.
+_EXPECTED = (
+    "embedding",
+    "position or embedding",
+    "bias",
+    "norm",
+    "scale or vector",
+    "not of a floating dtype",
+    "adapter",
+)
 
 
 def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include = None) -> nn.Module:
-    """Turn linear layers of a model into :class:`MaskedLinear`, in place, and return the model.
+    """Give weights of a model masks, in place, and return the model.
 
-    The layers stay the same objects with the same parameters: shared layers and weights, hooks, device, dtype, training
-    state, gradients and an optimizer that holds them are kept, and with full masks every output. Each ``nn.Linear`` is
-    meant, wherever it is nested, and whoever reads its weight; subclasses of it (``out_proj`` of
-    ``nn.MultiheadAttention`` is one) are left out.
+    Masked are matrices and kernels, wherever they are and whoever reads them: of linear layers, convolutions, attention,
+    recurrent cells, experts and routers, ``Conv1D`` of Hugging Face; of module types that are not known, parameters of two
+    dimensions called ``weight`` (:func:`register_axes` adds types). Never biases, norms, scales, positions or adapters; nor
+    embeddings, and what shares its weight with one. :func:`summary` lists what is left out, and why; if a user would expect
+    it to be masked, this warns.
+
+    An ``nn.Linear`` becomes a :class:`MaskedLinear`; every other module stays what it is, gets a child for its mask, and
+    computes with a weight that is +0 under it. Modules stay the same objects with the same parameters: shared layers and
+    weights, hooks, device, dtype, training state, gradients and an optimizer that holds them are kept, and with full masks
+    every output.
+
+    A weight is called by its module, if it is the module's ``weight``; another parameter by its own name
+    (``"attention.in_proj_weight"``).
 
     Args:
         model: any module, a single ``nn.Linear`` too.
-        masks: a mask for each layer by name, shape ``(out, in)``, booleans or 0s and 1s; without ``include`` only these
-            layers are turned. Layers without one get the full mask.
-        include: which layers: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
-            layer.
+        masks: a mask for each weight by name, of its shape, booleans or 0s and 1s; without ``include`` only these weights
+            are masked. Weights without one get the full mask.
+        include: which weights: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
+            module. A weight that is left out by default is masked if it has a mask in ``masks``, or if ``include`` is or
+            has its very name.
 
     Raises:
-        ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
-            but 0 and 1; if a pattern means no layer. The model is left as it was.
+        ValueError: if a mask is of a weight that there is not, or that cannot be masked, has another shape, or holds
+            anything but 0 and 1; if a pattern means no weight. The model is left as it was.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
-    masks = dict(masks or {})
+    masks, asked = dict(masks or {}), _asked_by_name(include)
+    weights = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
+    named = {user.name: weight for weight in weights for user in weight.users}
+    for name in (*masks, *asked):
+        if name in named and named[name].fixed:
+            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {named[name].why}")
     possible = {
-        name: layer
-        for name, layer in model.named_modules()
-        if type(layer) is nn.Linear and "weight" in layer._parameters
+        user.name: user.module
+        for weight in weights
+        for user in weight.users
+        if not weight.fixed and (not weight.why or user.name in masks or user.name in asked)
     }
-    layers = select_weights(model, possible, masks, include)
-    made = {name: _checked(masks[name], layer.weight, name) for name, layer in layers.items() if name in masks}
-    _check_one_a_weight(made, layers)
-    for name, layer in layers.items():
-        MaskedLinear.adopt(layer, made.get(name))
+    if possible or masks or include is not None or not masked_weights(model):
+        possible = select_weights(model, possible, masks, include)
+    checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
+    _check_one_a_weight(checked, {name: named[name].value for name in checked})
+    for weight in weights:
+        if any(user.name in possible for user in weight.users):
+            _mask(weight, next((checked[user.name] for user in weight.users if user.name in checked), None))
+    if not masks and include is None:
+        _warn_of([weight for weight in weights if weight.why and weight.why not in _EXPECTED])
     return model
 
 
-def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
-    """Turn :class:`MaskedLinear` layers back into ``nn.Linear``, in place, with the same outputs; return the model.
+def _mask(weight: ModelWeight, mask: Tensor | None) -> None:
+    """Give a weight its mask: every plain linear layer that holds it becomes masked; if others hold it, the first of them
+    has a child for it."""
+    plain = [user.module for user in weight.users if type(user.module) is nn.Linear and user.parameter == "weight"]
+    others = [user for user in weight.users if user.module not in plain]
+    if others:
+        WeightMask(others[0].module, others[0].parameter, mask)
+    for layer in plain:
+        MaskedLinear.adopt(layer, None if others else mask)
 
-    Their dormant values are let go; everything else is kept, as by :func:`mask_model`. Subclasses, and layers whose weight
-    is computed, stay as they are.
+
+def _asked_by_name(include: Include) -> Sequence[str]:
+    """Return what stands in ``include`` that may be the very name of a weight."""
+    return () if include is None or callable(include) else [include] if isinstance(include, str) else list(include)
+
+
+def _warn_of(left_out: Sequence[ModelWeight]) -> None:
+    groups: dict[str, list[str]] = {}
+    for weight in left_out:
+        groups.setdefault(weight.why, []).append(weight.name)
+    if groups:
+        text = "; ".join(f"{first_names(names)} ({why})" for why, names in groups.items())
+        warnings.warn(
+            f"mask_model left out {text}; summary(model) lists everything. To mask them all the same, name them in masks or "
+            "include",
+            stacklevel=3,
+        )
+
+
+def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
+    """Take the masks away from weights, in place, with the same outputs; return the model.
+
+    A :class:`MaskedLinear` is an ``nn.Linear`` again. Dormant values are let go; everything else is kept, as by
+    :func:`mask_model`. Subclasses, and layers whose weight is computed, stay as they are.
 
     Args:
         model: any module.
-        include: which layers, as in :func:`mask_model`.
+        include: which weights, as in :func:`mask_model`.
 
     Raises:
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
-    layers = {
-        name: layer
-        for name, layer in _masked(model).items()
-        if type(layer) is MaskedLinear and "weight" in layer._parameters and matches(name, layer, include)
-    }
-    for layer in layers.values():
-        layer.release()
+    for name, mask in masked_weights(model).items():
+        if is_releasable(mask) and matches(name, _module_of(mask), include):
+            release(mask)
     return model
 
 
 def get_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the mask of each :class:`MaskedLinear`, by the layer's name, for :func:`set_masks` to bring back."""
-    return {name: layer.mask.clone() for name, layer in _masked(model).items()}
+    """Return a copy of the mask of each masked weight, by its name, for :func:`set_masks` to bring back."""
+    return {name: layer.mask.clone() for name, layer in masked_weights(model).items()}
 
 
 def set_masks(model: nn.Module, masks: Masks) -> None:
-    """Set the masks of layers, by name; dormant values come back, so an earlier mask brings the earlier outputs back.
+    """Set the masks of weights, by name; dormant values come back, so an earlier mask brings the earlier outputs back.
 
     Args:
         model: any module; an average of a model (``torch.optim.swa_utils.AveragedModel``) takes the masks of the model.
-        masks: by name, shape ``(out, in)``, booleans or 0s and 1s; other layers keep theirs.
+        masks: by name, of the weights' shapes, booleans or 0s and 1s; other weights keep theirs.
 
     Raises:
         ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1, or if layers
             that share a weight are given different ones; the model is left as it was.
     """
-    layers = _masked(model)
+    layers = masked_weights(model)
     if not any(name in layers for name in masks):  # those of the model that an average, DDP or a compiled module holds
         held = {_name_inside(name): name for name in layers}
         masks = {held.get(_name_inside(name), name): mask for name, mask in masks.items()}
     check_known("masks", masks, list(layers))
     checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
-    _check_one_a_weight(checked, layers)
+    _check_one_a_weight(checked, {name: layers[name].weight for name in checked})
     for name, mask in checked.items():
         layers[name].set_mask(mask)
 
@@ -118,71 +192,116 @@ def prune_model(
     *,
     score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
+    of: Of = "masked",
     include: Include = None,
     block: tuple[int, int] | None = None,
     seed: int = 0,
-    on_empty: Any = "raise",
+    on_empty: pruning.OnEmpty = "raise",
+    keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
 ) -> dict[str, Tensor]:
-    """Prune the masked layers of a model to a sparsity, beyond what is masked already.
+    """Prune the masked weights of a model to a sparsity, beyond what is masked already.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
+        model: a module with masked weights; :func:`mask_model` makes them.
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``); a function of
-            weight and gradient that returns scores of their shape; or the scores of each layer by name, as those that
+            weight and gradient that returns scores of their shape; or the scores of each weight by name, as those that
             :func:`maskedlinear.pruning.movement` adds up over steps.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
-        include: which layers, as in :func:`mask_model`.
+        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack (an expert) is a layer.
+        of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
+            model, those that could be masked included, or all numbers of the ``"model"``.
+        include: which weights, as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
         seed: for ``"random"``.
-        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
+        keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
         The masks before, for :func:`set_masks`.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked weight; or if a gradient is missing. The
             model is left as it was.
     """
-    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, layer, include)}
+    if of not in get_args(Of):
+        raise ValueError(f"of must be 'masked', 'weights' or 'model'; got {of!r}")
+    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, _module_of(layer), include)}
     if not layers:
-        raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
-    weights = {name: full_tensor(layer.weight.detach()) for name, layer in layers.items()}
-    gradients = {
-        name: None if layer.weight.grad is None else full_tensor(layer.weight.grad) for name, layer in layers.items()
+        raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
+    weights = {
+        name: Prunable(
+            axes_of_mask(layer),
+            full_tensor(layer.weight.detach()),
+            None if layer.weight.grad is None else full_tensor(layer.weight.grad),
+            full_tensor(layer.mask).cpu().numpy(),
+        )
+        for name, layer in layers.items()
     }
-    scores = score_layers(score, weights, gradients, seed)
-    before = {name: layer.mask.clone() for name, layer in layers.items()}
-    made = pruning.prune(
-        scores,
-        sparsity=sparsity,
-        masks={k: full_tensor(m) for k, m in before.items()},
+    others = [] if of == "masked" and include is not None else model_weights(model)
+    masks = prune_weights(
+        weights,
+        sparsity,
+        score=score,
         scope=scope,
         block=block,
+        seed=seed,
         on_empty=on_empty,
+        keep_at_least=keep_at_least,
+        fraction_of=None if of == "masked" else sum(_size(other) for other in others if of == "model" or not other.why),
         progress=progress,
     )
+    before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
-        layer.set_mask(made[name])
+        layer.set_mask(masks[name])
+    if of == "masked" and include is None:
+        _warn_of_sparse([other.name for other in others if other.sparse is not None])
     return before
 
 
+def _size(weight: ModelWeight) -> int:
+    """Return how many numbers a parameter has; of one in the sparse form, its whole weight."""
+    return weight.sparse.in_features * weight.sparse.out_features if weight.sparse else weight.value.numel()
+
+
+def _warn_of_sparse(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"{first_names(names)} in the sparse form stay as they are: their connections do not count in the sparsity, and "
+            "expand(model) makes layers of them that can be pruned; include=... says that others are meant",
+            stacklevel=3,
+        )
+
+
 def summary(model: nn.Module) -> ModelSummary:
-    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs."""
-    rows = []
-    for name, layer in model.named_modules():
-        if isinstance(layer, MaskedLinear | SparseLinear):
-            tensors = [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
-            if isinstance(layer, SparseLinear):
-                tensors += [getattr(layer, name) for name in DevicePattern._fields]
+    """Return a table of a model's parameters: of the masked weights, of both forms, shape, sparsity, dead nodes, bytes and
+    FLOPs; of the others, what could be masked, and why the rest is left out."""
+    rows, unmasked = [], []
+    for weight in model_weights(model):
+        mask = weight.mask
+        if weight.sparse is not None:
+            tensors = [*weight.sparse.parameters(recurse=False), *weight.sparse.buffers(recurse=False)]
+            tensors += [getattr(weight.sparse, name) for name in DevicePattern._fields]
             nbytes = sum(tensor.nbytes for tensor in tensors)
-            if isinstance(layer, SparseLinear):
-                rows.append(WeightSummary.of_pattern(name, layer.pattern, nbytes))
-            else:
-                rows.append(WeightSummary.of_mask(name, full_tensor(layer.mask).cpu().numpy(), nbytes))
-    return ModelSummary(rows)
+            rows.append(WeightSummary.of_pattern(weight.name, weight.sparse.pattern, nbytes))
+        elif mask is not None:
+            holder = _module_of(mask)
+            tensors = [*holder.parameters(recurse=False), *holder.buffers(recurse=False)]
+            tensors += [] if holder is mask else [mask.mask]
+            live = full_tensor(mask.known_mask).cpu().numpy()
+            nbytes = sum(tensor.nbytes for tensor in tensors)
+            rows.append(WeightSummary.of_mask(weight.name, live, nbytes, axes_of_mask(mask)))
+        else:
+            uninitialized = isinstance(weight.value, UninitializedParameter)
+            shape = () if uninitialized else tuple(weight.value.shape)
+            unmasked.append(UnmaskedParameter(weight.full_name, shape, weight.why))
+    return ModelSummary(rows, unmasked)
+
+
+def _module_of(mask: MaskedWeight) -> nn.Module:
+    """Return the module whose weight is masked."""
+    return mask.owner[0] if isinstance(mask, WeightMask) else mask
 
 
 def _name_inside(name: str) -> str:
@@ -193,23 +312,19 @@ def _name_inside(name: str) -> str:
     return ".".join(parts)
 
 
-def _masked(model: nn.Module) -> dict[str, MaskedLinear]:
-    return {name: layer for name, layer in model.named_modules() if isinstance(layer, MaskedLinear)}
-
-
-def _one_a_weight(model: nn.Module) -> dict[str, MaskedLinear]:
-    """Return the masked layers, of those that share a weight, and with it its mask, the first."""
-    layers: dict[int, tuple[str, MaskedLinear]] = {}
-    for name, layer in _masked(model).items():
+def _one_a_weight(model: nn.Module) -> dict[str, MaskedWeight]:
+    """Return the masked weights, of those that share one, and with it its mask, the first."""
+    layers: dict[int, tuple[str, MaskedWeight]] = {}
+    for name, layer in masked_weights(model).items():
         layers.setdefault(id(layer._parameters.get("weight", layer)), (name, layer))
     return dict(layers.values())
 
 
-def _check_one_a_weight(masks: Masks, layers: Mapping[str, nn.Linear]) -> None:
-    """Raise a ``ValueError`` if layers that share a weight are given different masks."""
+def _check_one_a_weight(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` if a weight that has several names is given different masks."""
     first: dict[int, str] = {}
     for name, mask in masks.items():
-        other = first.setdefault(id(layers[name].weight), name)
+        other = first.setdefault(id(weights[name]), name)
         if other != name and not torch.equal(mask, masks[other].to(mask.device)):
             raise ValueError(f"a weight has one mask, whoever shares it; got different ones for {other} and {name}")
 

@@ -16,8 +16,8 @@ else:
     except ModuleNotFoundError:
         from pytorch_lightning import Callback
 
-from maskedlinear_torch._loops import Loop, Schedule, has_masked
-from maskedlinear_torch._optim import freeze_masked
+from maskedlinear_torch._loops import Loop, Schedule
+from maskedlinear_torch._optim import freeze_masked, holds_masked
 from maskedlinear_torch._whole import summary
 
 __all__ = ["MaskedTraining"]
@@ -54,8 +54,8 @@ class MaskedTraining(Callback):  # type: ignore[misc]
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Guard the optimizers."""
         _averages(trainer)
-        if has_masked(pl_module):
-            for optimizer in trainer.optimizers:
+        for optimizer in trainer.optimizers:  # of several (of a GAN, say) those that hold a masked weight
+            if holds_masked(optimizer, pl_module):
                 freeze_masked(optimizer, pl_module)
         self._loop.start(trainer.optimizers)
         self._step = trainer.global_step

@@ -4,7 +4,7 @@ A score says how much a connection matters; :func:`prune` removes those of the l
 a schedule says how many at each step; :func:`regrow` moves connections while a sparse network trains.
 """
 
-from maskedlinear.pruning._edges import Scope, n_of_m, prune, threshold
+from maskedlinear.pruning._edges import OnEmpty, Scope, n_of_m, prune, threshold
 from maskedlinear.pruning._growth import regrow, regrow_pattern
 from maskedlinear.pruning._nodes import node_mask, node_norm, node_taylor, prune_nodes
 from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
@@ -13,6 +13,7 @@ from maskedlinear.pruning._scores import magnitude, movement, random_scores, sni
 __all__ = [
     "CubicSchedule",
     "GeometricSchedule",
+    "OnEmpty",
     "Scope",
     "cosine_decay",
     "magnitude",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,15 @@ from maskedlinear.masks._distribution import allocate_proportionally
 from maskedlinear.masks._random import Sparsity, checked_zeros
 from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, as_dict, like_input
-from maskedlinear.pruning._select import clear_smallest, first_nan, passes
+from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan, passes
 
-__all__ = ["Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
+__all__ = ["OnEmpty", "Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
 
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
 
 Mask = NDArray[np.bool_]
 Scope = Literal["global", "layer", "erdos_renyi"]
+OnEmpty = Literal["raise", "allow", "keep"]
 
 
 def prune(
@@ -34,7 +35,8 @@ def prune(
     masks: Any = None,
     scope: Scope = "global",
     block: tuple[int, int] | None = None,
-    on_empty: Literal["raise", "allow"] = "raise",
+    on_empty: OnEmpty = "raise",
+    keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return masks from which the connections of the lowest scores are gone: exactly as many as asked for.
@@ -52,7 +54,10 @@ def prune(
             where more than its share is masked already.
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
-        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with; or
+            ``"keep"``, which leaves each layer its best one, and prunes fewer where there are not enough others.
+        keep_at_least: how many of the best connections stay whatever is asked for, in each ``"row"`` (output) and in each
+            ``"layer"``: ``{"row": 1, "layer": 8}``; all, where there are fewer. Of blocks, if there are blocks.
         progress: ``True`` to show on the standard error stream how far it is; or a function that is called with the fraction
             done, from 0 to 1. 10⁸ scores take some seconds.
 
@@ -61,7 +66,8 @@ def prune(
 
     Raises:
         ValueError: if a fraction or number is out of its range; if scores hold NaN or are of an empty list; if a mask does
-            not fit; if there are more zeros already than asked for; or if a layer would lose its last connection.
+            not fit; if there are more zeros already than asked for; if a layer would lose its last connection; or if there
+            are too few others than those that ``keep_at_least`` keeps.
         TypeError: if scores are not arrays of real numbers.
     """
     layers = as_dict(scores, as_numpy)
@@ -75,6 +81,8 @@ def prune(
         layers, before = _of_blocks(layers, before, block)
     tell = progress_callback(progress, "pruning")
     keys = _comparable(layers)
+    least = _checked_least(keep_at_least, on_empty)
+    kept = {name: best_entries(keys[name], before[name], **least) for name in keys} if any(least.values()) else {}
     work = sum(key.size * passes(key) for key in keys.values())
     seen = 0
 
@@ -93,7 +101,20 @@ def prune(
                 f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
                 "for at least as many, or pass no masks"
             )
-        clear_smallest([keys[name] for name in names], [found[name] for name in names], zeros - masked, look)
+        count, free = zeros - masked, sum(live[name] - len(kept.get(name, ())) for name in names)
+        if count > free and kept:
+            if on_empty != "keep":
+                raise ValueError(
+                    f"keep_at_least={dict(keep_at_least or {})!r} leaves {free} connections to prune{_of(names)}; got "
+                    f"{count}: prune less, keep fewer, or pass on_empty='keep', which prunes what it can"
+                )
+            count = free
+        chosen = [found[name] for name in names]
+        for name in names:
+            found[name].reshape(-1)[kept.get(name, [])] = False  # which the selection passes over
+        clear_smallest([keys[name] for name in names], chosen, count, look)
+        for name in names:
+            found[name].reshape(-1)[kept.get(name, [])] = True
     if on_empty == "raise":
         _refuse_empty(before, found)
     if block is not None:
@@ -121,7 +142,7 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, on_empty: Lite
     for name, array in layers.items():
         _refuse_nan(name, array)
     before = masks_so_far(masks, scores, layers)
-    _check_empty(on_empty, layers)
+    _check_empty(on_empty, layers, ("raise", "allow"))
     found = {name: before[name] & (array >= least) for name, array in layers.items()}
     if on_empty == "raise":
         _refuse_empty(before, found)
@@ -244,9 +265,20 @@ def _refuse_nan(name: Any, array: NDArray[Any]) -> None:
         raise ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
 
 
-def _check_empty(on_empty: str, layers: Mapping[Any, NDArray[Any]]) -> None:
-    if on_empty not in ("raise", "allow"):
-        raise ValueError(f"on_empty must be 'raise' or 'allow'; got {on_empty!r}")
+def _checked_least(keep_at_least: Mapping[str, int] | None, on_empty: str) -> dict[str, int]:
+    """Return how many connections a row and a layer keep."""
+    least = dict(keep_at_least or {})
+    if set(least) - {"row", "layer"} or any(not isinstance(n, int) or n < 0 for n in least.values()):
+        raise ValueError(
+            f"keep_at_least must be a number of connections, 0 or more, by 'row' and 'layer'; got {keep_at_least!r}"
+        )
+    layer = max(least.get("layer", 0), 1 if on_empty == "keep" else 0)
+    return {"row": least.get("row", 0), "layer": layer}
+
+
+def _check_empty(on_empty: str, layers: Mapping[Any, NDArray[Any]], choices: Sequence[str] = get_args(OnEmpty)) -> None:
+    if on_empty not in choices:
+        raise ValueError(f"on_empty must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {on_empty!r}")
     for name, array in layers.items():
         if on_empty == "raise" and not array.size:
             raise ValueError(
@@ -260,7 +292,7 @@ def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None
     if lost:
         raise ValueError(
             f"a layer must keep a connection; all would be gone{_of(lost)}: prune less, prune by scope='layer', or pass "
-            "on_empty='allow'"
+            "on_empty='keep' or 'allow'"
         )
 
 

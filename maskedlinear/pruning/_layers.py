@@ -87,9 +87,9 @@ def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, An
         if name in masks or every or (include is not None and matches(name, layer, include))
     }
     if not possible:
-        raise ValueError(f"there is no linear layer to mask in {type(model).__name__}")
+        raise ValueError(f"there is no weight to mask in {type(model).__name__}")
     if not found:
-        raise ValueError(f"there is no linear layer to mask: include={include!r} means none of {list(possible)}")
+        raise ValueError(f"there is no weight to mask: include={include!r} means none of {list(possible)}")
     return found
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["clear_smallest", "first_nan", "passes"]
+__all__ = ["best_entries", "clear_smallest", "first_nan", "passes"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
@@ -57,6 +57,37 @@ def clear_smallest(
         kept[equal[left:]] = True
         left = max(0, left - len(equal))
         live[np.flatnonzero(live)[~kept]] = False
+
+
+def best_entries(scores: Array, mask: Mask, row: int, layer: int) -> NDArray[np.intp]:
+    """Return the flat places of the live entries of highest score: ``row`` of each row and ``layer`` of all; later ones of
+    equal score.
+
+    Args:
+        scores: shape ``(out, in)``, of a floating dtype, without NaN.
+        mask: of its shape.
+        row: how many of each row; all its live ones where they are fewer.
+        layer: how many of all, likewise.
+    """
+    height, width = scores.shape
+    best = [_last_of_largest(scores.reshape(-1), mask.reshape(-1), layer)]
+    if row:
+        best += [i * width + _last_of_largest(scores[i], mask[i], row) for i in range(height)]
+    return np.unique(np.concatenate(best))
+
+
+def _last_of_largest(scores: Array, mask: Mask, count: int) -> NDArray[np.intp]:
+    """Return where the ``count`` largest live scores are; block by block, of which the best ones meet again."""
+    best = np.empty(0, np.intp)
+    for start in range(0, scores.size if count else 0, _BLOCK):
+        places = np.concatenate([best, start + np.flatnonzero(mask[start : start + _BLOCK])])
+        if len(places) > count:
+            values = scores[places]
+            edge = np.partition(values, len(values) - count)[len(values) - count]
+            above, equal = np.flatnonzero(values > edge), np.flatnonzero(values == edge)
+            places = places[np.sort(np.concatenate([above, equal[len(equal) - (count - len(above)) :]]))]
+        best = places
+    return best
 
 
 def first_nan(scores: Array) -> int | None:

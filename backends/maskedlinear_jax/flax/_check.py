@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from maskedlinear.summaries import MaskCheck
+from maskedlinear.models import MaskCheck
 from maskedlinear_jax._compat import enable_x64
 from maskedlinear_jax.flax._modules import as_double, doubled, kernel_gradients, layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear

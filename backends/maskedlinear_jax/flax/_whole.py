@@ -13,9 +13,9 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
+from maskedlinear.models import ModelSummary, WeightSummary
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
-from maskedlinear.summaries import ModelSummary, WeightSummary
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._kernel import PARAMETER, is_linen, linen_layers, mask_shape, set_linen_masks

@@ -1,0 +1,140 @@
+"""``WeightMask``: the mask of a weight whose module stays what it is, a convolution, an attention, experts.
+
+It is a child of that module, so that it goes wherever the module goes: conversions, copies, states. The module computes as
+it always does, with a weight that is +0 under the mask, and the mask's hook sees to its gradient. What an optimizer leaves
+under the mask is set back to +0 as soon as it has stepped, guarded or not: such a module has no call of ours that could do
+it before it next acts.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from maskedlinear_torch._functional import checked_mask
+from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._storage import OwnWeight, layer_of
+
+__all__ = ["WeightMask"]
+
+
+class WeightMask(MaskedWeight):
+    """The mask and the dormant values of one parameter of a module.
+
+    Args:
+        module: whose parameter it is; gets this as its child ``"<name>_mask"``.
+        name: of the parameter.
+        mask: of its shape, booleans or 0s and 1s; ``None`` is the full mask.
+
+    Raises:
+        ValueError: if the mask has another shape, or holds anything but 0 and 1; the module is left as it was.
+    """
+
+    def __init__(self, module: nn.Module, name: str, mask: Any = None) -> None:
+        weight = module._parameters[name]
+        assert weight is not None
+        checked = None if mask is None else checked_mask(mask, weight.shape)
+        super().__init__()
+        self.__dict__["_own"] = OwnWeight()
+        self.__dict__["_owner"] = module, name  # no child of its child
+        self._parameters["weight"] = weight
+        self._become_masked(True)
+        module.add_module(_child(name), self)
+        self.__dict__["_handle"] = module.register_load_state_dict_pre_hook(self._hand_over)
+        self._enlist()
+        if checked is not None:
+            self.set_mask(checked)
+
+    @property
+    def owner(self) -> tuple[nn.Module, str]:
+        """The module whose parameter this masks, and the parameter's name."""
+        owner: tuple[nn.Module, str] = self.__dict__["_owner"]
+        return owner
+
+    def release(self) -> None:
+        """Let go of mask and dormant values: the module has its weight as it acts."""
+        self.project()
+        self._unhook()
+        module, name = self.owner
+        del module._modules[_child(name)]
+        self.__dict__["_handle"].remove()
+        _alive.discard(self)
+
+    def project(self) -> None:
+        """Bring weight, mask and dormant values into line, as in a masked layer."""
+        self._follow()
+        super().project()
+
+    def is_clean(self) -> bool:
+        """Whether the weight that the module has now is known to be +0 under the mask."""
+        module, name = self.owner
+        return module._parameters.get(name) is self._parameters.get("weight") and super().is_clean()
+
+    def extra_repr(self) -> str:
+        """Say whose it is, and how sparse."""
+        return f"{self.owner[1]}" + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+
+    def _follow(self) -> None:
+        """Take the parameter that the module has now for the weight."""
+        module, name = self.owner
+        weight = module._parameters.get(name)
+        if weight is not self._parameters.get("weight") and weight is not None:
+            other = layer_of(weight)
+            if isinstance(other, MaskedWeight) and other is not self:
+                self._share(other)
+            self._parameters["weight"] = weight
+            self._adopt()
+
+    def _enlist(self) -> None:
+        _alive.add(self)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and "_owner" in self.__dict__:
+            module, own = self.owner
+            setattr(module, own, self._parameters["weight"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._enlist()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.pop(prefix + "weight", None)  # the module saves it
+
+    def _hand_over(self, module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Give this what a state has for the module's parameter: it is to be divided into live and dormant values."""
+        name = self.owner[1]
+        if prefix + name in state_dict:
+            state_dict[f"{prefix}{_child(name)}.weight"] = state_dict[prefix + name]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        missing_keys: list[str] = rest[2]
+        if prefix + "weight" in missing_keys:  # the module says so
+            missing_keys.remove(prefix + "weight")
+
+
+def _child(name: str) -> str:
+    return f"{name}_mask"
+
+
+_alive: weakref.WeakSet[WeightMask] = weakref.WeakSet()
+
+
+@torch.no_grad()
+def _project_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Set back to +0 what a step has left under the masks of its weights."""
+    if _alive:
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        for mask in list(_alive):
+            weight: Tensor | None = mask._parameters.get("weight")
+            if weight is not None and id(weight) in held and not mask.is_clean():
+                mask.project()
+
+
+register_optimizer_step_post_hook(_project_after_step)

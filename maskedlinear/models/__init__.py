@@ -1,0 +1,18 @@
+"""Whole models, whatever the framework: which axes a weight has, and what of a model is masked, could be, or is left out."""
+
+from maskedlinear.models._axes import WeightAxes
+from maskedlinear.models._prune import Of, Prunable, keep_masks, prune_weights
+from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
+
+__all__ = [
+    "MaskCheck",
+    "ModelSummary",
+    "Of",
+    "Prunable",
+    "UnmaskedParameter",
+    "WeightAxes",
+    "WeightSummary",
+    "first_names",
+    "keep_masks",
+    "prune_weights",
+]

@@ -1,0 +1,80 @@
+"""``WeightAxes``: which axes of a parameter are outputs, inputs, or a stack of weights; and its matrices."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["WeightAxes"]
+
+
+@dataclass(frozen=True)
+class WeightAxes:
+    """What the axes of a weight mean, in the terms of ``jax.nn.initializers``: each of them stands in one of the three.
+
+    A weight is a stack of matrices (out, in), in which outputs, inputs and the stack may each be several axes::
+
+        >>> from maskedlinear.models import WeightAxes
+        >>> convolution = WeightAxes(out_axis=0, in_axis=(1, 2, 3))
+        >>> convolution.matrix_shape((8, 3, 5, 5))
+        (1, 8, 75)
+
+    Attributes:
+        out_axis: the axis of outputs, or several.
+        in_axis: the axis of inputs, or several; the window of a convolution is among them.
+        batch_axis: the axes of a stack: experts, scanned layers, ensembles.
+    """
+
+    out_axis: int | tuple[int, ...] = 0
+    in_axis: int | tuple[int, ...] = 1
+    batch_axis: int | tuple[int, ...] = ()
+
+    def order(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Return the axes of the stack, of outputs and of inputs, counted from 0, of a weight of ``ndim`` dimensions.
+
+        Raises:
+            ValueError: if an axis of the weight is in none of them, or in more than one.
+        """
+        named = (self.batch_axis, self.out_axis, self.in_axis)
+        groups = [tuple(axis + ndim if axis < 0 else axis for axis in _tuple(axes)) for axes in named]
+        if sorted(axis for group in groups for axis in group) != list(range(ndim)):
+            raise ValueError(
+                f"each axis of a weight is one of outputs, inputs or a stack; got {self} for a weight of {ndim} dimensions"
+            )
+        return groups[0], groups[1], groups[2]
+
+    def matrix_shape(self, shape: tuple[int, ...]) -> tuple[int, int, int]:
+        """Return ``(stacked, out, in)`` of a weight of this shape.
+
+        Raises:
+            ValueError: as by :meth:`order`.
+        """
+        stacked, out, in_ = (math.prod(shape[axis] for axis in axes) for axes in self.order(len(shape)))
+        return stacked, out, in_
+
+    def matrices(self, array: NDArray[Any]) -> NDArray[Any]:
+        """Return the matrices of a weight, or of its mask or scores: shape ``(stacked, out, in)``, a view if it can be.
+
+        Raises:
+            ValueError: as by :meth:`order`.
+        """
+        order = [axis for axes in self.order(array.ndim) for axis in axes]
+        return array.transpose(order).reshape(self.matrix_shape(array.shape))
+
+    def from_matrices(self, matrices: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
+        """Return what :meth:`matrices` made the matrices of: an array of ``shape``.
+
+        Raises:
+            ValueError: as by :meth:`order`.
+        """
+        order = [axis for axes in self.order(len(shape)) for axis in axes]
+        permuted = matrices.reshape([shape[axis] for axis in order])
+        return permuted.transpose(np.argsort(order))
+
+
+def _tuple(axes: int | tuple[int, ...]) -> tuple[int, ...]:
+    return (axes,) if isinstance(axes, int) else tuple(axes)

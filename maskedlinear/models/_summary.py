@@ -1,0 +1,213 @@
+"""Tables of a model's parameters: what is masked, dead, left out and why, and what it costs; and whether masks act."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from maskedlinear._table import lines
+from maskedlinear.models._axes import WeightAxes
+
+__all__ = ["MaskCheck", "ModelSummary", "UnmaskedParameter", "WeightSummary", "first_names"]
+
+_NAMES = 4  # of parameters that a table names before it counts the others
+
+
+@dataclass(frozen=True)
+class WeightSummary:
+    """One masked weight.
+
+    Attributes:
+        name: what it is called in its model.
+        form: ``"dense"`` or ``"sparse"``.
+        shape: the weight's; of a linear layer ``(out, in)``.
+        connections: how many are live.
+        dead_outputs: outputs without a live input, in all its matrices.
+        dead_inputs: inputs that no output uses, in all its matrices.
+        nbytes: the bytes of its layer's parameters, mask and indices.
+        flops: the operations of a forward pass for one row of x, one place of a window: 2 for each weight that the form
+            multiplies.
+    """
+
+    name: str
+    form: str
+    shape: tuple[int, ...]
+    connections: int
+    dead_outputs: int
+    dead_inputs: int
+    nbytes: int
+    flops: int
+
+    @property
+    def size(self) -> int:
+        """How many entries it has, live or not."""
+        return math.prod(self.shape)
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked connections, in [0, 1]; 0 for a layer of no size."""
+        return (self.size - self.connections) / self.size if self.size else 0.0
+
+    @classmethod
+    def of_mask(cls, name: str, mask: Any, nbytes: int, axes: WeightAxes | None = None) -> WeightSummary:
+        """Return the row of a weight in the dense form, of its mask and axes; without axes one of shape ``(out, in)``."""
+        live = np.asarray(mask, bool)
+        matrices = (axes or WeightAxes()).matrices(live)
+        stacked, out, in_ = matrices.shape
+        dead_outputs = stacked * out - int(np.count_nonzero(matrices.any(axis=2)))
+        dead_inputs = stacked * in_ - int(np.count_nonzero(matrices.any(axis=1)))
+        return cls(
+            name, "dense", live.shape, int(np.count_nonzero(live)), dead_outputs, dead_inputs, nbytes, 2 * live.size
+        )
+
+    @classmethod
+    def of_pattern(cls, name: str, pattern: Any, nbytes: int) -> WeightSummary:
+        """Return the row of a layer in the sparse form, of its :class:`maskedlinear.pattern.SparsityPattern`."""
+        in_ = pattern.shape[1]
+        used = np.zeros(in_, bool)
+        used[pattern.indices] = True
+        return cls(
+            name,
+            "sparse",
+            pattern.shape,
+            pattern.nnz,
+            int(np.count_nonzero(np.diff(pattern.indptr) == 0)),
+            int(in_ - np.count_nonzero(used)),
+            nbytes,
+            2 * pattern.nnz,
+        )
+
+
+@dataclass(frozen=True)
+class UnmaskedParameter:
+    """A parameter without a mask.
+
+    Attributes:
+        name: what it is called in its model.
+        shape: its shape; empty of one without values yet.
+        why: why it is left out; empty if it could be masked.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    why: str = ""
+
+    @property
+    def size(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class ModelSummary:
+    """The parameters of a model; printed, a table with a line for each masked weight, and what is not masked and why.
+
+    Attributes:
+        rows: the masked weights, in the model's order; one that several modules share is there once.
+        unmasked: the other parameters.
+    """
+
+    rows: Sequence[WeightSummary]
+    unmasked: Sequence[UnmaskedParameter] = ()
+
+    @property
+    def sparsity(self) -> float:
+        """The fraction of masked entries in all masked weights together, in [0, 1]."""
+        return self._fraction_of(0)
+
+    @property
+    def weight_sparsity(self) -> float:
+        """The fraction of masked entries in all weights, those that could be masked included, in [0, 1]."""
+        return self._fraction_of(sum(other.size for other in self.unmasked if not other.why))
+
+    @property
+    def model_sparsity(self) -> float:
+        """The fraction of masked entries in all parameters of the model, in [0, 1]."""
+        return self._fraction_of(sum(other.size for other in self.unmasked))
+
+    def _fraction_of(self, others: int) -> float:
+        size = sum(row.size for row in self.rows)
+        masked = size - sum(row.connections for row in self.rows)
+        return masked / (size + others) if size + others else 0.0
+
+    def __str__(self) -> str:
+        """Return the table."""
+        head = ("weight", "form", "shape", "live", "sparsity", "dead outputs", "dead inputs", "KiB", "kFLOP a row")
+        table = [
+            (
+                row.name or "(the model)",
+                row.form,
+                " x ".join(map(str, row.shape)),
+                str(row.connections),
+                f"{row.sparsity:.4g}",
+                str(row.dead_outputs),
+                str(row.dead_inputs),
+                f"{row.nbytes / 1024:.4g}",
+                f"{row.flops / 1e3:.4g}",
+            )
+            for row in self.rows
+        ]
+        total = (
+            "all",
+            "",
+            "",
+            str(sum(row.connections for row in self.rows)),
+            f"{self.sparsity:.4g}",
+            str(sum(row.dead_outputs for row in self.rows)),
+            str(sum(row.dead_inputs for row in self.rows)),
+            f"{sum(row.nbytes for row in self.rows) / 1024:.4g}",
+            f"{sum(row.flops for row in self.rows) / 1e3:.4g}",
+        )
+        text = lines([head, *table, total])
+        if self.unmasked:
+            text += [
+                f"Of all weights {self.weight_sparsity:.4g}, of the whole model {self.model_sparsity:.4g} is masked.",
+                *lines([("not masked", "numbers", "parameters"), *self._reasons()]),
+            ]
+        return "\n".join(text)
+
+    def _reasons(self) -> list[tuple[str, str, str]]:
+        """Return why parameters are not masked, how many numbers they have, and their names; what could be, first."""
+        groups: dict[str, list[UnmaskedParameter]] = {}
+        for other in sorted(self.unmasked, key=lambda other: other.why != ""):
+            groups.setdefault(other.why or "could be", []).append(other)
+        return [
+            (why, str(sum(other.size for other in group)), first_names([other.name for other in group]))
+            for why, group in groups.items()
+        ]
+
+
+def first_names(names: Sequence[str]) -> str:
+    """Return names, of which a few stand for many."""
+    more = len(names) - _NAMES
+    return ", ".join(names[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+
+
+@dataclass(frozen=True)
+class MaskCheck:
+    """What ``check_masks`` has seen; printed, a table of the layers that do not act masked.
+
+    Attributes:
+        checked: the names of the layers that were checked, in the model's order.
+        failures: what does not hold, by the name of the layer; empty if everything does.
+    """
+
+    checked: list[str]
+    failures: dict[str, list[str]]
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that is masked acts masked."""
+        return not self.failures
+
+    def __str__(self) -> str:
+        """Return the table."""
+        if self.ok:
+            return f"All {len(self.checked)} masked layers act masked."
+        rows = [(name or "(the model)", what) for name, failures in self.failures.items() for what in failures]
+        total = f"{len(self.failures)} of {len(self.checked)} masked layers do not act masked."
+        return "\n".join([*lines([("layer", "what does not hold"), *rows]), total])
