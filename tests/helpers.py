@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import functools
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -106,3 +109,36 @@ def distribution(path: Path, code: str) -> None:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
+
+
+def in_two_processes(code: str, path: Path) -> None:
+    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder.
+
+    One that fails leaves the other waiting: what both have said is shown, and where one waits that does not end.
+    """
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
+    said = [(path / f"said by {rank}").open("w+") for rank in range(2)]
+    processes = [
+        subprocess.Popen(
+            [*command, str(rank), str(path / "meeting"), str(path)], stdout=file, stderr=file, env=environment
+        )
+        for rank, file in enumerate(said)
+    ]
+    try:
+        deadline = time.monotonic() + 240
+        while time.monotonic() < deadline and all(process.poll() in (None, 0) for process in processes):
+            if all(process.poll() == 0 for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        left = [process for process in processes if process.poll() is None]
+        for process in left:
+            process.send_signal(signal.SIGABRT)  # which prints its stack
+            process.wait()
+        texts = []
+        for file in said:
+            file.seek(0)
+            texts.append(file.read())
+            file.close()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)

@@ -140,9 +140,8 @@ def test_freeze_masked_needs_the_masks(p: list[Array]) -> None:
         (lambda m: np.asarray(m) * 3, r"0s and 1s; got 3 at"),
         (
             lambda _: False,
-            r"the mask of parameter \['weight'\] must be an array, or True where there is none; got False",
+            r"the mask of parameter \['weight'\] must be an array, or None where there is none; got False",
         ),
-        (lambda _: None, r"the mask of parameter \['weight'\] must be an array, or True where there is none; got None"),
         (lambda _: "mask", r"the mask of parameter \['weight'\]: a mask must hold booleans, or 0s and 1s"),
     ],
 )

@@ -36,7 +36,7 @@ def test_connections_move_as_the_core_says(by: str) -> None:
         gradient = None if gradients is None else gradients[name]["kernel"].T if first else gradients[name]
         np.testing.assert_array_equal(new, pruning.regrow(old, weight, 0.3, gradient, seed=4 + number))
         np.testing.assert_array_equal(made, np.where(new & old, weight, 0))
-    assert masks["first"]["bias"] is True
+    assert masks["first"]["bias"] is None
 
 
 def test_what_cannot_move_is_refused() -> None:

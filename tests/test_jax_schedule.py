@@ -69,7 +69,10 @@ def test_the_jitted_step_makes_the_masks_of_prune_tree(dtype: str, scope: Any) -
         unpruned = unpruned_step(params, state)
         params, state = step(params, state)
         if SCHEDULE.due(number):
-            whole = jax.tree.map(jnp.where, state.masks, params, state.dormant)  # with what has just become 0
+            whole = jax.tree.map(
+                lambda p, mask, dormant: p if mask is None else jnp.where(mask, p, dormant),  # with what is 0 now
+                *(params, state.masks, state.dormant),
+            )
             made = prune_tree(whole, SCHEDULE(number), masks=made, scope=scope, on_empty="allow")
         for name in ("first", "last"):
             new, old, mask = (
@@ -109,7 +112,7 @@ def test_every_float_is_ordered_as_numpy_orders_it() -> None:
             weight = jax.lax.bitcast_convert_type(bits, jnp.bfloat16)
         for zeros in (0, 1, array.size // 2, array.size - 1, array.size):
             wanted = pruning.prune(np.abs(array.astype(np.float32))[None], num_zeros=zeros, on_empty="allow")
-            found = jax.jit(lambda w, n: clear_smallest([w], [jnp.ones(w.shape, bool)], [False], n))(
+            found = jax.jit(lambda w, n: clear_smallest([w], [jnp.ones(w.shape, bool)], n))(
                 weight[None], jnp.int32(zeros)
             )[0]
             np.testing.assert_array_equal(found, wanted, err_msg=f"{dtype} {zeros}")
@@ -166,7 +169,7 @@ def test_a_partitioned_kernel_is_read_as_what_it_is() -> None:
         ({"scope": "all"}, "scope must be"),
         ({"on_empty": "no"}, "on_empty must be"),
         ({"scope": "global"}, "which a compiled step cannot refuse: say on_empty='allow', or scope='layer'"),
-        ({"include": "none"}, "there is no parameter of two dimensions to prune"),
+        ({"include": "none"}, "there is no matrix or kernel to prune"),
         ({"schedule": CubicSchedule(1.0, begin=0, end=2)}, "all would be gone of first.kernel"),
         ({"masks": {"first": True}}, "masks must be a tree like the parameters'"),
         ({"masks": prune_tree(parameters(), 0.5)}, "pruning only removes connections; got"),

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import in_two_processes
 from maskedlinear import masks
 from maskedlinear.pruning import CubicSchedule
 from maskedlinear.torch import (
@@ -311,39 +309,6 @@ def test_parallel_training_and_distributed_checkpoints(tmp_path: Path) -> None:
 
 def test_sharded_and_parallel(tmp_path: Path) -> None:
     in_two_processes(SHARDED, tmp_path)
-
-
-def in_two_processes(code: str, path: Path) -> None:
-    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder.
-
-    One that fails leaves the other waiting: what both have said is shown, and where one waits that does not end.
-    """
-    command = [sys.executable, "-X", "faulthandler", "-c", code]
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
-    said = [(path / f"said by {rank}").open("w+") for rank in range(2)]
-    processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(path / "meeting"), str(path)], stdout=file, stderr=file, env=environment
-        )
-        for rank, file in enumerate(said)
-    ]
-    try:
-        deadline = time.monotonic() + 240
-        while time.monotonic() < deadline and all(process.poll() in (None, 0) for process in processes):
-            if all(process.poll() == 0 for process in processes):
-                break
-            time.sleep(0.1)
-    finally:
-        left = [process for process in processes if process.poll() is None]
-        for process in left:
-            process.send_signal(signal.SIGABRT)  # which prints its stack
-            process.wait()
-        texts = []
-        for file in said:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
 
 
 def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:

@@ -27,7 +27,7 @@ def freeze_masked(
     and its updates afterwards; its ``update`` takes the masks that hold at that step as one more argument::
 
         tx = freeze_masked(optax.adamw(1e-3))
-        updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": True})
+        updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": None})
 
     Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
     ``flax.training.train_state.TrainState``.
@@ -47,8 +47,8 @@ def freeze_masked(
 
     Returns:
         A transformation whose ``update`` takes ``masks``: a tree of the parameters' structure whose leaves are masks of the
-        parameters' shapes (booleans, or 0s and 1s outside of transforms), or ``True`` for a parameter without a mask.
-        ``maskedlinear.flax.param_masks`` makes it for Flax models.
+        parameters' shapes (booleans, or 0s and 1s outside of transforms), or ``None`` (or ``True``) for a parameter without
+        a mask. ``maskedlinear.flax.param_masks`` makes it for Flax models.
 
     Raises:
         ValueError: by ``update``, if there are no masks, their tree differs from the parameters', or one does not have its
@@ -169,7 +169,7 @@ def _like(updates: Any, masks: Any) -> Any:
         return jax.tree.map(chosen, updates, masks, is_leaf=is_left_out)
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or True for each; "
+            f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or None for each; "
             f"got {jax.tree.structure(masks)}: for Flax, maskedlinear.flax.param_masks makes it"
         ) from error
 
@@ -178,10 +178,10 @@ def _live(path: Any, value: Any, mask: Any) -> Array:
     """Return what is live of a parameter, as booleans of its shape."""
     name = f"parameter {jax.tree_util.keystr(path)}"
     update = as_array(f"the update of {name}", value)
-    if mask is True:
+    if mask is True or mask is None:
         return jnp.ones_like(update, dtype=bool)
-    if mask is None or mask is False:
-        raise ValueError(f"the mask of {name} must be an array, or True where there is none; got {mask}")
+    if mask is False:
+        raise ValueError(f"the mask of {name} must be an array, or None where there is none; got {mask}")
     try:
         return jnp.copy(boolean_mask(mask, update.shape, name))
     except ValueError as error:
@@ -190,7 +190,7 @@ def _live(path: Any, value: Any, mask: Any) -> Array:
 
 def _cleared(array: Any, live: Array, mask: Any) -> Any:
     """Return a parameter or its gradient, or one for each example, with +0 under the mask."""
-    if mask is True:
+    if mask is True or mask is None:
         return array
     array = jnp.asarray(array)
     return jnp.where(jnp.broadcast_to(live, array.shape), array, jnp.zeros((), array.dtype))
@@ -199,7 +199,7 @@ def _cleared(array: Any, live: Array, mask: Any) -> Any:
 def _held(update: Any, live: Array, mask: Any, param: Any = None) -> Any:
     """Return an update that leaves +0 where the mask is off."""
     array = jnp.asarray(update)
-    if mask is True:
+    if mask is True or mask is None:
         return array
     # +0 + (-0.0) is +0, where +0.0 would do too; and -0.0 leaves everything else as it is.
     return jnp.where(live, array, jnp.asarray(-0.0, array.dtype) if param is None else to_zero(param, array.dtype))

@@ -18,7 +18,16 @@ from maskedlinear.pruning._layers import Include
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._optim import freeze_masked, to_zero
 from maskedlinear_jax._select import check_comparable, clear_smallest
-from maskedlinear_jax._tree import chosen_parameters, is_turned, named_leaves
+from maskedlinear_jax._tree import (
+    Axes,
+    as_matrix,
+    chosen_parameters,
+    from_matrix,
+    is_unmasked,
+    leaves_like,
+    matrix_shape,
+    named_leaves,
+)
 
 __all__ = ["PruningState", "scheduled_pruning"]
 
@@ -28,9 +37,9 @@ class PruningState(NamedTuple):
 
     Attributes:
         step: how many updates there were, int32.
-        masks: a tree like the parameters', of booleans of their shapes: what is live in the next forward pass.
-        dormant: a tree like the parameters': of those to prune, what they were where they were pruned, and 0 elsewhere; of
-            the others a 0.
+        masks: a tree like the parameters', of booleans of their shapes: what is live in the next forward pass; ``None`` for
+            those that are not pruned.
+        dormant: a tree like it: what the parameters were where they were pruned, and 0 elsewhere.
         inner: the state of the transformation itself, guarded by :func:`freeze_masked`.
     """
 
@@ -46,6 +55,7 @@ def scheduled_pruning(
     *,
     masks: Any = None,
     include: Include = None,
+    axes: Axes = None,
     scope: pruning.Scope = "layer",
     on_empty: Literal["raise", "allow"] = "raise",
 ) -> optax.GradientTransformationExtraArgs:
@@ -73,6 +83,7 @@ def scheduled_pruning(
         schedule: the sparsity at each update.
         masks: the masks to begin with, concrete: a tree as :func:`prune_tree` returns it. Full ones if ``None``.
         include: which parameters, as in :func:`prune_tree`.
+        axes: as in :func:`prune_tree`.
         scope: ``"layer"``, ``"erdos_renyi"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
         on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection.
 
@@ -99,11 +110,11 @@ def scheduled_pruning(
     plans: dict[Any, list[_Group]] = {}
 
     def planned(params: Any) -> list[_Group]:
-        chosen = {name: leaf for name, (_, leaf) in chosen_parameters(params, include).items()}
-        shapes = {name: tuple(leaf.shape) for name, leaf in chosen.items()}
-        key = tuple(shapes.items())
+        chosen = {name: leaf for name, (_, leaf) in chosen_parameters(params, include, axes).items()}
+        key = tuple((name, tuple(leaf.shape)) for name, leaf in chosen.items())
         if key not in plans:
-            live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, shapes).items()}
+            live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, chosen).items()}
+            shapes = {name: matrix_shape(name, shape, axes) for name, shape in key}
             plans[key] = _plan(shapes, live, schedule, scope, on_empty)
         for group in plans[key]:
             check_comparable([chosen[name] for name in group.names])
@@ -111,15 +122,14 @@ def scheduled_pruning(
 
     def init(params: Any) -> PruningState:
         planned(params)
-        leaves, structure = jax.tree.flatten(jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params))
-        chosen = chosen_parameters(params, include)
-        given = _given(masks, params, {name: tuple(leaf.shape) for name, (_, leaf) in chosen.items()})
-        for name, (place, _) in chosen.items():
-            leaves[place] = jnp.array(given[name])
-        dormant = [jnp.zeros((), leaf.dtype) for leaf in jax.tree.leaves(params)]
-        for place, leaf in chosen.values():
-            dormant[place] = jnp.zeros(leaf.shape, leaf.dtype)
-        trees = [jax.tree.unflatten(structure, part) for part in (leaves, dormant)]
+        structure = jax.tree.structure(params)
+        chosen = chosen_parameters(params, include, axes, warn=True)
+        given = _given(masks, params, {name: leaf for name, (_, leaf) in chosen.items()})
+        live: list[Any] = [None] * len(jax.tree.leaves(params))
+        dormant = list(live)
+        for name, (place, leaf) in chosen.items():
+            live[place], dormant[place] = jnp.array(given[name]), jnp.zeros(leaf.shape, leaf.dtype)
+        trees = [jax.tree.unflatten(structure, part) for part in (live, dormant)]
         return PruningState(jnp.zeros((), jnp.int32), trees[0], trees[1], guarded.init(params))
 
     def update(updates: Any, state: PruningState, params: Any = None, **extra: Any) -> tuple[Any, PruningState]:
@@ -134,16 +144,16 @@ def scheduled_pruning(
 
         def prune() -> Any:
             after = optax.apply_updates(params, updates)
-            new = _pruned(after, state.masks, groups, include, place)
+            new = _pruned(after, state.masks, groups, include, axes, place)
 
-            def part(update: Any, param: Any, after: Any, old: Array, new: Array, dormant: Array) -> Any:
-                if dormant.shape != new.shape:
-                    return update, dormant  # of a parameter that is not pruned
+            def part(update: Any, param: Any, after: Any, old: Any, new: Any, dormant: Any) -> Any:
+                if old is None:
+                    return update, None
                 gone = old & ~new
                 return jnp.where(gone, to_zero(param, update.dtype), update), jnp.where(gone, after, dormant)
 
             parts = jax.tree.map(part, updates, params, after, state.masks, new, state.dormant)
-            structure: Any = jax.tree.structure(new)
+            structure: Any = jax.tree.structure(updates)
             changed, dormant = zip(*structure.flatten_up_to(parts), strict=True)
             return jax.tree.unflatten(structure, changed), new, jax.tree.unflatten(structure, dormant)
 
@@ -188,30 +198,29 @@ def _plan(
     return list(groups.values())
 
 
-def _given(masks: Any, params: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return the masks to begin with of the parameters to prune."""
-    full = {name: np.ones(shape, bool) for name, shape in shapes.items()}
-    if masks is None:
-        return full
-    given, known = named_leaves(masks), named_leaves(params)
-    if set(given) != set(known):
-        raise ValueError(f"masks must be a tree like the parameters', of {list(known)}; got {list(given)}")
+    so_far = {} if masks is None else named_leaves(masks, of_masks=True)
+    if masks is not None and set(so_far) != set(known := named_leaves(params)):
+        raise ValueError(f"masks must be a tree like the parameters', of {list(known)}; got {list(so_far)}")
     return {
-        name: full[name] if given[name] is True else np.asarray(boolean_mask(given[name], shape, name))
-        for name, shape in shapes.items()
+        name: np.ones(leaf.shape, bool)
+        if is_unmasked(so_far.get(name))
+        else np.asarray(boolean_mask(so_far[name], leaf.shape, name))
+        for name, leaf in chosen.items()
     }
 
 
-def _pruned(params: Any, masks: Any, groups: Sequence[_Group], include: Include, place: Array) -> Any:
+def _pruned(params: Any, masks: Any, groups: Sequence[_Group], include: Include, axes: Axes, place: Array) -> Any:
     """Return the masks after a pruning, the one at ``place`` among the schedule's."""
-    chosen = chosen_parameters(params, include)
-    leaves, structure = jax.tree.flatten(masks)
+    chosen, structure = chosen_parameters(params, include, axes), jax.tree.structure(params)
+    leaves: list[Any] = list(leaves_like(structure, masks, "masks") or [])
     for names, zeros in groups:
-        places = [chosen[name][0] for name in names]
-        before = [leaves[at] for at in places]
+        before = [as_matrix(name, leaves[chosen[name][0]], axes) for name in names]
         masked = sum(mask.size for mask in before) - sum(jnp.sum(mask, dtype=jnp.int32) for mask in before)
         count = jnp.asarray(np.asarray(zeros, np.int32))[place] - masked
-        weights = [chosen[name][1] for name in names]
-        for at, mask in zip(places, clear_smallest(weights, before, [*map(is_turned, names)], count), strict=True):
-            leaves[at] = mask
+        weights = [as_matrix(name, chosen[name][1], axes) for name in names]
+        for name, mask in zip(names, clear_smallest(weights, before, count), strict=True):
+            at, leaf = chosen[name]
+            leaves[at] = from_matrix(name, mask, leaf.shape, axes)
     return jax.tree.unflatten(structure, leaves)

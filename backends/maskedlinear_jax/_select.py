@@ -39,23 +39,20 @@ def check_comparable(weights: Sequence[Array]) -> None:
         )
 
 
-def clear_smallest(
-    weights: Sequence[Array], masks: Sequence[Array], turned: Sequence[bool], count: Array
-) -> list[Array]:
+def clear_smallest(weights: Sequence[Array], masks: Sequence[Array], count: Array) -> list[Array]:
     """Return masks without the ``count`` live entries of smallest ``(|weight|, layer, place)``.
 
     The masks that :func:`maskedlinear.pruning.prune` gives for magnitudes, found by counting, a pass a bit, which needs no
     other array of the weights' size. NaN counts as the largest magnitude.
 
     Args:
-        weights: matrices that :func:`check_comparable` lets pass.
+        weights: matrices (out, in) that :func:`check_comparable` lets pass.
         masks: the masks so far, booleans of their shapes.
-        turned: for each, whether it is ``(in, out)``, so that places go down its columns.
         count: how many, int32; at most as many as are live.
     """
     keys = [_magnitude(weight) for weight in weights]
     starts = [sum(math.prod(weight.shape) for weight in weights[:place]) for place in range(len(weights))]
-    places = [_places(*layer) for layer in zip([w.shape for w in weights], turned, starts, strict=True)]
+    places = [_places(weight.shape, start) for weight, start in zip(weights, starts, strict=True)]
     least = _bound(keys, masks, count)
     below = [mask & (key < least) for key, mask in zip(keys, masks, strict=True)]
     equal = [mask & (key == least) for key, mask in zip(keys, masks, strict=True)]
@@ -84,11 +81,10 @@ def _number(masks: Sequence[Array]) -> Array:
     return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
 
 
-def _places(shape: tuple[int, ...], turned: bool, start: int) -> Array:
-    """Return the number of each entry, row by row of the weight as ``(out, in)``, from ``start`` on."""
-    row, column = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in ((1, 0) if turned else (0, 1)))
-    inputs = shape[0] if turned else shape[1]
-    places: Array = row * jnp.uint32(inputs) + column + jnp.uint32(start)
+def _places(shape: tuple[int, ...], start: int) -> Array:
+    """Return the number of each entry, row by row, from ``start`` on."""
+    row, column = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
+    places: Array = row * jnp.uint32(shape[1]) + column + jnp.uint32(start)
     return places
 
 

@@ -1,7 +1,13 @@
-"""Pruning of parameter trees, for plain JAX and linen: masks in the form that ``freeze_masked`` takes."""
+"""Pruning of parameter trees, for plain JAX and linen: masks in the form that ``freeze_masked`` takes.
+
+Which parameters are weights, and which of their axes are inputs and outputs, is read off their names, as Flax gives them.
+"""
 
 from __future__ import annotations
 
+import math
+import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,10 +17,25 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
+from maskedlinear.models import UNKNOWN, WeightAxes, axes_by_name, first_names, why_left_out
 from maskedlinear.pruning._layers import Include, Scoring, layer_seed, matches, score_layers
 from maskedlinear_jax._functional import as_array, boolean_mask
 
-__all__ = ["apply_masks", "chosen_parameters", "is_turned", "named_leaves", "prune_tree", "regrow_tree", "turned"]
+__all__ = [
+    "Axes",
+    "apply_masks",
+    "as_matrix",
+    "chosen_parameters",
+    "from_matrix",
+    "is_unmasked",
+    "leaves_like",
+    "matrix_shape",
+    "named_leaves",
+    "prune_tree",
+    "regrow_tree",
+]
+
+Axes = Mapping[str, WeightAxes] | None
 
 
 def prune_tree(
@@ -23,18 +44,23 @@ def prune_tree(
     *,
     masks: Any = None,
     include: Include = None,
+    axes: Axes = None,
     score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
-    on_empty: Any = "raise",
+    on_empty: pruning.OnEmpty = "raise",
+    keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
 ) -> Any:
     """Return masks for a tree of parameters, pruned to a sparsity: a tree as :func:`freeze_masked` takes it.
 
-    Every parameter of two dimensions is pruned. One whose name is ``kernel`` is ``(in, out)``, as Flax keeps it, and is read
-    transposed, so that PyTorch's layers of the same weights get the same masks; any other is ``(out, in)``.
+    Pruned are matrices and kernels: parameters of two dimensions, and those of more that are called ``kernel``, ``weight``
+    or ``w``; never biases, scales, positions, embeddings or adapters, unless ``include`` is or has their very name. A matrix
+    called ``kernel`` is ``(in, out)``, as Flax keeps it, and is read transposed, so that PyTorch's layers of the same
+    weights get the same masks; any other is ``(out, in)``. Kernels of Flax's attention and convolutions are known by their
+    modules' names; any other of more dimensions is pruned entry by entry, unless ``axes`` says what it is.
 
     Args:
         params: the tree.
@@ -42,32 +68,40 @@ def prune_tree(
         masks: the tree of masks so far, from an earlier call; what is masked stays so.
         include: which parameters: a shell pattern of names (paths with dots between, ``"encoder.*"``), a sequence of them,
             or a function of name and parameter.
+        axes: what the axes of parameters mean, by name: ``{"experts.up": WeightAxes(batch_axis=0, in_axis=1, out_axis=2)}``.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
+            Of a parameter that is pruned entry by entry, ``(1, size)``; the matrices of a stack follow each other.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: a tree like ``params``.
         seed: for ``"random"``.
-        on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection.
+        on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection; ``"keep"`` leaves it its best.
+        keep_at_least: as in :func:`maskedlinear.pruning.prune`.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
-        A tree like ``params``: boolean masks of the parameters' shapes, and ``True`` for those that are not pruned.
+        A tree like ``params``: boolean masks of the parameters' shapes, and ``None`` for those that are not pruned, which is
+        no leaf to JAX: a jitted function may take the masks as an argument.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.prune`; if no parameter is meant, a gradient is missing, or a tree does
-            not fit.
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if no parameter is meant, a gradient is missing, a tree does
+            not fit, or structure is asked for (blocks, Erdős–Rényi) of a parameter whose axes nobody knows.
     """
     structure = jax.tree.structure(params)
-    chosen = chosen_parameters(params, include)
-    before, moved = _like(structure, masks, "masks"), _like(structure, gradients, "gradients")
-    weights = {name: turned(name, leaf) for name, (_, leaf) in chosen.items()}
-    found = {name: turned(name, moved[place]) for name, (place, _) in chosen.items() if moved is not None}
+    chosen = chosen_parameters(params, include, axes, warn=True)
+    if block is not None or scope == "erdos_renyi":
+        _check_axes(chosen, axes)
+    before, moved = leaves_like(structure, masks, "masks"), leaves_like(structure, gradients, "gradients")
+    weights = {name: as_matrix(name, leaf, axes) for name, (_, leaf) in chosen.items()}
+    found = {name: as_matrix(name, moved[place], axes) for name, (place, _) in chosen.items() if moved is not None}
     live = None
     if before is not None:
         full = {name: jnp.ones(leaf.shape, bool) for name, (_, leaf) in chosen.items()}
-        so_far = {name: full[name] if before[place] is True else before[place] for name, (place, _) in chosen.items()}
-        live = {name: turned(name, boolean_mask(so_far[name], full[name].shape, name)) for name in chosen}
+        so_far = {
+            name: full[name] if is_unmasked(before[place]) else before[place] for name, (place, _) in chosen.items()
+        }
+        live = {name: as_matrix(name, boolean_mask(so_far[name], full[name].shape, name), axes) for name in chosen}
     made = pruning.prune(
         score_layers(score, weights, found, seed),
         sparsity=sparsity,
@@ -75,11 +109,12 @@ def prune_tree(
         scope=scope,
         block=block,
         on_empty=on_empty,
+        keep_at_least=keep_at_least,
         progress=progress,
     )
-    leaves: list[Any] = [True] * len(jax.tree.leaves(params)) if before is None else list(before)
-    for name, (place, _) in chosen.items():
-        leaves[place] = jnp.asarray(turned(name, made[name]))
+    leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
+    for name, (place, leaf) in chosen.items():
+        leaves[place] = jnp.asarray(from_matrix(name, made[name], leaf.shape, axes))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -96,14 +131,21 @@ def apply_masks(params: Any, masks: Any) -> Any:
         ValueError: if the trees differ, or a mask does not have its parameter's shape or holds anything but 0 and 1.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    leaves = _like(structure, masks, "masks") or []
+    leaves = leaves_like(structure, masks, "masks") or []
     return jax.tree.unflatten(
         structure, [_masked(_name(path), leaf, mask) for (path, leaf), mask in zip(flat, leaves, strict=True)]
     )
 
 
 def regrow_tree(
-    params: Any, masks: Any, fraction: float, *, gradients: Any = None, include: Include = None, seed: int = 0
+    params: Any,
+    masks: Any,
+    fraction: float,
+    *,
+    gradients: Any = None,
+    include: Include = None,
+    axes: Axes = None,
+    seed: int = 0,
 ) -> tuple[Any, Any]:
     """Move a fraction of each masked parameter's connections; return the parameters, 0 but for those that stay, and masks.
 
@@ -119,6 +161,7 @@ def regrow_tree(
         gradients: the loss's gradient with respect to *all* weights, a tree like ``params``, to grow where it is largest:
             ``jax.grad(dense_loss)(apply_masks(params, masks))``. ``None`` grows at random.
         include: which parameters, as in :func:`prune_tree`.
+        axes: as in :func:`prune_tree`.
         seed: of the random places; another at each step. Parameter i of those that have a mask takes ``seed + i``.
 
     Returns:
@@ -128,57 +171,109 @@ def regrow_tree(
         ValueError: as by :func:`maskedlinear.pruning.regrow`; or if no parameter has a mask, or a tree does not fit.
     """
     structure = jax.tree.structure(params)
-    before, moved = _like(structure, masks, "masks") or [], _like(structure, gradients, "gradients")
+    before, moved = leaves_like(structure, masks, "masks") or [], leaves_like(structure, gradients, "gradients")
     leaves, found = jax.tree.leaves(params), list(before)
-    chosen = {name: entry for name, entry in chosen_parameters(params, include).items() if before[entry[0]] is not True}
+    named = enumerate(named_leaves(params).items())
+    chosen = {
+        name: (place, leaf)
+        for place, (name, leaf) in named
+        if not is_unmasked(before[place]) and matches(name, leaf, include)
+    }
     if not chosen:
         raise ValueError("connections move in parameters with masks, and there is none: make masks with prune_tree")
     for number, (name, (place, leaf)) in enumerate(chosen.items()):
         old = np.asarray(boolean_mask(before[place], leaf.shape, name))
-        gradient = None if moved is None else turned(name, moved[place])
-        new = pruning.regrow(turned(name, old), turned(name, leaf), fraction, gradient, seed=layer_seed(seed, number))
-        new = turned(name, new)
+        gradient = None if moved is None else as_matrix(name, moved[place], axes)
+        matrices = as_matrix(name, old, axes), as_matrix(name, leaf, axes)
+        new = pruning.regrow(*matrices, fraction, gradient, seed=layer_seed(seed, number))
+        new = np.asarray(from_matrix(name, new, leaf.shape, axes))
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = jnp.asarray(new)
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, found)
 
 
-def chosen_parameters(params: Any, include: Include) -> dict[str, tuple[int, Any]]:
+def chosen_parameters(
+    params: Any, include: Include, axes: Axes = None, *, warn: bool = False
+) -> dict[str, tuple[int, Any]]:
     """Return the parameters to prune, by name: their place among the tree's leaves, and the leaf itself.
+
+    If it is to ``warn``, it names those of which nobody knows whether they are weights.
 
     Raises:
         ValueError: if there is none.
     """
     leaves = named_leaves(params)
+    asked = [include] if isinstance(include, str) else [] if include is None or callable(include) else list(include)
+    asked += axes or ()
+    why = {name: why_left_out(name, getattr(leaf, "ndim", 0)) for name, leaf in leaves.items()}
     found = {
         name: (place, leaf)
         for place, (name, leaf) in enumerate(leaves.items())
-        if getattr(leaf, "ndim", 0) == 2 and matches(name, leaf, include)
+        if (not why[name] or (name in asked and bool(getattr(leaf, "ndim", 0)))) and matches(name, leaf, include)
     }
     if not found:
         raise ValueError(
-            f"there is no parameter of two dimensions to prune: include={include!r} means none of {list(leaves)}"
+            f"there is no matrix or kernel to prune: include={include!r} means none of {list(leaves)}, but for "
+            f"{', '.join(sorted(set(filter(None, why.values())))) or 'none'}"
+        )
+    left = [name for name, reason in why.items() if reason == UNKNOWN and name not in found]
+    if left and include is None and warn:
+        warnings.warn(
+            f"{first_names(left)} are left out, since their names do not say whether they are weights: name them in axes or "
+            "include",
+            stacklevel=3,
         )
     return found
 
 
-def named_leaves(tree: Any) -> dict[str, Any]:
-    """Return the leaves of a tree, in its order, by their paths with dots between."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+def _check_axes(chosen: Mapping[str, tuple[int, Any]], axes: Axes) -> None:
+    for name, (_, leaf) in chosen.items():
+        if _axes_of(name, leaf.ndim, axes) is None:
+            raise ValueError(
+                f"blocks and Erdős–Rényi need to know which axes of {name}, shape {leaf.shape}, are inputs and outputs: "
+                f"pass axes={{{name!r}: WeightAxes(...)}}, or leave it out with include=..."
+            )
 
 
-def turned(name: str, array: Any) -> Any:
-    """Return a parameter as ``(out, in)``, or turn it back: Flax keeps its ``kernel`` as ``(in, out)``."""
-    return array.T if is_turned(name) else array
+def _axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:
+    return (axes or {}).get(name) or axes_by_name(name, ndim)
 
 
-def is_turned(name: str) -> bool:
-    """Whether a parameter is ``(in, out)``."""
-    return name.rpartition(".")[2] == "kernel"
+def as_matrix(name: str, array: Any, axes: Axes = None) -> Any:
+    """Return a parameter as ``(out, in)``, stacked matrices after each other; ``(1, size)`` if nobody knows its axes."""
+    known = _axes_of(name, array.ndim, axes)
+    if known is None:
+        return array.reshape(1, -1)
+    matrices: Any = known.matrices(array)
+    return matrices.reshape(-1, matrices.shape[2])
+
+
+def matrix_shape(name: str, shape: tuple[int, ...], axes: Axes = None) -> tuple[int, int]:
+    """Return the shape of :func:`as_matrix`."""
+    known = _axes_of(name, len(shape), axes)
+    stacked, out, in_ = (1, 1, math.prod(shape)) if known is None else known.matrix_shape(shape)
+    return stacked * out, in_
+
+
+def from_matrix(name: str, matrix: Any, shape: tuple[int, ...], axes: Axes = None) -> Any:
+    """Return what :func:`as_matrix` made the matrix of: an array of ``shape``."""
+    known = _axes_of(name, len(shape), axes)
+    return matrix.reshape(shape) if known is None else known.from_matrices(matrix, shape)
+
+
+def named_leaves(tree: Any, *, of_masks: bool = False) -> dict[str, Any]:
+    """Return the leaves of a tree, in its order, by their paths with dots between; ``None`` is one in a tree of masks."""
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=(lambda node: node is None) if of_masks else None)
+    return {_name(path): leaf for path, leaf in flat}
+
+
+def is_unmasked(mask: Any) -> bool:
+    """Whether this stands in a tree of masks for a parameter that has none."""
+    return mask is None or mask is True
 
 
 def _masked(name: str, leaf: Any, mask: Any) -> Any:
-    if mask is True:
+    if is_unmasked(mask):
         return leaf
     array = as_array(name, leaf)
     return jnp.where(boolean_mask(mask, array.shape, name), array, jnp.zeros((), array.dtype))
@@ -190,12 +285,12 @@ def _name(path: Any) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
-def _like(structure: Any, tree: Any, what: str) -> list[Array | bool] | None:
+def leaves_like(structure: Any, tree: Any, what: str) -> list[Array | bool | None] | None:
     """Return the leaves of a tree with the parameters' structure."""
     if tree is None:
         return None
     try:
-        leaves: list[Array | bool] = structure.flatten_up_to(tree)
+        leaves: list[Array | bool | None] = structure.flatten_up_to(tree)
     except ValueError as error:
         raise ValueError(
             f"{what} must be a tree like the parameters', {structure}; got {jax.tree.structure(tree)}"

@@ -12,8 +12,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "active_ddp_module",
     "gradient_hooks",
     "in_transform",
     "is_any_autocast_on",
@@ -101,3 +103,9 @@ def is_exporting() -> bool:
     """Whether ``torch.export`` traces; a torch that cannot say is taken not to."""
     ask = getattr(torch.compiler, "is_exporting", None)
     return bool(ask()) if ask is not None else False
+
+
+def active_ddp_module() -> Any:
+    """Return the ``DistributedDataParallel`` whose forward pass this is; ``None`` if there is none, or torch cannot say."""
+    ask = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
+    return None if ask is None else ask()

@@ -37,7 +37,7 @@ class ScheduledPruning(Pruning):
         schedule: the sparsity at each step, counted from 0.
         averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
             get its masks whenever it was pruned.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``group`` and more: as :func:`prune_model` takes them.
 
     Attributes:
         steps: how many steps there were.
@@ -75,6 +75,7 @@ class ScheduledRegrowth(Regrowth):
         seed: of the random places.
         averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
             get its connections whenever they have moved; new ones start at 0 there, too.
+        group: the processes that train one model together, as in :func:`regrow_model`.
 
     Attributes:
         steps: how many steps there were.
@@ -84,6 +85,10 @@ class ScheduledRegrowth(Regrowth):
     """
 
     _gradients: DenseGradients | None = None
+
+    def __init__(self, *arguments: Any, group: Any = "model", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
 
     def recording(self) -> AbstractContextManager[Any]:
         """Return the context for the forward and backward passes of this step: it records where growth will need it."""
@@ -112,7 +117,7 @@ class ScheduledRegrowth(Regrowth):
             return 0
         if self.growth == "gradient" and gradients is None:
             raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
-        moved = regrow_model(self.model, gradients=gradients, **self._options(step))
+        moved = regrow_model(self.model, gradients=gradients, group=self.group, **self._options(step))
         self._update_averages()
         return moved
 

@@ -1,4 +1,4 @@
-"""Processes that train one model together change its masks alike: gradients are averaged, and what was decided is compared."""
+"""Processes that train one model change its masks alike: gradients are averaged, and what was decided is compared."""
 
 from __future__ import annotations
 
@@ -51,15 +51,15 @@ def check_alike(what: str, arrays: Mapping[str, Any], group: Group) -> None:
     every: list[Any] = [None] * distributed.get_world_size(group)
     distributed.all_gather_object(every, (list(arrays), own), group=group)
     if any(names != list(arrays) for names, _ in every):
-        raise ValueError(f"processes must have the same masked weights; rank {distributed.get_rank(group)} has {list(arrays)}")
+        raise ValueError(f"processes must have the same masked weights; this one has {list(arrays)}")
     for place, name in enumerate(arrays):
         seen = [digests[place] for _, digests in every]
         if len(set(seen)) > 1:
             others = [rank for rank, digest in enumerate(seen) if digest != seen[0]]
             raise ValueError(
                 f"{what} of {name or 'the model'} must be the same in all processes; got others on rank "
-                f"{', '.join(map(str, others))} than on rank 0: begin with the same weights and masks (wrap the model before "
-                "it is masked, or seed all processes alike), or pass group=None where one process acts alone"
+                f"{', '.join(map(str, others))} than on rank 0: begin with the same weights and masks (wrap the model "
+                "before it is masked, or seed all processes alike), or pass group=None where one process acts alone"
             )
 
 

@@ -21,6 +21,7 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
+from maskedlinear_torch._ranks import Group, active_group, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import axes_of_mask, mask_name
@@ -38,6 +39,7 @@ class DenseGradients:
     """
 
     def __init__(self) -> None:
+        self.group: Group = None  # of processes, each with its own batch
         self._pairs: dict[Masked, list[tuple[Tensor, Tensor]]] = {}
         self._whole: dict[WeightMask, NDArray[Any]] = {}
 
@@ -57,6 +59,11 @@ class DenseGradients:
         Raises:
             ValueError: if the layer had no backward pass.
         """
+        part = self._own_rows(layer, start, stop)
+        return part if self.group is None else averaged(part, self.group)
+
+    def _own_rows(self, layer: Masked, start: int, stop: int) -> Tensor:
+        """Return these rows of the gradient of this process' batch."""
         pairs = self._pairs.get(layer)
         if isinstance(layer, WeightMask) and layer in self._whole:
             matrices = self._whole[layer]
@@ -80,8 +87,8 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
         regrow_model(model, 0.3, gradients=gradients, optimizer=optimizer)
 
     It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape; of masked
-    weights of other modules their gradients. Not inside ``torch.compile``. Where several processes train one model, each
-    sees its own batch: let all of them grow by the same one, or at random, so that their masks stay alike.
+    weights of other modules their gradients. Not inside ``torch.compile``. In a model in ``DistributedDataParallel`` each
+    process sees its own batch: connections grow by the mean of the gradients of all of them.
 
     Args:
         model: a module with masked layers of either form.
@@ -91,6 +98,7 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     def look(layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
             x = arguments[0] if arguments else named["input"]
+            gradients.group = gradients.group or active_group()
             output.register_hook(lambda g: gradients.add(layer, x, g))
 
     layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear | SparseLinear)]
@@ -116,6 +124,7 @@ def regrow_model(
     optimizer: torch.optim.Optimizer | None = None,
     include: Include = None,
     seed: int = 0,
+    group: Group = "model",
 ) -> int:
     """Move a fraction of each masked layer's connections: the weakest go, as many others come, with weight 0.
 
@@ -131,19 +140,29 @@ def regrow_model(
             Those in the dense form need :func:`freeze_masked` too.
         include: which layers, as in :func:`mask_model`.
         seed: of the random places; another at each step. Layer i takes ``seed + i``.
+        group: the processes that train one model together, as in :func:`maskedlinear.torch.prune_model`: masks and weights
+            are compared before connections move. By default those of a model in ``DistributedDataParallel``, whose passes
+            the ``gradients`` may have seen; ``None`` where one process acts alone.
 
     Returns:
         How many connections moved.
 
     Raises:
         ValueError: if there is no masked layer; if a layer's weight is computed, or shared with another module, which a
-            weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN, or
-            ``gradients`` lack a layer. The model is left as it was.
+            weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN,
+            ``gradients`` lack a layer, or processes have different masks. The model is left as it was.
     """
     layers = [layer for name, layer in _masked(model) if matches(name, layer, include)]
     if not layers:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
+    own_group = group_of(model, group)
+    if own_group is None and group is not None and gradients is not None:
+        own_group = gradients.group
+    if own_group is not None:
+        check_alike("what is live", {str(i): _live_values(layer) for i, layer in enumerate(layers)}, own_group)
+    if gradients is not None:
+        gradients.group = own_group
     planned: list[Any] = []
     place = 0
     for layer in layers:
@@ -172,6 +191,15 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, Masked]]:
         for key, child in module._modules.items():
             if isinstance(child, WeightMask):
                 yield mask_name(f"{name}.{key}" if name else key, child), child
+
+
+def _live_values(layer: Masked) -> Tensor:
+    """Return numbers that are others where connections or weights are."""
+    if isinstance(layer, SparseLinear):
+        return torch.cat([layer.indptr.double(), layer.indices.double(), layer.weight_values.detach().double()])
+    return torch.cat(
+        [full_tensor(layer.mask).double().flatten(), full_tensor(layer.weight.detach()).double().flatten()]
+    )
 
 
 def _shifted(rows: Any, by: int) -> Any:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.models import WeightAxes
+from maskedlinear.models import UNKNOWN, WeightAxes, why_left_out
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -238,21 +238,19 @@ def _why_fixed(user: User, value: Tensor) -> str:
 
 
 def _why_left_out(user: User, weight: ModelWeight) -> str:
-    path, module, name = user
+    _, module, name = user
     value = weight.value
     if isinstance(module, _EMBEDDINGS):
         return "embedding"
-    if "bias" in name:
-        return "bias"
     if "Norm" in type(module).__name__:
-        return "norm"
-    if value.dim() < 2 or (weight.axes is None and value.numel() == max(value.shape)):
-        return "scale or vector"
-    if any(word in name for word in ("pos", "token", "embed")):
-        return "position or embedding"
-    if any("lora_" in part for part in (*path.split("."), name)):
-        return "adapter"
-    return "" if weight.axes is not None else "of unknown axes: tell them by register_axes"
+        return "bias" if "bias" in name else "norm"
+    why = why_left_out(f"{user.path}.{name}", value.dim())
+    if weight.axes is not None:
+        return why if why in ("bias", "adapter") else ""
+    if why not in ("", UNKNOWN):
+        return why
+    vector = value.numel() == max(value.shape, default=1)
+    return "scale or vector" if vector else f"{UNKNOWN}: tell them by register_axes"
 
 
 def _called(path: str, name: str) -> str:

@@ -28,6 +28,7 @@ from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._products import DevicePattern
+from maskedlinear_torch._ranks import Group, averaged, check_alike, group_of
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
     ModelWeight,
@@ -164,16 +165,17 @@ def get_masks(model: nn.Module) -> dict[str, Tensor]:
     return {name: layer.mask.clone() for name, layer in masked_weights(model).items()}
 
 
-def set_masks(model: nn.Module, masks: Masks) -> None:
+def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None:
     """Set the masks of weights, by name; dormant values come back, so an earlier mask brings the earlier outputs back.
 
     Args:
         model: any module; an average of a model (``torch.optim.swa_utils.AveragedModel``) takes the masks of the model.
         masks: by name, of the weights' shapes, booleans or 0s and 1s; other weights keep theirs.
+        group: as in :func:`prune_model`; what comes back must be the same in all processes too.
 
     Raises:
         ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1, or if layers
-            that share a weight are given different ones; the model is left as it was.
+            that share a weight are given different ones, or processes different ones; the model is left as it was.
     """
     layers = masked_weights(model)
     if not any(name in layers for name in masks):  # those of the model that an average, DDP or a compiled module holds
@@ -182,6 +184,14 @@ def set_masks(model: nn.Module, masks: Masks) -> None:
     check_known("masks", masks, list(layers))
     checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
     _check_one_a_weight(checked, {name: layers[name].weight for name in checked})
+    group = group_of(model, group)
+    if group is not None:
+        check_alike("the mask", checked, group)
+        full = {
+            name: torch.where(mask.to(layers[name].weight.device), full_tensor(layers[name].full_weight), 0)
+            for name, mask in checked.items()
+        }
+        check_alike("the weight under the new mask", full, group)
     for name, mask in checked.items():
         layers[name].set_mask(mask)
 
@@ -198,6 +208,7 @@ def prune_model(
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
+    group: Group = "model",
     progress: Progress = False,
 ) -> dict[str, Tensor]:
     """Prune the masked weights of a model to a sparsity, beyond what is masked already.
@@ -216,25 +227,29 @@ def prune_model(
         seed: for ``"random"``.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
         keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
+        group: the processes that prune one model together, a group of ``torch.distributed``: scores are of the gradients of
+            all of them, averaged, and the masks are compared before they are set. By default those of a model in
+            ``DistributedDataParallel``; ``None`` where one process acts alone (``if rank == 0:``).
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
         The masks before, for :func:`set_masks`.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked weight; or if a gradient is missing. The
-            model is left as it was.
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked weight; if a gradient is missing; or if
+            the masks of processes differ. The model is left as it was.
     """
     if of not in get_args(Of):
         raise ValueError(f"of must be 'masked', 'weights' or 'model'; got {of!r}")
     layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, _module_of(layer), include)}
     if not layers:
         raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
+    group = group_of(model, group)
     weights = {
         name: Prunable(
             axes_of_mask(layer),
             full_tensor(layer.weight.detach()),
-            None if layer.weight.grad is None else full_tensor(layer.weight.grad),
+            _gradient(layer, group, score),
             full_tensor(layer.mask).cpu().numpy(),
         )
         for name, layer in layers.items()
@@ -252,12 +267,26 @@ def prune_model(
         fraction_of=None if of == "masked" else sum(_size(other) for other in others if of == "model" or not other.why),
         progress=progress,
     )
+    if group is not None:
+        check_alike("the new mask", masks, group)
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_mask(masks[name])
     if of == "masked" and include is None:
         _warn_of_sparse([other.name for other in others if other.sparse is not None])
     return before
+
+
+def _gradient(mask: MaskedWeight, group: Group, score: Scoring) -> Tensor | None:
+    """Return a weight's gradient, averaged over the processes that prune together, if a score may read it."""
+    if mask.weight.grad is None:
+        return None
+    gradient = full_tensor(mask.weight.grad)
+    return (
+        averaged(gradient, group)
+        if group is not None and (callable(score) or score in ("snip", "taylor"))
+        else gradient
+    )
 
 
 def _size(weight: ModelWeight) -> int:

@@ -1,10 +1,12 @@
 """Whole models, whatever the framework: which axes a weight has, and what of a model is masked, could be, or is left out."""
 
 from maskedlinear.models._axes import WeightAxes
+from maskedlinear.models._names import UNKNOWN, axes_by_name, why_left_out
 from maskedlinear.models._prune import Of, Prunable, keep_masks, prune_weights
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
 
 __all__ = [
+    "UNKNOWN",
     "MaskCheck",
     "ModelSummary",
     "Of",
@@ -12,7 +14,9 @@ __all__ = [
     "UnmaskedParameter",
     "WeightAxes",
     "WeightSummary",
+    "axes_by_name",
     "first_names",
     "keep_masks",
     "prune_weights",
+    "why_left_out",
 ]

@@ -28,7 +28,9 @@ def _cases(subject: BackendUnderTest) -> Sequence[Case]:
 def _trained(subject: BackendUnderTest) -> Sequence[tuple[Data, str]]:
     """Return each case with each optimizer; of the quick profile the small one with the first, the large with the last."""
     problems = [case.data(subject.dtype) for case in (PROBE, TILED)]
-    if not subject.has("projection"):  # where nobody counts edits, a dormant 0 is not told from nothing, and drift is kept
+    if not subject.has(
+        "projection"
+    ):  # where nobody counts edits, a dormant 0 is not told from nothing, and drift is kept
         problems = [data._replace(weight=np.where(data.weight == 0, 0.5, data.weight)) for data in problems]
     names = built(subject, problems[0]).optimizers
     assert names, "the layer names no optimizer"

@@ -1,0 +1,61 @@
+"""What the name of a parameter says of it, where its module says nothing: why it is no weight, and what its axes mean."""
+
+from __future__ import annotations
+
+import re
+
+from maskedlinear.models._axes import WeightAxes
+
+__all__ = ["UNKNOWN", "axes_by_name", "why_left_out"]
+
+UNKNOWN = "of unknown axes"
+
+_EMBEDDINGS = ("pos", "token", "embed")
+_SCALES = ("scale", "gamma", "beta", "mean", "var", "count")
+_KERNELS = re.compile(
+    r"(kernel|weight|w)(_[a-z]+)?\d*"
+)  # of three dimensions and more; Haiku's w, w_i and w_h among them
+
+
+def why_left_out(name: str, ndim: int) -> str:
+    """Return why a parameter is not masked unless it is asked for by name; empty if it is a matrix or a kernel.
+
+    Args:
+        name: its path, dots between.
+        ndim: how many dimensions it has.
+    """
+    *modules, own = name.split(".")
+    if "bias" in own:
+        return "bias"
+    if own in _SCALES:
+        return "scale or vector"
+    if any(word in own for word in _EMBEDDINGS):
+        return "position or embedding"
+    if any("lora_" in part for part in (*modules, own)):
+        return "adapter"
+    if ndim < 2:
+        return "scale or vector"
+    return "" if ndim == 2 or _KERNELS.fullmatch(own) else UNKNOWN
+
+
+def axes_by_name(name: str, ndim: int) -> WeightAxes | None:
+    """Return what the axes of a parameter of a bare tree mean; ``None`` if its name does not say.
+
+    A matrix called ``kernel`` is (in, out), as Flax keeps it, any other (out, in). Of Flax's kernels of more dimensions
+    those of attention and of convolutions are known by their modules' names.
+
+    Args:
+        name: its path, dots between.
+        ndim: how many dimensions it has.
+    """
+    *modules, own = name.split(".")
+    kernel, module = own == "kernel", modules[-1].lower() if modules else ""
+    if ndim == 2:
+        return WeightAxes(out_axis=1, in_axis=0) if kernel else WeightAxes()
+    if kernel and module in ("query", "key", "value"):
+        return WeightAxes(out_axis=tuple(range(1, ndim)), in_axis=0)
+    if kernel and module == "out" and ndim == 3:
+        return WeightAxes(out_axis=2, in_axis=(0, 1))
+    if kernel and module.startswith("conv"):  # channels before the window, as PyTorch has them
+        return WeightAxes(out_axis=ndim - 1, in_axis=(ndim - 2, *range(ndim - 2)))
+    return None
