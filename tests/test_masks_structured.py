@@ -104,7 +104,7 @@ def test_an_autoregressive_network_depends_on_what_comes_before(order: list[int]
     places = np.arange(4) if order is None else np.array(order)
     before = places[:, None] > places[None, :]
     assert (depends(found)[:, :4] == np.repeat(before, 2, axis=0)).all()
-    assert (depends(found)[2:, 4:] == (np.repeat(places, 2) > 0)[2:, None]).all() or order is not None
+    assert depends(found)[:, 4:].all(), "the first feature's outputs depend on the context, too"
     assert [mask.shape for mask in masks.autoregressive(4, ())] == [(4, 4)]
     assert not masks.autoregressive(1, (3,))[0].any()
 

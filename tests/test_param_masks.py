@@ -172,3 +172,13 @@ def test_a_train_state_is_guarded_by_masks_given_once(x: Array) -> None:
     state = TrainState.create(apply_fn=model.apply, params=variables["params"], tx=tx)
     new = state.apply_gradients(grads=jax.tree.map(jnp.ones_like, state.params))
     np.testing.assert_array_equal(new.params["kernel"] != state.params["kernel"], KERNEL_MASK)
+
+
+def test_masks_of_variables_are_matched_by_path() -> None:
+    model = nnx.Sequential(MaskedLinear(4, 8, mask=np.tri(4, 8), rngs=nnx.Rngs(0)), nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+    tx, params = freeze_masked(optax.adamw(0.1), masks=param_masks(model)), nnx.state(model, nnx.Param)
+    updates, _ = tx.update(params, tx.init(params), params)
+    kernel = optax.apply_updates(params, updates)["layers"][0]["kernel"][...]
+    np.testing.assert_array_equal(np.asarray(kernel) != 0, np.tri(4, 8) != 0)
+    with pytest.raises(ValueError, match="the masks must be a tree like the parameters'"):
+        tx.update(params, tx.init(params), params, masks={"layers": {0: {"kernel": True}}})

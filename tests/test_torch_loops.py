@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -28,6 +29,7 @@ from maskedlinear.torch import (
     get_masks,
     mask_model,
     prune_model,
+    set_masks,
     summary,
 )
 
@@ -243,3 +245,18 @@ def test_what_is_no_schedule_or_has_no_optimizer_is_refused(tmp_path: Path) -> N
     model = Two(0.5)
     with pytest.raises(ValueError, match="and the trainer has 2: make the ScheduledRegrowth with the one"):
         in_pl(model, [ScheduledRegrowth(model, every=3, end=10)], tmp_path)
+
+
+def test_a_best_checkpoint_with_the_masks_of_an_earlier_step_is_reported() -> None:
+    model = Network(0.5)
+    callback = in_transformers.MaskedTraining(ScheduledPruning(model, CubicSchedule(0.9, begin=0, end=1)))
+    arguments: Any = (None, SimpleNamespace(global_step=2, log_history=[]), None)
+    callback.on_train_begin(*arguments, model=model, optimizer=torch.optim.SGD(model.parameters()))
+    before = get_masks(model)
+    callback.on_step_end(*arguments, model=model)
+    callback.on_train_end(*arguments, model=model)  # which is silent
+    set_masks(model, before)
+    with pytest.warns(
+        UserWarning, match=r"masks of an earlier step: sparsity 0\.5\d*, where the schedule has come to 0\.9"
+    ):
+        callback.on_train_end(*arguments, model=model)

@@ -16,8 +16,11 @@ from torch.nn.utils import prune
 
 from maskedlinear import pruning
 from maskedlinear.models import WeightAxes
+from maskedlinear.pruning import CubicSchedule
 from maskedlinear.torch import (
     MaskedLinear,
+    ScheduledPruning,
+    ScheduledRegrowth,
     check_masks,
     compress,
     dense_gradients,
@@ -393,3 +396,39 @@ def test_axes_are_checked() -> None:
         register_axes(nn.Linear, {"weight": (0, 1)})  # type: ignore[dict-item]
     with pytest.raises(ValueError, match="each axis of a weight is one of outputs, inputs or a stack"):
         WeightAxes(0, 1).matrix_shape((2, 3, 4))
+
+
+def test_schedules_live_through_a_second_training_and_a_skipped_step(caplog: pytest.LogCaptureFixture) -> None:
+    model = network(0.6)
+    schedule = CubicSchedule(0.9, begin=0, end=6, every=2)
+    for _ in range(2):  # the second begins with a model that has more masked than its schedule asks for
+        pruner = ScheduledPruning(model, schedule)
+        with caplog.at_level("INFO", "maskedlinear"):
+            for _ in range(8):
+                pruner.step()
+        assert summary(model).sparsity == pytest.approx(0.9, abs=0.01)
+    assert "were asked for: none more is" in caplog.text
+    pruner = ScheduledPruning(model, CubicSchedule(0.9999, begin=0, end=1))
+    with caplog.at_level("WARNING", "maskedlinear"):
+        pruner.step(), pruner.step()
+    assert "the others are kept" in caplog.text
+    assert all(mask.any() for mask in get_masks(model).values())
+    with pytest.raises(ValueError, match="a layer must keep a connection"):
+        ScheduledPruning(model, CubicSchedule(0.9999, begin=0, end=1), on_empty="raise").step_at(1)
+
+
+def test_gradients_that_overflow_move_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    model = network(0.8)
+    optimizer = freeze_masked(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    regrowth, before = ScheduledRegrowth(model, optimizer, every=1, end=10), get_masks(model)
+    regrowth.step()
+    with regrowth.recording():
+        (model(X).sum() * torch.inf).backward()
+    optimizer.zero_grad()  # which a GradScaler's skipped step leaves to do
+    with caplog.at_level("WARNING", "maskedlinear"):
+        assert regrowth.step() == 0
+    assert "not finite" in caplog.text
+    assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
+    with regrowth.recording():
+        model(X).square().mean().backward()
+    assert regrowth.step() > 0

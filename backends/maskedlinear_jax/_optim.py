@@ -11,6 +11,7 @@ import optax
 from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
+from maskedlinear_jax._tree import named_leaves
 
 __all__ = ["freeze_masked", "renewed_state", "to_zero"]
 
@@ -168,6 +169,9 @@ def _like(updates: Any, masks: Any) -> Any:
     try:
         return jax.tree.map(chosen, updates, masks, is_leaf=is_left_out)
     except (ValueError, TypeError) as error:
+        given, names = named_leaves(masks, of_masks=True), list(named_leaves(updates))
+        if set(given) == set(names):  # of Variables, say, where the masks are in a tree of arrays
+            return jax.tree.unflatten(jax.tree.structure(updates), [given[name] for name in names])
         raise ValueError(
             f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or None for each; "
             f"got {jax.tree.structure(masks)}: for Flax, maskedlinear.flax.param_masks makes it"

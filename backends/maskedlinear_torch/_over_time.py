@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -21,6 +22,9 @@ from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
+
+
+_logger = logging.getLogger("maskedlinear")
 
 
 class ScheduledPruning(Pruning):
@@ -105,6 +109,7 @@ class ScheduledRegrowth(Regrowth):
 
         Raises:
             ValueError: as by :func:`regrow_model`; or if growth is by gradient and nothing was recorded at this step.
+            Gradients that are not finite, as of a step that a ``GradScaler`` skips, move nothing, and are logged.
         """
         moved = self.step_at(self.steps)
         self.steps += 1
@@ -117,6 +122,9 @@ class ScheduledRegrowth(Regrowth):
             return 0
         if self.growth == "gradient" and gradients is None:
             raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
+        if gradients is not None and not gradients.are_finite(self.model, self.group):
+            _logger.warning("no connections move at step %d: its gradients are not finite, and would be skipped", step)
+            return 0
         moved = regrow_model(self.model, gradients=gradients, group=self.group, **self._options(step))
         self._update_averages()
         return moved

@@ -52,6 +52,17 @@ class DenseGradients:
         matrices = axes_of_mask(mask).matrices(as_numpy(full_tensor(g.detach())))
         self._whole[mask] = self._whole.get(mask, 0) + np.array(matrices)
 
+    def are_finite(self, model: nn.Module, group: Group) -> bool:
+        """Whether all numbers are finite, in all processes: where a loss was scaled too much, none of them are of use."""
+        _who(model, group, self)
+        arrays = [array for pairs in self._pairs.values() for pair in pairs for array in pair]
+        finite = all(bool(array.isfinite().all()) for array in arrays)
+        finite = finite and all(bool(np.isfinite(whole).all()) for whole in self._whole.values())
+        if self.group is None:
+            return finite
+        device = arrays[0].device if arrays else "cpu"
+        return bool(averaged(torch.tensor(float(finite), device=device), self.group) == 1)
+
     def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the
         matrices of a stack follow each other.
@@ -156,13 +167,9 @@ def regrow_model(
     if not layers:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
-    own_group = group_of(model, group)
-    if own_group is None and group is not None and gradients is not None:
-        own_group = gradients.group
-    if own_group is not None:
-        check_alike("what is live", {str(i): _live_values(layer) for i, layer in enumerate(layers)}, own_group)
-    if gradients is not None:
-        gradients.group = own_group
+    together = _who(model, group, gradients)
+    if together is not None:
+        check_alike("what is live", {str(i): _live_values(layer) for i, layer in enumerate(layers)}, together)
     planned: list[Any] = []
     place = 0
     for layer in layers:
@@ -191,6 +198,16 @@ def _masked(model: nn.Module) -> Iterator[tuple[str, Masked]]:
         for key, child in module._modules.items():
             if isinstance(child, WeightMask):
                 yield mask_name(f"{name}.{key}" if name else key, child), child
+
+
+def _who(model: nn.Module, group: Group, gradients: DenseGradients | None) -> Group:
+    """Return the processes that move connections together; gradients are averaged over them from now on."""
+    together = group_of(model, group)
+    if together is None and group is not None and gradients is not None:
+        together = gradients.group
+    if gradients is not None:
+        gradients.group = together
+    return together
 
 
 def _live_values(layer: Masked) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     def __init__(self, *schedules: Schedule, averages: Sequence[nn.Module] = ()) -> None:
         self._loop = Loop(schedules, averages)
         self._guard: Guard | None = None
+        self._sparsity: float | None = None  # after the last change
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Guard the optimizer."""
@@ -64,8 +66,17 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Prune and move."""
         if self._loop.after(state.global_step - 1, kwargs["model"]):
-            state.log_history.append({"sparsity": summary(kwargs["model"]).sparsity, "step": state.global_step})
+            self._sparsity = summary(kwargs["model"]).sparsity
+            state.log_history.append({"sparsity": self._sparsity, "step": state.global_step})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Stop recording."""
+        """Stop recording; say so if the best checkpoint, which is the model now, has other masks than the last step."""
         self._loop.close()
+        model = kwargs["model"]
+        now, last = summary(model).sparsity if has_masked(model) else None, self._sparsity
+        if last is not None and now is not None and now < last:
+            warnings.warn(
+                f"the trainer has gone back to its best checkpoint, which has the masks of an earlier step: sparsity "
+                f"{now:.4g}, where the schedule has come to {last:.4g}. Let only checkpoints count that come after its end",
+                stacklevel=2,
+            )

@@ -25,7 +25,8 @@ def autoregressive(
 ) -> list[Mask]:
     """Return the masks of a network whose outputs for feature i depend on the features before i only (MADE).
 
-    The degrees of hidden nodes go round 1, 2, ..., features - 1, as in nflows, whose ``MADE`` has these masks too.
+    The degrees of hidden nodes go round 1, 2, ..., features - 1, as in nflows, whose ``MADE`` has these masks too; with
+    context round 0, 1, ..., features - 1, since what the first feature depends on is the context alone.
     Source: M. Germain et al., "MADE: Masked Autoencoder for Distribution Estimation", ICML 2015.
 
     Args:
@@ -33,7 +34,8 @@ def autoregressive(
         hidden: the sizes of the hidden layers, from the input on; none is a single layer.
         multiplier: the outputs for each feature; those of one feature stand together.
         order: shape ``(features,)``: the place of each feature, a permutation of 0, 1, ...; ascending if ``None``.
-        context: further inputs, after the features, on which every output may depend.
+        context: further inputs, after the features, on which every output may depend, the first one's too, where a hidden
+            layer is as wide as there are features.
 
     Returns:
         A boolean array ``(out, in)`` for each layer: ``len(hidden) + 1`` of them; the last has ``features * multiplier``
@@ -52,7 +54,7 @@ def autoregressive(
     degrees = np.concatenate([places + 1, np.zeros(context, np.int64)])
     masks = []
     for size in sizes:
-        own = np.arange(size) % max(1, count - 1) + min(1, count - 1)
+        own = np.arange(size) % count if context else np.arange(size) % max(1, count - 1) + min(1, count - 1)
         masks.append(own[:, None] >= degrees)
         degrees = own
     masks.append(np.repeat(places + 1, multiplier)[:, None] > degrees)

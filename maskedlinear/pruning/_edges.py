@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
@@ -21,6 +22,8 @@ from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan
 __all__ = ["OnEmpty", "Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
 
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
+
+_logger = logging.getLogger("maskedlinear")
 
 Mask = NDArray[np.bool_]
 Scope = Literal["global", "layer", "erdos_renyi"]
@@ -55,7 +58,8 @@ def prune(
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with; or
-            ``"keep"``, which leaves each layer its best one, and prunes fewer where there are not enough others.
+            ``"keep"``, which leaves each layer its best one, prunes fewer where there are not enough others, and none where
+            more is masked already than is asked for; what it did instead is logged.
         keep_at_least: how many of the best connections stay whatever is asked for, in each ``"row"`` (output) and in each
             ``"layer"``: ``{"row": 1, "layer": 8}``; all, where there are fewer. Of blocks, if there are blocks.
         progress: ``True`` to show on the standard error stream how far it is; or a function that is called with the fraction
@@ -96,6 +100,11 @@ def prune(
     shapes = {name: mask.shape for name, mask in before.items()}
     for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope):
         masked = sum(found[name].size - live[name] for name in names)
+        if zeros < masked and on_empty == "keep":
+            _logger.info(
+                "%d connections are masked%s, where %d were asked for: none more is", masked, _of(names), zeros
+            )
+            zeros = masked
         if zeros < masked:
             raise ValueError(
                 f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
@@ -108,6 +117,7 @@ def prune(
                     f"keep_at_least={dict(keep_at_least or {})!r} leaves {free} connections to prune{_of(names)}; got "
                     f"{count}: prune less, keep fewer, or pass on_empty='keep', which prunes what it can"
                 )
+            _logger.warning("%d connections are pruned%s, and not %d: the others are kept", free, _of(names), count)
             count = free
         chosen = [found[name] for name in names]
         for name in names:

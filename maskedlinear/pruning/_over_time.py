@@ -45,11 +45,15 @@ class Steps(ABC):
 
 
 class Pruning(Steps):
-    """Prunes a model at the steps of a schedule; a framework's class says how."""
+    """Prunes a model at the steps of a schedule; a framework's class says how.
+
+    A training is never ended for a layer's last connection, nor because more is masked than the schedule asks for, as in a
+    second training of a model: ``on_empty="keep"``, unless it is given.
+    """
 
     def __init__(self, model: Any, schedule: CubicSchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
         super().__init__(model, averages)
-        self.schedule, self.how = schedule, how
+        self.schedule, self.how = schedule, {"on_empty": "keep", **how}
 
     def step(self, **more: Any) -> bool:
         """Prune if the schedule says so at this step; return whether it did.

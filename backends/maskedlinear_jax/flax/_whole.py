@@ -143,7 +143,8 @@ def prune_model(
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
-    on_empty: Any = "raise",
+    on_empty: pruning.OnEmpty = "raise",
+    keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
 ) -> dict[str, Array]:
     """Prune the masked layers of an nnx model to a sparsity, beyond what is masked already.
@@ -160,7 +161,8 @@ def prune_model(
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: what ``nnx.grad`` returned for the model.
         seed: for ``"random"``.
-        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection.
+        on_empty: as in :func:`maskedlinear.pruning.prune`, and so ``keep_at_least``.
+        keep_at_least: as above.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -187,6 +189,7 @@ def prune_model(
         scope=scope,
         block=block,
         on_empty=on_empty,
+        keep_at_least=keep_at_least,
         progress=progress,
     )
     for layer in layers.values():
