@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.models import UNKNOWN, WeightAxes, why_left_out
+from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, why_left_out
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -215,7 +215,7 @@ def _describe(weight: ModelWeight) -> None:
     for _, module, parameter in layers or weight.users:
         weight.axes = weight.axes or axes_of(module, parameter, weight.value)
     if layers and len(layers) < len(weight.users):
-        weight.why = "shared with an embedding"
+        weight.why = SHARED
     else:
         weight.why = next(filter(None, (_why_left_out(user, weight) for user in weight.users)), "")
 

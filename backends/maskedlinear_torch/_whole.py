@@ -14,6 +14,8 @@ from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
 from maskedlinear.models import (
+    NO_WEIGHT,
+    SHARED,
     ModelSummary,
     Of,
     Prunable,
@@ -42,16 +44,6 @@ from maskedlinear_torch._weights import (
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
-# What is left out because nobody would expect it to be masked.
-_EXPECTED = (
-    "embedding",
-    "position or embedding",
-    "bias",
-    "norm",
-    "scale or vector",
-    "not of a floating dtype",
-    "adapter",
-)
 
 
 def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include = None) -> nn.Module:
@@ -106,7 +98,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         if any(user.name in possible for user in weight.users):
             _mask(weight, next((checked[user.name] for user in weight.users if user.name in checked), None))
     if not masks and include is None:
-        _warn_of([weight for weight in weights if weight.why and weight.why not in _EXPECTED])
+        _warn_of([weight for weight in weights if weight.why == SHARED or (weight.why and weight.why not in NO_WEIGHT)])
     return model
 
 
@@ -221,7 +213,7 @@ def prune_model(
             :func:`maskedlinear.pruning.movement` adds up over steps.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack (an expert) is a layer.
         of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
-            model, those that could be masked included, or all numbers of the ``"model"``.
+            model, those without a mask included, or all numbers of the ``"model"``.
         include: which weights, as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
         seed: for ``"random"``.
@@ -255,6 +247,7 @@ def prune_model(
         for name, layer in layers.items()
     }
     others = [] if of == "masked" and include is not None else model_weights(model)
+    counted = [other for other in others if of == "model" or other.why not in NO_WEIGHT]
     masks = prune_weights(
         weights,
         sparsity,
@@ -264,7 +257,7 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        fraction_of=None if of == "masked" else sum(_size(other) for other in others if of == "model" or not other.why),
+        fraction_of=None if of == "masked" else sum(map(_size, counted)),
         progress=progress,
     )
     if group is not None:

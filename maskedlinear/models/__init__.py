@@ -1,11 +1,13 @@
 """Whole models, whatever the framework: which axes a weight has, and what of a model is masked, could be, or is left out."""
 
 from maskedlinear.models._axes import WeightAxes
-from maskedlinear.models._names import UNKNOWN, axes_by_name, why_left_out
+from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, why_left_out
 from maskedlinear.models._prune import Of, Prunable, keep_masks, prune_weights
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
 
 __all__ = [
+    "NO_WEIGHT",
+    "SHARED",
     "UNKNOWN",
     "MaskCheck",
     "ModelSummary",

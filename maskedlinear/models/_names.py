@@ -6,9 +6,15 @@ import re
 
 from maskedlinear.models._axes import WeightAxes
 
-__all__ = ["UNKNOWN", "axes_by_name", "why_left_out"]
+__all__ = ["NO_WEIGHT", "SHARED", "UNKNOWN", "axes_by_name", "why_left_out"]
 
 UNKNOWN = "of unknown axes"
+SHARED = "shared with an embedding"
+# Why a parameter is no weight; for any other reason it is one that cannot be masked.
+NO_WEIGHT = (
+    *("bias", "norm", "scale or vector", "embedding", "position or embedding", SHARED),
+    *("adapter", "not of a floating dtype"),
+)
 
 _EMBEDDINGS = ("pos", "token", "embed")
 _SCALES = ("scale", "gamma", "beta", "mean", "var", "count")

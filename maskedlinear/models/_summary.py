@@ -11,6 +11,7 @@ import numpy as np
 
 from maskedlinear._table import lines
 from maskedlinear.models._axes import WeightAxes
+from maskedlinear.models._names import NO_WEIGHT
 
 __all__ = ["MaskCheck", "ModelSummary", "UnmaskedParameter", "WeightSummary", "first_names"]
 
@@ -101,6 +102,11 @@ class UnmaskedParameter:
         """How many numbers it has."""
         return math.prod(self.shape)
 
+    @property
+    def is_weight(self) -> bool:
+        """Whether it is a matrix or a kernel, masked or not; no bias, norm, scale, position, embedding or adapter."""
+        return self.why not in NO_WEIGHT
+
 
 @dataclass(frozen=True)
 class ModelSummary:
@@ -121,8 +127,8 @@ class ModelSummary:
 
     @property
     def weight_sparsity(self) -> float:
-        """The fraction of masked entries in all weights, those that could be masked included, in [0, 1]."""
-        return self._fraction_of(sum(other.size for other in self.unmasked if not other.why))
+        """The fraction of masked entries in all weights, those without a mask included, in [0, 1]."""
+        return self._fraction_of(sum(other.size for other in self.unmasked if other.is_weight))
 
     @property
     def model_sparsity(self) -> float:

@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
+from flax import linen, nnx
 from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
-from maskedlinear.models import ModelSummary, WeightSummary
+from maskedlinear.models import (
+    UNKNOWN,
+    ModelSummary,
+    UnmaskedParameter,
+    WeightSummary,
+    first_names,
+    why_left_out,
+)
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._tree import named_leaves
 from maskedlinear_jax.flax._kernel import PARAMETER, is_linen, linen_layers, mask_shape, set_linen_masks
 from maskedlinear_jax.flax._modules import kernel_gradients, layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -28,6 +37,7 @@ __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "un
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
 
+_OTHER_MODULE = "of a module that has no masked layer"
 _ONE_MASK = "layers that share a kernel share its mask; got different ones: give them the same, or a kernel each"
 
 
@@ -38,8 +48,8 @@ def mask_model(
 
     The layers stay the same objects with the same parameters: shared layers and kernels and options are kept, and with full
     masks every output. Layers that share a kernel share its mask. Make the ``nnx.Optimizer`` afterwards or before: the
-    parameters are the same. Each ``nnx.Linear`` with a kernel of two dimensions is meant, wherever it is nested; subclasses
-    and stacks of layers are left out.
+    parameters are the same. Each ``nnx.Linear`` with a kernel of two dimensions is meant, wherever it is nested; subclasses,
+    stacks of layers and other modules (attention, convolutions, ``Einsum``) are left out, and named in a warning.
 
     Args:
         model: any nnx module, or a list, tuple or dict of them; a single ``nnx.Linear`` too.
@@ -53,7 +63,9 @@ def mask_model(
         ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
             but 0 and 1; if layers that share a kernel are given different masks; if a pattern means no layer. The model is
             left as it was.
+        TypeError: if ``model`` is linen's.
     """
+    _refuse_linen("mask_model", model)
     masks = dict(masks or {})
     possible = {
         name: layer
@@ -71,6 +83,13 @@ def mask_model(
         first = masked.setdefault(id(layer.kernel), layer)
         adopted = MaskedLinear.adopt(layer, by_kernel.get(id(layer.kernel)), keep_dormant=keep_dormant)
         adopted.mask, adopted.dormant = first.mask, first.dormant
+    left_out = [other.name for other in _unmasked(model) if other.why in (_OTHER_MODULE, UNKNOWN)]
+    if left_out and not masks and include is None:
+        warnings.warn(
+            f"mask_model left out {first_names(left_out)}, which are not the kernels of nnx.Linear layers: summary(model) "
+            "lists everything; maskedlinear.jax.prune_tree gives masks for parameters of every module",
+            stacklevel=2,
+        )
     return model
 
 
@@ -172,6 +191,7 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
             model is left as it was.
     """
+    _refuse_linen("prune_model", model)
     layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if matches(name, layer, include)}
     if not layers:
         raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
@@ -198,11 +218,16 @@ def prune_model(
 
 
 def summary(model: Any) -> ModelSummary:
-    """Return a table of a model's masked layers, of both forms: shape, sparsity, dead nodes, bytes, FLOPs.
+    """Return a table of a model's parameters: of masked layers, of both forms, shape, sparsity, dead nodes, bytes and FLOPs;
+    of the others, what could be masked, and why the rest is left out.
 
-    A stack of layers has a row for each of them.
+    A stack of layers has a row for each of them. ``model`` is an nnx module, or the variables of a linen one.
     """
     rows = []
+    if is_linen(model):
+        for path, (kernel, mask) in linen_layers(model).items():
+            rows.append(WeightSummary.of_mask(".".join(path), np.asarray(mask).T, kernel.nbytes + mask.nbytes))
+        return ModelSummary(rows, _unmasked(model))
     for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
         nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
         of: Any
@@ -215,7 +240,41 @@ def summary(model: Any) -> ModelSummary:
             parts = [mask.T for mask in _each(layer.mask, 2)]
         for place, part in enumerate(parts):
             rows.append(of(f"{name}[{place}]" if stacked else name, part, nbytes // len(parts)))
-    return ModelSummary(rows)
+    return ModelSummary(rows, _unmasked(model))
+
+
+def _unmasked(model: Any) -> list[UnmaskedParameter]:
+    """Return the parameters that no masked layer has, and why they are left out."""
+    could: set[str] = set()
+    if is_linen(model):
+        masked = {".".join((*path, "kernel")) for path in linen_layers(model)}
+        leaves = named_leaves(model["params"])
+    else:
+        masked = {f"{name}.kernel" if name else "kernel" for name in layers_of(model, MaskedLinear)}
+        masked |= {f"{name}.weight_values" if name else "weight_values" for name in layers_of(model, SparseLinear)}
+        linear = layers_of(model, nnx.Linear).items()
+        could = {
+            f"{name}.kernel" if name else "kernel"
+            for name, layer in linear
+            if type(layer) is nnx.Linear and _is_flat(layer)
+        }
+        leaves = named_leaves(nnx.state(model, nnx.Param))
+    unmasked = []
+    for name, leaf in leaves.items():
+        shape = tuple(leaf.shape)
+        why = why_left_out(name, len(shape)) or ("" if name in could else _OTHER_MODULE)
+        if name not in masked:
+            unmasked.append(UnmaskedParameter(name, shape, why))
+    return unmasked
+
+
+def _refuse_linen(function: str, model: Any) -> None:
+    """Raise a ``TypeError`` for what is linen's, whose modules have no parameters of their own."""
+    if is_linen(model) or isinstance(model, linen.Module):
+        raise TypeError(
+            f"{function} takes an nnx module; of linen, MaskedDense is the masked layer, set_masks(variables, masks) sets "
+            "its masks, and maskedlinear.jax.prune_tree(variables['params'], sparsity) prunes parameters of every module"
+        )
 
 
 def _each(variable: Any, ndim: int) -> Any:
