@@ -26,7 +26,7 @@ from maskedlinear_torch._functional import (
     masked_function,
     masked_linear,
 )
-from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight
+from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, forget
 from maskedlinear_torch._storage import OwnWeight
 
 __all__ = ["MaskedLinear"]
@@ -45,13 +45,13 @@ class MaskedLinear(MaskedWeight, nn.Linear):
     ``nn.Linear`` that loads it with ``strict=False`` has the same outputs. The state of a plain
     ``nn.Linear`` loads too and leaves the mask as it is; what it has under the mask becomes dormant.
 
-    What an optimizer, a ``copy_`` or a merge leaves under the mask is set back to +0 before the layer next acts, and in
-    ``train``, ``eval``, ``state_dict``, copies and conversions; the dormant values stay. So an optimizer needs no guard
-    for the layer to be right; :func:`maskedlinear.torch.freeze_masked` keeps ``weight`` clean for other readers between
-    a step and the next call, too. An edit of masked places that nothing counts (through ``.data`` or NumPy) acts, and
-    is seen, until the next counted edit, step of an optimizer or one of the above. A mask that is edited in place acts
-    at the layer's next call: what it switches off becomes dormant, and what it switches on starts from what stands in
-    ``weight``.
+    What an optimizer leaves under the mask is set back to +0 as soon as it has stepped; what a ``copy_`` or a merge
+    leaves there before the layer next acts, and in ``train``, ``eval``, ``state_dict``, copies and conversions. The
+    dormant values stay. So an optimizer needs no guard for the layer to be right;
+    :func:`maskedlinear.torch.freeze_masked` keeps masked gradients and state out of the optimizer. An edit of masked
+    places that nothing counts (through ``.data`` or NumPy) acts, and is seen, until the next counted edit, step of an
+    optimizer or one of the above. A mask that is edited in place acts at the layer's next call: what it switches off
+    becomes dormant, and what it switches on starts from what stands in ``weight``.
 
     Layers that share a weight share its mask.
 
@@ -272,6 +272,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         self._unhook()
         for name in ("mask", "init_fan_in", "keep_dormant", "_dormant", "_own", "_pending_mask"):
             delattr(self, name)
+        forget(self)
         linear: nn.Linear = self
         linear.__class__ = nn.Linear
         return linear

@@ -7,11 +7,13 @@ conversions, copies, and a weight that is exchanged for another.
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maskedlinear.masks import as_mask
 from maskedlinear_torch._compat import take_hooks_along
@@ -29,7 +31,7 @@ from maskedlinear_torch._storage import (
     version_of,
 )
 
-__all__ = ["KeepDormant", "MaskedWeight"]
+__all__ = ["KeepDormant", "MaskedWeight", "forget"]
 
 KeepDormant = bool | Literal["host"]
 
@@ -272,6 +274,8 @@ class MaskedWeight(nn.Module):
         own.steps = -1
         mask = self._buffers.get("mask")
         own.mask = None if mask is None or mask.is_meta or mask.is_inference() else (mask, mask._version)
+        if mask is not None:
+            _alive.add(self)
         if own.key is not None and weight is not None and mask is not None:
             remember_layer(weight, self)
             self._hook()
@@ -451,3 +455,26 @@ class MaskedWeight(nn.Module):
 def _overlay(below: Tensor, above: Tensor) -> Tensor:
     """Return the values of ``above``, and those of ``below`` where it is +0."""
     return torch.where(bits_of(above) != 0, above, below)
+
+
+_alive: weakref.WeakSet[MaskedWeight] = weakref.WeakSet()
+
+
+def forget(mask: MaskedWeight) -> None:
+    """Let go of a masked weight that is none any more."""
+    _alive.discard(mask)
+
+
+@torch.no_grad()
+def _project_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Set back to +0 what a step has left under the masks of the weights that it has moved, whoever reads them next."""
+    if not _alive:
+        return
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    for mask in list(_alive):
+        weight = mask._parameters.get("weight")
+        if weight is not None and id(weight) in held and not mask.is_clean():
+            mask.project()
+
+
+register_optimizer_step_post_hook(_project_after_step)

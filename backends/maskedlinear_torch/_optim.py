@@ -23,12 +23,11 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 def freeze_masked(optimizer: O, model: nn.Module) -> O:
     """Make every step of ``optimizer`` leave the masked weights of ``model`` at +0.
 
-    A :class:`MaskedLinear` is right without it: it projects what an optimizer has left under its mask before it next
-    acts; masked weights of other modules are projected after each step of any optimizer. The guard keeps ``weight`` clean
-    for every other reader too, from one step to the next; keeps gradients out of the optimizer's view where they are
-    masked; and lets its state start clean where a mask has changed (momentum, moments, ...), so that a revived weight
-    does. What is kept for whole rows and columns (``Adafactor``) stays; ``LBFGS``, which remembers all weights together,
-    forgets everything.
+    Masked weights are set back to +0 after each step of any optimizer, guarded or not. The guard keeps gradients out
+    of the optimizer's view where they are masked, which clipping, norms and whole-matrix methods would count; lets
+    its state start clean where a mask has changed (momentum, moments, ...), so that a revived weight does; and
+    projects after whatever a subclass or wrapper does around the step. What is kept for whole rows and columns
+    (``Adafactor``) stays; ``LBFGS``, which remembers all weights together, forgets everything.
 
     It works in place and needs no memory: after each step it passes over the weights, once, which the layers then do not
     repeat, and before it over gradients that are not known to be masked. A copied optimizer (``copy.deepcopy``) loses its

@@ -1,22 +1,18 @@
 """``WeightMask``: the mask of a weight whose module stays what it is, a convolution, an attention, experts.
 
 It is a child of that module, so that it goes wherever the module goes: conversions, copies, states. The module computes as
-it always does, with a weight that is +0 under the mask, and the mask's hook sees to its gradient. What an optimizer leaves
-under the mask is set back to +0 as soon as it has stepped, guarded or not: such a module has no call of ours that could do
-it before it next acts.
+it always does, with a weight that is +0 under the mask, and the mask's hook sees to its gradient. Such a module has no call
+of ours that could project before it next acts: that every optimizer's step is followed by a projection is what it lives by.
 """
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch import nn
 
 from maskedlinear_torch._functional import checked_mask
-from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._masked_weight import MaskedWeight, forget
 from maskedlinear_torch._storage import OwnWeight, layer_of
 
 __all__ = ["WeightMask"]
@@ -45,7 +41,6 @@ class WeightMask(MaskedWeight):
         self._become_masked(True)
         module.add_module(_child(name), self)
         self.__dict__["_handle"] = module.register_load_state_dict_pre_hook(self._hand_over)
-        self._enlist()
         if checked is not None:
             self.set_mask(checked)
 
@@ -62,7 +57,7 @@ class WeightMask(MaskedWeight):
         module, name = self.owner
         del module._modules[_child(name)]
         self.__dict__["_handle"].remove()
-        _alive.discard(self)
+        forget(self)
 
     def project(self) -> None:
         """Bring weight, mask and dormant values into line, as in a masked layer."""
@@ -89,18 +84,11 @@ class WeightMask(MaskedWeight):
             self._parameters["weight"] = weight
             self._adopt()
 
-    def _enlist(self) -> None:
-        _alive.add(self)
-
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name == "weight" and "_owner" in self.__dict__:
             module, own = self.owner
             setattr(module, own, self._parameters["weight"])
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._enlist()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -121,20 +109,3 @@ class WeightMask(MaskedWeight):
 
 def _child(name: str) -> str:
     return f"{name}_mask"
-
-
-_alive: weakref.WeakSet[WeightMask] = weakref.WeakSet()
-
-
-@torch.no_grad()
-def _project_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Set back to +0 what a step has left under the masks of its weights."""
-    if _alive:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        for mask in list(_alive):
-            weight: Tensor | None = mask._parameters.get("weight")
-            if weight is not None and id(weight) in held and not mask.is_clean():
-                mask.project()
-
-
-register_optimizer_step_post_hook(_project_after_step)
