@@ -11,6 +11,7 @@ try:
         prune_tree,
         regrow_tree,
         scheduled_pruning,
+        set_optimizer_masks,
         sparse_linear,
     )
 except ModuleNotFoundError as error:
@@ -24,5 +25,6 @@ __all__ = [
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
+    "set_optimizer_masks",
     "sparse_linear",
 ]

@@ -18,7 +18,7 @@ from jax import Array
 
 from maskedlinear import masks
 from maskedlinear.flax import Mask, MaskedDense, MaskedLinear, param_masks
-from maskedlinear.jax import freeze_masked
+from maskedlinear.jax import apply_masks, freeze_masked, prune_tree, set_optimizer_masks
 from test_flax import Network
 
 MASK = masks.random((5, 7), sparsity=0.5, seed=1)  # (out, in)
@@ -182,3 +182,40 @@ def test_masks_of_variables_are_matched_by_path() -> None:
     np.testing.assert_array_equal(np.asarray(kernel) != 0, np.tri(4, 8) != 0)
     with pytest.raises(ValueError, match="the masks must be a tree like the parameters'"):
         tx.update(params, tx.init(params), params, masks={"layers": {0: {"kernel": True}}})
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: tx,
+        lambda tx: optax.chain(optax.clip_by_global_norm(1.0), tx),
+        lambda tx: optax.MultiSteps(tx, 1),
+        lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda _: True, params)),
+    ],
+    ids=["alone", "chain", "accumulated", "masked"],
+)
+def test_masks_that_change_are_set_in_a_train_state(wrap: Any) -> None:
+    model, x = nn.Sequential([nn.Dense(8), nn.tanh, nn.Dense(2)]), jnp.ones((3, 4))
+    params = model.init(jax.random.key(0), x)["params"]
+    tx = wrap(freeze_masked(optax.adamw(0.1, weight_decay=0.1)))
+    state, live = TrainState.create(apply_fn=model.apply, params=params, tx=tx), prune_tree(params, 0.3)
+
+    @jax.jit
+    def step(state: Any) -> Any:
+        return state.apply_gradients(grads=jax.grad(lambda p: (model.apply({"params": p}, x) ** 2).sum())(state.params))
+
+    with pytest.raises(ValueError, match="or set them in its state, with set_optimizer_masks"):
+        step(state)
+    for sparsity in (0.5, 0.8):
+        live = prune_tree(state.params, sparsity, masks=live)
+        state = state.replace(
+            params=apply_masks(state.params, live), opt_state=set_optimizer_masks(state.opt_state, live)
+        )
+        for _ in range(3):
+            before, state = state.params, step(state)
+        for name in ("layers_0", "layers_2"):
+            kernel, mask = state.params[name]["kernel"], live[name]["kernel"]
+            assert not np.asarray(kernel)[~mask].any()
+            assert (np.asarray(kernel != before[name]["kernel"]) == np.asarray(mask)).mean() > 0.9
+    with pytest.raises(ValueError, match="no freeze_masked in this optimizer's state"):
+        set_optimizer_masks(optax.adam(0.1).init(params), live)

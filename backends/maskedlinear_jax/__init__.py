@@ -9,7 +9,7 @@ if jax.__version_info__ < (0, 6):
     )
 
 from maskedlinear_jax._functional import masked_linear
-from maskedlinear_jax._optim import freeze_masked
+from maskedlinear_jax._optim import freeze_masked, set_optimizer_masks
 from maskedlinear_jax._schedule import PruningState, scheduled_pruning
 from maskedlinear_jax._sparse import sparse_linear
 from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
@@ -22,5 +22,6 @@ __all__ = [
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
+    "set_optimizer_masks",
     "sparse_linear",
 ]

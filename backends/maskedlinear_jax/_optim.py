@@ -13,7 +13,7 @@ from jax import Array
 from maskedlinear_jax._functional import as_array, boolean_mask
 from maskedlinear_jax._tree import named_leaves
 
-__all__ = ["freeze_masked", "renewed_state", "to_zero"]
+__all__ = ["freeze_masked", "renewed_state", "set_optimizer_masks", "to_zero"]
 
 Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what is fresh
 
@@ -31,7 +31,7 @@ def freeze_masked(
         updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": None})
 
     Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
-    ``flax.training.train_state.TrainState``.
+    ``flax.training.train_state.TrainState``. Those that do change are set in its state, by :func:`set_optimizer_masks`.
 
     What stands under a mask becomes +0 with the next update, exactly if it is finite and the update as wide as the
     parameter: weights that are to come back are kept elsewhere, as Flax's layers keep them. Without ``params`` it stays as
@@ -66,9 +66,12 @@ def freeze_masked(
         updates: Any, state: FrozenState, params: Any = None, *, masks: Any = None, **extra: Any
     ) -> tuple[Any, FrozenState]:
         if masks is None:
-            masks = _always(always, params)
+            masks = _always(always, params) if state.masks is None else state.masks
         if masks is None:
-            raise ValueError("freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks)")
+            raise ValueError(
+                "freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks); or set them in "
+                "its state, with set_optimizer_masks, where somebody else calls update"
+            )
         masks = _like(updates, masks)
         like = updates if params is None else params  # a gradient for each example has a dimension more
         live = jax.tree_util.tree_map_with_path(_live, like, masks)
@@ -79,7 +82,7 @@ def freeze_masked(
             updates = jax.tree.map(_held, updates, live, masks)
         else:
             updates = jax.tree.map(_held, updates, live, masks, params)
-        return updates, FrozenState(kept, live)
+        return updates, FrozenState(kept, live, state.masks)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -90,10 +93,42 @@ class FrozenState(NamedTuple):
     Attributes:
         inner: the state of the transformation itself.
         live: a tree like the parameters': what was live at the last step. Copies, so that buffers can be donated.
+        masks: what holds at steps that are not given masks, if :func:`set_optimizer_masks` has set it.
     """
 
     inner: Any
     live: Any
+    masks: Any = None
+
+
+def set_optimizer_masks(state: Any, masks: Any) -> Any:
+    """Return an optimizer's state whose :func:`freeze_masked` goes by these masks from the next step on.
+
+    For loops that call ``update`` without ``masks``, such as ``flax.training.train_state.TrainState``'s, when masks have
+    changed::
+
+        state = state.replace(opt_state=set_optimizer_masks(state.opt_state, masks))
+
+    Args:
+        state: the state of a guarded transformation, however deep in wrappers (``optax.chain``, ``masked``, ``MultiSteps``).
+        masks: a tree as ``update`` takes it; copied, so that buffers can be donated.
+
+    Raises:
+        ValueError: if there is no guard in the state.
+    """
+    found = False
+
+    def replaced(node: Any) -> Any:
+        nonlocal found
+        if not isinstance(node, FrozenState):
+            return node
+        found = True
+        return node._replace(masks=jax.tree.map(lambda mask: None if mask is True else jnp.copy(mask), masks))
+
+    state = jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, FrozenState))
+    if not found:
+        raise ValueError("there is no freeze_masked in this optimizer's state: wrap the transformation in it first")
+    return state
 
 
 def _renewed(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
