@@ -70,7 +70,7 @@ def test_every_linear_layer_is_masked_in_place_and_back(model: Network, x: Tenso
     model.first.register_forward_hook(lambda *_: calls.append("hook"))
     assert mask_model(model) is model
     assert masked(model) == NAMES
-    children = {"attention.in_proj_weight_mask", "attention.out_proj.weight_mask"}
+    children = {"attention.masked_in_proj_weight", "attention.out_proj.masked_weight"}
     assert {name: part for name, part in model.named_modules() if name not in children} == layers
     assert all(one is parameters[name] for name, one in model.named_parameters())
     assert torch.equal(model(x), before)
@@ -249,7 +249,7 @@ def test_the_report_counts_what_is_live_and_dead() -> None:
     model = nn.Sequential(MaskedLinear(3, 2, mask=mask), SparseLinear(3, 2, mask=mask, bias=False))
     found = summary(model)
     for row, form, nbytes in zip(
-        found.rows, ("dense", "sparse"), (6 * 4 + 2 * 4 + 6, 4 * (2 + 3 + 2 + 4 + 2 + 2)), strict=True
+        found.rows, ("dense", "sparse"), (6 * 4 + 2 * 4 + 6 + 6 * 4, 4 * (2 + 3 + 2 + 4 + 2 + 2)), strict=True
     ):
         assert (row.form, row.shape, row.connections) == (form, (2, 3), 2)
         assert (row.dead_outputs, row.dead_inputs, row.nbytes) == (1, 1, nbytes)

@@ -114,6 +114,11 @@ def scheduled_pruning(
         key = tuple((name, tuple(leaf.shape)) for name, leaf in chosen.items())
         if key not in plans:
             live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, chosen).items()}
+            if any(one.batch_axis not in ((), None) for one in (axes or {}).values()):
+                raise ValueError(
+                    "scheduled_pruning takes each parameter for one matrix; got axes with a batch_axis: prune such a stack "
+                    "between steps, with prune_tree"
+                )
             shapes = {name: matrix_shape(name, shape, axes) for name, shape in key}
             plans[key] = _plan(shapes, live, schedule, scope, on_empty)
         for group in plans[key]:

@@ -16,9 +16,19 @@ import numpy as np
 from jax import Array
 
 from maskedlinear import pruning
+from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import Progress
-from maskedlinear.models import UNKNOWN, WeightAxes, axes_by_name, first_names, why_left_out
-from maskedlinear.pruning._layers import Include, Scoring, layer_seed, matches, score_layers
+from maskedlinear.models import (
+    UNKNOWN,
+    Prunable,
+    WeightAxes,
+    axes_by_name,
+    first_names,
+    prune_weights,
+    regrow_weight,
+    why_left_out,
+)
+from maskedlinear.pruning._layers import Include, Scoring, check_known, layer_seed, matches
 from maskedlinear_jax._functional import as_array, boolean_mask
 
 __all__ = [
@@ -90,31 +100,28 @@ def prune_tree(
     """
     structure = jax.tree.structure(params)
     chosen = chosen_parameters(params, include, axes, warn=True)
-    if block is not None or scope == "erdos_renyi":
-        _check_axes(chosen, axes)
     before, moved = leaves_like(structure, masks, "masks"), leaves_like(structure, gradients, "gradients")
-    weights = {name: as_matrix(name, leaf, axes) for name, (_, leaf) in chosen.items()}
-    found = {name: as_matrix(name, moved[place], axes) for name, (place, _) in chosen.items() if moved is not None}
-    live = None
-    if before is not None:
-        full = {name: jnp.ones(leaf.shape, bool) for name, (_, leaf) in chosen.items()}
-        so_far = {
-            name: full[name] if is_unmasked(before[place]) else before[place] for name, (place, _) in chosen.items()
-        }
-        live = {name: as_matrix(name, boolean_mask(so_far[name], full[name].shape, name), axes) for name in chosen}
-    made = pruning.prune(
-        score_layers(score, weights, found, seed),
-        sparsity=sparsity,
-        masks=live,
+    weights = {}
+    for name, (place, leaf) in chosen.items():
+        live: Any = np.ones(leaf.shape, bool)
+        if before is not None and not is_unmasked(before[place]):
+            live = boolean_mask(before[place], leaf.shape, name)
+        gradient = None if moved is None else moved[place]
+        weights[name] = _prunable(name, leaf, gradient, np.asarray(live), axes)
+    made = prune_weights(
+        weights,
+        sparsity,
+        score=score,
         scope=scope,
         block=block,
+        seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
         progress=progress,
     )
     leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, leaf) in chosen.items():
-        leaves[place] = jnp.asarray(from_matrix(name, made[name], leaf.shape, axes))
+        leaves[place] = jnp.asarray(_restored(name, made[name], leaf.shape, axes))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -162,7 +169,7 @@ def regrow_tree(
             ``jax.grad(dense_loss)(apply_masks(params, masks))``. ``None`` grows at random.
         include: which parameters, as in :func:`prune_tree`.
         axes: as in :func:`prune_tree`.
-        seed: of the random places; another at each step. Parameter i of those that have a mask takes ``seed + i``.
+        seed: of the random places; another at each step. Matrix i of the parameters that have a mask takes ``seed + i``.
 
     Returns:
         The parameters and the masks, trees like those given.
@@ -181,12 +188,15 @@ def regrow_tree(
     }
     if not chosen:
         raise ValueError("connections move in parameters with masks, and there is none: make masks with prune_tree")
-    for number, (name, (place, leaf)) in enumerate(chosen.items()):
+    number = 0
+    for name, (place, leaf) in chosen.items():
         old = np.asarray(boolean_mask(before[place], leaf.shape, name))
-        gradient = None if moved is None else as_matrix(name, moved[place], axes)
-        matrices = as_matrix(name, old, axes), as_matrix(name, leaf, axes)
-        new = pruning.regrow(*matrices, fraction, gradient, seed=layer_seed(seed, number))
-        new = np.asarray(from_matrix(name, new, leaf.shape, axes))
+        gradient = None if moved is None else np.asarray(as_matrix(name, moved[place], axes))
+        rows = None if gradient is None else (lambda start, stop, g=gradient: g[start:stop])
+        new, matrices = regrow_weight(
+            _axes_of(name, leaf.ndim, axes), old, as_numpy(leaf), fraction, rows, layer_seed(seed, number)
+        )
+        number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = jnp.asarray(new)
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, found)
@@ -204,6 +214,7 @@ def chosen_parameters(
     """
     leaves = named_leaves(params)
     asked = [include] if isinstance(include, str) else [] if include is None or callable(include) else list(include)
+    check_known("axes", axes or (), list(leaves))
     asked += axes or ()
     why = {name: why_left_out(name, getattr(leaf, "ndim", 0)) for name, leaf in leaves.items()}
     found = {
@@ -226,13 +237,21 @@ def chosen_parameters(
     return found
 
 
-def _check_axes(chosen: Mapping[str, tuple[int, Any]], axes: Axes) -> None:
-    for name, (_, leaf) in chosen.items():
-        if _axes_of(name, leaf.ndim, axes) is None:
-            raise ValueError(
-                f"blocks and Erdős–Rényi need to know which axes of {name}, shape {leaf.shape}, are inputs and outputs: "
-                f"pass axes={{{name!r}: WeightAxes(...)}}, or leave it out with include=..."
-            )
+def _prunable(name: str, leaf: Any, gradient: Any, live: Any, axes: Axes) -> Prunable:
+    """Return a parameter as its matrix (out, in), a stack of them, or, if nobody knows its axes, as it is."""
+    known = _axes_of(name, leaf.ndim, axes)
+    if known is None:
+        return Prunable(None, leaf, gradient, live)
+    alone = known.matrix_shape(leaf.shape)[0] == 1
+    parts: list[Any] = [None if array is None else known.matrices(array) for array in (leaf, gradient, live)]
+    parts = [part if part is None or not alone else part[0] for part in parts]
+    return Prunable(WeightAxes() if alone else WeightAxes(1, 2, 0), *parts)
+
+
+def _restored(name: str, mask: Any, shape: tuple[int, ...], axes: Axes) -> Any:
+    """Return a mask of what :func:`_prunable` made as one of the parameter."""
+    known = _axes_of(name, len(shape), axes)
+    return mask if known is None else known.from_matrices(mask, shape)
 
 
 def _axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:

@@ -106,6 +106,10 @@ class MaskedWeight(nn.Module):
             self._set_dormant(torch.where(mask, 0, kept))
         return mask
 
+    def _current(self) -> Tensor | None:
+        """Return the parameter that is the weight now; ``None`` if it is computed."""
+        return self._parameters.get("weight")
+
     def is_clean(self) -> bool:
         """Whether the layer's own weight is known to be +0 under the mask as both stand."""
         own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
@@ -472,7 +476,7 @@ def _project_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     for mask in list(_alive):
-        weight = mask._parameters.get("weight")
+        weight = mask._current()
         if weight is not None and id(weight) in held and not mask.is_clean():
             mask.project()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
+from maskedlinear.models import WeightAxes, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
 from maskedlinear_torch._functional import flatten_batch
@@ -49,7 +50,8 @@ class DenseGradients:
 
     def add_whole(self, mask: WeightMask, g: Tensor) -> None:
         """Take down the gradient of a weight, or add one up to what there was."""
-        matrices = axes_of_mask(mask).matrices(as_numpy(full_tensor(g.detach())))
+        axes = axes_of_mask(mask) or WeightAxes.of_entries(g.dim())
+        matrices = axes.matrices(as_numpy(full_tensor(g.detach())))
         self._whole[mask] = self._whole.get(mask, 0) + np.array(matrices)
 
     def are_finite(self, model: nn.Module, group: Group) -> bool:
@@ -178,15 +180,10 @@ def regrow_model(
             planned.append(pruning.regrow_pattern(layer.pattern, layer.weight_values, fraction, rows, seed=own))
             place += 1
             continue
-        axes, shape = axes_of_mask(layer), tuple(layer.mask.shape)
-        masks = axes.matrices(full_tensor(layer.mask).cpu().numpy())
-        weights = axes.matrices(as_numpy(full_tensor(layer.weight.detach())))
-        moved = [
-            pruning.regrow(mask, weight, fraction, _shifted(rows, i * mask.shape[0]), seed=layer_seed(seed, place + i))
-            for i, (mask, weight) in enumerate(zip(masks, weights, strict=True))
-        ]
-        planned.append(axes.from_matrices(np.stack(moved) if moved else masks, shape))
-        place += len(moved)
+        arrays = full_tensor(layer.mask).cpu().numpy(), as_numpy(full_tensor(layer.weight.detach()))
+        mask, matrices = regrow_weight(axes_of_mask(layer), *arrays, fraction, rows, own)
+        planned.append(mask)
+        place += matrices
     return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
 
 
@@ -217,11 +214,6 @@ def _live_values(layer: Masked) -> Tensor:
     return torch.cat(
         [full_tensor(layer.mask).double().flatten(), full_tensor(layer.weight.detach()).double().flatten()]
     )
-
-
-def _shifted(rows: Any, by: int) -> Any:
-    """Return the rows of a matrix that starts so many rows further down."""
-    return rows if rows is None or not by else lambda start, stop: rows(start + by, stop + by)
 
 
 def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:

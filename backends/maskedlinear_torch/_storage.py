@@ -283,5 +283,5 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 def _blocks(mask: Tensor) -> list[slice]:
     """Return the rows of a mask in parts of about ``_BLOCK`` entries."""
-    step = max(1, _BLOCK // max(1, mask.shape[1]))
-    return [slice(start, start + step) for start in range(0, len(mask) if mask.shape[1] else 0, step)]
+    step = max(1, _BLOCK // max(1, mask[:1].numel()))
+    return [slice(start, start + step) for start in range(0, len(mask) if mask.numel() else 0, step)]

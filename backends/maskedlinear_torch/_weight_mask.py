@@ -7,22 +7,24 @@ of ours that could project before it next acts: that every optimizer's step is f
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from maskedlinear_torch._functional import checked_mask
 from maskedlinear_torch._masked_weight import MaskedWeight, forget
 from maskedlinear_torch._storage import OwnWeight, layer_of
 
-__all__ = ["WeightMask"]
+__all__ = ["WeightMask", "child_name"]
 
 
 class WeightMask(MaskedWeight):
     """The mask and the dormant values of one parameter of a module.
 
     Args:
-        module: whose parameter it is; gets this as its child ``"<name>_mask"``.
+        module: whose parameter it is; gets this as its child ``"masked_<name>"``.
         name: of the parameter.
         mask: of its shape, booleans or 0s and 1s; ``None`` is the full mask.
 
@@ -37,10 +39,14 @@ class WeightMask(MaskedWeight):
         super().__init__()
         self.__dict__["_own"] = OwnWeight()
         self.__dict__["_owner"] = module, name  # no child of its child
+        self._moved = False
         self._parameters["weight"] = weight
         self._become_masked(True)
-        module.add_module(_child(name), self)
-        self.__dict__["_handle"] = module.register_load_state_dict_pre_hook(self._hand_over)
+        module.add_module(child_name(name), self)
+        handles = [module.register_load_state_dict_pre_hook(self._hand_over)]
+        if not isinstance(module, nn.MultiheadAttention):  # whose hooks would turn off its encoder's fast inference
+            handles.append(module.register_forward_pre_hook(self._before_call))
+        self.__dict__["_handles"] = handles
         if checked is not None:
             self.set_mask(checked)
 
@@ -52,11 +58,13 @@ class WeightMask(MaskedWeight):
 
     def release(self) -> None:
         """Let go of mask and dormant values: the module has its weight as it acts."""
-        self.project()
-        self._unhook()
         module, name = self.owner
-        del module._modules[_child(name)]
-        self.__dict__["_handle"].remove()
+        if self._current() is not None:
+            self.project()
+        self._unhook()
+        del module._modules[child_name(name)]
+        for handle in self.__dict__["_handles"]:
+            handle.remove()
         forget(self)
 
     def project(self) -> None:
@@ -71,13 +79,56 @@ class WeightMask(MaskedWeight):
 
     def extra_repr(self) -> str:
         """Say whose it is, and how sparse."""
-        return f"{self.owner[1]}" + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+        module, name = self.owner
+        return f"{name} of {type(module).__name__}" + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+
+    def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
+        """Go through no parameters: the weight is the module's, for whoever asks modules one by one too."""
+        return iter(())
+
+    def _current(self) -> Tensor | None:
+        """Return the parameter that the module has now; ``None`` if it is computed."""
+        module, name = self.owner
+        return module._parameters.get(name)
+
+    def _require(self) -> Tensor:
+        """Return the parameter that the module has now.
+
+        Raises:
+            ValueError: if it has none any more.
+        """
+        weight = self._current()
+        if weight is None:
+            module, name = self.owner
+            raise ValueError(
+                f"the masked parameter {name!r} of a {type(module).__name__} is computed now (by parametrize, weight_norm "
+                "or prune), so that its mask does not act: call unmask_model before, or compute it from a masked one"
+            )
+        return weight
+
+    def _before_call(self, *_: Any) -> None:
+        """See to it that the module is called with a weight that is +0 under the mask; a lent one is left alone."""
+        if torch.compiler.is_compiling():
+            return
+        if self._moved:  # a conversion may have put another parameter in place, or lost its hooks
+            self._moved = False
+            self._follow()
+            self._unhook()
+        if self._require() is not self._parameters.get("weight"):
+            return
+        if self.weight.requires_grad and self._own.hook is None:
+            self._hook()
+        if not self.is_clean():
+            self.project()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self._moved = True  # the module converts the parameter once more, after this
+        return super()._apply(fn, recurse)
 
     def _follow(self) -> None:
         """Take the parameter that the module has now for the weight."""
-        module, name = self.owner
-        weight = module._parameters.get(name)
-        if weight is not self._parameters.get("weight") and weight is not None:
+        weight = self._require()
+        if weight is not self._parameters.get("weight") and isinstance(weight, nn.Parameter):
             other = layer_of(weight)
             if isinstance(other, MaskedWeight) and other is not self:
                 self._share(other)
@@ -98,7 +149,7 @@ class WeightMask(MaskedWeight):
         """Give this what a state has for the module's parameter: it is to be divided into live and dormant values."""
         name = self.owner[1]
         if prefix + name in state_dict:
-            state_dict[f"{prefix}{_child(name)}.weight"] = state_dict[prefix + name]
+            state_dict[f"{prefix}{child_name(name)}.weight"] = state_dict[prefix + name]
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
         super()._load_from_state_dict(state_dict, prefix, *rest)
@@ -107,5 +158,6 @@ class WeightMask(MaskedWeight):
             missing_keys.remove(prefix + "weight")
 
 
-def _child(name: str) -> str:
-    return f"{name}_mask"
+def child_name(name: str) -> str:
+    """Return what the child is called that has a parameter's mask; not as torch's ``prune`` calls its buffers."""
+    return f"masked_{name}"

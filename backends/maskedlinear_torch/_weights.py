@@ -14,7 +14,7 @@ from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, why_left_out
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
-from maskedlinear_torch._weight_mask import WeightMask
+from maskedlinear_torch._weight_mask import WeightMask, child_name
 
 __all__ = [
     "ModelWeight",
@@ -53,6 +53,7 @@ for _dimensions, (_plain, _transposed) in enumerate(
 
 # Of modules that have no entry, by their type's name (no framework is imported for it) or by the parameter's.
 _BY_TYPE_NAME: dict[str, Axes] = {"Conv1D": {"weight": WeightAxes(out_axis=1, in_axis=0)}}
+_TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 _EXPERT_NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 
 
@@ -128,7 +129,7 @@ class ModelWeight:
     def mask(self) -> MaskedWeight | None:
         """Its mask, if it has one."""
         for _, module, parameter in self.users:
-            child = module._modules.get(f"{parameter}_mask")
+            child = module._modules.get(child_name(parameter))
             if isinstance(child, WeightMask):
                 return child
             if isinstance(module, MaskedLinear) and parameter == "weight":
@@ -147,7 +148,7 @@ def axes_of(module: nn.Module, parameter: str, value: Tensor) -> WeightAxes | No
     if value.dim() == 2 and (parameter == "weight" or parameter in _EXPERT_NAMES):
         return _MATRIX
     if value.dim() == 3 and parameter in _EXPERT_NAMES:
-        turned = getattr(module, "is_transposed", False)
+        turned = getattr(module, "is_transposed", type(module).__name__ in _TRANSPOSED_EXPERTS)
         return WeightAxes(batch_axis=0, out_axis=2, in_axis=1) if turned else _EXPERTS
     return None
 
@@ -170,13 +171,12 @@ def mask_name(path: str, mask: MaskedWeight) -> str:
     return _called(path.rpartition(".")[0], mask.owner[1]) if isinstance(mask, WeightMask) else path
 
 
-def axes_of_mask(mask: MaskedWeight) -> WeightAxes:
-    """Return what the axes of a masked weight mean; of one that nobody knows, that each entry stands for itself."""
+def axes_of_mask(mask: MaskedWeight) -> WeightAxes | None:
+    """Return what the axes of a masked weight mean; ``None`` if nobody knows."""
     if not isinstance(mask, WeightMask):
         return _MATRIX
     module, parameter = mask.owner
-    axes = axes_of(module, parameter, mask.weight)
-    return axes or WeightAxes(out_axis=(), in_axis=tuple(range(mask.weight.dim())))
+    return axes_of(module, parameter, mask.weight)
 
 
 def is_releasable(mask: MaskedWeight) -> bool:
@@ -234,6 +234,8 @@ def _why_fixed(user: User, value: Tensor) -> str:
         and f"{name[:-2]}_v" in module._parameters
     ):
         return "computed by weight_norm: remove that before"
+    if isinstance(module, _EMBEDDINGS) and module.sparse:
+        return "embedding with sparse gradients"
     return "" if value.is_floating_point() else "not of a floating dtype"
 
 

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedParameter
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
+from maskedlinear.masks._random import checked_zeros
 from maskedlinear.models import (
     NO_WEIGHT,
     SHARED,
@@ -20,6 +21,7 @@ from maskedlinear.models import (
     Of,
     Prunable,
     UnmaskedParameter,
+    WeightAxes,
     WeightSummary,
     first_names,
     prune_weights,
@@ -103,14 +105,12 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
 
 
 def _mask(weight: ModelWeight, mask: Tensor | None) -> None:
-    """Give a weight its mask: every plain linear layer that holds it becomes masked; if others hold it, the first of them
-    has a child for it."""
-    plain = [user.module for user in weight.users if type(user.module) is nn.Linear and user.parameter == "weight"]
-    others = [user for user in weight.users if user.module not in plain]
-    if others:
-        WeightMask(others[0].module, others[0].parameter, mask)
-    for layer in plain:
-        MaskedLinear.adopt(layer, None if others else mask)
+    """Give a weight its mask, in every module that holds it: plain linear layers become masked, others get a child."""
+    for _, module, parameter in weight.users:
+        if type(module) is nn.Linear and parameter == "weight":
+            MaskedLinear.adopt(module, mask)
+        else:
+            WeightMask(module, parameter, mask)
 
 
 def _asked_by_name(include: Include) -> Sequence[str]:
@@ -246,8 +246,6 @@ def prune_model(
         )
         for name, layer in layers.items()
     }
-    others = [] if of == "masked" and include is not None else model_weights(model)
-    counted = [other for other in others if of == "model" or other.why not in NO_WEIGHT]
     masks = prune_weights(
         weights,
         sparsity,
@@ -257,7 +255,7 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        fraction_of=None if of == "masked" else sum(map(_size, counted)),
+        num_zeros=None if of == "masked" else _zeros_left(summary(model), sparsity, of, weights),
         progress=progress,
     )
     if group is not None:
@@ -266,7 +264,7 @@ def prune_model(
     for name, layer in layers.items():
         layer.set_mask(masks[name])
     if of == "masked" and include is None:
-        _warn_of_sparse([other.name for other in others if other.sparse is not None])
+        _warn_of_sparse([other.name for other in model_weights(model) if other.sparse is not None])
     return before
 
 
@@ -282,9 +280,12 @@ def _gradient(mask: MaskedWeight, group: Group, score: Scoring) -> Tensor | None
     )
 
 
-def _size(weight: ModelWeight) -> int:
-    """Return how many numbers a parameter has; of one in the sparse form, its whole weight."""
-    return weight.sparse.in_features * weight.sparse.out_features if weight.sparse else weight.value.numel()
+def _zeros_left(table: ModelSummary, sparsity: float, of: Of, pruned: Mapping[str, Any]) -> int:
+    """Return how many entries of the weights to prune are masked when this fraction of all weights, or of the model, is."""
+    size = sum(row.size for row in table.rows)
+    size += sum(other.size for other in table.unmasked if of == "model" or other.is_weight)
+    elsewhere = sum(row.size - row.connections for row in table.rows if row.name not in pruned)
+    return checked_zeros(size, sparsity, None) - elsewhere
 
 
 def _warn_of_sparse(names: Sequence[str]) -> None:
@@ -308,12 +309,17 @@ def summary(model: nn.Module) -> ModelSummary:
             nbytes = sum(tensor.nbytes for tensor in tensors)
             rows.append(WeightSummary.of_pattern(weight.name, weight.sparse.pattern, nbytes))
         elif mask is not None:
-            holder = _module_of(mask)
-            tensors = [*holder.parameters(recurse=False), *holder.buffers(recurse=False)]
-            tensors += [] if holder is mask else [mask.mask]
+            tensors = (
+                [*mask.parameters(recurse=False), mask.mask]
+                if isinstance(mask, MaskedLinear)
+                else [mask.weight, mask.mask]
+            )
+            tensors += [] if mask.dormant is None else [mask.dormant]
             live = full_tensor(mask.known_mask).cpu().numpy()
             nbytes = sum(tensor.nbytes for tensor in tensors)
-            rows.append(WeightSummary.of_mask(weight.name, live, nbytes, axes_of_mask(mask)))
+            rows.append(
+                WeightSummary.of_mask(weight.name, live, nbytes, axes_of_mask(mask) or WeightAxes.of_entries(live.ndim))
+            )
         else:
             uninitialized = isinstance(weight.value, UninitializedParameter)
             shape = () if uninitialized else tuple(weight.value.shape)

@@ -2,7 +2,8 @@
 
 from maskedlinear.models._axes import WeightAxes
 from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, why_left_out
-from maskedlinear.models._prune import Of, Prunable, keep_masks, prune_weights
+from maskedlinear.models._prune import Of, Prunable, prune_weights
+from maskedlinear.models._regrow import regrow_weight
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
 
 __all__ = [
@@ -18,7 +19,7 @@ __all__ = [
     "WeightSummary",
     "axes_by_name",
     "first_names",
-    "keep_masks",
     "prune_weights",
+    "regrow_weight",
     "why_left_out",
 ]

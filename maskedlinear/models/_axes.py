@@ -33,6 +33,11 @@ class WeightAxes:
     in_axis: int | tuple[int, ...] = 1
     batch_axis: int | tuple[int, ...] = ()
 
+    @classmethod
+    def of_entries(cls, ndim: int) -> WeightAxes:
+        """Return the axes of a weight of which nobody knows any: one row, in which each entry stands for itself."""
+        return cls(out_axis=(), in_axis=tuple(range(ndim)))
+
     def order(self, ndim: int) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Return the axes of the stack, of outputs and of inputs, counted from 0, of a weight of ``ndim`` dimensions.
 

@@ -13,10 +13,10 @@ SHARED = "shared with an embedding"
 # Why a parameter is no weight; for any other reason it is one that cannot be masked.
 NO_WEIGHT = (
     *("bias", "norm", "scale or vector", "embedding", "position or embedding", SHARED),
-    *("adapter", "not of a floating dtype"),
+    *("adapter", "not of a floating dtype", "embedding with sparse gradients"),
 )
 
-_EMBEDDINGS = ("pos", "token", "embed")
+_EMBEDDINGS = re.compile(r"pos|positions?|posemb\w*|tokens?|cls|embed\w*|emb")
 _SCALES = ("scale", "gamma", "beta", "mean", "var", "count")
 _KERNELS = re.compile(
     r"(kernel|weight|w)(_[a-z]+)?\d*"
@@ -35,9 +35,9 @@ def why_left_out(name: str, ndim: int) -> str:
         return "bias"
     if own in _SCALES:
         return "scale or vector"
-    if any(word in own for word in _EMBEDDINGS):
+    if any(map(_EMBEDDINGS.fullmatch, re.split(r"[^a-z]+", own.lower()))):
         return "position or embedding"
-    if any("lora_" in part for part in (*modules, own)):
+    if any(part.startswith("lora_") for part in (*modules, own)):
         return "adapter"
     if ndim < 2:
         return "scale or vector"
@@ -56,12 +56,16 @@ def axes_by_name(name: str, ndim: int) -> WeightAxes | None:
     """
     *modules, own = name.split(".")
     kernel, module = own == "kernel", modules[-1].lower() if modules else ""
+    # Of three dimensions, and not one more by a scan: what a stack looks like cannot be told from its name.
+    attention = ndim == 3 and re.search("attention|attn", name.lower()) and "scan" not in name.lower()
     if ndim == 2:
         return WeightAxes(out_axis=1, in_axis=0) if kernel else WeightAxes()
-    if kernel and module in ("query", "key", "value"):
-        return WeightAxes(out_axis=tuple(range(1, ndim)), in_axis=0)
-    if kernel and module == "out" and ndim == 3:
+    if kernel and attention and module in ("query", "key", "value"):
+        return WeightAxes(out_axis=(1, 2), in_axis=0)
+    if kernel and attention and module == "out":
         return WeightAxes(out_axis=2, in_axis=(0, 1))
-    if kernel and module.startswith("conv"):  # channels before the window, as PyTorch has them
+    if (
+        kernel and module.startswith("conv") and "scan" not in name.lower()
+    ):  # channels before the window, as PyTorch has them
         return WeightAxes(out_axis=ndim - 1, in_axis=(ndim - 2, *range(ndim - 2)))
     return None

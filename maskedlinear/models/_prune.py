@@ -11,20 +11,20 @@ from numpy.typing import NDArray
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import Progress
-from maskedlinear.masks._random import checked_zeros
 from maskedlinear.models._axes import WeightAxes
+from maskedlinear.models._summary import first_names
 from maskedlinear.pruning._layers import Scoring, score_layers
 
-__all__ = ["Of", "Prunable", "keep_masks", "prune_weights"]
+__all__ = ["Of", "Prunable", "prune_weights"]
 
 Of = Literal["masked", "weights", "model"]
 Mask = NDArray[np.bool_]
 
 
 class Prunable(NamedTuple):
-    """A masked weight: its axes, values, gradient if it has one, and mask; all of one shape."""
+    """A masked weight: its axes if they are known, values, gradient if it has one, and mask; all of one shape."""
 
-    axes: WeightAxes
+    axes: WeightAxes | None
     weight: Any
     gradient: Any
     mask: Mask
@@ -40,7 +40,7 @@ def prune_weights(
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
-    fraction_of: int | None = None,
+    num_zeros: int | None = None,
     progress: Progress = False,
 ) -> dict[str, Mask]:
     """Return the masks of weights, pruned further to a sparsity, by name.
@@ -58,12 +58,19 @@ def prune_weights(
         seed: of ``"random"``: matrix i takes ``seed + i``.
         on_empty: as above.
         keep_at_least: as above.
-        fraction_of: how many numbers the sparsity is a fraction of; those of ``weights`` if ``None``.
+        num_zeros: how many entries are masked afterwards, in all weights together, in place of ``sparsity``.
         progress: as above.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.prune`, or if there are fewer entries than are to be masked.
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there are fewer entries than are to be masked; or if
+            structure is asked for (blocks, rows, Erdős–Rényi) of a weight whose axes nobody knows.
     """
+    unknown = [name for name, weight in weights.items() if weight.axes is None]
+    if unknown and (block is not None or scope == "erdos_renyi" or "row" in (keep_at_least or {})):
+        raise ValueError(
+            "blocks, rows and Erdős–Rényi need to know which axes are inputs and outputs; nobody knows those of "
+            f"{first_names(unknown)}: tell them (register_axes, axes=), or leave it out with include=..."
+        )
     if callable(score) or isinstance(score, Mapping):
         whole = score_layers(
             score, {n: w.weight for n, w in weights.items()}, {n: w.gradient for n, w in weights.items()}
@@ -75,14 +82,13 @@ def prune_weights(
         scores = score_layers(score, values, _matrices(weights, gradients), seed)
     size = sum(w.mask.size for w in weights.values())
     amount: dict[str, Any] = {"sparsity": sparsity}
-    if fraction_of is not None and fraction_of != size:
-        zeros = checked_zeros(fraction_of, sparsity, None)
-        if zeros > size:
+    if num_zeros is not None:
+        if num_zeros > size:
             raise ValueError(
-                f"{zeros} of {fraction_of} numbers cannot be masked, where {size} are in masked weights: ask for a smaller "
-                "fraction, or mask more of the model"
+                f"{num_zeros} numbers cannot be masked, where {size} are in masked weights: ask for a smaller fraction, or "
+                "mask more of the model"
             )
-        amount = {"sparsity": zeros / size} if scope == "layer" else {"num_zeros": zeros}
+        amount = {"sparsity": num_zeros / size} if scope == "layer" else {"num_zeros": max(num_zeros, 0)}
     pruned = pruning.prune(
         scores,
         **amount,
@@ -93,25 +99,25 @@ def prune_weights(
         keep_at_least=keep_at_least,
         progress=progress,
     )
-    return keep_masks(weights, pruned)
-
-
-def keep_masks(weights: Mapping[str, Prunable], matrices: Mapping[str, Mask]) -> dict[str, Mask]:
-    """Return the masks of whole weights, of those of their matrices."""
-    masks, rest = {}, iter(matrices.values())
+    rest = iter(pruned.values())
+    masks = {}
     for name, weight in weights.items():
-        stacked = weight.axes.matrix_shape(weight.mask.shape)[0]
-        parts = [next(rest) for _ in range(stacked)]
-        whole = parts[0] if stacked == 1 else np.stack(parts) if parts else np.ones(weight.mask.shape, bool)
-        masks[name] = weight.axes.from_matrices(whole, weight.mask.shape)
+        axes, shape = _axes(weight), weight.mask.shape
+        parts = [next(rest) for _ in range(axes.matrix_shape(shape)[0])]
+        masks[name] = axes.from_matrices(np.stack(parts), shape) if parts else np.ones(shape, bool)
     return masks
+
+
+def _axes(weight: Prunable) -> WeightAxes:
+    """Return a weight's axes; of one that nobody knows, that each entry stands for itself."""
+    return weight.axes or WeightAxes.of_entries(weight.mask.ndim)
 
 
 def _matrices(weights: Mapping[str, Prunable], arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Return the matrices of weights by name, and by number where there are several in a weight."""
     matrices = {}
     for name, array in arrays.items():
-        parts = weights[name].axes.matrices(array)
+        parts = _axes(weights[name]).matrices(array)
         for place, matrix in enumerate(parts):
             matrices[name if len(parts) == 1 else f"{name}[{place}]"] = matrix
     return matrices

@@ -21,6 +21,7 @@ from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan
 
 __all__ = ["OnEmpty", "Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
 
+_NAMES = 8  # that a message lists
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
 
 _logger = logging.getLogger("maskedlinear")
@@ -309,4 +310,5 @@ def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None
 def _of(names: Sequence[Any]) -> str:
     if list(names) == [0]:
         return ""
-    return f" of {', '.join(str(name) if isinstance(name, str) else f'layer {name}' for name in names)}"
+    named = [name if isinstance(name, str) else f"layer {name}" for name in names]
+    return f" of {', '.join(named[:_NAMES])}" + (f" and {len(named) - _NAMES} more" if len(named) > _NAMES else "")
