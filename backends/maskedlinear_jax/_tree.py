@@ -28,7 +28,7 @@ from maskedlinear.models import (
     regrow_weight,
     why_left_out,
 )
-from maskedlinear.pruning._layers import Include, Scoring, check_known, layer_seed, matches
+from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, layer_seed, matches
 from maskedlinear_jax._functional import as_array, boolean_mask
 
 __all__ = [
@@ -213,9 +213,8 @@ def chosen_parameters(
         ValueError: if there is none.
     """
     leaves = named_leaves(params)
-    asked = [include] if isinstance(include, str) else [] if include is None or callable(include) else list(include)
     check_known("axes", axes or (), list(leaves))
-    asked += axes or ()
+    asked = [*asked_by_name(include), *(axes or ())]
     why = {name: why_left_out(name, getattr(leaf, "ndim", 0)) for name, leaf in leaves.items()}
     found = {
         name: (place, leaf)

@@ -20,8 +20,7 @@ from maskedlinear.models import MaskCheck
 from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._storage import bits_of, version_of
-from maskedlinear_torch._weight_mask import WeightMask
-from maskedlinear_torch._weights import is_releasable, mask_name, masked_weights, release
+from maskedlinear_torch._weights import is_releasable, masked_weights, release, walk_masked
 
 __all__ = ["check_masks"]
 
@@ -65,7 +64,8 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     if not isinstance(model, nn.Module):
         raise TypeError(f"check_masks takes a torch.nn.Module; got {type(model).__name__}")
     model = model.module if isinstance(model, DistributedDataParallel) else model
-    layers = dict(_masked_layers(model))
+    # As they stand: named_modules would set right what is to be reported.
+    layers = {name: mask for name, mask in walk_masked(model) if isinstance(mask, MaskedWeight)}
     if not layers:
         raise ValueError("check_masks checks masked weights, and this model has none: make them with mask_model(model)")
     if any(tensor.is_meta or is_sharded(tensor) for layer in layers.values() for tensor in (layer.weight, layer.mask)):
@@ -83,23 +83,6 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     for training in (True, False):
         _check_mode(model, layers, partial(_run, inputs=inputs, kwargs=kwargs, training=training), training, failures)
     return MaskCheck(list(layers), {name: what for name, what in failures.items() if what})
-
-
-def _masked_layers(
-    module: nn.Module, name: str = "", seen: set[int] | None = None
-) -> Iterator[tuple[str, MaskedWeight]]:
-    """Yield the masked layers, by name; past ``named_modules``, in which they would set right what is to be reported."""
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, MaskedWeight):
-        yield mask_name(name, module), module
-    # A module's own weights come before those of its children, as in get_masks.
-    children = sorted(module._modules.items(), key=lambda item: not isinstance(item[1], WeightMask))
-    for key, child in children:
-        if child is not None:
-            yield from _masked_layers(child, f"{name}.{key}" if name else key, seen)
 
 
 def _check_mode(

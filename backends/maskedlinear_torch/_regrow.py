@@ -25,7 +25,7 @@ from maskedlinear_torch._optim import renew
 from maskedlinear_torch._ranks import Group, active_group, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
-from maskedlinear_torch._weights import axes_of_mask, mask_name
+from maskedlinear_torch._weights import axes_of_mask, masked_weights, walk_masked
 
 __all__ = ["DenseGradients", "dense_gradients", "regrow_model"]
 
@@ -56,7 +56,7 @@ class DenseGradients:
 
     def are_finite(self, model: nn.Module, group: Group) -> bool:
         """Whether all numbers are finite, in all processes: where a loss was scaled too much, none of them are of use."""
-        _who(model, group, self)
+        _processes_of(model, group, self)
         arrays = [array for pairs in self._pairs.values() for pair in pairs for array in pair]
         finite = all(bool(array.isfinite().all()) for array in arrays)
         finite = finite and all(bool(np.isfinite(whole).all()) for whole in self._whole.values())
@@ -165,13 +165,15 @@ def regrow_model(
             weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN,
             ``gradients`` lack a layer, or processes have different masks. The model is left as it was.
     """
-    layers = [layer for name, layer in _masked(model) if matches(name, layer, include)]
+    masked_weights(model)  # which projects them
+    named = {name: layer for name, layer in walk_masked(model) if matches(name, layer, include)}
+    layers = list(named.values())
     if not layers:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
-    together = _who(model, group, gradients)
+    together = _processes_of(model, group, gradients)
     if together is not None:
-        check_alike("what is live", {str(i): _live_values(layer) for i, layer in enumerate(layers)}, together)
+        check_alike("what is live", {name: _live_values(layer) for name, layer in named.items()}, together)
     planned: list[Any] = []
     place = 0
     for layer in layers:
@@ -187,17 +189,7 @@ def regrow_model(
     return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
 
 
-def _masked(model: nn.Module) -> Iterator[tuple[str, Masked]]:
-    """Yield the masked weights of both forms, in the model's order."""
-    for name, module in model.named_modules():
-        if isinstance(module, MaskedLinear | SparseLinear):
-            yield name, module
-        for key, child in module._modules.items():
-            if isinstance(child, WeightMask):
-                yield mask_name(f"{name}.{key}" if name else key, child), child
-
-
-def _who(model: nn.Module, group: Group, gradients: DenseGradients | None) -> Group:
+def _processes_of(model: nn.Module, group: Group, gradients: DenseGradients | None) -> Group:
     """Return the processes that move connections together; gradients are averaged over them from now on."""
     together = group_of(model, group)
     if together is None and group is not None and gradients is not None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -20,11 +21,11 @@ __all__ = [
     "ModelWeight",
     "axes_of_mask",
     "is_releasable",
-    "mask_name",
     "masked_weights",
     "model_weights",
     "register_axes",
     "release",
+    "walk_masked",
 ]
 
 _MATRIX = WeightAxes(out_axis=0, in_axis=1)
@@ -153,20 +154,34 @@ def axes_of(module: nn.Module, parameter: str, value: Tensor) -> WeightAxes | No
     return None
 
 
+def walk_masked(
+    module: nn.Module, path: str = "", seen: set[int] | None = None
+) -> Iterator[tuple[str, MaskedWeight | SparseLinear]]:
+    """Yield the masked weights of both forms, by name, a module's own before those of its children.
+
+    Past ``named_modules``, which projects: they are as they stand.
+    """
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, MaskedWeight | SparseLinear):
+        yield mask_name(path, module), module
+    for key, child in sorted(module._modules.items(), key=lambda item: not isinstance(item[1], WeightMask)):
+        if child is not None:
+            yield from walk_masked(child, f"{path}.{key}" if path else key, seen)
+
+
 def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
-    """Return the masked weights of a model, by name; those in the dense form."""
-    masks: dict[str, MaskedWeight] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, MaskedLinear):
-            masks[path] = module
-        # In the order of parameters: a module's own before those of its children.
-        masks |= {
-            _called(path, child.owner[1]): child for child in module._modules.values() if isinstance(child, WeightMask)
-        }
+    """Return the masked weights of a model in the dense form, by name, projected."""
+    masks = {name: mask for name, mask in walk_masked(model) if isinstance(mask, MaskedWeight)}
+    for mask in masks.values():
+        if not torch.compiler.is_compiling() and not mask.is_clean():
+            mask.project()
     return masks
 
 
-def mask_name(path: str, mask: MaskedWeight) -> str:
+def mask_name(path: str, mask: nn.Module) -> str:
     """Return the name of a masked weight, of the path at which its mask is in a model."""
     return _called(path.rpartition(".")[0], mask.owner[1]) if isinstance(mask, WeightMask) else path
 

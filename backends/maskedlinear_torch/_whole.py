@@ -26,7 +26,7 @@ from maskedlinear.models import (
     first_names,
     prune_weights,
 )
-from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, select_weights
+from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches, select_weights
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
@@ -80,7 +80,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
-    masks, asked = dict(masks or {}), _asked_by_name(include)
+    masks, asked = dict(masks or {}), asked_by_name(include)
     weights = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
     named = {user.name: weight for weight in weights for user in weight.users}
     for name in (*masks, *asked):
@@ -111,11 +111,6 @@ def _mask(weight: ModelWeight, mask: Tensor | None) -> None:
             MaskedLinear.adopt(module, mask)
         else:
             WeightMask(module, parameter, mask)
-
-
-def _asked_by_name(include: Include) -> Sequence[str]:
-    """Return what stands in ``include`` that may be the very name of a weight."""
-    return () if include is None or callable(include) else [include] if isinstance(include, str) else list(include)
 
 
 def _warn_of(left_out: Sequence[ModelWeight]) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "Scores",
     "Scoring",
     "as_dict",
+    "asked_by_name",
     "check_known",
     "layer_seed",
     "like_input",
@@ -59,6 +60,11 @@ def matches(name: str, layer: Any, include: Include) -> bool:
     if callable(include):
         return bool(include(name, layer))
     return any(fnmatchcase(name, pattern) for pattern in ([include] if isinstance(include, str) else include))
+
+
+def asked_by_name(include: Include) -> list[str]:
+    """Return what stands in ``include`` that may be the very name of a layer, not a pattern of several."""
+    return [include] if isinstance(include, str) else [] if include is None or callable(include) else list(include)
 
 
 def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
