@@ -13,8 +13,9 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict
 
 from maskedlinear import pruning
-from maskedlinear.jax import apply_masks, freeze_masked, prune_tree
+from maskedlinear.jax import apply_masks, freeze_masked, prune_tree, scheduled_pruning
 from maskedlinear.models import WeightAxes
+from maskedlinear.pruning import CubicSchedule
 
 RNG = np.random.default_rng(0)
 PARAMS = {
@@ -127,6 +128,9 @@ def test_matrices_and_kernels_are_pruned_and_nothing_else() -> None:
     assert {path[0] for path, mask in flatten_dict(named).items() if mask is not None} == {"Embed_0", "Dense_0"}
     with pytest.raises(ValueError, match=r"nobody knows those of ScanLayer_0.Dense_0.kernel: tell them"):
         prune_tree(params, 0.5, scope="erdos_renyi")
+    schedule = CubicSchedule(0.5, begin=0, end=1)
+    with pytest.raises(ValueError, match=r"nobody knows those of ScanLayer_0.Dense_0.kernel: tell them"):
+        scheduled_pruning(optax.sgd(0.1), schedule, scope="erdos_renyi").init(params)
     axes = {"ScanLayer_0.Dense_0.kernel": WeightAxes(batch_axis=0, in_axis=1, out_axis=2)}
     prune_tree(params, 0.5, scope="erdos_renyi", axes=axes)
 

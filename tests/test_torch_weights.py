@@ -375,6 +375,8 @@ def test_layers_in_the_sparse_form_are_not_passed_over_in_silence() -> None:
     prune_model(model, 0.5)
     compress(model[0:1], "sparse")
     model[0] = compress(model[0], "sparse")
+    with pytest.raises(ValueError, match="masks must be of layers that there are; got '0'"):
+        mask_model(model, {"0": torch.ones(8)})  # which is no name of its bias
     with pytest.warns(UserWarning, match="0 in the sparse form stay as they are"):
         prune_model(model, 0.9)
     with warnings.catch_warnings():

@@ -13,6 +13,7 @@ import optax
 from jax import Array, lax
 
 from maskedlinear import pruning
+from maskedlinear.models import refuse_unknown
 from maskedlinear.pruning._edges import zeros_by_scope
 from maskedlinear.pruning._layers import Include
 from maskedlinear_jax._functional import boolean_mask
@@ -21,6 +22,7 @@ from maskedlinear_jax._select import check_comparable, clear_smallest
 from maskedlinear_jax._tree import (
     Axes,
     as_matrix,
+    axes_of,
     chosen_parameters,
     from_matrix,
     is_unmasked,
@@ -119,6 +121,8 @@ def scheduled_pruning(
                     "scheduled_pruning takes each parameter for one matrix; got axes with a batch_axis: prune such a stack "
                     "between steps, with prune_tree"
                 )
+            if scope == "erdos_renyi":
+                refuse_unknown([name for name, shape in key if axes_of(name, len(shape), axes) is None])
             shapes = {name: matrix_shape(name, shape, axes) for name, shape in key}
             plans[key] = _plan(shapes, live, schedule, scope, on_empty)
         for group in plans[key]:

@@ -35,6 +35,7 @@ __all__ = [
     "Axes",
     "apply_masks",
     "as_matrix",
+    "axes_of",
     "chosen_parameters",
     "from_matrix",
     "is_unmasked",
@@ -194,7 +195,7 @@ def regrow_tree(
         gradient = None if moved is None else np.asarray(as_matrix(name, moved[place], axes))
         rows = None if gradient is None else (lambda start, stop, g=gradient: g[start:stop])
         new, matrices = regrow_weight(
-            _axes_of(name, leaf.ndim, axes), old, as_numpy(leaf), fraction, rows, layer_seed(seed, number)
+            axes_of(name, leaf.ndim, axes), old, as_numpy(leaf), fraction, rows, layer_seed(seed, number)
         )
         number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
@@ -238,7 +239,7 @@ def chosen_parameters(
 
 def _prunable(name: str, leaf: Any, gradient: Any, live: Any, axes: Axes) -> Prunable:
     """Return a parameter as its matrix (out, in), a stack of them, or, if nobody knows its axes, as it is."""
-    known = _axes_of(name, leaf.ndim, axes)
+    known = axes_of(name, leaf.ndim, axes)
     if known is None:
         return Prunable(None, leaf, gradient, live)
     alone = known.matrix_shape(leaf.shape)[0] == 1
@@ -249,17 +250,18 @@ def _prunable(name: str, leaf: Any, gradient: Any, live: Any, axes: Axes) -> Pru
 
 def _restored(name: str, mask: Any, shape: tuple[int, ...], axes: Axes) -> Any:
     """Return a mask of what :func:`_prunable` made as one of the parameter."""
-    known = _axes_of(name, len(shape), axes)
+    known = axes_of(name, len(shape), axes)
     return mask if known is None else known.from_matrices(mask, shape)
 
 
-def _axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:
+def axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:
+    """Return what the axes of a parameter mean: as it was told, or by its name; ``None`` if neither says."""
     return (axes or {}).get(name) or axes_by_name(name, ndim)
 
 
 def as_matrix(name: str, array: Any, axes: Axes = None) -> Any:
     """Return a parameter as ``(out, in)``, stacked matrices after each other; ``(1, size)`` if nobody knows its axes."""
-    known = _axes_of(name, array.ndim, axes)
+    known = axes_of(name, array.ndim, axes)
     if known is None:
         return array.reshape(1, -1)
     matrices: Any = known.matrices(array)
@@ -268,14 +270,14 @@ def as_matrix(name: str, array: Any, axes: Axes = None) -> Any:
 
 def matrix_shape(name: str, shape: tuple[int, ...], axes: Axes = None) -> tuple[int, int]:
     """Return the shape of :func:`as_matrix`."""
-    known = _axes_of(name, len(shape), axes)
+    known = axes_of(name, len(shape), axes)
     stacked, out, in_ = (1, 1, math.prod(shape)) if known is None else known.matrix_shape(shape)
     return stacked * out, in_
 
 
 def from_matrix(name: str, matrix: Any, shape: tuple[int, ...], axes: Axes = None) -> Any:
     """Return what :func:`as_matrix` made the matrix of: an array of ``shape``."""
-    known = _axes_of(name, len(shape), axes)
+    known = axes_of(name, len(shape), axes)
     return matrix.reshape(shape) if known is None else known.from_matrices(matrix, shape)
 
 

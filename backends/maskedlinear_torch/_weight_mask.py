@@ -1,8 +1,8 @@
 """``WeightMask``: the mask of a weight whose module stays what it is, a convolution, an attention, experts.
 
 It is a child of that module, so that it goes wherever the module goes: conversions, copies, states. The module computes as
-it always does, with a weight that is +0 under the mask, and the mask's hook sees to its gradient. Such a module has no call
-of ours that could project before it next acts: that every optimizer's step is followed by a projection is what it lives by.
+it always does, with a weight that is +0 under the mask, and the mask's hook sees to its gradient. Every optimizer's step is
+followed by a projection, and so is every other edit in place, by a hook before the module's next call.
 """
 
 from __future__ import annotations

@@ -88,7 +88,7 @@ class User(NamedTuple):
     @property
     def name(self) -> str:
         """What the parameter's mask is called: of a ``weight`` as the module is, of any other with its own name."""
-        return self.path if isinstance(self.module, SparseLinear) else _called(self.path, self.parameter)
+        return self.path if self.parameter == "weight_values" else _called(self.path, self.parameter)
 
 
 @dataclass

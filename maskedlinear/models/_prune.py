@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -15,7 +15,7 @@ from maskedlinear.models._axes import WeightAxes
 from maskedlinear.models._summary import first_names
 from maskedlinear.pruning._layers import Scoring, score_layers
 
-__all__ = ["Of", "Prunable", "prune_weights"]
+__all__ = ["Of", "Prunable", "prune_weights", "refuse_unknown"]
 
 Of = Literal["masked", "weights", "model"]
 Mask = NDArray[np.bool_]
@@ -65,12 +65,8 @@ def prune_weights(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there are fewer entries than are to be masked; or if
             structure is asked for (blocks, rows, Erdős–Rényi) of a weight whose axes nobody knows.
     """
-    unknown = [name for name, weight in weights.items() if weight.axes is None]
-    if unknown and (block is not None or scope == "erdos_renyi" or "row" in (keep_at_least or {})):
-        raise ValueError(
-            "blocks, rows and Erdős–Rényi need to know which axes are inputs and outputs; nobody knows those of "
-            f"{first_names(unknown)}: tell them (register_axes, axes=), or leave it out with include=..."
-        )
+    if block is not None or scope == "erdos_renyi" or "row" in (keep_at_least or {}):
+        refuse_unknown([name for name, weight in weights.items() if weight.axes is None])
     if callable(score) or isinstance(score, Mapping):
         whole = score_layers(
             score, {n: w.weight for n, w in weights.items()}, {n: w.gradient for n, w in weights.items()}
@@ -106,6 +102,15 @@ def prune_weights(
         parts = [next(rest) for _ in range(axes.matrix_shape(shape)[0])]
         masks[name] = axes.from_matrices(np.stack(parts), shape) if parts else np.ones(shape, bool)
     return masks
+
+
+def refuse_unknown(names: Sequence[str]) -> None:
+    """Raise a ``ValueError`` that names weights whose axes nobody knows, where structure is asked for."""
+    if names:
+        raise ValueError(
+            "blocks, rows and Erdős–Rényi need to know which axes are inputs and outputs; nobody knows those of "
+            f"{first_names(names)}: tell them (register_axes, axes=), or leave it out with include=..."
+        )
 
 
 def _axes(weight: Prunable) -> WeightAxes:
