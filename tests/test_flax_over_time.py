@@ -253,7 +253,7 @@ def test_what_cannot_be_moved_is_refused() -> None:
         layer.rewire(before, np.full(72, 72))
     with pytest.raises(ValueError, match=r"in \[0, 1\]"):
         regrow_model(sparse, 1.5)
-    with pytest.raises(ValueError, match="connections move in masked layers, and there is none"):
+    with pytest.raises(ValueError, match="connections move in masked weights, and there is none"):
         regrow_model(sparse, 0.5, include="nonesuch")
     with pytest.raises(ValueError, match=r"layers\.2 has none"):
         regrow_model(sparse, 0.5, gradients={"layers.0": dense_gradients(loss, sparse, X)["layers.0"]})

@@ -42,8 +42,10 @@ __all__ = [
     "leaves_like",
     "matrix_shape",
     "named_leaves",
+    "prunable",
     "prune_tree",
     "regrow_tree",
+    "restored",
 ]
 
 Axes = Mapping[str, WeightAxes] | None
@@ -108,7 +110,7 @@ def prune_tree(
         if before is not None and not is_unmasked(before[place]):
             live = boolean_mask(before[place], leaf.shape, name)
         gradient = None if moved is None else moved[place]
-        weights[name] = _prunable(name, leaf, gradient, np.asarray(live), axes)
+        weights[name] = prunable(axes_of(name, leaf.ndim, axes), leaf, gradient, np.asarray(live))
     made = prune_weights(
         weights,
         sparsity,
@@ -122,7 +124,7 @@ def prune_tree(
     )
     leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, leaf) in chosen.items():
-        leaves[place] = jnp.asarray(_restored(name, made[name], leaf.shape, axes))
+        leaves[place] = jnp.asarray(restored(axes_of(name, leaf.ndim, axes), made[name], leaf.shape))
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -237,9 +239,8 @@ def chosen_parameters(
     return found
 
 
-def _prunable(name: str, leaf: Any, gradient: Any, live: Any, axes: Axes) -> Prunable:
+def prunable(known: WeightAxes | None, leaf: Any, gradient: Any, live: Any) -> Prunable:
     """Return a parameter as its matrix (out, in), a stack of them, or, if nobody knows its axes, as it is."""
-    known = axes_of(name, leaf.ndim, axes)
     if known is None:
         return Prunable(None, leaf, gradient, live)
     alone = known.matrix_shape(leaf.shape)[0] == 1
@@ -248,9 +249,8 @@ def _prunable(name: str, leaf: Any, gradient: Any, live: Any, axes: Axes) -> Pru
     return Prunable(WeightAxes() if alone else WeightAxes(1, 2, 0), *parts)
 
 
-def _restored(name: str, mask: Any, shape: tuple[int, ...], axes: Axes) -> Any:
-    """Return a mask of what :func:`_prunable` made as one of the parameter."""
-    known = axes_of(name, len(shape), axes)
+def restored(known: WeightAxes | None, mask: Any, shape: tuple[int, ...]) -> Any:
+    """Return a mask of what :func:`prunable` made as one of the parameter."""
     return mask if known is None else known.from_matrices(mask, shape)
 
 

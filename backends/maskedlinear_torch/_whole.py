@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,18 +12,18 @@ from torch.nn.parameter import UninitializedParameter
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.masks import as_mask
-from maskedlinear.masks._random import checked_zeros
 from maskedlinear.models import (
-    NO_WEIGHT,
-    SHARED,
     ModelSummary,
     Of,
     Prunable,
     UnmaskedParameter,
     WeightAxes,
     WeightSummary,
-    first_names,
+    check_of,
     prune_weights,
+    warn_of_left_out,
+    warn_of_sparse,
+    zeros_left,
 )
 from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches, select_weights
 from maskedlinear_torch._dtensors import full_tensor
@@ -100,7 +99,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         if any(user.name in possible for user in weight.users):
             _mask(weight, next((checked[user.name] for user in weight.users if user.name in checked), None))
     if not masks and include is None:
-        _warn_of([weight for weight in weights if weight.why == SHARED or (weight.why and weight.why not in NO_WEIGHT)])
+        warn_of_left_out([(weight.name, weight.why) for weight in weights], stacklevel=3)
     return model
 
 
@@ -111,19 +110,6 @@ def _mask(weight: ModelWeight, mask: Tensor | None) -> None:
             MaskedLinear.adopt(module, mask)
         else:
             WeightMask(module, parameter, mask)
-
-
-def _warn_of(left_out: Sequence[ModelWeight]) -> None:
-    groups: dict[str, list[str]] = {}
-    for weight in left_out:
-        groups.setdefault(weight.why, []).append(weight.name)
-    if groups:
-        text = "; ".join(f"{first_names(names)} ({why})" for why, names in groups.items())
-        warnings.warn(
-            f"mask_model left out {text}; summary(model) lists everything. To mask them all the same, name them in masks or "
-            "include",
-            stacklevel=3,
-        )
 
 
 def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
@@ -226,8 +212,7 @@ def prune_model(
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked weight; if a gradient is missing; or if
             the masks of processes differ. The model is left as it was.
     """
-    if of not in get_args(Of):
-        raise ValueError(f"of must be 'masked', 'weights' or 'model'; got {of!r}")
+    check_of(of)
     layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, _module_of(layer), include)}
     if not layers:
         raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
@@ -250,7 +235,7 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        num_zeros=None if of == "masked" else _zeros_left(summary(model), sparsity, of, weights),
+        num_zeros=None if of == "masked" else zeros_left(summary(model), sparsity, of, weights),
         progress=progress,
     )
     if group is not None:
@@ -259,7 +244,7 @@ def prune_model(
     for name, layer in layers.items():
         layer.set_mask(masks[name])
     if of == "masked" and include is None:
-        _warn_of_sparse([other.name for other in model_weights(model) if other.sparse is not None])
+        warn_of_sparse([other.name for other in model_weights(model) if other.sparse is not None], stacklevel=3)
     return before
 
 
@@ -273,23 +258,6 @@ def _gradient(mask: MaskedWeight, group: Group, score: Scoring) -> Tensor | None
         if group is not None and (callable(score) or score in ("snip", "taylor"))
         else gradient
     )
-
-
-def _zeros_left(table: ModelSummary, sparsity: float, of: Of, pruned: Mapping[str, Any]) -> int:
-    """Return how many entries of the weights to prune are masked when this fraction of all weights, or of the model, is."""
-    size = sum(row.size for row in table.rows)
-    size += sum(other.size for other in table.unmasked if of == "model" or other.is_weight)
-    elsewhere = sum(row.size - row.connections for row in table.rows if row.name not in pruned)
-    return checked_zeros(size, sparsity, None) - elsewhere
-
-
-def _warn_of_sparse(names: Sequence[str]) -> None:
-    if names:
-        warnings.warn(
-            f"{first_names(names)} in the sparse form stay as they are: their connections do not count in the sparsity, and "
-            "expand(model) makes layers of them that can be pruned; include=... says that others are meant",
-            stacklevel=3,
-        )
 
 
 def summary(model: nn.Module) -> ModelSummary:

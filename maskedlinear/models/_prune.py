@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,12 @@ from numpy.typing import NDArray
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import Progress
+from maskedlinear.masks._random import checked_zeros
 from maskedlinear.models._axes import WeightAxes
-from maskedlinear.models._summary import first_names
+from maskedlinear.models._summary import ModelSummary, first_names
 from maskedlinear.pruning._layers import Scoring, score_layers
 
-__all__ = ["Of", "Prunable", "prune_weights", "refuse_unknown"]
+__all__ = ["Of", "Prunable", "check_of", "prune_weights", "refuse_unknown", "zeros_left"]
 
 Of = Literal["masked", "weights", "model"]
 Mask = NDArray[np.bool_]
@@ -102,6 +103,31 @@ def prune_weights(
         parts = [next(rest) for _ in range(axes.matrix_shape(shape)[0])]
         masks[name] = axes.from_matrices(np.stack(parts), shape) if parts else np.ones(shape, bool)
     return masks
+
+
+def check_of(of: str) -> None:
+    """Raise a ``ValueError`` if ``of``, what a sparsity is a fraction of, is none of the three."""
+    if of not in get_args(Of):
+        raise ValueError(f"of must be 'masked', 'weights' or 'model'; got {of!r}")
+
+
+def zeros_left(table: ModelSummary, sparsity: float, of: Of, pruned: Mapping[str, Prunable]) -> int:
+    """Return how many entries of the weights to prune are masked when a fraction of all weights, or of the model, is.
+
+    Args:
+        table: of the model.
+        sparsity: the fraction, in [0, 1].
+        of: what it is a fraction of: ``"weights"`` or ``"model"``.
+        pruned: the weights to prune, as they are.
+
+    Raises:
+        ValueError: if the fraction is out of its range.
+    """
+    size = sum(row.size for row in table.rows)
+    size += sum(other.size for other in table.unmasked if of == "model" or other.is_weight)
+    masked = sum(row.size - row.connections for row in table.rows)
+    elsewhere = masked - sum(int(np.count_nonzero(~weight.mask)) for weight in pruned.values())
+    return checked_zeros(size, sparsity, None) - elsewhere
 
 
 def refuse_unknown(names: Sequence[str]) -> None:

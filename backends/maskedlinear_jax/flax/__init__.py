@@ -6,7 +6,7 @@ given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``:
 
 from maskedlinear_jax.flax._check import check_masks
 from maskedlinear_jax.flax._growth import dense_gradients
-from maskedlinear_jax.flax._kernel import Dormant, Mask, param_masks, set_param_masks
+from maskedlinear_jax.flax._kernel import Dormant, Mask
 from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -17,9 +17,11 @@ from maskedlinear_jax.flax._over_time import (
     lottery_rounds,
     rewind_model,
 )
+from maskedlinear_jax.flax._param_masks import param_masks, set_param_masks
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._shrink import shrink
 from maskedlinear_jax.flax._sparse_nnx import PatternIndex, SparseLinear
+from maskedlinear_jax.flax._weights import register_axes
 from maskedlinear_jax.flax._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
 __all__ = [
@@ -41,6 +43,7 @@ __all__ = [
     "mask_model",
     "param_masks",
     "prune_model",
+    "register_axes",
     "regrow_model",
     "rewind_model",
     "set_masks",

@@ -12,8 +12,11 @@ from flax import nnx
 
 from maskedlinear.models import MaskCheck
 from maskedlinear_jax._compat import enable_x64
-from maskedlinear_jax.flax._modules import as_double, doubled, kernel_gradients, layers_of
+from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax.flax._kernel import masked_kernel
+from maskedlinear_jax.flax._modules import as_double, doubled
 from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._weights import MaskedParameter, masked_weights, parameter_names
 
 __all__ = ["check_masks"]
 
@@ -23,10 +26,10 @@ _SLACK = 1e-9  # relative to the largest output, in float64
 def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
     """Show on an input that what is masked in a model acts masked; the model is left as it is.
 
-    For each :class:`MaskedLinear`: that its kernel is +0 under the mask; that NaN in place of what is dormant changes no
-    output and no gradient; that the gradient which reaches the kernel, from whoever reads it, is +0 under the mask; and
-    that the model has the same outputs with a plain ``nnx.Linear`` of the masked kernel in its place, up to rounding in
-    float64. Each call is of a copy, in evaluation.
+    For each masked weight: that it is +0 under the mask; that NaN in place of what is dormant changes no output and no
+    gradient; that the gradient which reaches it, from whoever reads it, is +0 under the mask, where a :class:`MaskedLinear`
+    has it (of other modules :func:`maskedlinear.jax.freeze_masked` masks it); and that the model without masks, +0 in their
+    place, has the same outputs, up to rounding in float64. Each call is of a copy, in evaluation.
 
     Args:
         model: any nnx module that can be called.
@@ -34,9 +37,9 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
         named: what it is called with, by name.
 
     Returns:
-        What is wrong, for each layer by name.
+        What is wrong, for each weight by name.
     """
-    layers = layers_of(model, MaskedLinear)
+    layers = masked_weights(model)
     failures: dict[str, list[str]] = {name: [] for name in layers}
     with enable_x64(True):
         reference, given = doubled(model), jax.tree.map(as_double, (inputs, named))
@@ -44,17 +47,18 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
 
         def differs(change: Callable[[Any], None], is_alike: Callable[[Any, Any], bool], names: Iterable[str]) -> bool:
             changed = nnx.clone(reference)
-            for name, layer in layers_of(changed, MaskedLinear).items():
+            for name, layer in masked_weights(changed).items():
                 if name in names:
                     change(layer)
             return not is_alike(_outputs_and_gradients(changed, given), expected)
 
-        gradients = kernel_gradients(expected[1])
+        gradients, full_names = named_leaves(expected[1]), parameter_names(model)
         for name, layer in layers.items():
-            masked = ~np.broadcast_to(layer._checked_mask(), layer.kernel.shape)
-            if not _is_zero(layer.kernel[...], masked):
+            masked, full_name = ~np.asarray(layer.live), full_names[id(layer.kernel)]
+            if not _is_zero(layer.kernel.get_value(), masked):
                 failures[name].append("its kernel is not +0 under the mask")
-            if name in gradients and not _is_zero(gradients[name], masked):
+            ours = isinstance(layer.module, MaskedLinear)
+            if ours and full_name in gradients and not _is_zero(gradients[full_name], masked):
                 failures[name].append("the gradient of its kernel is not +0 under the mask")
         for change, is_alike, message in (
             (_poison, _are_equal, "what is dormant acts on an output or a gradient"),
@@ -79,16 +83,14 @@ def _outputs_and_gradients(model: Any, given: Any) -> tuple[Any, Any]:
     return outputs, gradients
 
 
-def _poison(layer: MaskedLinear) -> None:
+def _poison(layer: MaskedParameter) -> None:
     if layer.dormant is not None:
-        layer.dormant.set_value(jnp.where(layer._checked_mask(), layer.dormant.get_value(), jnp.nan))
+        layer.dormant.set_value(jnp.where(layer.live, layer.dormant.get_value(), jnp.nan))
 
 
-def _make_plain(layer: MaskedLinear) -> None:
-    if type(layer) is MaskedLinear:
-        layer.release()
-    else:  # whose call is its own
-        layer.kernel.set_value(layer.masked_kernel)
+def _make_plain(layer: MaskedParameter) -> None:
+    layer.kernel.set_value(masked_kernel(layer.kernel.get_value(), layer.live))
+    layer.release()  # but for a subclass, whose call is its own
 
 
 def _is_zero(array: Any, where: Any) -> bool:

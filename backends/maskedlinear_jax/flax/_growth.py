@@ -15,15 +15,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from maskedlinear_jax.flax._modules import kernel_gradients, layers_of, refuse_shared
-from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax.flax._adapter import refuse_linen_module
+from maskedlinear_jax.flax._kernel import masked_kernel, weight_name
+from maskedlinear_jax.flax._modules import layers_of, refuse_shared
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_masks
+from maskedlinear_jax.flax._weights import masked_weights, parameter_names
 
 __all__ = ["dense_gradients"]
 
 Rows = Callable[[int, int], Array]
-
-_MASKED = (MaskedLinear, SparseLinear)
 
 
 class _Added(nnx.Variable[Array]):
@@ -56,40 +58,58 @@ class _Recorded(SparseLinear):
 
 
 def dense_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> dict[str, Array | Rows]:
-    """Return the loss's gradient with respect to *all* weights of masked layers, those under the mask too (RigL).
+    """Return the loss's gradient with respect to *all* entries of masked weights, those under the mask too (RigL).
 
     They are the gradients of a model whose masks are full and whose masked weights are 0, which computes the same.
 
     Args:
         loss: a function of the model and ``arguments`` that returns a scalar; may be jitted with ``nnx.jit``.
-        model: a module with :class:`maskedlinear.flax.MaskedLinear` or :class:`maskedlinear.flax.SparseLinear` layers.
+        model: a module with masked weights of either form; or linen's variables with them, which ``loss`` then takes.
         arguments: passed on to ``loss``.
 
     Returns:
-        For each masked layer, by name, what :func:`regrow_model` grows by: of a ``MaskedLinear`` the gradient, of the
-        kernel's shape ``(in, out)``; of a ``SparseLinear`` a function of two rows, ``start`` and ``stop``, that makes this
-        part of it, shape ``(stop - start, in)``, so that it never exists as a whole.
+        For each masked weight, by name, what :func:`regrow_model` grows by: the gradient, of the weight's shape; of a
+        ``SparseLinear`` a function of two rows, ``start`` and ``stop``, that makes this part of it, shape
+        ``(stop - start, in)``, so that it never exists as a whole.
 
     Raises:
         ValueError: if a layer shares its weight with another module, or ``loss`` does not call a sparse layer.
     """
-    refuse_shared(model, layers_of(model, _MASKED))
+    refuse_linen_module("dense_gradients", model)
+    if is_linen(model):
+        return _of_variables(loss, model, arguments)
+    every = masked_weights(model, sparse=True)
+    refuse_shared(model, [one.weight_values if isinstance(one, SparseLinear) else one.kernel for one in every.values()])
     whole = _prepared(loss, model, arguments)
     wanted = nnx.DiffState(0, nnx.Any(nnx.Param, _Added))
     gradients = nnx.grad(loss, argnums=wanted)(whole, *arguments)
-    dense = kernel_gradients(gradients)
+    dense, names = named_leaves(gradients), parameter_names(whole)
     return {
-        name: dense[name] if isinstance(layer, MaskedLinear) else _rows(name, layer, gradients)
-        for name, layer in layers_of(whole, _MASKED).items()
+        name: _rows(name, one, gradients) if isinstance(one, SparseLinear) else dense[names[id(one.kernel)]]
+        for name, one in masked_weights(whole, sparse=True).items()
     }
+
+
+def _of_variables(loss: Callable[..., Array], variables: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+    """Return the gradient of each masked weight of linen's variables, by name, where all masks are full."""
+    weights = linen_weights(variables)
+    clean = set_linen_masks(variables, {path: (mask, None) for path, (_, mask) in weights.items()})
+    full = {
+        **clean,
+        "masks": jax.tree.map(lambda mask: jnp.ones_like(mask, bool), clean.get("masks", {})),
+    }
+    found = jax.grad(lambda params: loss({**full, "params": params}, *arguments))(clean["params"])
+    gradients = named_leaves(found)
+    return {weight_name(path): gradients[".".join(path)] for path in weights}
 
 
 def _prepared(loss: Callable[..., Array], model: Any, arguments: tuple[Any, ...]) -> Any:
     """Return a copy of a model with full masks, whose sparse layers record, with a zero to add for each of their calls."""
     whole = nnx.clone(model)
-    for layer in layers_of(whole, MaskedLinear).values():
-        layer.kernel[...] = layer.masked_kernel
-        layer.mask.set_value(jnp.ones(layer.kernel[...].shape, bool))
+    for weight in masked_weights(whole).values():
+        kernel = weight.kernel.get_value()
+        weight.kernel.set_value(masked_kernel(kernel, weight.live))
+        weight.mask.set_value(jnp.ones(kernel.shape, bool))
     recorded = layers_of(whole, SparseLinear)
     for layer in recorded.values():
         _Recorded.adopt(layer)

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import Array
 
 from maskedlinear_jax._compat import children, holds_data, is_traced
 
 __all__ = [
     "as_double",
+    "at",
+    "children_of",
     "copy_metadata_and_attributes",
     "device_of",
     "doubled",
-    "kernel_gradients",
     "layers_of",
     "parameter_users",
     "pure",
@@ -31,24 +31,40 @@ def layers_of(model: Any, kind: Any) -> dict[str, Any]:
     return {".".join(map(str, path)): node for path, node in nnx.iter_graph(model) if isinstance(node, kind)}
 
 
+def children_of(node: Any) -> Mapping[Any, Any]:
+    """Return what a node of an nnx graph holds, by name: a module, or a plain container, as a bridged linen model has."""
+    if isinstance(node, Mapping):
+        return node
+    if isinstance(node, (list, tuple)):
+        return dict(enumerate(node))
+    return {} if isinstance(node, nnx.Variable) else getattr(node, "__dict__", {})
+
+
+def at(model: Any, path: tuple[Any, ...]) -> Any:
+    """Return what is at a path of an nnx model, of its state, or of a tree."""
+    for key in path:
+        model = model[key] if isinstance(model, (Mapping, Sequence)) else getattr(model, key)
+    return model
+
+
 def parameter_users(model: Any) -> dict[int, list[Any]]:
     """Return the modules that hold each variable, by its identity: more than one where it is shared."""
     found: dict[int, list[Any]] = {}
     for _, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Pytree):
-            for variable in vars(node).values():
+        if not isinstance(node, nnx.Variable):
+            for variable in children_of(node).values():
                 if isinstance(variable, nnx.Variable):
                     found.setdefault(id(variable), []).append(node)
     return found
 
 
-def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if a masked layer, whose connections are to move, shares its weight."""
+def refuse_shared(model: Any, weights: Iterable[Any]) -> None:
+    """Raise a ``ValueError`` if a weight whose connections are to move is shared."""
     held = parameter_users(model)
-    for layer in layers.values():
-        users = len(held[id(_weight(layer))])
+    for variable in weights:
+        users = len(held[id(variable)])
         if users > 1:
-            name = "kernel" if hasattr(layer, "kernel") else "weight_values"
+            name = next(name for name, part in children_of(held[id(variable)][0]).items() if part is variable)
             raise ValueError(
                 f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out "
                 "with include=..."
@@ -58,15 +74,6 @@ def refuse_shared(model: Any, layers: Mapping[str, Any]) -> None:
 def pure(tree: Any) -> Any:
     """Return a tree of Variables as one of arrays."""
     return nnx.as_pure(tree) if hasattr(nnx, "as_pure") else nnx.to_arrays(nnx.pure(tree))  # type: ignore[attr-defined, unused-ignore]
-
-
-def kernel_gradients(gradients: Any) -> dict[str, Array]:
-    """Return the gradients of kernels, of what ``nnx.grad`` returns, by the names of their layers."""
-    return {
-        ".".join(map(str, path[:-1])): leaf[...] if isinstance(leaf, nnx.Variable) else jnp.asarray(leaf)
-        for path, leaf in nnx.to_flat_state(gradients)
-        if path[-1] == "kernel"
-    }
 
 
 def device_of(array: Any) -> jax.Device | None:
@@ -128,6 +135,8 @@ def doubled(model: Any) -> Any:
     for _, node in nnx.iter_graph(copy):
         if isinstance(node, nnx.Module) and getattr(node, "dtype", None) is not None:
             node.dtype = None  # type: ignore[attr-defined]  # that of the parameters
+        if isinstance(node, nnx.Module) and hasattr(node, "param_dtype"):
+            node.param_dtype = jnp.float64  # that of a recurrent cell's carry
     return copy
 
 

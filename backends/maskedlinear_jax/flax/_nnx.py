@@ -22,6 +22,7 @@ from maskedlinear_jax.flax._kernel import (
     mask_shape,
     masked_kernel,
     set_variables,
+    sharding_of,
     value_of,
 )
 
@@ -125,7 +126,7 @@ class MaskedLinear(nnx.Linear):
         new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER))
         if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new):
             new = jax.device_put(new, old.sharding)
-        set_variables(vars(self), new)
+        set_variables(self.kernel, self.mask, self.dormant, new)
 
     @property
     def masked_kernel(self) -> Array:
@@ -226,7 +227,7 @@ class MaskedLinear(nnx.Linear):
     def _begin(self, mask: Array | None, init_fan_in: Any, forward_mode: bool, keep_dormant: bool) -> None:
         """Mask a layer that has its kernel: ``mask`` is its own; of a stack of layers, too."""
         self.init_fan_in, self.forward_mode, self._full_at_first = init_fan_in, forward_mode, mask is None
-        kernel, sharding = self.kernel.get_value(), _sharding(self.kernel)
+        kernel, sharding = self.kernel.get_value(), sharding_of(self.kernel)
         self.mask = Mask(jnp.ones(kernel.shape, bool) if mask is None else mask, **sharding)
         dormant = jnp.zeros_like(kernel) if mask is None else masked_kernel(kernel, ~mask)
         self.dormant = Dormant(dormant, **sharding) if keep_dormant else None
@@ -272,11 +273,6 @@ def check_options(init_fan_in: str, param_dtype: Any) -> None:
         raise TypeError(
             f"param_dtype must be a real floating-point dtype, so that weights have a gradient; got {param_dtype}"
         )
-
-
-def _sharding(kernel: nnx.Variable[Array]) -> dict[str, Any]:
-    """Return the metadata of ``kernel`` that says how it is sharded."""
-    return {name: value for name, value in kernel.get_metadata().items() if "sharding" in name or "mesh" in name}
 
 
 def _options(linear: nnx.Linear) -> dict[str, Any]:

@@ -11,11 +11,13 @@ from flax import nnx
 
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
-from maskedlinear_jax.flax._kernel import set_variables
+from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax.flax._kernel import label, masked_kernel, set_variables
 from maskedlinear_jax.flax._modules import layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+from maskedlinear_jax.flax._weights import masked_weights
 from maskedlinear_jax.flax._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "load_state", "lottery_rounds", "rewind_model"]
@@ -32,7 +34,7 @@ class ScheduledPruning(Pruning):
     Inside the jitted step :func:`maskedlinear.jax.scheduled_pruning` does it.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         schedule: the sparsity at each step, counted from 0.
         averages: averages of the model, nnx modules too, which get its masks whenever it was pruned.
         how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them;
@@ -104,7 +106,7 @@ class ScheduledRegrowth(Regrowth):
         if not self.due(step):
             return 0
         found = gradients() if self.growth == "gradient" and gradients is not None else None
-        moved = regrow_model(self.model, gradients=found, **self._options(step))
+        moved: int = regrow_model(self.model, gradients=found, **self._options(step))
         self._update_averages()
         return moved
 
@@ -118,27 +120,29 @@ def _bring_masks(model: Any, average: Any) -> None:
     Raises:
         ValueError: if the average has not the same masked layers; it is left as it was.
     """
-    layers, others = (layers_of(one, MaskedLinear | SparseLinear) for one in (model, average))
-    if {name: type(layer) for name, layer in layers.items()} != {name: type(layer) for name, layer in others.items()}:
+    (weights, layers), (others, other_layers) = (
+        (masked_weights(one), layers_of(one, SparseLinear)) for one in (model, average)
+    )
+    if (weights.keys(), layers.keys()) != (others.keys(), other_layers.keys()):
         raise ValueError(
-            f"an average has the layers of its model; got one with the masked layers {list(others)}, and the model has "
-            f"{list(layers)}: make it of the model as it is"
+            f"an average has the layers of its model; got one with the masked weights {[*others, *other_layers]}, and the "
+            f"model has {[*weights, *layers]}: make it of the model as it is"
         )
+    for name, weight in weights.items():
+        new, old = jnp.copy(weight.live), others[name].live
+        others[name].set_mask(new)
+        kernel = others[name].kernel
+        kernel.set_value(masked_kernel(kernel.get_value(), old | ~new))
     for name, layer in layers.items():
-        other = others[name]
-        if isinstance(layer, MaskedLinear):
-            new, old = layer.mask[...], other.mask[...]
-            other.set_mask(new)
-            other.kernel[...] = jnp.where(new & ~old, jnp.zeros((), other.kernel.dtype), other.kernel[...])
-        elif other.pattern != layer.pattern:
-            other.rewire(layer.pattern, layer.pattern.places_in(other.pattern))
+        if other_layers[name].pattern != layer.pattern:
+            other_layers[name].rewire(layer.pattern, layer.pattern.places_in(other_layers[name].pattern))
 
 
 def load_state(model: Any, state: Any) -> None:
     """Set the Variables of a model from a state, one of an earlier version too, as ``nnx.update`` does.
 
-    A state of an earlier version has no ``dormant``: of each :class:`MaskedLinear` what stands in the kernel under the mask
-    is what is dormant. Of a :class:`SparseLinear` ``indptr`` and ``indices`` are enough; they are checked, and what is made
+    Where a state has no dormant weights (that of a plain model, or of an earlier version), those are what stands in a kernel
+    under the mask. Of a :class:`SparseLinear` ``indptr`` and ``indices`` are enough; they are checked, and what is made
     of them is made anew. Where the state has no mask, the layer's own stays.
 
     Args:
@@ -157,7 +161,7 @@ def rewind_model(model: Any, state: Any) -> None:
     An optimizer's state is not touched: make a new one, or load that of the same moment.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         state: a copy of ``nnx.state(model)`` from an earlier moment, before or after it was masked, or of an earlier
             version: ``jax.tree.map(jnp.copy, nnx.state(model))``, where a jitted step donates its buffers.
     """
@@ -165,20 +169,23 @@ def rewind_model(model: Any, state: Any) -> None:
 
 
 def _load(model: Any, state: Any, keep_masks: bool) -> None:
-    layers = layers_of(model, MaskedLinear).values()
-    masks = [layer._own_mask() for layer in layers]
+    weights = masked_weights(model).values()
+    masks = [weight.own_mask for weight in weights]
     absent = [jnp.zeros((0,) * mask.ndim, bool) for mask in masks]
-    for layer, nothing in zip(layers, absent, strict=True):
-        layer.mask.set_value(nothing)
-        if layer.dormant is not None:
-            layer.dormant.set_value(jnp.zeros_like(layer.dormant.get_value()))
+    for weight, nothing in zip(weights, absent, strict=True):
+        weight.mask.set_value(nothing)
+        if weight.dormant is not None:
+            weight.dormant.set_value(jnp.zeros_like(weight.dormant.get_value()))
     nnx.update(model, _copied(state))
-    for layer, mask, nothing in zip(layers, masks, absent, strict=True):
-        brought = layer.mask.get_value()
-        if keep_masks or brought is nothing:
-            set_variables(vars(layer), mask)
+    brought = [weight.mask.get_value() for weight in weights]  # before the first is set, which others may share
+    for weight, mask, nothing, new in zip(weights, masks, absent, brought, strict=True):
+        if keep_masks or new is nothing:
+            set_variables(weight.kernel, weight.mask, weight.dormant, mask)
+        elif isinstance(weight.module, MaskedLinear):
+            weight.module.set_mask(new)
         else:
-            layer.set_mask(brought)
+            checked = jnp.array(boolean_mask(new, weight.kernel.get_value().shape, label(weight.kernel.get_value())))
+            set_variables(weight.kernel, weight.mask, weight.dormant, checked)
     for layer in layers_of(model, SparseLinear).values():
         layer._complete_pattern()
 
@@ -200,7 +207,7 @@ def lottery_rounds(
     2020.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers.
+        model: a module with masked weights.
         sparsity: the fraction of masked connections after the last round, in [0, 1).
         rounds: how many times it is pruned.
         state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.

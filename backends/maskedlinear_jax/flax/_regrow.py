@@ -1,4 +1,4 @@
-"""Dynamic sparse training for nnx: connections of a model move while it trains, on both forms of the layer."""
+"""Dynamic sparse training for Flax: connections of a model move while it trains, in both forms."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ import numpy as np
 from flax import nnx
 
 from maskedlinear import pruning
+from maskedlinear._arrays import as_numpy
+from maskedlinear.models import WeightAxes, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_jax._optim import renewed_state
-from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax._tree import Axes, named_leaves
+from maskedlinear_jax.flax._adapter import Masked, masked_of, refuse_linen_module
 from maskedlinear_jax.flax._kernel import masked_kernel
-from maskedlinear_jax.flax._modules import layers_of, pure, refuse_shared
-from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._modules import pure, refuse_shared
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+from maskedlinear_jax.flax._variables import is_linen, set_linen_masks
 
 __all__ = ["regrow_model"]
 
-Moved = tuple[
-    str, Any, Any
-]  # a weight's name; where it is new; where each entry was, or None if all are where they were
+# A weight's name in the state; where it is new; where each entry was, or None if all are where they were.
+Moved = tuple[str, Any, Any]
 
 
 def regrow_model(
@@ -33,67 +35,94 @@ def regrow_model(
     gradients: Mapping[str, Any] | None = None,
     optimizer: nnx.Optimizer[Any] | None = None,
     include: Include = None,
+    axes: Axes = None,
     seed: int = 0,
-) -> int:
-    """Move a fraction of each masked layer's connections: the weakest go, as many others come, with weight 0.
+) -> Any:
+    """Move a fraction of each masked weight's connections: the weakest go, as many others come, with weight 0.
 
     Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`, whose places these are, the same
     on both forms of the layer. PyTorch's layers of the same weights move alike. On the sparse form nothing of the weight's
     shape is made.
 
     Args:
-        model: a module with :class:`maskedlinear.flax.MaskedLinear` or :class:`maskedlinear.flax.SparseLinear` layers.
+        model: a module with masked weights of either form, or linen's variables with them.
         fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
             fall.
         gradients: of :func:`dense_gradients`, to grow where they are largest; ``None`` grows at random.
         optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs. Sparse
             layers need it; ``MaskedLinear`` layers need :func:`maskedlinear.jax.freeze_masked`, which sees to it as well.
-        include: which layers, as in :func:`mask_model`.
-        seed: of the random places; another at each step. Layer i takes ``seed + i``.
+        include: which weights, as in :func:`mask_model`.
+        axes: as in :func:`mask_model`.
+        seed: of the random places; another at each step. Matrix i takes ``seed + i``.
 
     Returns:
-        How many connections moved.
+        How many connections moved; of linen's variables new ones.
 
     Raises:
         ValueError: if there is no masked layer; if the fraction is out of its range, a weight or gradient is NaN, or a
             layer's gradient is missing; or if a weight is shared with another module, which a weight that becomes 0 would
             change. The model is left as it was.
     """
-    layers = {
-        name: layer
-        for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items()
-        if matches(name, layer, include)
+    refuse_linen_module("regrow_model", model)
+    weights = {
+        name: one
+        for name, one in masked_of(model, axes, sparse=True).items()
+        if matches(name, one if isinstance(one, SparseLinear) else one.owner, include)
     }
-    if not layers:
-        raise ValueError("connections move in masked layers, and there is none: make them with mask_model(model)")
-    refuse_shared(model, layers)
-    plans: list[Any] = []
-    for place, (name, layer) in enumerate(layers.items()):
+    if not weights:
+        raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
+    if not is_linen(model):
+        refuse_shared(model, [_variable(one) for one in weights.values()])
+    plans: dict[str, Any] = {}
+    place = 0
+    for name, one in weights.items():
         if gradients is not None and name not in gradients:
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
-        if isinstance(layer, SparseLinear):
-            plans.append(pruning.regrow_pattern(layer.pattern, layer.weight_values[...], fraction, gradient, seed=own))
+        if isinstance(one, SparseLinear):
+            plans[name], matrices = (
+                pruning.regrow_pattern(one.pattern, one.weight_values[...], fraction, gradient, seed=own),
+                1,
+            )
         else:
-            turned = None if gradient is None else gradient.T
-            plans.append(pruning.regrow(layer.mask[...].T, layer.kernel[...].T, fraction, turned, seed=own).T)
-    moved = [_move(*entry) for entry in zip(layers, layers.values(), plans, strict=True)]
+            plans[name], matrices = _planned(one, fraction, gradient, own)
+        place += matrices
+    if is_linen(model):
+        masks = {one.weight: (jnp.asarray(plans[name]), None) for name, one in weights.items()}
+        return set_linen_masks(model, masks, revive=False)
+    moved = [_move(weights[name], name, plan) for name, plan in plans.items()]
     if optimizer is not None:
         _renew(optimizer, model, moved)
     return sum(int(np.count_nonzero(new)) for _, new, _ in moved)
 
 
-def _move(name: str, layer: Any, plan: Any) -> Moved:
-    """Carry out what :mod:`maskedlinear.pruning` has planned for a layer."""
-    name = f"{name}." if name else ""
-    if isinstance(layer, SparseLinear):
+def _variable(one: Any) -> Any:
+    return one.weight_values if isinstance(one, SparseLinear) else one.weight.kernel
+
+
+def _planned(one: Masked, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
+    """Return the new mask of a weight in the dense form, and how many matrices it has."""
+    axes = one.axes or WeightAxes.of_entries(one.value.ndim)
+    rows = None
+    if gradient is not None:
+        matrices = axes.matrices(np.asarray(gradient))
+        rows = matrices.reshape(-1, matrices.shape[2])
+    live = np.asarray(jnp.broadcast_to(one.mask, one.value.shape))
+    by = None if rows is None else (lambda start, stop: rows[start:stop])
+    return regrow_weight(axes, live, as_numpy(one.value), fraction, by, seed)
+
+
+def _move(weight: Any, name: str, plan: Any) -> Moved:
+    """Carry out what :mod:`maskedlinear.pruning` has planned for a weight."""
+    if isinstance(weight, SparseLinear):
         pattern, source = plan
-        layer.rewire(pattern, source)
-        return f"{name}weight_values", source < 0, np.maximum(source, 0)
-    new = plan & ~np.asarray(layer.mask[...])
-    layer.set_mask(plan)
-    layer.kernel[...] = masked_kernel(layer.kernel[...], ~new)
-    return f"{name}kernel", new, None
+        weight.rewire(pattern, source)
+        return f"{name}.weight_values" if name else "weight_values", source < 0, np.maximum(source, 0)
+    new = plan & ~np.asarray(weight.mask)
+    weight.weight.set_mask(jnp.asarray(plan))
+    kernel = weight.weight.kernel
+    kernel.set_value(masked_kernel(kernel.get_value(), jnp.asarray(~new)))
+    return weight.full_name, new, None
 
 
 def _renew(optimizer: nnx.Optimizer[Any], model: Any, moved: list[Moved]) -> None:

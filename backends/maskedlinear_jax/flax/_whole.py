@@ -1,154 +1,182 @@
-"""Whole models: nnx layers masked in place and back, pruned, summed up; masks read and set, of linen variables too."""
+"""Whole models of Flax: their weights masked and back, pruned, their masks read and set, and a summary.
+
+Modules of nnx change in place; the variables of a linen model stay as they are, and new ones are returned.
+"""
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import nnx
 from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
 from maskedlinear.models import (
-    UNKNOWN,
     ModelSummary,
+    Of,
     UnmaskedParameter,
+    WeightAxes,
     WeightSummary,
-    first_names,
-    why_left_out,
+    check_of,
+    prune_weights,
+    warn_of_drift,
+    warn_of_left_out,
+    warn_of_sparse,
+    zeros_left,
 )
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, score_layers, select_weights
+from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches, select_weights
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax._tree import named_leaves
-from maskedlinear_jax.flax._kernel import PARAMETER, is_linen, linen_layers, mask_shape, set_linen_masks
-from maskedlinear_jax.flax._modules import kernel_gradients, layers_of
+from maskedlinear_jax._tree import Axes, named_leaves, prunable, restored
+from maskedlinear_jax.flax._adapter import Masked, masked_of, parameters_of, refuse_linen_module
+from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel
+from maskedlinear_jax.flax._modules import layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+from maskedlinear_jax.flax._variables import (
+    is_linen,
+    mask_variables,
+    set_linen_masks,
+    unmask_variables,
+)
+from maskedlinear_jax.flax._weights import mask_weight
 
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
 
-_OTHER_MODULE = "of a module that has no masked layer"
-_ONE_MASK = "layers that share a kernel share its mask; got different ones: give them the same, or a kernel each"
+_ONE_MASK = "a weight has one mask, whoever shares it; got different ones: give them the same, or a kernel each"
 
 
 def mask_model(
-    model: Model, masks: Masks | None = None, *, include: Include = None, keep_dormant: bool = True
+    model: Model,
+    masks: Masks | None = None,
+    *,
+    include: Include = None,
+    axes: Axes = None,
+    keep_dormant: bool = True,
 ) -> Model:
-    """Turn linear layers of an nnx model into :class:`MaskedLinear`, in place, and return the model.
+    """Give weights of a model masks: of an nnx module in place; of linen's variables in new ones. Return the model.
 
-    The layers stay the same objects with the same parameters: shared layers and kernels and options are kept, and with full
-    masks every output. Layers that share a kernel share its mask. Make the ``nnx.Optimizer`` afterwards or before: the
-    parameters are the same. Each ``nnx.Linear`` with a kernel of two dimensions is meant, wherever it is nested; subclasses,
-    stacks of layers and other modules (attention, convolutions, ``Einsum``) are left out, and named in a warning.
+    Masked are matrices and kernels, wherever they are and whoever reads them: of linear layers and their stacks, attention,
+    ``Einsum``, convolutions, recurrent cells. In nnx :func:`register_axes` adds module types; of types that are not known,
+    and in linen's variables, names say what is a weight, as to :func:`maskedlinear.jax.prune_tree`. Never biases, norms,
+    scales, positions, adapters or embeddings, nor what shares its weight with an embedding. :func:`summary` lists what is
+    left out, and why; if a user would expect it to be masked, this warns.
+
+    In nnx an ``nnx.Linear`` becomes a :class:`MaskedLinear`; every other module stays what it is, and its mask and dormant
+    weights are two Variables more, as ``kernel_mask`` and ``kernel_dormant``. Modules stay the same objects with the same
+    parameters: sharing, options, and with full masks every output. Make the ``nnx.Optimizer`` afterwards or before. In linen
+    masks and dormant weights are collections of these names; ``apply`` takes them, and modules other than
+    :class:`MaskedDense` pass them by.
+
+    A module that knows nothing of masks computes with what stands in its kernel: an optimizer that is not guarded by
+    :func:`maskedlinear.jax.freeze_masked` makes masked entries live there.
+
+    A weight is called by its module, if it is the module's ``kernel``; another parameter by its own name (``"moe.up"``).
 
     Args:
-        model: any nnx module, or a list, tuple or dict of them; a single ``nnx.Linear`` too.
-        masks: a mask for each layer by name (its path, with dots between), of the kernel's shape ``(in, out)``, booleans or
-            0s and 1s; without ``include`` only these layers are turned. Layers without one get the full mask.
-        include: which layers: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
-            layer.
+        model: any nnx module, or a list, tuple or dict of them; or the variables of a linen model, ``{"params": ..., ...}``.
+        masks: a mask for each weight by name, of its shape (of a kernel ``(in, out)``), booleans or 0s and 1s; without
+            ``include`` only these weights are masked. Weights without one get the full mask.
+        include: which weights: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
+            module; of linen's variables, of name and parameter. A weight that is left out by default is masked if it has a
+            mask in ``masks``, or if ``include`` is or has its very name.
+        axes: what the axes of parameters mean, by their full names, as :func:`maskedlinear.jax.prune_tree` takes it; these
+            parameters are masked.
         keep_dormant: as in :class:`MaskedLinear`.
 
     Raises:
-        ValueError: if a mask is of a layer that there is not, or that cannot be turned, has another shape, or holds anything
-            but 0 and 1; if layers that share a kernel are given different masks; if a pattern means no layer. The model is
-            left as it was.
-        TypeError: if ``model`` is linen's.
+        ValueError: if a mask is of a weight that there is not, or that cannot be masked, has another shape, or holds
+            anything but 0 and 1; if layers that share a kernel are given different masks; if a pattern means no weight. The
+            model is left as it was.
+        TypeError: if ``model`` is a linen module, which has no parameters of its own.
     """
-    _refuse_linen("mask_model", model)
-    masks = dict(masks or {})
+    refuse_linen_module("mask_model", model)
+    masks, asked = dict(masks or {}), asked_by_name(include)
+    every = parameters_of(model, axes)
+    check_known("axes", axes or (), [candidate.full_name for candidate in every])
+    weights = [candidate for candidate in every if not candidate.is_masked]
+    named = {name: candidate for candidate in weights for name in candidate.owners}
+    for name in (*masks, *asked):
+        if name in named and named[name].fixed:
+            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {named[name].why}")
     possible = {
-        name: layer
-        for name, layer in layers_of(model, nnx.Linear).items()
-        if type(layer) is nnx.Linear and _is_flat(layer)
+        name: owner
+        for candidate in weights
+        for name, owner in candidate.owners.items()
+        if not candidate.fixed
+        and (not candidate.why or name in masks or name in asked or candidate.full_name in (axes or ()))
     }
-    layers = select_weights(model, possible, masks, include)
-    checked = {name: _checked(mask, layers[name].kernel, name) for name, mask in masks.items() if name in layers}
-    masked = {id(layer.kernel): layer for layer in layers_of(model, MaskedLinear).values()}
-    by_kernel = _agreed(checked, layers)
-    for key, mask in by_kernel.items():
-        if key in masked and not bool((mask == masked[key].mask[...]).all()):
-            raise ValueError(_ONE_MASK)
-    for layer in layers.values():
-        first = masked.setdefault(id(layer.kernel), layer)
-        adopted = MaskedLinear.adopt(layer, by_kernel.get(id(layer.kernel)), keep_dormant=keep_dormant)
-        adopted.mask, adopted.dormant = first.mask, first.dormant
-    left_out = [other.name for other in _unmasked(model) if other.why in (_OTHER_MODULE, UNKNOWN)]
-    if left_out and not masks and include is None:
-        warnings.warn(
-            f"mask_model left out {first_names(left_out)}, which are not the kernels of nnx.Linear layers: summary(model) "
-            "lists everything; maskedlinear.jax.prune_tree gives masks for parameters of every module",
-            stacklevel=2,
-        )
+    if possible or masks or include is not None or not any(candidate.is_masked for candidate in every):
+        possible = select_weights(model, possible, masks, include)
+    checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
+    _refuse_different(checked, {name: id(named[name]) for name in checked})
+    chosen = [candidate for candidate in weights if any(name in possible for name in candidate.owners)]
+    of_each = [next((checked[name] for name in one.owners if name in checked), None) for one in chosen]
+    if not masks and include is None:
+        warn_of_left_out([(one.full_name, one.why) for one in weights if one not in chosen], stacklevel=3)
+    if is_linen(model):
+        paths = {one.weight: mask for one, mask in zip(chosen, of_each, strict=True)}
+        return cast(Model, mask_variables(cast(Any, model), paths, keep_dormant))
+    for one, mask in zip(chosen, of_each, strict=True):
+        mask_weight(one.weight, mask, keep_dormant)
     return model
 
 
 def unmask_model(model: Model, *, include: Include = None) -> Model:
-    """Turn :class:`MaskedLinear` layers back into ``nnx.Linear``, in place, with the same outputs; return the model.
+    """Take the masks away from weights, with the same outputs: in place, of linen's variables in new ones; return the model.
 
-    What is dormant is dropped; everything else is kept, as by :func:`mask_model`. Subclasses stay as they are.
+    A :class:`MaskedLinear` is an ``nnx.Linear`` again. What is dormant is dropped; everything else is kept, as by
+    :func:`mask_model`. Subclasses, and each :class:`MaskedDense`, stay as they are.
 
     Args:
-        model: any nnx module.
-        include: which layers, as in :func:`mask_model`.
+        model: any nnx module, or linen's variables.
+        include: which weights, as in :func:`mask_model`.
     """
-    for name, layer in layers_of(model, MaskedLinear).items():
-        if type(layer) is MaskedLinear and matches(name, layer, include):
-            layer.release()
+    refuse_linen_module("unmask_model", model)
+    chosen = {name: one for name, one in masked_of(model).items() if matches(name, one.owner, include)}
+    if is_linen(model):
+        return cast(Model, unmask_variables(cast(Any, model), [one.weight for one in chosen.values()]))
+    for one in chosen.values():
+        one.weight.release()
     return model
 
 
 def get_masks(model: Any) -> dict[str, Array]:
-    """Return the mask of each :class:`MaskedLinear` of a model, or of each :class:`MaskedDense` of linen's variables.
-
-    By the layer's name, its path with dots between, for :func:`set_masks` to bring back.
-    """
-    if is_linen(model):
-        return {".".join(path): mask for path, (_, mask) in linen_layers(model).items()}
-    return {name: layer.mask[...] for name, layer in layers_of(model, MaskedLinear).items()}
+    """Return the mask of each masked weight of an nnx model, or of linen's variables, by its name, for :func:`set_masks`."""
+    return {name: one.mask for name, one in masked_of(model).items()}
 
 
 def set_masks(model: Any, masks: Masks) -> Any:
-    """Set the masks of layers, by name, and return the model; weights move, so an earlier mask brings earlier outputs back.
+    """Set the masks of weights, by name, and return the model; weights move, so an earlier mask brings earlier outputs back.
 
     Args:
-        model: any nnx module, whose layers are set in place; or the variables of a linen one, which stay as they are.
-        masks: by name, as :func:`get_masks` returns them: shape ``(in, out)``, booleans or 0s and 1s; inside transforms
-            booleans. Other layers keep theirs.
+        model: any nnx module, whose weights are set in place; or the variables of a linen one, which stay as they are.
+        masks: by name, as :func:`get_masks` returns them: of the weights' shapes, booleans or 0s and 1s; inside transforms
+            booleans. Other weights keep theirs.
 
     Returns:
         The model; or new linen variables.
 
     Raises:
-        ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1; if layers
+        ValueError: if a mask is of a weight that has none, has another shape, or holds anything but 0 and 1; if layers
             that share a kernel are given different masks. The model is left as it was.
     """
+    weights = masked_of(model)
+    check_known("masks", masks, list(weights))
+    checked = {name: _checked(mask, weights[name].value, name, weights[name].mask) for name, mask in masks.items()}
+    _refuse_different(checked, {name: weights[name].key for name in checked})
     if is_linen(model):
-        named = {".".join(path): (path, kernel, mask) for path, (kernel, mask) in linen_layers(model).items()}
-        check_known("masks", masks, list(named))
-        new = {}
-        for name, mask in masks.items():
-            path, kernel, old = named[name]
-            new[path] = _checked(mask, kernel, name, old), None
-        return set_linen_masks(model, new)
-    layers = layers_of(model, MaskedLinear)
-    check_known("masks", masks, list(layers))
-    checked = {
-        name: _checked(mask, layers[name].kernel.get_value(), name, layers[name].mask) for name, mask in masks.items()
-    }
-    _agreed(checked, layers)
+        return set_linen_masks(model, {weights[name].weight: (mask, None) for name, mask in checked.items()})
     for name, mask in checked.items():
-        layers[name].set_mask(mask)
+        weights[name].weight.set_mask(mask)
     return model
 
 
@@ -158,150 +186,150 @@ def prune_model(
     *,
     score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
+    of: Of = "masked",
     include: Include = None,
+    axes: Axes = None,
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
-) -> dict[str, Array]:
-    """Prune the masked layers of an nnx model to a sparsity, beyond what is masked already.
+) -> Any:
+    """Prune the masked weights of a model to a sparsity, beyond what is masked already.
 
-    Kernels are read as ``(out, in)``, so that PyTorch's layers of the same weights get the same masks, transposed.
+    Weights are read as matrices ``(out, in)``, so that PyTorch's layers of the same weights get the same masks, transposed.
 
     Args:
-        model: a module with :class:`MaskedLinear` layers; :func:`mask_model` makes them.
+        model: a module with masked weights, or linen's variables with them; :func:`mask_model` makes them.
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
-        include: which layers, as in :func:`mask_model`.
+            Of a stack of matrices they are ``(stack, out, in)``, of a weight whose axes nobody knows of its own shape.
+        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack is a layer.
+        of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
+            model, those without a mask included, or all numbers of the ``"model"``.
+        include: which weights, as in :func:`mask_model`.
+        axes: as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
-        gradients: what ``nnx.grad`` returned for the model.
+        gradients: what ``nnx.grad`` returned for the model; of linen's variables a tree like ``params``.
         seed: for ``"random"``.
-        on_empty: as in :func:`maskedlinear.pruning.prune`, and so ``keep_at_least``.
-        keep_at_least: as above.
+        on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
+        keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
-        The masks before, for :func:`set_masks`.
+        Of a module the masks before, for :func:`set_masks`; of linen's variables new ones.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked layer; or if a gradient is missing. The
+        ValueError: as by :func:`maskedlinear.pruning.prune`; if there is no masked weight; or if a gradient is missing. The
             model is left as it was.
     """
-    _refuse_linen("prune_model", model)
-    layers = {name: layer for name, layer in layers_of(model, MaskedLinear).items() if matches(name, layer, include)}
-    if not layers:
-        raise ValueError("prune_model prunes MaskedLinear layers, and there is none: make them with mask_model(model)")
-    before = {name: layer.mask[...] for name, layer in layers.items()}
-    first: dict[int, str] = {}  # the name of each kernel, whoever shares it
-    for name, layer in layers.items():
-        first.setdefault(id(layer.kernel), name)
-    weights = {name: layers[name].kernel[...].T for name in first.values()}
-    found = {} if gradients is None else kernel_gradients(gradients)
-    scores = score_layers(score, weights, {name: found[name].T for name in weights if name in found}, seed)
-    made = pruning.prune(
-        scores,
-        sparsity=sparsity,
-        masks={name: before[name].T for name in weights},
+    refuse_linen_module("prune_model", model)
+    check_of(of)
+    chosen = {name: one for name, one in masked_of(model, axes).items() if matches(name, one.owner, include)}
+    if not chosen:
+        raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
+    first: dict[Any, str] = {}  # the name of each weight, whoever shares it
+    for name, one in chosen.items():
+        if one.mask.shape != one.value.shape:
+            raise ValueError(f"the layers of the stack {name} share one mask: leave it out with include=..., or set it")
+        first.setdefault(one.key, name)
+    by_name = {} if gradients is None else named_leaves(gradients)
+    weights = {}
+    for name in first.values():
+        one = chosen[name]
+        gradient = by_name.get(one.full_name)
+        weights[name] = prunable(one.axes, one.value, gradient, np.asarray(one.mask))
+    pruned = prune_weights(
+        weights,
+        sparsity,
+        score=score,
         scope=scope,
         block=block,
+        seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
+        num_zeros=None if of == "masked" else zeros_left(summary(model), sparsity, of, weights),
         progress=progress,
     )
-    for layer in layers.values():
-        layer.set_mask(made[first[id(layer.kernel)]].T)
-    return before
+    masks = {name: restored(one.axes, pruned[first[one.key]], one.value.shape) for name, one in chosen.items()}
+    if not is_linen(model):
+        warn_of_drift([name for name in weights if _has_drifted(chosen[name])], stacklevel=3)
+        if of == "masked" and include is None:
+            warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
+    changed = set_masks(model, masks)
+    return changed if is_linen(model) else {name: one.mask for name, one in chosen.items()}
 
 
 def summary(model: Any) -> ModelSummary:
-    """Return a table of a model's parameters: of masked layers, of both forms, shape, sparsity, dead nodes, bytes and FLOPs;
-    of the others, what could be masked, and why the rest is left out.
+    """Return a table of a model's parameters: of masked weights shape, sparsity, dead nodes, bytes and FLOPs; of the others,
+    what could be masked, and why the rest is left out.
 
-    A stack of layers has a row for each of them. ``model`` is an nnx module, or the variables of a linen one.
+    A stack of linear layers has a row for each of them. ``model`` is an nnx module, or the variables of a linen
+    one.
     """
-    rows = []
-    if is_linen(model):
-        for path, (kernel, mask) in linen_layers(model).items():
-            rows.append(WeightSummary.of_mask(".".join(path), np.asarray(mask).T, kernel.nbytes + mask.nbytes))
-        return ModelSummary(rows, _unmasked(model))
-    for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
-        nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
-        of: Any
-        if isinstance(layer, SparseLinear):
-            of, stacked = WeightSummary.of_pattern, layer.indptr[...].ndim > 1
-            ends = zip(_each(layer.indptr, 1), _each(layer.indices, 1), strict=True)
-            parts = [SparsityPattern(starts, inputs, layer.in_features) for starts, inputs in ends]
-        else:
-            of, stacked = WeightSummary.of_mask, layer.mask[...].ndim > 2
-            parts = [mask.T for mask in _each(layer.mask, 2)]
-        for place, part in enumerate(parts):
-            rows.append(of(f"{name}[{place}]" if stacked else name, part, nbytes // len(parts)))
-    return ModelSummary(rows, _unmasked(model))
+    refuse_linen_module("summary", model)
+    rows, seen = [], set()
+    for name, one in masked_of(model).items():
+        if one.key not in seen:
+            seen.add(one.key)
+            rows += _dense_rows(name, one)
+    if not is_linen(model):
+        rows += [row for name, layer in layers_of(model, SparseLinear).items() for row in _sparse_rows(name, layer)]
+    unmasked = [
+        UnmaskedParameter(one.full_name, tuple(one.value.shape), one.why)
+        for one in parameters_of(model)
+        if not one.is_masked and not one.is_sparse
+    ]
+    return ModelSummary(rows, unmasked)
 
 
-def _unmasked(model: Any) -> list[UnmaskedParameter]:
-    """Return the parameters that no masked layer has, and why they are left out."""
-    could: set[str] = set()
-    if is_linen(model):
-        masked = {".".join((*path, "kernel")) for path in linen_layers(model)}
-        leaves = named_leaves(model["params"])
-    else:
-        masked = {f"{name}.kernel" if name else "kernel" for name in layers_of(model, MaskedLinear)}
-        masked |= {f"{name}.weight_values" if name else "weight_values" for name in layers_of(model, SparseLinear)}
-        linear = layers_of(model, nnx.Linear).items()
-        could = {
-            f"{name}.kernel" if name else "kernel"
-            for name, layer in linear
-            if type(layer) is nnx.Linear and _is_flat(layer)
-        }
-        leaves = named_leaves(nnx.state(model, nnx.Param))
-    unmasked = []
-    for name, leaf in leaves.items():
-        shape = tuple(leaf.shape)
-        why = why_left_out(name, len(shape)) or ("" if name in could else _OTHER_MODULE)
-        if name not in masked:
-            unmasked.append(UnmaskedParameter(name, shape, why))
-    return unmasked
+def _has_drifted(one: Masked) -> bool:
+    """Whether a weight of a module that knows nothing of masks is not 0 everywhere under its mask."""
+    return not isinstance(one.owner, MaskedLinear) and bool(jnp.any(masked_kernel(one.value, ~one.mask)))
 
 
-def _refuse_linen(function: str, model: Any) -> None:
-    """Raise a ``TypeError`` for what is linen's, whose modules have no parameters of their own."""
-    if is_linen(model) or isinstance(model, linen.Module):
-        raise TypeError(
-            f"{function} takes an nnx module; of linen, MaskedDense is the masked layer, set_masks(variables, masks) sets "
-            "its masks, and maskedlinear.jax.prune_tree(variables['params'], sparsity) prunes parameters of every module"
+def _dense_rows(name: str, one: Masked) -> list[WeightSummary]:
+    """Return the row of a weight in the dense form, or of each layer of a stack of linear ones; those are (out, in)."""
+    live = np.broadcast_to(np.asarray(one.mask), one.value.shape)
+    axes = one.axes or WeightAxes.of_entries(live.ndim)
+    if not isinstance(one.owner, MaskedLinear) and live.ndim > 2:
+        return [WeightSummary.of_mask(name, live, one.nbytes, axes)]
+    parts = axes.matrices(live)
+    names = [f"{name}[{place}]" for place in range(len(parts))] if live.ndim > 2 else [name]
+    nbytes = one.nbytes // max(len(parts), 1)
+    return [WeightSummary.of_mask(own, part, nbytes) for own, part in zip(names, parts, strict=True)]
+
+
+def _sparse_rows(name: str, layer: SparseLinear) -> list[WeightSummary]:
+    """Return the row of a layer in the sparse form, or of each of a stack."""
+    nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
+    starts, inputs = np.asarray(layer.indptr[...]), np.asarray(layer.indices[...])
+    stacked = starts.ndim > 1
+    starts = starts.reshape(-1, starts.shape[-1])
+    inputs = inputs.reshape(len(starts), -1)
+    return [
+        WeightSummary.of_pattern(
+            f"{name}[{place}]" if stacked else name, SparsityPattern(*ends, layer.in_features), nbytes // len(starts)
         )
+        for place, ends in enumerate(zip(starts, inputs, strict=True))
+    ]
 
 
-def _each(variable: Any, ndim: int) -> Any:
-    """Return the arrays of a stack of layers one after the other, or that of one layer."""
-    array = np.asarray(variable[...])
-    own = array.shape[-ndim:]
-    return array.reshape(math.prod(array.shape[:-ndim]), *own)
-
-
-def _is_flat(layer: nnx.Linear) -> bool:
-    return len(layer.kernel.get_value().shape) == 2
-
-
-def _checked(mask: Any, kernel: Any, name: str, old: Any = None) -> Array:
-    """Return a mask of a layer; a stack of layers may share one, as their ``old`` one."""
-    shape = kernel.shape if old is None else mask_shape(kernel, old)
+def _checked(mask: Any, value: Any, name: str, old: Any = None) -> Array:
+    """Return a mask of a weight; a stack of layers may share one, as their ``old`` one."""
+    shape = value.shape if old is None else mask_shape(value, old)
     try:
-        return jnp.array(boolean_mask(mask, shape, PARAMETER))
+        return jnp.array(boolean_mask(mask, shape, label(value)))
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error
 
 
-def _agreed(masks: Mapping[str, Array], layers: Mapping[str, Any]) -> dict[int, Array]:
-    """Return the mask of each kernel, by its identity: layers that share a kernel must be given the same one."""
-    found: dict[int, Array] = {}
+def _refuse_different(masks: Mapping[str, Array], keys: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if a weight that has several names is given different masks."""
+    first: dict[Any, Array] = {}
     for name, mask in masks.items():
-        first = found.setdefault(id(layers[name].kernel), mask)
-        if first is not mask and not is_traced(first) and not is_traced(mask) and bool((first != mask).any()):
+        other = first.setdefault(keys[name], mask)
+        if other is not mask and not is_traced(other) and not is_traced(mask) and bool((other != mask).any()):
             raise ValueError(_ONE_MASK)
-    return found

@@ -1,0 +1,130 @@
+"""``param_masks`` and ``set_param_masks``: a model's masks as a tree like its parameters', which optimizers take."""
+
+# mypy: disable-error-code="no-untyped-call"
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax import Array
+
+from maskedlinear.models import first_names
+from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._tree import is_unmasked, named_leaves
+from maskedlinear_jax.flax._kernel import label, mask_shape
+from maskedlinear_jax.flax._modules import at
+from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_masks
+from maskedlinear_jax.flax._weights import masked_weights, parameter_names
+
+__all__ = ["param_masks", "set_param_masks"]
+
+
+def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
+    """Return the masks of a model in the structure of its parameters, for ``maskedlinear.jax.freeze_masked``.
+
+    Args:
+        model: an nnx module, or the variables of a linen one: ``{"params": ..., "masks": ..., ...}``.
+        wrt: for nnx, the filter that the optimizer was made with.
+
+    Returns:
+        For nnx a ``State`` like ``nnx.state(model, wrt)``, for linen a mapping like ``variables["params"]``. The leaf of a
+        masked weight is its mask, of its shape; of any other parameter it is ``None``, which is no leaf to JAX: jitted
+        functions may take the masks as an argument. A kernel that several nnx modules share is masked where one of them
+        masks it. A mask that a stack of layers shares (by ``nnx.vmap``, ``nn.scan``) is repeated along the stack, which must
+        be the kernel's leading axis.
+
+    Raises:
+        TypeError: if ``model`` is neither.
+        ValueError: if a mask does not fit its weight, or holds anything but 0 and 1.
+    """
+    if isinstance(model, nnx.Module):
+        live: dict[int, Any] = {}
+        for weight in masked_weights(model).values():
+            used = _whole_mask(weight.kernel.get_value(), weight.mask.get_value())
+            key = id(weight.kernel)
+            live[key] = _perhaps_abstract(jnp.logical_and, live[key], used) if key in live else used
+        flat = nnx.to_flat_state(nnx.state(model, wrt))
+        return nnx.from_flat_state([(path, live.get(id(at(model, path)))) for path, _ in flat])
+    if isinstance(model, Mapping) and "params" in model:
+        masks = {path: _whole_mask(kernel, mask) for path, (kernel, mask) in linen_weights(model).items()}
+        boxes = flatten_dict(model["params"], keep_empty_nodes=True)
+        # in the box of a partitioned parameter
+        tree = {
+            path: jax.tree.map(lambda _, path=path: masks.get(path), box) if jax.tree.leaves(box) else box
+            for path, box in boxes.items()
+        }
+        return type(model["params"])(unflatten_dict(tree))
+    raise TypeError(f"param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}")
+
+
+def set_param_masks(model: Any, masks: Any, dormant: Any = None) -> Any:
+    """Set the masks of a model from a tree like its parameters', the reverse of :func:`param_masks`; inside ``jit`` too.
+
+    Weights move between the kernels and what is dormant, as by ``set_mask``. After a step of an optimizer that prunes,
+    ``set_param_masks(model, optimizer.opt_state.masks, optimizer.opt_state.dormant)``.
+
+    Args:
+        model: an nnx module, whose masked weights are set in place; or the variables of a linen one, which stay as they are.
+        masks: a tree as :func:`param_masks` returns it, or as the state of :func:`maskedlinear.jax.scheduled_pruning` holds
+            it: of masked weights the masks, of their shapes; where it has ``None``, a weight keeps its own. What else is
+            in it is not looked at.
+        dormant: a tree like it: what newly masked connections were before they became 0, as that state holds it. If
+            ``None``, they are what they are.
+
+    Returns:
+        The model; or new linen variables.
+
+    Raises:
+        TypeError: if ``model`` is neither.
+        ValueError: if a mask is missing, does not fit its weight, or holds anything but 0 and 1.
+    """
+    if isinstance(model, nnx.Module):
+        names, weights = parameter_names(model), masked_weights(model).values()
+        kernels = {names[id(weight.kernel)]: weight.kernel.get_value() for weight in weights}
+        new = _of_weights(masks, dormant, kernels)
+        for weight in weights:  # a kernel has one place in the trees, whoever shares it
+            if names[id(weight.kernel)] in new:
+                weight.set_mask(*new[names[id(weight.kernel)]])
+        return model
+    if is_linen(model):
+        paths = {".".join(path): path for path in linen_weights(model)}
+        kernels = {".".join(path): kernel for path, (kernel, _) in linen_weights(model).items()}
+        new = _of_weights(masks, dormant, kernels)
+        return set_linen_masks(model, {paths[name]: masks for name, masks in new.items()})
+    raise TypeError(
+        f"set_param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}"
+    )
+
+
+def _of_weights(masks: Any, dormant: Any, kernels: Mapping[str, Any]) -> dict[str, tuple[Array, Array | None]]:
+    """Return the masks of kernels, by name, from a tree, and what is dormant there; copies, so that one can be donated."""
+    given = named_leaves(masks, of_masks=True)
+    pruned = {} if dormant is None else named_leaves(dormant, of_masks=True)
+    missing = [name for name in kernels if name not in given or (dormant is not None and name not in pruned)]
+    if missing:
+        raise ValueError(f"there must be a mask for each masked weight; got none for {first_names(missing)}")
+    found = {}
+    for name, kernel in kernels.items():
+        if not is_unmasked(given[name]):
+            live = jnp.copy(boolean_mask(given[name], kernel.shape, label(kernel)))
+            found[name] = live, None if pruned.get(name) is None else jnp.asarray(pruned[name])
+    return found
+
+
+def _whole_mask(kernel: Any, mask: Any) -> Any:
+    """Return a weight's mask in its shape, checked; abstract if it is."""
+
+    def whole(mask: Array) -> Array:
+        return jnp.broadcast_to(boolean_mask(mask, mask_shape(kernel, mask), label(kernel)), kernel.shape)
+
+    return _perhaps_abstract(whole, mask)
+
+
+def _perhaps_abstract(function: Callable[..., Array], *masks: Any) -> Any:
+    abstract = any(isinstance(mask, jax.ShapeDtypeStruct) for mask in masks)
+    return jax.eval_shape(function, *masks) if abstract else function(*masks)

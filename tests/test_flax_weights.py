@@ -1,0 +1,490 @@
+"""Masks on any weight of Flax models: nnx modules of every kind, stacks, linen's variables; nothing left out in silence."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import linen as nn
+from flax import nnx
+from flax.core import FrozenDict
+from flax.nnx import bridge
+
+import maskedlinear.torch as in_torch
+from maskedlinear.flax import (
+    Mask,
+    MaskedDense,
+    MaskedLinear,
+    ScheduledPruning,
+    SparseLinear,
+    check_masks,
+    dense_gradients,
+    get_masks,
+    load_state,
+    lottery_rounds,
+    mask_model,
+    param_masks,
+    prune_model,
+    register_axes,
+    regrow_model,
+    rewind_model,
+    set_masks,
+    set_param_masks,
+    summary,
+    unmask_model,
+)
+from maskedlinear.jax import freeze_masked, prune_tree, scheduled_pruning
+from maskedlinear.models import WeightAxes
+from maskedlinear.pruning import CubicSchedule
+
+
+class Attention(nnx.Module):
+    """Embedding, attention, Einsum, norm and head."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.table, self.norm = nnx.Embed(7, 8, rngs=rngs), nnx.LayerNorm(8, rngs=rngs)
+        self.attention = nnx.MultiHeadAttention(2, 8, rngs=rngs, decode=False)
+        self.mix = nnx.Einsum("btd,dhf->bthf", (8, 2, 4), (2, 4), rngs=rngs)
+        self.lora, self.head = nnx.LoRA(8, 2, 8, rngs=rngs), nnx.Linear(8, 4, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.norm(self.table(tokens))
+        x = x + self.attention(x) + self.lora(x)
+        return self.head(self.mix(x).reshape(*x.shape))
+
+
+class Convolutions(nnx.Module):
+    """Convolutions of each kind, one in groups, and a recurrent cell."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.first = nnx.Conv(3, 8, (3, 3), rngs=rngs)
+        self.grouped = nnx.Conv(8, 8, (3, 3), feature_group_count=2, rngs=rngs)
+        self.up = nnx.ConvTranspose(8, 4, (2, 2), rngs=rngs)
+        self.turned = nnx.ConvTranspose(4, 8, (2, 2), transpose_kernel=True, rngs=rngs)
+        self.norm = nnx.BatchNorm(8, use_running_average=True, rngs=rngs)
+        self.cell = nnx.RNN(nnx.GRUCell(8, 6, rngs=rngs))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.norm(self.turned(self.up(self.grouped(self.first(x)))))
+        return self.cell(x.mean(axis=1))
+
+
+class Stack(nnx.Module):
+    """A scan over a stack of blocks, each of which has linear layers and a norm."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        @nnx.split_rngs(splits=3)
+        @nnx.vmap
+        def blocks(rngs: nnx.Rngs) -> nnx.Module:
+            layers = nnx.LayerNorm(8, rngs=rngs), nnx.Linear(8, 8, rngs=rngs), nnx.relu
+            return nnx.Sequential(
+                *layers, nnx.LinearGeneral(8, (2, 4), rngs=rngs), nnx.LinearGeneral((2, 4), 8, axis=(-2, -1), rngs=rngs)
+            )
+
+        self.blocks = blocks(rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
+        def forward(x: jax.Array, block: Any) -> jax.Array:
+            return x + block(x)
+
+        return forward(x, self.blocks)
+
+
+TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 5)))
+IMAGES = jnp.asarray(np.random.default_rng(1).standard_normal((2, 6, 6, 3)), jnp.float32)
+ROWS = jnp.asarray(np.random.default_rng(2).standard_normal((4, 8)), jnp.float32)
+MODELS: dict[str, tuple[Any, Any]] = {
+    "attention": (Attention, TOKENS),
+    "convolutions": (Convolutions, IMAGES),
+    "stack": (Stack, ROWS),
+}
+
+
+def named(state: Any) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(state)
+    return {".".join(map(str, path)): np.asarray(leaf[...]) for path, leaf in flat if leaf is not None}
+
+
+def parameters(model: Any) -> dict[str, np.ndarray]:
+    return named(nnx.state(model, nnx.Param))
+
+
+def parameter_of(name: str, among: Any) -> str:
+    """Return the full name of the parameter whose mask has this name."""
+    return name if name in among else f"{name}.kernel" if name else "kernel"
+
+
+def twin_of(make: Any, model: Any) -> Any:
+    """Return a model without masks that has the weights of one with masks."""
+    twin = make(nnx.Rngs(0))
+    nnx.update(twin, nnx.state(model, nnx.Param))
+    return twin
+
+
+@pytest.mark.parametrize("kind", list(MODELS))
+def test_a_model_is_masked_pruned_trained_and_restored(kind: str) -> None:
+    make, x = MODELS[kind]
+    model = make(nnx.Rngs(0))
+    before, y = parameters(model), model(x)
+    assert mask_model(model) is model
+    np.testing.assert_array_equal(model(x), y)
+    weights = {parameter_of(name, before): mask for name, mask in get_masks(model).items()}
+    kernels = {name for name in before if name.endswith("kernel")}
+    assert set(weights) == kernels, "every kernel is masked, and nothing else"
+    full = prune_model(model, 0.9, scope="layer")
+
+    masks = {parameter_of(name, before): np.asarray(mask) for name, mask in get_masks(model).items()}
+    zeros = sum(math.prod(mask.shape) - int(mask.sum()) for mask in masks.values())
+    table = summary(model)
+    assert table.sparsity == pytest.approx(zeros / sum(before[name].size for name in kernels))
+    assert table.model_sparsity == pytest.approx(zeros / sum(part.size for part in before.values()))
+    assert {part.why for part in table.unmasked} <= {"bias", "norm", "embedding", "adapter"}
+    assert sum(part.size for part in (*table.rows, *table.unmasked)) == sum(part.size for part in before.values())
+
+    optimizer = nnx.Optimizer(model, freeze_masked(optax.adamw(0.01), masks=param_masks(model)), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model: Any, optimizer: Any) -> jax.Array:
+        loss, grads = nnx.value_and_grad(lambda model: ((model(x) - 1) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(model, optimizer)) for _ in range(5)]
+    assert losses[-1] < losses[0]
+    for name, weight in parameters(model).items():
+        if name in masks:
+            assert not weight[~masks[name]].any()
+            assert not np.signbit(weight[~masks[name]]).any()
+    np.testing.assert_array_equal(model(x), twin_of(make, model)(x))
+    assert check_masks(model, x).ok
+    set_masks(model, full)
+    for name, weight in parameters(model).items():
+        if name in masks:
+            np.testing.assert_array_equal(weight[~masks[name]], before[name][~masks[name]])
+    assert unmask_model(model) is model
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(nnx.state(make(nnx.Rngs(0))))
+
+
+def test_the_same_weights_get_pytorchs_masks() -> None:
+    rng, convolutions = np.random.default_rng(0), Convolutions(nnx.Rngs(0))
+    theirs = torch.nn.Sequential(
+        torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 8, 3, groups=2), torch.nn.ConvTranspose2d(8, 4, 2)
+    )
+    ours = nnx.List([convolutions.first, convolutions.grouped, convolutions.up])
+    for layer, other in zip(ours, theirs, strict=True):
+        weight = rng.standard_normal(layer.kernel[...].shape).astype(np.float32)
+        layer.kernel[...] = jnp.asarray(weight)
+        turned = (2, 3, 0, 1) if isinstance(layer, nnx.ConvTranspose) else (3, 2, 0, 1)
+        other.weight.data = torch.from_numpy(weight.transpose(turned).copy())  # type: ignore[union-attr, assignment]
+    mask_model(ours)
+    in_torch.mask_model(theirs)
+    for options in (
+        {"sparsity": 0.3},
+        {"sparsity": 0.5, "scope": "erdos_renyi", "on_empty": "keep"},
+        {"sparsity": 0.7, "scope": "layer", "score": "random", "seed": 3},
+        {"sparsity": 0.8, "keep_at_least": {"row": 2}},
+        {"sparsity": 0.5, "of": "model"},
+    ):
+        if options.get("of") == "model":
+            mask_model(ours := nnx.clone(unmask_model(ours)))
+            in_torch.mask_model(in_torch.unmask_model(theirs))
+        prune_model(ours, **options)
+        in_torch.prune_model(theirs, **options)  # type: ignore[arg-type]
+        for layer, (name, mask) in zip(ours, in_torch.get_masks(theirs).items(), strict=True):
+            turned = (2, 3, 0, 1) if isinstance(layer, nnx.ConvTranspose) else (3, 2, 0, 1)
+            np.testing.assert_array_equal(np.asarray(layer.kernel_mask[...]).transpose(turned), mask.numpy(), name)
+    assert summary(ours).model_sparsity == pytest.approx(0.5, abs=1e-3)
+    assert in_torch.regrow_model(theirs, 0.3, seed=5) == regrow_model(ours, 0.3, seed=5) > 0
+    for layer, mask in zip(ours, in_torch.get_masks(theirs).values(), strict=True):
+        turned = (2, 3, 0, 1) if isinstance(layer, nnx.ConvTranspose) else (3, 2, 0, 1)
+        np.testing.assert_array_equal(np.asarray(layer.kernel_mask[...]).transpose(turned), mask.numpy())
+
+
+def test_axes_are_those_that_are_contracted() -> None:
+    model = Attention(nnx.Rngs(0))
+    mask_model(model)
+    prune_model(model, 0.5, block=(4, 4), scope="layer")
+    query, out = (np.asarray(part.kernel_mask[...]) for part in (model.attention.query, model.attention.out))
+    blocks = query.reshape(2, 4, 2, 4)  # (in, out): 8 inputs, 2 heads of 4
+    assert (blocks.all(axis=(1, 3)) | ~blocks.any(axis=(1, 3))).all()
+    blocks = out.reshape(2, 4, 2, 4)  # (2 heads of 4, out)
+    assert (blocks.all(axis=(1, 3)) | ~blocks.any(axis=(1, 3))).all()
+    stack = Stack(nnx.Rngs(0))
+    mask_model(stack)
+    prune_model(stack, 0.75, scope="layer", keep_at_least={"layer": 8})
+    linear = stack.blocks.layers[1].mask[...]
+    assert linear.shape == (3, 8, 8)
+    np.testing.assert_array_equal(linear.sum(axis=(1, 2)), [16, 16, 16])
+    general = stack.blocks.layers[3].kernel_mask[...]
+    np.testing.assert_array_equal(general.sum(axis=(1, 2, 3)), [16, 16, 16])
+    assert [row.name for row in summary(stack).rows][:3] == [f"blocks.layers.1[{place}]" for place in range(3)]
+
+
+class Experts(nnx.Module):
+    """Parameters of a user's own, one in a list."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up = nnx.Param(jax.random.normal(rngs.params(), (3, 8, 16)))
+        self.w = nnx.Param(jax.random.normal(rngs.params(), (8, 3)))
+        self.more = nnx.List([nnx.Param(jnp.ones((4, 4)))])
+        self.step = nnx.Param(jnp.zeros((), int))
+
+
+class MoreExperts(Experts):
+    """A module type that is told its axes."""
+
+
+def test_what_nobody_knows_is_named_and_can_be_told() -> None:
+    with pytest.warns(UserWarning, match=r"left out more.0 \(in a container.*; up \(of unknown axes\)"):
+        model = mask_model(Experts(nnx.Rngs(0)))
+    assert set(get_masks(model)) == {"w"}
+    assert {part.name: part.why for part in summary(model).unmasked}["step"] == "not of a floating dtype"
+    axes = {"up": WeightAxes(batch_axis=0, in_axis=1, out_axis=2)}
+    told = mask_model(Experts(nnx.Rngs(0)), include=["up", "w"])
+    with pytest.raises(ValueError, match="nobody knows those of up"):
+        prune_model(told, 0.5, block=(2, 2))
+    prune_model(told, 0.5, block=(2, 2), scope="layer", include="up", axes=axes)
+    np.testing.assert_array_equal(get_masks(told)["up"].sum(axis=(1, 2)), [64, 64, 64])
+    register_axes(MoreExperts, axes)
+    with pytest.warns(UserWarning, match="left out more.0"):
+        assert set(get_masks(mask_model(MoreExperts(nnx.Rngs(0))))) == {"w", "up"}
+    with pytest.raises(TypeError, match=r"takes a type of nnx\.Module"):
+        register_axes(int, axes)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"the axes of 'up' must be WeightAxes\(...\)"):
+        register_axes(Experts, {"up": 0})  # type: ignore[dict-item]
+    for call, message in (
+        (lambda: mask_model(Experts(nnx.Rngs(0)), include=["more.0"]), "more.0 cannot be masked: it is in a container"),
+        (lambda: mask_model(Experts(nnx.Rngs(0)), axes={"upp": WeightAxes()}), "axes must be of layers that there are"),
+        (lambda: mask_model(nnx.LayerNorm(3, rngs=nnx.Rngs(0))), "there is no weight to mask in LayerNorm"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+
+
+def test_embeddings_and_adapters_are_masked_when_asked_for() -> None:
+    model = mask_model(Attention(nnx.Rngs(0)), include=["table.embedding", "lora.lora_a"])
+    assert set(get_masks(model)) == {"table.embedding", "lora.lora_a"}
+    prune_model(model, 0.5)
+    assert not np.asarray(model.table.embedding[...])[~np.asarray(model.table.embedding_mask[...])].any()
+
+    class Tied(nnx.Module):
+        def __init__(self) -> None:
+            self.embed, self.head = nnx.Embed(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1))
+            self.head.kernel = self.embed.embedding
+
+    with pytest.raises(ValueError, match="there is no weight to mask in Tied"):
+        mask_model(Tied())
+    assert {part.name: part.why for part in summary(Tied()).unmasked}["embed.embedding"] == "shared with an embedding"
+
+
+def test_drift_that_no_guard_prevents_is_reported() -> None:
+    model = mask_model(Convolutions(nnx.Rngs(0)))
+    full = prune_model(model, 0.5)
+    kept, mask = np.array(full["first"]), np.asarray(model.first.kernel_mask[...])
+    weight = np.array(model.first.kernel[...])
+    model.first.kernel[...] = model.first.kernel[...] + 1
+    assert list(check_masks(model, IMAGES).failures) == ["first"]
+    with pytest.warns(UserWarning, match="first moved under the mask, .* wrap the optimizer in freeze_masked"):
+        prune_model(model, 0.6)
+    assert check_masks(model, IMAGES).ok
+    set_masks(model, {"first": kept})
+    np.testing.assert_array_equal(np.asarray(model.first.kernel[...])[mask], (weight + 1)[mask])
+    assert not (np.asarray(model.first.kernel[...])[~mask] == 1).any()
+
+
+def test_masks_over_time_of_every_weight() -> None:
+    model = mask_model(Attention(nnx.Rngs(0)))
+    average, saved = nnx.clone(model), jax.tree.map(jnp.copy, nnx.state(model))
+    pruner = ScheduledPruning(model, CubicSchedule(0.8, begin=0, end=2), averages=[average])
+    for _ in range(3):
+        pruner.step()
+    for name, mask in get_masks(model).items():
+        np.testing.assert_array_equal(get_masks(average)[name], mask)
+    assert summary(model).sparsity == pytest.approx(0.8, abs=0.01)  # each keeps its last connection
+    grown = dense_gradients(lambda model, x: (model(x) ** 2).sum(), model, TOKENS)
+    live = {name: int(mask.sum()) for name, mask in get_masks(model).items()}
+    moved = regrow_model(model, 0.5, gradients=grown)
+    assert moved == sum(round(number / 2) for number in live.values()) or moved > 0
+    assert {name: int(mask.sum()) for name, mask in get_masks(model).items()} == live
+    rewind_model(model, saved)
+    assert {name: int(mask.sum()) for name, mask in get_masks(model).items()} == live
+    masks = get_masks(model)
+    load_state(model, nnx.state(Attention(nnx.Rngs(3)), nnx.Param))
+    for name, mask in get_masks(model).items():
+        np.testing.assert_array_equal(mask, masks[name])
+    assert check_masks(model, TOKENS).ok
+    load_state(model, saved)
+    assert summary(model).sparsity == 0
+    sparsities = list(lottery_rounds(model, 0.75, 2, scope="layer"))
+    assert sparsities[-1] == 0.75
+    assert summary(model).sparsity == pytest.approx(0.75, abs=0.01)
+
+
+def test_pruning_inside_the_step_reaches_attention_and_no_embedding() -> None:
+    model = mask_model(Attention(nnx.Rngs(0)))
+    tx = scheduled_pruning(optax.adam(1e-3), CubicSchedule(0.9, begin=0, end=2))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    before = {name: np.array(part) for name, part in parameters(model).items()}
+    for _ in range(3):
+        grads = nnx.grad(lambda model: (model(TOKENS) ** 2).mean())(model)
+        optimizer.update(model, grads)
+    set_param_masks(model, optimizer.opt_state.masks, optimizer.opt_state.dormant)
+    assert summary(model).sparsity == pytest.approx(0.9, abs=0.02)
+    used = np.unique(np.asarray(TOKENS))
+    assert (parameters(model)["table.embedding"] != before["table.embedding"])[used].mean() > 0.9
+    assert check_masks(model, TOKENS).ok
+
+
+def test_masks_are_arguments_of_jitted_functions_and_carries() -> None:
+    model = mask_model(Attention(nnx.Rngs(0)))
+    prune_model(model, 0.5)
+    params, masks = nnx.state(model, nnx.Param), param_masks(model)
+    tx = freeze_masked(optax.adamw(0.1))
+    grads = jax.tree.map(jnp.ones_like, params)
+    updates, _ = jax.jit(lambda p, s, m: tx.update(grads, s, p, masks=m))(params, tx.init(params), masks)
+    moved = named(optax.apply_updates(params, updates))
+    for name, mask in named(masks).items():
+        assert not moved[name][~mask].any()
+    (_, kept), _ = jax.lax.scan(lambda carry, _: (carry, None), (params, masks), length=2)
+    assert jax.tree.structure(kept) == jax.tree.structure(masks)
+
+
+# ---- linen ----
+
+
+class Transformer(nn.Module):
+    """Embedding, positions, attention, norm, a convolution, an expert stack, and a masked layer of ours."""
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = nn.Embed(7, 8)(tokens) + self.param("pos_embedding", nn.initializers.normal(), (5, 8))
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        x = nn.Conv(8, (3,))(x)
+        up = self.param("up", nn.initializers.normal(), (3, 8, 4))
+        x = jnp.einsum("btd,edf->btef", x, up).reshape(*x.shape[:2], 12)
+        return MaskedDense(4, name="head")(nn.Dense(8)(x))
+
+
+AXES = {"up": WeightAxes(batch_axis=0, in_axis=1, out_axis=2)}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_linen_model_is_masked_pruned_trained_and_restored(frozen: bool) -> None:
+    model = Transformer()
+    variables = model.init(jax.random.key(0), TOKENS)
+    variables = FrozenDict(variables) if frozen else variables
+    plain, y = variables["params"], model.apply(variables, TOKENS)
+    with pytest.warns(UserWarning, match=r"left out up \(of unknown axes\)"):
+        mask_model(variables)
+    masked = mask_model(variables, axes=AXES)
+    assert set(variables["masks"]) == {"head"}, "the given variables stay as they are"
+    np.testing.assert_array_equal(model.apply(masked, TOKENS), y)
+    full, pruned = get_masks(masked), prune_model(masked, 0.9, axes=AXES, scope="layer")
+    table = summary(pruned)
+    assert set(full) == {f"MultiHeadDotProductAttention_0.{part}" for part in ("query", "key", "value", "out")} | {
+        "Conv_0",
+        "Dense_0",
+        "head",
+        "up",
+    }
+    assert {part.why for part in table.unmasked} == {"bias", "scale or vector", "position or embedding"}
+    count = sum(int((~np.asarray(mask)).sum()) for mask in get_masks(pruned).values())
+    assert table.model_sparsity == pytest.approx(count / sum(part.size for part in jax.tree.leaves(plain)))
+
+    tx = freeze_masked(optax.adamw(0.05), masks=param_masks(pruned))
+    params, rest = pruned["params"], {name: part for name, part in pruned.items() if name != "params"}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params: Any, state: Any) -> Any:
+        grads = jax.grad(lambda params: (model.apply({"params": params, **rest}, TOKENS) ** 2).mean())(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(5):
+        params, state = step(params, state)
+    trained = {**pruned, "params": params}
+    for name, mask in get_masks(trained).items():
+        *path, own = parameter_of(name, {"up": 0}).split(".")
+        node = params
+        for key in path:
+            node = node[key]
+        assert not np.asarray(node[own])[~np.asarray(mask)].any()
+    restored = set_masks(trained, full)
+    for name, mask in get_masks(pruned).items():
+        *path, own = parameter_of(name, {"up": 0}).split(".")
+        node, old = restored["params"], plain
+        for key in path:
+            node, old = node[key], old[key]
+        np.testing.assert_array_equal(np.asarray(node[own])[~np.asarray(mask)], np.asarray(old[own])[~np.asarray(mask)])
+    back = unmask_model(restored)
+    assert set(get_masks(back)) == {"head"}, "MaskedDense asks for its mask"
+    assert type(back["params"]) is type(plain)
+
+
+def test_linen_connections_move_and_masks_are_set_from_optimizers() -> None:
+    model = Transformer()
+    variables = mask_model(model.init(jax.random.key(0), TOKENS), axes=AXES)
+    variables = prune_model(variables, 0.5, axes=AXES, scope="layer")
+    grown = dense_gradients(lambda v: (model.apply(v, TOKENS) ** 2).sum(), variables)
+    np.testing.assert_array_equal(*map(set, (grown, get_masks(variables))))  # type: ignore[arg-type]
+    moved = regrow_model(variables, 0.3, gradients=grown, axes=AXES)
+    for name, mask in get_masks(variables).items():
+        new = np.asarray(get_masks(moved)[name])
+        assert new.sum() == mask.sum()
+        assert (new != np.asarray(mask)).any()
+    head, old = moved["params"]["head"]["kernel"], np.asarray(get_masks(variables)["head"])
+    assert not np.asarray(head)[~old].any(), "what is new starts at 0"
+    tree = prune_tree(moved["params"], 0.8, masks=param_masks(moved), axes=AXES, on_empty="keep")
+    again = set_param_masks(moved, tree)
+    np.testing.assert_array_equal(get_masks(again)["head"], tree["head"]["kernel"])
+    with pytest.raises(ValueError, match=r"got none for head\.kernel"):
+        set_param_masks(moved, {"Dense_0": tree["Dense_0"]})
+
+
+def test_modules_of_linen_are_told_to_pass_variables() -> None:
+    for function in (mask_model, unmask_model, summary, lambda m: prune_model(m, 0.5), lambda m: regrow_model(m, 0.5)):
+        with pytest.raises(TypeError, match="takes an nnx module or the variables of a linen one"):
+            function(Transformer())
+    with pytest.raises(ValueError, match=r"got head.mask, and there is no head.kernel"):
+        get_masks({"params": {}, "masks": {"head": {"mask": jnp.ones((2, 2), bool)}}})
+
+
+def test_partitioned_parameters_and_bridges() -> None:
+    kernel_init = nn.with_partitioning(nn.initializers.lecun_normal(), ("in", "out"))
+    model = nn.Sequential([nn.Dense(6, kernel_init=kernel_init), nn.Dense(3)])
+    variables = prune_model(mask_model(model.init(jax.random.key(0), ROWS)), 0.5)
+    assert variables["masks"]["layers_0"]["kernel_mask"].names == ("in", "out")
+    assert isinstance(param_masks(variables)["layers_0"]["kernel"], nn.Partitioned)
+    np.testing.assert_array_equal(model.apply(variables, ROWS), model.apply({"params": variables["params"]}, ROWS))
+    bridged = bridge.ToNNX(MaskedDense(5, mask=np.eye(8, 5)), rngs=nnx.Rngs(0))
+    bridge.lazy_init(bridged, ROWS)
+    assert list(get_masks(bridged)) == [""]
+    prune_model(bridged, 0.9)
+    assert int(bridged.mask[...].sum()) == 4
+
+
+def test_a_stack_masked_and_a_layer_in_the_sparse_form_do_not_stop_the_others() -> None:
+    axes = nnx.StateAxes({Mask: None, ...: 0})
+    shared = nnx.vmap(lambda key: MaskedLinear(8, 4, mask=np.eye(8, 4), rngs=nnx.Rngs(key)), out_axes=axes)(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    model = nnx.Dict(
+        shared=shared, plain=mask_model(nnx.Linear(8, 8, rngs=nnx.Rngs(1))), own=mask_model(Stack(nnx.Rngs(2)))
+    )
+    with pytest.raises(ValueError, match="the layers of the stack shared share one mask: leave it out"):
+        prune_model(model, 0.5)
+    prune_model(model, 0.5, include=["plain", "own.*"])
+    assert regrow_model(model, 0.5, include=["plain", "own.*"]) > 0
+    half = nnx.List([mask_model(nnx.Linear(8, 8, rngs=nnx.Rngs(place))) for place in range(2)])
+    prune_model(half, 0.6)
+    half[0] = SparseLinear.from_masked(half[0])
+    with pytest.warns(UserWarning, match="0 in the sparse form stay as they are"):
+        prune_model(half, 0.9)
