@@ -51,6 +51,7 @@ print(sorted({d for top in tops for d in owners.get(top, []) if getattr(sys.modu
         ("flax", "jax", "flax"),
         ("lightning", "torch", "lightning"),
         ("transformers", "transformers", "transformers"),
+        ("peft", "torch", "torch"),
     ],
 )
 def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) -> None:
@@ -59,6 +60,14 @@ def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) ->
     assert last == (
         f"ModuleNotFoundError: maskedlinear.{face} needs {missing}, which is not installed. "
         f'Install it with: pip install "maskedlinear[{extra}]"'
+    )
+
+
+def test_only_the_face_of_peft_needs_peft() -> None:
+    result = python(BLOCK.format(names={"peft"}) + "import maskedlinear.torch; print('here'); import maskedlinear.peft")
+    assert result.stdout.strip() == "here"
+    assert result.stderr.strip().splitlines()[-1] == (
+        "ModuleNotFoundError: maskedlinear.peft needs peft, which is not installed. Install it with: pip install peft"
     )
 
 
@@ -117,6 +126,7 @@ PUBLIC = [
     "maskedlinear.jax",
     "maskedlinear.flax",
     "maskedlinear.lightning",
+    "maskedlinear.peft",
     "maskedlinear.transformers",
     "maskedlinear_conformance",
 ]

@@ -84,7 +84,8 @@ class MaskedWeight(nn.Module):
             warnings.warn(
                 f"values under the mask of {self} are set back to 0, which no optimizer has left there: if they are an "
                 "average of a model whose masks have moved, give it the masks first, with set_masks(average, "
-                "get_masks(model)); a merge (of an adapter, say) must be masked, or the layer unmasked before it",
+                "get_masks(model)); a merge (of an adapter, say) must be masked, as by maskedlinear.peft.mask_adapters, or "
+                "the layer unmasked before it",
                 stacklevel=2,
             )
         if own.weight is None or seen is None or own.weight[0] != seen[0]:
