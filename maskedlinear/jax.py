@@ -13,6 +13,7 @@ try:
         scheduled_pruning,
         set_optimizer_masks,
         sparse_linear,
+        trace_axes,
     )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.jax", "jax", "jax", "jaxlib", "optax") from error
@@ -27,4 +28,5 @@ __all__ = [
     "scheduled_pruning",
     "set_optimizer_masks",
     "sparse_linear",
+    "trace_axes",
 ]

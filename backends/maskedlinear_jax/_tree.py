@@ -82,6 +82,7 @@ def prune_tree(
         include: which parameters: a shell pattern of names (paths with dots between, ``"encoder.*"``), a sequence of them,
             or a function of name and parameter.
         axes: what the axes of parameters mean, by name: ``{"experts.up": WeightAxes(batch_axis=0, in_axis=1, out_axis=2)}``.
+            :func:`trace_axes` reads them off the program.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
             Of a parameter that is pruned entry by entry, ``(1, size)``; the matrices of a stack follow each other.
