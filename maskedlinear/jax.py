@@ -5,12 +5,14 @@ from maskedlinear._extras import missing_framework
 try:
     from maskedlinear_jax import (
         PruningState,
+        RegrowthState,
         apply_masks,
         freeze_masked,
         masked_linear,
         prune_tree,
         regrow_tree,
         scheduled_pruning,
+        scheduled_regrowth,
         set_optimizer_masks,
         sparse_linear,
         trace_axes,
@@ -20,12 +22,14 @@ except ModuleNotFoundError as error:
 
 __all__ = [
     "PruningState",
+    "RegrowthState",
     "apply_masks",
     "freeze_masked",
     "masked_linear",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
+    "scheduled_regrowth",
     "set_optimizer_masks",
     "sparse_linear",
     "trace_axes",

@@ -11,18 +11,21 @@ if jax.__version_info__ < (0, 6):
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked, set_optimizer_masks
 from maskedlinear_jax._schedule import PruningState, scheduled_pruning
+from maskedlinear_jax._scheduled_regrowth import RegrowthState, scheduled_regrowth
 from maskedlinear_jax._sparse import sparse_linear
 from maskedlinear_jax._trace_axes import trace_axes
 from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
 
 __all__ = [
     "PruningState",
+    "RegrowthState",
     "apply_masks",
     "freeze_masked",
     "masked_linear",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
+    "scheduled_regrowth",
     "set_optimizer_masks",
     "sparse_linear",
     "trace_axes",

@@ -21,6 +21,7 @@ __all__ = [
     "holds_data",
     "is_traced",
     "mlir",
+    "threefry_2x32",
 ]
 
 ClosedJaxpr: Any
@@ -31,6 +32,7 @@ ShapedArray: Any
 ad: Any
 batching: Any
 mlir: Any
+threefry_2x32: Any
 
 # Without primitives the sparse products are those that JAX differentiates itself, and shrink refuses.
 try:
@@ -39,6 +41,11 @@ try:
     from jax.interpreters import ad, batching, mlir
 except ImportError:  # pragma: no cover - of no release so far
     ClosedJaxpr = Jaxpr = Literal = Primitive = ShapedArray = ad = batching = mlir = None
+
+try:
+    from jax.extend.random import threefry_2x32
+except ImportError:  # pragma: no cover - of no release so far
+    threefry_2x32 = None
 
 _Tracer: Any = getattr(jax.core, "Tracer", None)
 

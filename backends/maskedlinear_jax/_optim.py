@@ -11,9 +11,17 @@ import optax
 from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax._tree import is_unmasked, named_leaves
 
-__all__ = ["freeze_masked", "renewed_state", "set_optimizer_masks", "to_zero"]
+__all__ = [
+    "FrozenState",
+    "freeze_masked",
+    "frozen_state",
+    "masks_like",
+    "renewed_state",
+    "set_optimizer_masks",
+    "to_zero",
+]
 
 Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what is fresh
 
@@ -38,7 +46,8 @@ def freeze_masked(
     it is.
 
     Where a mask has changed since the last step, the state that optax keeps for the weight is made new, so that a revived
-    weight starts clean; the guard's own state holds a copy of the masks of the last step for that, a byte a parameter.
+    weight starts clean; the guard's own state holds a copy of the masks of the last step for that, a byte a parameter: of
+    those that have masks, if ``masks`` says which, and of all otherwise.
 
     Args:
         inner: any optax transformation, or a chain of them. Wrap the whole chain: what comes before the guard sees the
@@ -60,7 +69,8 @@ def freeze_masked(
     always = masks
 
     def init(params: Any) -> FrozenState:
-        return FrozenState(guarded.init(params), jax.tree.map(lambda leaf: jnp.ones_like(leaf, dtype=bool), params))
+        whole = bool(jax.tree.leaves(params))  # and not optax's own stand-in for parameters
+        return frozen_state(guarded, params, _always(always, params) if whole else None)
 
     def update(
         updates: Any, state: FrozenState, params: Any = None, *, masks: Any = None, **extra: Any
@@ -72,11 +82,11 @@ def freeze_masked(
                 "freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks); or set them in "
                 "its state, with set_optimizer_masks, where somebody else calls update"
             )
-        masks = _like(updates, masks)
+        masks = masks_like(updates, masks)
         like = updates if params is None else params  # a gradient for each example has a dimension more
-        live = jax.tree_util.tree_map_with_path(_live, like, masks)
+        live = jax.tree_util.tree_map_with_path(_live, like, masks, state.live)
         clean = None if params is None else jax.tree.map(_cleared, params, live, masks)
-        kept = _renewed(inner, state, live, updates if clean is None else clean)
+        kept = _renewed(inner, state, live, jax.tree.structure(like), updates if clean is None else clean)
         updates, kept = guarded.update(jax.tree.map(_cleared, updates, live, masks), kept, clean, **extra)
         if params is None:
             updates = jax.tree.map(_held, updates, live, masks)
@@ -92,13 +102,29 @@ class FrozenState(NamedTuple):
 
     Attributes:
         inner: the state of the transformation itself.
-        live: a tree like the parameters': what was live at the last step. Copies, so that buffers can be donated.
+        live: a tree like the parameters': what was live at the last step. Copies, so that buffers can be donated. ``None``
+            for parameters that have had no mask, all of which is live.
         masks: what holds at steps that are not given masks, if :func:`set_optimizer_masks` has set it.
     """
 
     inner: Any
     live: Any
     masks: Any = None
+
+
+def frozen_state(guarded: optax.GradientTransformation, params: Any, masks: Any = None) -> FrozenState:
+    """Return the state that a guarded transformation begins with: all is live.
+
+    Args:
+        guarded: the transformation inside the guard.
+        params: the parameters.
+        masks: a tree that says which of them will have masks; all may if ``None``.
+    """
+    which = jax.tree.map(lambda leaf: False, params) if masks is None else masks_like(params, masks)
+    live = jax.tree.map(
+        lambda leaf, mask: None if is_unmasked(mask) else jnp.ones_like(leaf, dtype=bool), params, which
+    )
+    return FrozenState(guarded.init(params), live)
 
 
 def set_optimizer_masks(state: Any, masks: Any) -> Any:
@@ -123,7 +149,8 @@ def set_optimizer_masks(state: Any, masks: Any) -> Any:
         if not isinstance(node, FrozenState):
             return node
         found = True
-        return node._replace(masks=jax.tree.map(lambda mask: None if mask is True else jnp.copy(mask), masks))
+        copied = jax.tree.map(lambda mask: None if mask is True else jnp.copy(mask), masks)
+        return node._replace(live=_with_room(node.live, masks), masks=copied)
 
     state = jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, FrozenState))
     if not found:
@@ -131,16 +158,33 @@ def set_optimizer_masks(state: Any, masks: Any) -> Any:
     return state
 
 
-def _renewed(inner: optax.GradientTransformation, state: FrozenState, live: Any, params: Any) -> Any:
+def _with_room(live: Any, masks: Any) -> Any:
+    """Return what is live with an array for each parameter that gets a mask, so that it keeps its structure from then on."""
+
+    def held(node: Any) -> bool:
+        return node is None or isinstance(node, optax.MaskedNode)
+
+    try:
+        return jax.tree.map(
+            lambda old, mask: jnp.ones(jnp.shape(mask), bool) if old is None and not is_unmasked(mask) else old,
+            *(live, masks),
+            is_leaf=held,
+        )
+    except ValueError:  # a tree of another structure, which the next step reads by its names
+        return live
+
+
+def _renewed(inner: optax.GradientTransformation, state: FrozenState, live: Any, structure: Any, params: Any) -> Any:
     """Return the inner state, made new for each entry whose mask is not that of the last step."""
-    structure: Any = jax.tree.structure(live)
-    changed = structure.flatten_up_to(jax.tree.map(jnp.not_equal, state.live, live))
 
-    def of(where: Array) -> Renewal:
-        return lambda kept, fresh: jnp.where(where, fresh, kept)
+    def renewal(before: Any, now: Any) -> tuple[tuple[int, ...], Renewal] | None:
+        if now is None:
+            return None
+        where = ~now if before is None else before != now
+        return where.shape, lambda kept, fresh: jnp.where(where, fresh, kept)
 
-    renewals = [(where.shape, of(where)) for where in changed]
-    return renewed_state(inner, state.inner, structure, params, renewals)
+    pairs = zip(structure.flatten_up_to(state.live), structure.flatten_up_to(live), strict=True)
+    return renewed_state(inner, state.inner, structure, params, [renewal(*pair) for pair in pairs])
 
 
 def renewed_state(
@@ -192,7 +236,7 @@ def _always(masks: Any, params: Any) -> Any:
     return masks(params)
 
 
-def _like(updates: Any, masks: Any) -> Any:
+def masks_like(updates: Any, masks: Any) -> Any:
     """Return ``masks`` if it has the structure of ``updates``: lists are masks there, not branches."""
 
     def is_left_out(node: Any) -> bool:
@@ -213,12 +257,12 @@ def _like(updates: Any, masks: Any) -> Any:
         ) from error
 
 
-def _live(path: Any, value: Any, mask: Any) -> Array:
-    """Return what is live of a parameter, as booleans of its shape."""
+def _live(path: Any, value: Any, mask: Any, before: Any) -> Array | None:
+    """Return what is live of a parameter, as booleans of its shape; ``None`` if it has never had a mask."""
     name = f"parameter {jax.tree_util.keystr(path)}"
     update = as_array(f"the update of {name}", value)
-    if mask is True or mask is None:
-        return jnp.ones_like(update, dtype=bool)
+    if is_unmasked(mask):
+        return None if before is None else jnp.ones_like(update, dtype=bool)
     if mask is False:
         raise ValueError(f"the mask of {name} must be an array, or None where there is none; got {mask}")
     try:
@@ -227,18 +271,18 @@ def _live(path: Any, value: Any, mask: Any) -> Array:
         raise ValueError(f"the mask of {name}: {error}") from error
 
 
-def _cleared(array: Any, live: Array, mask: Any) -> Any:
+def _cleared(array: Any, live: Any, mask: Any) -> Any:
     """Return a parameter or its gradient, or one for each example, with +0 under the mask."""
-    if mask is True or mask is None:
+    if is_unmasked(mask):
         return array
     array = jnp.asarray(array)
     return jnp.where(jnp.broadcast_to(live, array.shape), array, jnp.zeros((), array.dtype))
 
 
-def _held(update: Any, live: Array, mask: Any, param: Any = None) -> Any:
+def _held(update: Any, live: Any, mask: Any, param: Any = None) -> Any:
     """Return an update that leaves +0 where the mask is off."""
     array = jnp.asarray(update)
-    if mask is True or mask is None:
+    if is_unmasked(mask):
         return array
     # +0 + (-0.0) is +0, where +0.0 would do too; and -0.0 leaves everything else as it is.
     return jnp.where(live, array, jnp.asarray(-0.0, array.dtype) if param is None else to_zero(param, array.dtype))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,21 +13,28 @@ from jax import Array, lax
 
 from maskedlinear import pruning
 from maskedlinear.models import refuse_unknown
-from maskedlinear.pruning._edges import zeros_by_scope
 from maskedlinear.pruning._layers import Include
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax._optim import freeze_masked, to_zero
-from maskedlinear_jax._select import check_comparable, clear_smallest
+from maskedlinear_jax._optim import freeze_masked, frozen_state, to_zero
+from maskedlinear_jax._select import check_comparable
+from maskedlinear_jax._stacks import (
+    Counts,
+    Group,
+    Shapes,
+    clear_group,
+    grouped,
+    masked_so_far,
+    refuse_empty,
+    refuse_more,
+)
 from maskedlinear_jax._tree import (
     Axes,
-    as_matrix,
     axes_of,
     chosen_parameters,
-    from_matrix,
     is_unmasked,
     leaves_like,
-    matrix_shape,
     named_leaves,
+    stack_axes,
 )
 
 __all__ = ["PruningState", "scheduled_pruning"]
@@ -75,7 +81,8 @@ def scheduled_pruning(
     The masks are in the state, ``state.masks``, and what is pruned too, ``state.dormant``: the parameters are +0 there, and
     stay so, as by :func:`freeze_masked`. :func:`apply_masks` masks their gradients in a model that knows nothing of masks.
     Update i, counted from 0, prunes what it has updated, where the schedule says so: to the masks, bit for bit, that
-    :func:`prune_tree` gives for these weights and the masks before. Between two that prune the step costs nothing more.
+    :func:`prune_tree` gives for these weights and the masks before, each matrix of a stack a layer by itself. Between two
+    that prune the step costs nothing more.
 
     A compiled step cannot raise errors, so that what may fail is checked before: by ``scope="global"`` a layer may lose its
     last connection, which needs ``on_empty="allow"``. A weight that is NaN counts as the largest.
@@ -109,21 +116,18 @@ def scheduled_pruning(
         )
     guarded = freeze_masked(inner)
     steps = np.asarray(schedule.steps(), np.int32)
-    plans: dict[Any, list[_Group]] = {}
+    plans: dict[Any, list[Group]] = {}
 
-    def planned(params: Any) -> list[_Group]:
+    def planned(params: Any) -> list[Group]:
         chosen = {name: leaf for name, (_, leaf) in chosen_parameters(params, include, axes).items()}
         key = tuple((name, tuple(leaf.shape)) for name, leaf in chosen.items())
         if key not in plans:
-            live = {name: int(np.count_nonzero(mask)) for name, mask in _given(masks, params, chosen).items()}
-            if any(one.batch_axis not in ((), None) for one in (axes or {}).values()):
-                raise ValueError(
-                    "scheduled_pruning takes each parameter for one matrix; got axes with a batch_axis: prune such a stack "
-                    "between steps, with prune_tree"
-                )
             if scope == "erdos_renyi":
                 refuse_unknown([name for name, shape in key if axes_of(name, len(shape), axes) is None])
-            shapes = {name: matrix_shape(name, shape, axes) for name, shape in key}
+            known = {name: stack_axes(name, len(shape), axes) for name, shape in key}
+            shapes = {name: known[name].matrix_shape(shape) for name, shape in key}
+            given = _given(masks, params, chosen)
+            live = {name: np.count_nonzero(known[name].matrices(mask), axis=(1, 2)) for name, mask in given.items()}
             plans[key] = _plan(shapes, live, schedule, scope, on_empty)
         for group in plans[key]:
             check_comparable([chosen[name] for name in group.names])
@@ -139,7 +143,7 @@ def scheduled_pruning(
         for name, (place, leaf) in chosen.items():
             live[place], dormant[place] = jnp.array(given[name]), jnp.zeros(leaf.shape, leaf.dtype)
         trees = [jax.tree.unflatten(structure, part) for part in (live, dormant)]
-        return PruningState(jnp.zeros((), jnp.int32), trees[0], trees[1], guarded.init(params))
+        return PruningState(jnp.zeros((), jnp.int32), trees[0], trees[1], frozen_state(inner, params, trees[0]))
 
     def update(updates: Any, state: PruningState, params: Any = None, **extra: Any) -> tuple[Any, PruningState]:
         if params is None:
@@ -173,38 +177,23 @@ def scheduled_pruning(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-class _Group(NamedTuple):
-    """Parameters that are compared with each other, by name, and how many zeros they have after each pruning."""
-
-    names: Sequence[str]
-    zeros: list[int]
-
-
-def _plan(
-    shapes: Mapping[str, tuple[int, ...]], live: Mapping[str, int], schedule: Any, scope: pruning.Scope, on_empty: str
-) -> list[_Group]:
-    """Return the groups of parameters, with an entry of ``zeros`` for each step that prunes."""
-    groups: dict[tuple[str, ...], _Group] = {}
+def _plan(shapes: Shapes, live: Counts, schedule: Any, scope: pruning.Scope, on_empty: str) -> list[Group]:
+    """Return the groups of parameters, whose ``zeros`` have a row for each step that prunes."""
+    tables: dict[tuple[str, ...], list[Any]] = {}
     left = dict(live)
     for step in schedule.steps():
-        for names, zeros in zeros_by_scope(shapes, left, schedule(step), None, scope):
-            size = sum(math.prod(shapes[name]) for name in names)
-            group = groups.setdefault(tuple(names), _Group(names, []))
-            least = group.zeros[-1] if group.zeros else size - sum(live[name] for name in names)
-            if zeros < least:
-                raise ValueError(
-                    f"pruning only removes connections; got {least} masked ones of {', '.join(names)}, where the schedule "
-                    f"asks for {zeros} at step {step}: begin with a higher sparsity, or with fewer masked connections"
-                )
-            group.zeros.append(zeros)
-            if len(names) == 1:
-                left[names[0]] = size - zeros
-                if on_empty == "raise" and live[names[0]] and zeros == size:
-                    raise ValueError(
-                        f"a layer must keep a connection; all would be gone of {names[0]}: prune less, or "
-                        "pass on_empty='allow'"
-                    )
-    return list(groups.values())
+        for group in grouped(shapes, left, schedule(step), scope):
+            table = tables.setdefault(group.names, [])
+            masked = table[-1] if table else masked_so_far(group, shapes, live)
+            asked = f"the schedule asks for {{}} at step {step}"
+            refuse_more(group, masked, asked, "begin with a higher sparsity, or with fewer masked connections")
+            if on_empty == "raise":
+                refuse_empty(group, shapes, live)
+            table.append(group.zeros)
+            if group.zeros.ndim:
+                (name,) = group.names
+                left[name] = shapes[name][1] * shapes[name][2] - group.zeros
+    return [Group(names, np.stack(table)) for names, table in tables.items()]
 
 
 def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -220,16 +209,16 @@ def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _pruned(params: Any, masks: Any, groups: Sequence[_Group], include: Include, axes: Axes, place: Array) -> Any:
+def _pruned(params: Any, masks: Any, groups: Sequence[Group], include: Include, axes: Axes, place: Array) -> Any:
     """Return the masks after a pruning, the one at ``place`` among the schedule's."""
     chosen, structure = chosen_parameters(params, include, axes), jax.tree.structure(params)
     leaves: list[Any] = list(leaves_like(structure, masks, "masks") or [])
     for names, zeros in groups:
-        before = [as_matrix(name, leaves[chosen[name][0]], axes) for name in names]
-        masked = sum(mask.size for mask in before) - sum(jnp.sum(mask, dtype=jnp.int32) for mask in before)
-        count = jnp.asarray(np.asarray(zeros, np.int32))[place] - masked
-        weights = [as_matrix(name, chosen[name][1], axes) for name in names]
-        for name, mask in zip(names, clear_smallest(weights, before, count), strict=True):
+        stacks = [stack_axes(name, chosen[name][1].ndim, axes) for name in names]
+        weights: list[Any] = [known.matrices(chosen[name][1]) for name, known in zip(names, stacks, strict=True)]
+        before = [known.matrices(leaves[chosen[name][0]]) for name, known in zip(names, stacks, strict=True)]
+        after = clear_group(jnp.asarray(zeros.astype(np.int32))[place], weights, before)
+        for name, known, mask in zip(names, stacks, after, strict=True):
             at, leaf = chosen[name]
-            leaves[at] = from_matrix(name, mask, leaf.shape, axes)
+            leaves[at] = known.from_matrices(mask, leaf.shape)
     return jax.tree.unflatten(structure, leaves)

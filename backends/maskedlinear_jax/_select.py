@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["check_comparable", "clear_smallest"]
+__all__ = ["bound", "check_comparable", "clear_smallest", "number"]
 
 _MOST = (1 << 31) - 1  # entries that int32 can count
 
@@ -53,31 +53,32 @@ def clear_smallest(weights: Sequence[Array], masks: Sequence[Array], count: Arra
     keys = [_magnitude(weight) for weight in weights]
     starts = [sum(math.prod(weight.shape) for weight in weights[:place]) for place in range(len(weights))]
     places = [_places(weight.shape, start) for weight, start in zip(weights, starts, strict=True)]
-    least = _bound(keys, masks, count)
+    least = bound(keys, masks, count)
     below = [mask & (key < least) for key, mask in zip(keys, masks, strict=True)]
     equal = [mask & (key == least) for key, mask in zip(keys, masks, strict=True)]
-    first = _bound(places, equal, count - _number(below))
+    first = bound(places, equal, count - number(below))
     return [
         mask & ~gone & ~(tie & (place < first))
         for mask, gone, tie, place in zip(masks, below, equal, places, strict=True)
     ]
 
 
-def _bound(arrays: Sequence[Array], where: Sequence[Array], count: Array) -> Array:
+def bound(arrays: Sequence[Array], where: Sequence[Array], count: Array) -> Array:
     """Return the largest whole number that at most ``count`` of the entries chosen are below."""
     dtype = arrays[0].dtype
     bits = 8 * dtype.itemsize
 
-    def decide(step: Array, bound: Array) -> Array:
-        higher = bound | jnp.left_shift(jnp.ones((), dtype), (bits - 1 - step).astype(dtype))
-        few = _number([chosen & (array < higher) for array, chosen in zip(arrays, where, strict=True)]) <= count
-        return jnp.where(few, higher, bound)
+    def decide(step: Array, least: Array) -> Array:
+        higher = least | jnp.left_shift(jnp.ones((), dtype), (bits - 1 - step).astype(dtype))
+        few = number([chosen & (array < higher) for array, chosen in zip(arrays, where, strict=True)]) <= count
+        return jnp.where(few, higher, least)
 
     found: Array = lax.fori_loop(0, bits, decide, jnp.zeros((), dtype))
     return found
 
 
-def _number(masks: Sequence[Array]) -> Array:
+def number(masks: Sequence[Array]) -> Array:
+    """Return how many entries of all masks are set, int32."""
     return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
 
 

@@ -5,7 +5,6 @@ Which parameters are weights, and which of their axes are inputs and outputs, is
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -29,23 +28,23 @@ from maskedlinear.models import (
     why_left_out,
 )
 from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, layer_seed, matches
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array, boolean_mask
+from maskedlinear_jax._stacks import prune_traced, regrow_traced
 
 __all__ = [
     "Axes",
     "apply_masks",
-    "as_matrix",
     "axes_of",
     "chosen_parameters",
-    "from_matrix",
     "is_unmasked",
     "leaves_like",
-    "matrix_shape",
     "named_leaves",
     "prunable",
     "prune_tree",
     "regrow_tree",
     "restored",
+    "stack_axes",
 ]
 
 Axes = Mapping[str, WeightAxes] | None
@@ -75,6 +74,10 @@ def prune_tree(
     weights get the same masks; any other is ``(out, in)``. Kernels of Flax's attention and convolutions are known by their
     modules' names; any other of more dimensions is pruned entry by entry, unless ``axes`` says what it is.
 
+    Inside ``jit`` the masks are the same, by ``score="magnitude"``, without blocks, and with an ``on_empty`` that can be
+    kept there: ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight that is NaN
+    counts as the largest, and where traced masks have more zeros than are asked for none more is masked.
+
     Args:
         params: the tree.
         sparsity: the fraction of masked connections, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
@@ -100,7 +103,9 @@ def prune_tree(
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.prune`; if no parameter is meant, a gradient is missing, a tree does
-            not fit, or structure is asked for (blocks, Erdős–Rényi) of a parameter whose axes nobody knows.
+            not fit, or structure is asked for (blocks, Erdős–Rényi) of a parameter whose axes nobody knows; inside ``jit``,
+            if what is asked for cannot be had there.
+        TypeError: inside ``jit``, if the sparsity is traced, or weights are not real floating-point.
     """
     structure = jax.tree.structure(params)
     chosen = chosen_parameters(params, include, axes, warn=True)
@@ -111,8 +116,11 @@ def prune_tree(
         if before is not None and not is_unmasked(before[place]):
             live = boolean_mask(before[place], leaf.shape, name)
         gradient = None if moved is None else moved[place]
-        weights[name] = prunable(axes_of(name, leaf.ndim, axes), leaf, gradient, np.asarray(live))
-    made = prune_weights(
+        weights[name] = prunable(
+            axes_of(name, leaf.ndim, axes), leaf, gradient, live if is_traced(live) else np.asarray(live)
+        )
+    traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, sparsity))))
+    made = (prune_traced if traced else prune_weights)(
         weights,
         sparsity,
         score=score,
@@ -164,6 +172,9 @@ def regrow_tree(
     the same weights move alike. An optimizer guarded by :func:`freeze_masked` starts new connections with a clean state at
     its next step.
 
+    Inside ``jit`` the masks are the same, if fraction and seed are known when it is compiled; :func:`scheduled_regrowth`
+    changes them from step to step. A weight or gradient that is NaN cannot be refused there, and counts as the largest.
+
     Args:
         params: the tree.
         masks: a tree as :func:`prune_tree` returns it.
@@ -180,8 +191,10 @@ def regrow_tree(
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.regrow`; or if no parameter has a mask, or a tree does not fit.
+        TypeError: inside ``jit``, if fraction or seed is traced, or weights are not real floating-point.
     """
     structure = jax.tree.structure(params)
+    traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, fraction, seed))))
     before, moved = leaves_like(structure, masks, "masks") or [], leaves_like(structure, gradients, "gradients")
     leaves, found = jax.tree.leaves(params), list(before)
     named = enumerate(named_leaves(params).items())
@@ -194,12 +207,9 @@ def regrow_tree(
         raise ValueError("connections move in parameters with masks, and there is none: make masks with prune_tree")
     number = 0
     for name, (place, leaf) in chosen.items():
-        old = np.asarray(boolean_mask(before[place], leaf.shape, name))
-        gradient = None if moved is None else np.asarray(as_matrix(name, moved[place], axes))
-        rows = None if gradient is None else (lambda start, stop, g=gradient: g[start:stop])
-        new, matrices = regrow_weight(
-            axes_of(name, leaf.ndim, axes), old, as_numpy(leaf), fraction, rows, layer_seed(seed, number)
-        )
+        old, gradient = boolean_mask(before[place], leaf.shape, name), None if moved is None else moved[place]
+        parts = (axes_of(name, leaf.ndim, axes), old, leaf, fraction, gradient, seed, number)
+        new, matrices = (regrow_traced if traced else _regrow_known)(*parts)
         number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = jnp.asarray(new)
@@ -255,31 +265,29 @@ def restored(known: WeightAxes | None, mask: Any, shape: tuple[int, ...]) -> Any
     return mask if known is None else known.from_matrices(mask, shape)
 
 
+def _regrow_known(
+    axes: WeightAxes | None, mask: Any, weight: Any, fraction: float, gradient: Any, seed: int, first: int
+) -> tuple[Any, int]:
+    """Return what :func:`regrow_traced` does, of arrays whose numbers are known."""
+    rows: Any = None
+    if gradient is not None:
+        matrices = np.asarray((axes or WeightAxes.of_entries(gradient.ndim)).matrices(gradient))
+        whole = matrices.reshape(-1, matrices.shape[2])
+
+        def rows(start: int, stop: int) -> Any:
+            return whole[start:stop]
+
+    return regrow_weight(axes, np.asarray(mask), as_numpy(weight), fraction, rows, layer_seed(seed, first))
+
+
 def axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:
     """Return what the axes of a parameter mean: as it was told, or by its name; ``None`` if neither says."""
     return (axes or {}).get(name) or axes_by_name(name, ndim)
 
 
-def as_matrix(name: str, array: Any, axes: Axes = None) -> Any:
-    """Return a parameter as ``(out, in)``, stacked matrices after each other; ``(1, size)`` if nobody knows its axes."""
-    known = axes_of(name, array.ndim, axes)
-    if known is None:
-        return array.reshape(1, -1)
-    matrices: Any = known.matrices(array)
-    return matrices.reshape(-1, matrices.shape[2])
-
-
-def matrix_shape(name: str, shape: tuple[int, ...], axes: Axes = None) -> tuple[int, int]:
-    """Return the shape of :func:`as_matrix`."""
-    known = axes_of(name, len(shape), axes)
-    stacked, out, in_ = (1, 1, math.prod(shape)) if known is None else known.matrix_shape(shape)
-    return stacked * out, in_
-
-
-def from_matrix(name: str, matrix: Any, shape: tuple[int, ...], axes: Axes = None) -> Any:
-    """Return what :func:`as_matrix` made the matrix of: an array of ``shape``."""
-    known = axes_of(name, len(shape), axes)
-    return matrix.reshape(shape) if known is None else known.from_matrices(matrix, shape)
+def stack_axes(name: str, ndim: int, axes: Axes = None) -> WeightAxes:
+    """Return the axes by which a parameter is a stack of matrices; each entry stands for itself if nobody knows them."""
+    return axes_of(name, ndim, axes) or WeightAxes.of_entries(ndim)
 
 
 def named_leaves(tree: Any, *, of_masks: bool = False) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from maskedlinear._progress import Progress, progress_callback
 from maskedlinear.pruning._layers import Include
 from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
 
-__all__ = ["Pruning", "Regrowth", "Steps", "rounds_of"]
+__all__ = ["Pruning", "Regrowth", "Steps", "check_regrowth", "regrowth_seed", "rounds_of"]
 
 
 class Steps(ABC):
@@ -97,11 +97,7 @@ class Regrowth(Steps):
         seed: int = 0,
         averages: Sequence[Any] = (),
     ) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1 step; got {every}")
-        if growth not in ("gradient", "random"):
-            raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
-        cosine_decay(0, end, initial)  # checks the two
+        check_regrowth(every, end, initial, growth)
         super().__init__(model, averages)
         self.optimizer, self.every, self.end, self.initial = optimizer, every, end, initial
         self.growth, self.include, self.seed = growth, include, seed
@@ -116,8 +112,22 @@ class Regrowth(Steps):
             "fraction": cosine_decay(step, self.end, self.initial),
             "optimizer": self.optimizer,
             "include": self.include,
-            "seed": (self.seed + (step << 20)) % (1 << 64),  # layers take the seeds that follow
+            "seed": regrowth_seed(self.seed, step),
         }
+
+
+def check_regrowth(every: int, end: int, initial: float, growth: str) -> None:
+    """Raise a ``ValueError`` if connections cannot move like this."""
+    if every < 1:
+        raise ValueError(f"every must be at least 1 step; got {every}")
+    if growth not in ("gradient", "random"):
+        raise ValueError(f"growth must be 'gradient' or 'random'; got {growth!r}")
+    cosine_decay(0, end, initial)  # checks the two
+
+
+def regrowth_seed(seed: int, step: int) -> int:
+    """Return the seed of the random places at a step; layers take those that follow."""
+    return (seed + (step << 20)) % (1 << 64)
 
 
 def rounds_of(
