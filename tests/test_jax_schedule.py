@@ -129,10 +129,11 @@ def test_nnx_and_linen_layers_take_the_masks_from_the_state() -> None:
         set_param_masks(model, optimizer.opt_state.masks)
 
     first = np.asarray(model.layers[0].mask[...])
+    refusing = scheduled_pruning(optax.adam(0.01), SCHEDULE, masks=param_masks(model), on_empty="raise")
     with pytest.raises(
         ValueError, match=r"got 25 masked ones of layers\.0\.kernel, where the schedule asks for 0 at step 1"
     ):
-        nnx.Optimizer(model, scheduled_pruning(optax.adam(0.01), SCHEDULE, masks=param_masks(model)), wrt=nnx.Param)
+        nnx.Optimizer(model, refusing, wrt=nnx.Param)
     schedule = CubicSchedule(0.9, begin=1, end=9, every=3, initial=0.2)
     tx = scheduled_pruning(optax.adam(0.01), schedule, masks=param_masks(model))
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
@@ -168,16 +169,34 @@ def test_a_partitioned_kernel_is_read_as_what_it_is() -> None:
     [
         ({"scope": "all"}, "scope must be"),
         ({"on_empty": "no"}, "on_empty must be"),
-        ({"scope": "global"}, "which a compiled step cannot refuse: say on_empty='allow', or scope='layer'"),
+        ({"scope": "global", "on_empty": "raise"}, "cannot refuse: say on_empty='keep' or 'allow', or scope='layer'"),
         ({"include": "none"}, "there is no matrix or kernel to prune"),
-        ({"schedule": CubicSchedule(1.0, begin=0, end=2)}, "all would be gone of first.kernel"),
+        ({"schedule": CubicSchedule(1.0, begin=0, end=2), "on_empty": "raise"}, "all would be gone of first.kernel"),
         ({"masks": {"first": True}}, "masks must be a tree like the parameters'"),
-        ({"masks": prune_tree(parameters(), 0.5)}, "pruning only removes connections; got"),
+        ({"masks": prune_tree(parameters(), 0.5), "on_empty": "raise"}, "pruning only removes connections; got"),
     ],
 )
 def test_what_a_compiled_step_cannot_refuse_is_refused_before(options: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         scheduled_pruning(**({"inner": optax.sgd(0.1), "schedule": SCHEDULE} | options)).init(parameters())
+
+
+@pytest.mark.parametrize("scope", ["layer", "global", "erdos_renyi"])
+def test_a_compiled_step_does_what_it_can(scope: Any) -> None:
+    params = {"small": jnp.asarray([[1e-3, -1e-3, 2e-4]]), "large": jnp.arange(40.0).reshape(8, 5) + 1}
+    masks = prune_tree(params, 0.6, scope="layer")
+    tx = scheduled_pruning(optax.sgd(0.0), CubicSchedule(0.99, begin=0, end=6, every=2), masks=masks, scope=scope)
+    state, step = tx.init(params), jax.jit(tx.update)
+    params = apply_masks(params, masks)
+    for number in range(7):
+        before = state.masks
+        updates, state = step(jax.tree.map(jnp.zeros_like, params), state, params)
+        params = optax.apply_updates(params, updates)
+        if number % 2 == 0:
+            asked = CubicSchedule(0.99, begin=0, end=6, every=2)(number)
+            wanted = prune_tree(params, asked, masks=before, scope=scope, on_empty="keep")
+            jax.tree.map(np.testing.assert_array_equal, state.masks, wanted)
+    assert {name: int(mask.sum()) for name, mask in state.masks.items()} == {"small": 1, "large": 1}
 
 
 def test_what_cannot_be_compared_is_refused() -> None:

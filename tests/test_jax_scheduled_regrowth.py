@@ -246,7 +246,7 @@ def test_prune_tree_inside_jit() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "which a compiled step cannot refuse: say on_empty='allow', or scope='layer'"),
+        ({}, "which a compiled step cannot refuse: say on_empty='keep' or 'allow', or scope='layer'"),
         ({"scope": "layer", "sparsity": 1.0}, "a layer must keep a connection; all would be gone of head"),
         (
             {"scope": "layer", "sparsity": 0.1},
@@ -256,7 +256,7 @@ def test_prune_tree_inside_jit() -> None:
         ({"score": lambda w, g: w}, "by their magnitude; got score="),
         ({"block": (1, 1)}, r"by their magnitude; got block=\(1, 1\)"),
         ({"keep_at_least": {"row": 1}}, "got keep_at_least="),
-        ({"on_empty": "keep"}, "on_empty must be 'raise' or 'allow'; got 'keep'"),
+        ({"on_empty": "no"}, "on_empty must be 'raise', 'allow' or 'keep'; got 'no'"),
         ({"scope": "all"}, "scope must be"),
         ({"sparsity": jnp.float32(0.5)}, "sparsity must be known when it is compiled"),
         ({"scope": "erdos_renyi", "on_empty": "allow", "traced": True}, "close over the masks so far"),
@@ -282,7 +282,7 @@ def test_a_stack_is_no_loop_over_its_matrices() -> None:
         options: Any = {"axes": {"w": WeightAxes(1, 2, 0)}}
         masks = prune_tree(weights, 0.5, scope="layer", **options)
         moved = jax.make_jaxpr(lambda w: regrow_tree(w, masks, 0.3, gradients=w, **options))(weights)
-        pruned = jax.make_jaxpr(lambda n: clear_group(n, [weights["w"]], [masks["w"]]))(jnp.full(count, 12))
+        pruned = jax.make_jaxpr(lambda n: clear_group(n, [weights["w"]], [masks["w"]], True))(jnp.full(count, 12))
         return len(str(moved).splitlines()) + len(str(pruned).splitlines())
 
     assert lines(2) == lines(64)

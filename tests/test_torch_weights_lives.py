@@ -8,13 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from torch import nn
 from torch.nn.utils import prune as torch_prune
 
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import CubicSchedule
 from maskedlinear.torch import (
     ScheduledPruning,
     ScheduledRegrowth,
+    SparseLinear,
     check_masks,
     compress,
     freeze_masked,
@@ -23,7 +26,9 @@ from maskedlinear.torch import (
     mask_model,
     prune_model,
     rewind_model,
+    set_masks,
     summary,
+    unmask_model,
 )
 from test_torch_weights import X, is_clean, network
 
@@ -193,3 +198,141 @@ def test_other_corners() -> None:
             prune_model(other, 0.5, **structure)  # type: ignore[arg-type]
     kib = sum(row.nbytes for row in summary(network()).rows)
     assert kib == sum(5 * mask.numel() for mask in get_masks(network()).values()) + 4 * 4  # and the bias of the head
+
+
+@pytest.mark.parametrize("score", ["snip", "taylor", lambda weight, gradient: (weight * gradient).abs()])
+def test_scores_of_gradients_that_overflow_wait_for_the_next_step(score: Any, caplog: pytest.LogCaptureFixture) -> None:
+    model = mask_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    optimizer = freeze_masked(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)  # type: ignore[attr-defined, unused-ignore]
+    pruner = ScheduledPruning(model, CubicSchedule(0.8, begin=0, end=4, every=2), score=score, scope="layer")
+    reached = []
+    for step in range(7):
+        optimizer.zero_grad()
+        loss = model(torch.randn(6, 8)).square().mean() * (1e38 if step in (2, 3) else 1.0)
+        scaler.scale(loss).backward()
+        with caplog.at_level("WARNING", "maskedlinear"):
+            pruner.step()
+        if step == 2:
+            state = pruner.state_dict()
+            pruner = ScheduledPruning(model, pruner.schedule, score=score, scope="layer")
+            pruner.load_state_dict(state)
+        scaler.step(optimizer)
+        scaler.update()
+        reached.append(summary(model).sparsity)
+    assert reached[1] == reached[2] == reached[3] < reached[4] == pytest.approx(0.8, abs=0.01)
+    assert caplog.text.count("its gradients are not finite") == 2
+
+
+def test_a_module_that_was_replaced_is_named() -> None:
+    model = mask_model(nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4)}))
+    prune_model(model, 0.3)
+    model["head"] = nn.Linear(8, 6)  # as resize_token_embeddings does
+    with pytest.warns(
+        UserWarning, match=r"^head have no mask .* as by resize_token_embeddings\? mask_model\(model\) masks"
+    ):
+        prune_model(model, 0.5)
+    prune_model(copy.deepcopy(mask_model(model)), 0.6)
+    unmask_model(model, include="head")
+    prune_model(model, 0.6)  # by choice
+    chosen = mask_model(nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4)}), include="body")
+    prune_model(chosen, 0.5)
+
+
+def test_masks_of_layers_in_the_sparse_form_are_their_patterns() -> None:
+    model = mask_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    prune_model(model, 0.5, scope="layer")
+    dense = get_masks(model)
+    half = copy.deepcopy(model)
+    half[0] = SparseLinear.from_masked(half[0])
+    masks = get_masks(half)
+    assert isinstance(masks["0"], SparsityPattern)
+    torch.testing.assert_close(torch.as_tensor(masks["0"].to_mask()), dense["0"])
+    set_masks(half, masks)
+    set_masks(half, dense)
+    for other in (~dense["0"], torch.ones(16, 8), torch.zeros(3, 3), SparsityPattern.full((16, 8))):
+        with pytest.raises(ValueError, match="a layer in the sparse form keeps its connections; got others for 0"):
+            set_masks(half, {"0": other})
+    prune_model(model, 0.9, scope="layer")
+    set_masks(model, masks)  # of dense layers they are masks like others
+    assert all(torch.equal(mask, dense[name]) for name, mask in get_masks(model).items())
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware minimisation as it is written everywhere: two steps of an optimizer that it makes, at one batch."""
+
+    def __init__(self, params: Any, base: type[torch.optim.Optimizer], rho: float = 0.05, **options: Any) -> None:
+        super().__init__(params, {"rho": rho, **options})
+        self.base_optimizer = base(self.param_groups, **options)
+        self.param_groups = self.base_optimizer.param_groups
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        loss = torch.enable_grad()(closure)()
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        moves = [0.05 * weight.grad.sign() + 0.01 for weight in weights]  # not masked
+        torch._foreach_add_(weights, moves)
+        torch.enable_grad()(closure)()
+        torch._foreach_sub_(weights, moves)
+        self.base_optimizer.step()
+        return loss
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Slow weights that fast ones come back to: a wrapper that has parameter groups of the optimizer in it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups, self.state = optimizer, optimizer.param_groups, optimizer.state
+        self.defaults = optimizer.defaults
+        self.slow = [weight.detach() + 1 for group in self.param_groups for weight in group["params"]]
+
+    def step(self, closure: Any = None) -> Any:
+        self.optimizer.step()
+        weights = [weight for group in self.param_groups for weight in group["params"]]
+        for slow, weight in zip(self.slow, weights, strict=True):
+            slow.lerp_(weight.detach(), 0.5)
+            weight.data.copy_(slow)
+
+
+@pytest.mark.parametrize("wrap", ["sam", "lookahead", "accelerate"])
+def test_wrapped_optimizers_are_guarded(wrap: str) -> None:
+    model = network(0.7)
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    plain = torch.optim.AdamW(model.parameters(), **options)
+    if wrap == "sam":
+        optimizer: Any = Sam(model.parameters(), torch.optim.AdamW, **options)
+    elif wrap == "lookahead":
+        optimizer = Lookahead(plain)
+    else:
+        optimizer = Accelerator(cpu=True).prepare_optimizer(plain)
+    freeze_masked(optimizer, model)
+
+    def closure() -> Any:
+        optimizer.zero_grad()
+        loss = model(X).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(3):
+        closure()
+        optimizer.step(closure)
+        assert is_clean(model)
+    assert check_masks(model, X).ok
+
+
+def test_an_optimizer_that_holds_none_of_the_weights_is_refused() -> None:
+    model = network(0.7)
+    masters = [weight.detach().clone().requires_grad_() for weight in model.parameters()]
+    before = torch.optim.Adam(model.parameters())
+    for optimizer in (torch.optim.Adam(masters), torch.optim.Adam(copy.deepcopy(model).parameters())):
+        with pytest.raises(ValueError, match=r"this one holds none of the model's: .* a copy \(fp32 masters, say\)"):
+            freeze_masked(optimizer, model)
+    layers = mask_model(nn.Sequential(nn.Linear(8, 4)))
+    before = torch.optim.Adam(layers.parameters())
+    prune_model(layers, 0.9)
+    with pytest.raises(
+        ValueError, match="layers in the sparse form need no guard, but an optimizer made after compress"
+    ):
+        freeze_masked(before, compress(layers, "sparse"))
+    with pytest.raises(TypeError, match=r"a wrapper that is no torch\.optim\.Optimizer, guard the optimizer in it"):
+        freeze_masked(object(), model)  # type: ignore[arg-type]

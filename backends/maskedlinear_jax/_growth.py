@@ -124,7 +124,7 @@ def _drawn(key: Array, draws: Array, slots: Array) -> Array:
     """Return ``floor(u * slots / 2⁶⁴)`` for the 64-bit number u of each draw, the words 2i and 2i + 1 of ``mask_v1``."""
     if threefry_2x32 is None:  # pragma: no cover - of no release so far
         raise NotImplementedError(
-            "growth at random inside jit needs jax.extend.random.threefry_2x32, which this JAX lacks"
+            "growth at random inside jit needs threefry_2x32, which this JAX has not where it was"
         )
     words: Any = threefry_2x32(key, jnp.concatenate([jnp.zeros_like(draws), draws]))
     high, low = words[: len(draws)], words[len(draws) :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from maskedlinear_jax._stacks import (
     Counts,
     Group,
     Shapes,
+    check_on_empty,
     clear_group,
     grouped,
     masked_so_far,
@@ -65,7 +66,7 @@ def scheduled_pruning(
     include: Include = None,
     axes: Axes = None,
     scope: pruning.Scope = "layer",
-    on_empty: Literal["raise", "allow"] = "raise",
+    on_empty: pruning.OnEmpty = "keep",
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that it prunes the smallest weights by a schedule, inside the jitted step::
 
@@ -84,8 +85,8 @@ def scheduled_pruning(
     :func:`prune_tree` gives for these weights and the masks before, each matrix of a stack a layer by itself. Between two
     that prune the step costs nothing more.
 
-    A compiled step cannot raise errors, so that what may fail is checked before: by ``scope="global"`` a layer may lose its
-    last connection, which needs ``on_empty="allow"``. A weight that is NaN counts as the largest.
+    A compiled step cannot raise errors: by default it does what it can instead, and what ``on_empty="raise"`` is to refuse
+    is checked before, which ``scope="global"`` does not let it. A weight that is NaN counts as the largest.
 
     Args:
         inner: any optax transformation, or a chain of them. Wrap the whole chain.
@@ -94,26 +95,22 @@ def scheduled_pruning(
         include: which parameters, as in :func:`prune_tree`.
         axes: as in :func:`prune_tree`.
         scope: ``"layer"``, ``"erdos_renyi"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
-        on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection.
+        on_empty: what is done where a matrix would lose its last connection: ``"keep"`` leaves it its best, prunes fewer
+            if need be, and none where more is masked already than the schedule asks for; ``"raise"``, or ``"allow"``.
 
     Returns:
         A transformation whose ``update`` needs ``params``, and whose state is a :class:`PruningState`.
 
     Raises:
         ValueError: if ``scope`` or ``on_empty`` is none of these, or both are as said above; by ``init`` and
-            ``update``, if no parameter is meant, the masks do not fit or have more zeros than the schedule begins with,
-            or a parameter would lose its last connection; by ``update``, if there are no ``params``.
+            ``update``, if no parameter is meant or the masks do not fit, or, where nothing else is said by ``on_empty``, if
+            they have more zeros than the schedule begins with, or a parameter would lose its last connection; by
+            ``update``, if there are no ``params``.
         TypeError: by ``init`` and ``update``, if parameters to prune are not real floating-point.
     """
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'layer', 'erdos_renyi' or 'global'; got {scope!r}")
-    if on_empty not in ("raise", "allow"):
-        raise ValueError(f"on_empty must be 'raise' or 'allow'; got {on_empty!r}")
-    if scope == "global" and on_empty == "raise":
-        raise ValueError(
-            "pruning by scope='global' may take a parameter's last connection, which a compiled step cannot refuse: say "
-            "on_empty='allow', or scope='layer'"
-        )
+    check_on_empty(on_empty, scope)
     guarded = freeze_masked(inner)
     steps = np.asarray(schedule.steps(), np.int32)
     plans: dict[Any, list[Group]] = {}
@@ -157,7 +154,7 @@ def scheduled_pruning(
 
         def prune() -> Any:
             after = optax.apply_updates(params, updates)
-            new = _pruned(after, state.masks, groups, include, axes, place)
+            new = _pruned(after, state.masks, groups, include, axes, place, on_empty == "keep")
 
             def part(update: Any, param: Any, after: Any, old: Any, new: Any, dormant: Any) -> Any:
                 if old is None:
@@ -179,21 +176,25 @@ def scheduled_pruning(
 
 def _plan(shapes: Shapes, live: Counts, schedule: Any, scope: pruning.Scope, on_empty: str) -> list[Group]:
     """Return the groups of parameters, whose ``zeros`` have a row for each step that prunes."""
-    tables: dict[tuple[str, ...], list[Any]] = {}
-    left = dict(live)
-    for step in schedule.steps():
+    tables: dict[tuple[str, ...], Any] = {}
+    left, steps = dict(live), schedule.steps()
+    for place, step in enumerate(steps):
         for group in grouped(shapes, left, schedule(step), scope):
-            table = tables.setdefault(group.names, [])
-            masked = table[-1] if table else masked_so_far(group, shapes, live)
-            asked = f"the schedule asks for {{}} at step {step}"
-            refuse_more(group, masked, asked, "begin with a higher sparsity, or with fewer masked connections")
+            # Of no zeros at the steps that compare others with each other.
+            table = tables.setdefault(group.names, np.zeros((len(steps), *group.zeros.shape), np.int64))
+            if on_empty != "keep":
+                masked = table[place - 1] if place else masked_so_far(group, shapes, live)
+                asked = f"the schedule asks for {{}} at step {step}"
+                refuse_more(group, masked, asked, "begin with a higher sparsity, or with fewer masked connections")
             if on_empty == "raise":
                 refuse_empty(group, shapes, live)
-            table.append(group.zeros)
+            table[place] = group.zeros
             if group.zeros.ndim:
                 (name,) = group.names
-                left[name] = shapes[name][1] * shapes[name][2] - group.zeros
-    return [Group(names, np.stack(table)) for names, table in tables.items()]
+                least = left[name] > 0 if on_empty == "keep" else 0
+                after = np.maximum(shapes[name][1] * shapes[name][2] - group.zeros, least)
+                left[name] = np.minimum(left[name], after)
+    return [Group(names, table) for names, table in tables.items()]
 
 
 def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
@@ -209,7 +210,9 @@ def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-def _pruned(params: Any, masks: Any, groups: Sequence[Group], include: Include, axes: Axes, place: Array) -> Any:
+def _pruned(
+    params: Any, masks: Any, groups: Sequence[Group], include: Include, axes: Axes, place: Array, keep: bool
+) -> Any:
     """Return the masks after a pruning, the one at ``place`` among the schedule's."""
     chosen, structure = chosen_parameters(params, include, axes), jax.tree.structure(params)
     leaves: list[Any] = list(leaves_like(structure, masks, "masks") or [])
@@ -217,7 +220,7 @@ def _pruned(params: Any, masks: Any, groups: Sequence[Group], include: Include, 
         stacks = [stack_axes(name, chosen[name][1].ndim, axes) for name in names]
         weights: list[Any] = [known.matrices(chosen[name][1]) for name, known in zip(names, stacks, strict=True)]
         before = [known.matrices(leaves[chosen[name][0]]) for name, known in zip(names, stacks, strict=True)]
-        after = clear_group(jnp.asarray(zeros.astype(np.int32))[place], weights, before)
+        after = clear_group(jnp.asarray(zeros.astype(np.int32))[place], weights, before, keep)
         for name, known, mask in zip(names, stacks, after, strict=True):
             at, leaf = chosen[name]
             leaves[at] = known.from_matrices(mask, leaf.shape)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["bound", "check_comparable", "clear_smallest", "number"]
+__all__ = ["bound", "check_comparable", "clear_smallest", "largest", "number"]
 
 _MOST = (1 << 31) - 1  # entries that int32 can count
 
@@ -61,6 +61,14 @@ def clear_smallest(weights: Sequence[Array], masks: Sequence[Array], count: Arra
         mask & ~gone & ~(tie & (place < first))
         for mask, gone, tie, place in zip(masks, below, equal, places, strict=True)
     ]
+
+
+def largest(weight: Array, mask: Array) -> Array:
+    """Return a mask of the live entry of a matrix that has the largest magnitude; of equal ones the last."""
+    key, places = _magnitude(weight), _places(weight.shape, 1)  # 0 stands for what is not live
+    best = mask & (key == jnp.max(key, where=mask, initial=0))
+    found: Array = best & (places == jnp.max(places, where=best, initial=0))
+    return found
 
 
 def bound(arrays: Sequence[Array], where: Sequence[Array], count: Array) -> Array:

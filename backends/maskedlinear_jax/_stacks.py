@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,12 +22,13 @@ from maskedlinear.models import Prunable, WeightAxes, refuse_unknown
 from maskedlinear.pruning._edges import zeros_by_scope
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._growth import key_words, regrow_stack, share_words
-from maskedlinear_jax._select import check_comparable, clear_smallest, number
+from maskedlinear_jax._select import check_comparable, clear_smallest, largest, number
 
 __all__ = [
     "Counts",
     "Group",
     "Shapes",
+    "check_on_empty",
     "clear_group",
     "grouped",
     "masked_so_far",
@@ -98,25 +99,34 @@ def refuse_empty(group: Group, shapes: Shapes, live: Counts) -> None:
             )
 
 
-def clear_group(zeros: Array, weights: Sequence[Any], masks: Sequence[Any]) -> list[Any]:
+def clear_group(zeros: Array, weights: Sequence[Any], masks: Sequence[Any], keep: bool) -> list[Any]:
     """Return the masks of a group with as many zeros, or more where more are masked already.
 
     Args:
         zeros: of a :class:`Group`, int32.
         weights: of each of its parameters, ``(stacked, out, in)``.
         masks: booleans of their shapes.
+        keep: whether each matrix keeps its best connection; there are fewer zeros, if need be.
     """
-
-    def cleared(weight: Array, mask: Array, zeros: Array) -> Array:
-        masked = jnp.int32(mask.size) - number([mask])
-        return clear_smallest([weight], [mask], jnp.maximum(zeros - masked, 0))[0]
-
+    best: Any = jax.vmap(largest)
+    kept = [best(*pair) if keep else jnp.zeros_like(pair[1]) for pair in zip(weights, masks, strict=True)]
     if zeros.ndim:
-        return [jax.vmap(cleared)(weights[0], masks[0], zeros)]
-    flat, live = ([part.reshape(-1, part.shape[2]) for part in parts] for parts in (weights, masks))
+
+        def each(weight: Any, mask: Any, stays: Any, zeros: Any) -> Any:
+            return _cleared([weight], [mask], [stays], zeros)[0]
+
+        return [jax.vmap(each)(weights[0], masks[0], kept[0], zeros)]
+    flat: list[Any] = [[part.reshape(-1, part.shape[2]) for part in parts] for parts in (weights, masks, kept)]
+    cleared = _cleared(flat[0], flat[1], flat[2], zeros)
+    return [part.reshape(mask.shape) for part, mask in zip(cleared, masks, strict=True)]
+
+
+def _cleared(weights: Any, masks: Any, kept: Any, zeros: Array) -> list[Array]:
+    """Return the masks of matrices that are compared with each other, with as many zeros together, but where ``kept`` is."""
+    free = [mask & ~stays for mask, stays in zip(masks, kept, strict=True)]
     masked = jnp.int32(sum(mask.size for mask in masks)) - number(masks)
-    found = clear_smallest(flat, live, jnp.maximum(zeros - masked, 0))
-    return [part.reshape(mask.shape) for part, mask in zip(found, masks, strict=True)]
+    count = jnp.minimum(jnp.maximum(zeros - masked, 0), number(free))
+    return [mask | stays for mask, stays in zip(clear_smallest(weights, free, count), kept, strict=True)]
 
 
 def prune_traced(
@@ -154,7 +164,7 @@ def prune_traced(
     live = {name: np.count_nonzero(mask, axis=(1, 2)) for name, mask in (so_far if known else full).items()}
     made: dict[str, Any] = {}
     for group in grouped(shapes, live, sparsity, scope):
-        if known:
+        if known and on_empty != "keep":
             refuse_more(
                 group,
                 masked_so_far(group, shapes, live),
@@ -166,7 +176,7 @@ def prune_traced(
         check_comparable([weights[name].weight for name in group.names])
         values = [jnp.asarray(axes[name].matrices(weights[name].weight)) for name in group.names]
         before = [jnp.asarray(so_far[name]) for name in group.names]
-        cleared = clear_group(jnp.asarray(group.zeros, jnp.int32), values, before)
+        cleared = clear_group(jnp.asarray(group.zeros, jnp.int32), values, before, on_empty == "keep")
         for name, mask in zip(group.names, cleared, strict=True):
             made[name] = axes[name].from_matrices(mask, weights[name].mask.shape)
     return made
@@ -246,14 +256,17 @@ def _check_traced(sparsity: Any, score: Any, scope: str, block: Any, on_empty: s
             )
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
-    if on_empty not in ("raise", "allow"):
-        raise ValueError(
-            f"inside a transform on_empty must be 'raise' or 'allow'; got {on_empty!r}: prune outside of it"
-        )
+    check_on_empty(on_empty, scope)
+
+
+def check_on_empty(on_empty: str, scope: str) -> None:
+    """Raise a ``ValueError`` if ``on_empty`` is none of the three, or asks for what a compiled step cannot do."""
+    if on_empty not in get_args(pruning.OnEmpty):
+        raise ValueError(f"on_empty must be 'raise', 'allow' or 'keep'; got {on_empty!r}")
     if scope == "global" and on_empty == "raise":
         raise ValueError(
             "pruning by scope='global' may take a parameter's last connection, which a compiled step cannot refuse: say "
-            "on_empty='allow', or scope='layer'"
+            "on_empty='keep' or 'allow', or scope='layer'"
         )
 
 

@@ -43,6 +43,7 @@ class MaskedWeight(nn.Module):
 
     mask: Tensor
     keep_dormant: KeepDormant
+    with_model: bool = False  # whether it was masked because all weights of its model were
     _own: OwnWeight
     _dormant: DormantStore
     _pending_mask: Tensor | None  # of a layer on the meta device, which has no values

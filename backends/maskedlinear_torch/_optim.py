@@ -49,18 +49,20 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(model, nn.Module):
         raise TypeError(
             "freeze_masked takes an optimizer and a module, in this order; "
-            f"got {type(optimizer).__name__} and {type(model).__name__}"
+            f"got {type(optimizer).__name__} and {type(model).__name__}: of a wrapper that is no torch.optim.Optimizer, "
+            "guard the optimizer in it"
         )
     if not any(isinstance(module, MaskedWeight) for module in model.modules()):
         raise ValueError(
-            "freeze_masked guards masked weights, and this model has none: make them with mask_model(model)"
+            "freeze_masked guards masked weights, and this model has none: make them with mask_model(model); layers in the "
+            "sparse form need no guard, but an optimizer made after compress"
         )
     holder = next((one for one in _wrapped(optimizer) if holds_masked(one, model)), None)
     if holder is None:
         raise ValueError(
             "freeze_masked guards masked weights that an optimizer holds, and this one holds none of the model's: it was "
-            "made of another model or a copy, or before layers were exchanged (compress, expand, shrink); or it wraps the "
-            "optimizer that holds them, which is the one to guard"
+            "made of another model or a copy (fp32 masters, say), or before layers were exchanged (compress, expand, "
+            "shrink); or it wraps the optimizer that holds them, which is the one to guard"
         )
     step = holder.step
     if getattr(step, "guard", None) is model:
@@ -130,10 +132,11 @@ class Guard:
     @torch.no_grad()
     def after_step(self) -> None:
         """Set back to +0 what the step has left under the masks."""
+        known = type(self._optimizer) in _BY_ENTRY
         for layer in _masked_layers(self._model, self._optimizer):
-            if not layer.is_clean():
+            if not (known and layer.is_clean()):  # one that wraps another may write past all that counts edits, after it
                 layer.project()
-            if type(self._optimizer) not in _BY_ENTRY:
+            if not known:
                 _clean_state(self._optimizer, layer.weight, layer.mask)
 
     def reset(self) -> None:

@@ -16,9 +16,11 @@ from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._ranks import are_finite, group_of
 from maskedlinear_torch._regrow import DenseGradients, dense_gradients, regrow_model
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
+from maskedlinear_torch._weights import masked_weights
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
@@ -49,6 +51,15 @@ class ScheduledPruning(Pruning):
 
     def _prune(self, sparsity: float, **how: Any) -> None:
         prune_model(self.model, sparsity, **how)
+
+    def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
+        score = how.get("score", "magnitude")
+        if not (callable(score) or score in ("snip", "taylor")):
+            return True
+        gradients = [
+            layer.weight.grad for layer in masked_weights(self.model).values() if layer.weight.grad is not None
+        ]
+        return are_finite(gradients, group_of(self.model, how.get("group", "model")))
 
     def _bring_masks(self, average: nn.Module) -> None:
         bring_masks(self.model, average)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from maskedlinear_torch._compat import active_ddp_module
 
-__all__ = ["Group", "active_group", "averaged", "check_alike", "group_of"]
+__all__ = ["Group", "active_group", "are_finite", "averaged", "check_alike", "group_of"]
 
 Group = Any  # a torch.distributed.ProcessGroup, None, or "model": that of the wrapped model
 
@@ -43,6 +43,15 @@ def averaged(tensor: Tensor, group: Group) -> Tensor:
     total = tensor.detach().clone().contiguous()
     distributed.all_reduce(total, group=group)
     return total.div_(distributed.get_world_size(group))
+
+
+def are_finite(tensors: Sequence[Tensor], group: Group) -> bool:
+    """Whether all numbers are finite, in all processes of a group."""
+    finite = all(bool(tensor.isfinite().all()) for tensor in tensors)
+    if group is None:
+        return finite
+    device = tensors[0].device if tensors else "cpu"
+    return bool(averaged(torch.tensor(float(finite), device=device), group) == 1)
 
 
 def check_alike(what: str, arrays: Mapping[str, Any], group: Group) -> None:

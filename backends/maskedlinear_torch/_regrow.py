@@ -22,7 +22,7 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import renew
-from maskedlinear_torch._ranks import Group, active_group, averaged, check_alike, group_of
+from maskedlinear_torch._ranks import Group, active_group, are_finite, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import axes_of_mask, masked_weights, walk_masked
@@ -57,13 +57,8 @@ class DenseGradients:
     def are_finite(self, model: nn.Module, group: Group) -> bool:
         """Whether all numbers are finite, in all processes: where a loss was scaled too much, none of them are of use."""
         _processes_of(model, group, self)
-        arrays = [array for pairs in self._pairs.values() for pair in pairs for array in pair]
-        finite = all(bool(array.isfinite().all()) for array in arrays)
-        finite = finite and all(bool(np.isfinite(whole).all()) for whole in self._whole.values())
-        if self.group is None:
-            return finite
-        device = arrays[0].device if arrays else "cpu"
-        return bool(averaged(torch.tensor(float(finite), device=device), self.group) == 1)
+        pairs = [array for pairs in self._pairs.values() for pair in pairs for array in pair]
+        return are_finite([*pairs, *map(torch.from_numpy, self._whole.values())], self.group)
 
     def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the

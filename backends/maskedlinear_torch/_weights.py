@@ -53,7 +53,16 @@ for _dimensions, (_plain, _transposed) in enumerate(
     _table[_transposed] = {"weight": WeightAxes(out_axis=1, in_axis=(0, *_window))}
 
 # Of modules that have no entry, by their type's name (no framework is imported for it) or by the parameter's.
-_BY_TYPE_NAME: dict[str, Axes] = {"Conv1D": {"weight": WeightAxes(out_axis=1, in_axis=0)}}
+_PARALLEL_EXPERTS = {"weight": _EXPERTS}
+_HEADS = WeightAxes(out_axis=(1, 2), in_axis=0)
+_BY_TYPE_NAME: dict[str, Axes] = {
+    "Conv1D": {"weight": WeightAxes(out_axis=1, in_axis=0)},
+    "JetMoeParallelExperts": _PARALLEL_EXPERTS,
+    "GraniteMoeParallelExperts": _PARALLEL_EXPERTS,
+    "GraniteMoeSharedParallelExperts": _PARALLEL_EXPERTS,
+    "GraniteMoeHybridParallelExperts": _PARALLEL_EXPERTS,
+    "XLNetRelativeAttention": {"[qkvr]": _HEADS, "o": WeightAxes(out_axis=0, in_axis=(1, 2))},
+}
 _TRANSPOSED_EXPERTS = ("Llama4TextExperts",)
 _EXPERT_NAMES = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
 

@@ -22,16 +22,27 @@ from maskedlinear.models import (
     check_of,
     prune_weights,
     warn_of_left_out,
+    warn_of_lost,
     warn_of_sparse,
     zeros_left,
 )
-from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches, select_weights
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear.pruning._layers import (
+    Include,
+    Scoring,
+    asked_by_name,
+    check_known,
+    check_pattern,
+    matches,
+    select_weights,
+)
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._ranks import Group, averaged, check_alike, group_of
+from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
     ModelWeight,
@@ -40,6 +51,7 @@ from maskedlinear_torch._weights import (
     masked_weights,
     model_weights,
     release,
+    walk_masked,
 )
 
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
@@ -99,6 +111,8 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         if any(user.name in possible for user in weight.users):
             _mask(weight, next((checked[user.name] for user in weight.users if user.name in checked), None))
     if not masks and include is None:
+        for mask in masked_weights(model).values():
+            mask.with_model = True
         warn_of_left_out([(weight.name, weight.why) for weight in weights], stacklevel=3)
     return model
 
@@ -130,12 +144,21 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     for name, mask in masked_weights(model).items():
         if is_releasable(mask) and matches(name, _module_of(mask), include):
             release(mask)
+        else:
+            mask.with_model = False  # what has no mask from now on has none by choice
     return model
 
 
-def get_masks(model: nn.Module) -> dict[str, Tensor]:
-    """Return a copy of the mask of each masked weight, by its name, for :func:`set_masks` to bring back."""
-    return {name: layer.mask.clone() for name, layer in masked_weights(model).items()}
+def get_masks(model: nn.Module) -> dict[str, Any]:
+    """Return a copy of the mask of each masked weight, by its name, for :func:`set_masks` to bring back.
+
+    Of a layer in the sparse form it is its :class:`maskedlinear.pattern.SparsityPattern`; ``to_mask`` makes an array of it.
+    """
+    masked_weights(model)  # which projects them
+    return {
+        name: layer.pattern if isinstance(layer, SparseLinear) else layer.mask.clone()
+        for name, layer in walk_masked(model)
+    }
 
 
 def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None:
@@ -143,18 +166,24 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
 
     Args:
         model: any module; an average of a model (``torch.optim.swa_utils.AveragedModel``) takes the masks of the model.
-        masks: by name, of the weights' shapes, booleans or 0s and 1s; other weights keep theirs.
+        masks: by name, of the weights' shapes, booleans or 0s and 1s, or patterns; other weights keep theirs.
         group: as in :func:`prune_model`; what comes back must be the same in all processes too.
 
     Raises:
         ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1, or if layers
-            that share a weight are given different ones, or processes different ones; the model is left as it was.
+            that share a weight are given different ones, or processes different ones; if a layer in the sparse form is given
+            another than its own. The model is left as it was.
     """
-    layers = masked_weights(model)
+    masked_weights(model)  # which projects them
+    layers: dict[str, Any] = dict(walk_masked(model))
     if not any(name in layers for name in masks):  # those of the model that an average, DDP or a compiled module holds
         held = {_name_inside(name): name for name in layers}
         masks = {held.get(_name_inside(name), name): mask for name, mask in masks.items()}
     check_known("masks", masks, list(layers))
+    for name, mask in masks.items():
+        if isinstance(layers[name], SparseLinear):
+            check_pattern(name, layers[name].pattern, mask)
+    masks = {name: mask for name, mask in masks.items() if not isinstance(layers[name], SparseLinear)}
     checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
     _check_one_a_weight(checked, {name: layers[name].weight for name in checked})
     group = group_of(model, group)
@@ -243,6 +272,9 @@ def prune_model(
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_mask(masks[name])
+    if include is None and any(layer.with_model for layer in layers.values()):
+        unmasked = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
+        warn_of_lost([weight.name for weight in unmasked if not weight.why], stacklevel=3)
     if of == "masked" and include is None:
         warn_of_sparse([other.name for other in model_weights(model) if other.sparse is not None], stacklevel=3)
     return before
@@ -321,6 +353,8 @@ def _check_one_a_weight(masks: Mapping[str, Tensor], weights: Mapping[str, Tenso
 
 
 def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:
+    if isinstance(mask, SparsityPattern):
+        mask = mask.to_mask()
     if isinstance(mask, Tensor):
         check_dense(mask)
     try:

@@ -1,7 +1,7 @@
 """Whole models, whatever the framework: which axes a weight has, and what of a model is masked, could be, or is left out."""
 
 from maskedlinear.models._axes import WeightAxes
-from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_sparse
+from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_lost, warn_of_sparse
 from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, why_left_out
 from maskedlinear.models._prune import Of, Prunable, check_of, prune_weights, refuse_unknown, zeros_left
 from maskedlinear.models._regrow import regrow_weight
@@ -26,6 +26,7 @@ __all__ = [
     "regrow_weight",
     "warn_of_drift",
     "warn_of_left_out",
+    "warn_of_lost",
     "warn_of_sparse",
     "why_left_out",
     "zeros_left",

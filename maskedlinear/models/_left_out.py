@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from maskedlinear.models._names import NO_WEIGHT, SHARED
 from maskedlinear.models._summary import first_names
 
-__all__ = ["warn_of_drift", "warn_of_left_out", "warn_of_sparse"]
+__all__ = ["warn_of_drift", "warn_of_left_out", "warn_of_lost", "warn_of_sparse"]
 
 
 def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4) -> None:
@@ -27,6 +27,16 @@ def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4)
         warnings.warn(
             f"mask_model left out {text}; summary(model) lists everything. To mask them all the same, name them in masks or "
             "include",
+            stacklevel=stacklevel,
+        )
+
+
+def warn_of_lost(names: Sequence[str], stacklevel: int = 4) -> None:
+    """Warn of weights without a mask in a model that was masked as a whole: their modules were added or replaced since."""
+    if names:
+        warnings.warn(
+            f"{first_names(names)} have no mask and are left out, though the whole model was masked: were their modules "
+            "added or replaced since, as by resize_token_embeddings? mask_model(model) masks them",
             stacklevel=stacklevel,
         )
 

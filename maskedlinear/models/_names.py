@@ -17,7 +17,7 @@ NO_WEIGHT = (
 )
 
 _EMBEDDINGS = re.compile(r"pos|positions?|posemb\w*|tokens?|cls|embed\w*|emb")
-_SCALES = ("scale", "gamma", "beta", "mean", "var", "count")
+_SCALES = ("scale", "gamma", "beta", "mean", "var", "count", "A_log")  # the last of state spaces
 _KERNELS = re.compile(
     r"(kernel|weight|w)(_[a-z]+)?\d*"
 )  # of three dimensions and more; Haiku's w, w_i and w_h among them

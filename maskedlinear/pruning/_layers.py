@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, Literal, TypeVar, get_args
 
+import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear._arrays import as_numpy
 from maskedlinear.masks._random import checked_seed
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import _scores
 
 __all__ = [
@@ -20,6 +22,7 @@ __all__ = [
     "as_dict",
     "asked_by_name",
     "check_known",
+    "check_pattern",
     "layer_seed",
     "like_input",
     "matches",
@@ -97,6 +100,21 @@ def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, An
     if not found:
         raise ValueError(f"there is no weight to mask: include={include!r} means none of {list(possible)}")
     return found
+
+
+def check_pattern(name: str, own: SparsityPattern, given: Any) -> None:
+    """Raise a ``ValueError`` unless a layer in the sparse form is given its own connections, as a pattern or a mask."""
+    if isinstance(given, SparsityPattern):
+        same = own == given
+    else:
+        rows, columns = own.rows, own.indices
+        array = as_numpy(given)
+        same = array.shape == own.shape and np.count_nonzero(array) == own.nnz and bool(array[rows, columns].all())
+    if not same:
+        raise ValueError(
+            f"a layer in the sparse form keeps its connections; got others for {name or 'the layer'}: make it dense first, "
+            "with expand(model), or move them by regrow_model"
+        )
 
 
 def layer_seed(seed: int, place: int) -> int:

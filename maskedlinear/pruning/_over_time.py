@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
@@ -11,6 +12,8 @@ from maskedlinear.pruning._layers import Include
 from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
 
 __all__ = ["Pruning", "Regrowth", "Steps", "check_regrowth", "regrowth_seed", "rounds_of"]
+
+_logger = logging.getLogger("maskedlinear")
 
 
 class Steps(ABC):
@@ -48,8 +51,11 @@ class Pruning(Steps):
     """Prunes a model at the steps of a schedule; a framework's class says how.
 
     A training is never ended for a layer's last connection, nor because more is masked than the schedule asks for, as in a
-    second training of a model: ``on_empty="keep"``, unless it is given.
+    second training of a model: ``on_empty="keep"``, unless it is given. Where scores need gradients, and those of a step are
+    not finite, as where a loss was scaled too much, it prunes at the next step instead.
     """
+
+    _late = False
 
     def __init__(self, model: Any, schedule: CubicSchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
         super().__init__(model, averages)
@@ -70,11 +76,29 @@ class Pruning(Steps):
 
     def step_at(self, step: int, **more: Any) -> bool:
         """Do what :meth:`step` does at a step that somebody else counts."""
-        due = self.schedule.due(step)
-        if due:
-            self._prune(self.schedule(step), **{**self.how, **more})
-            self._update_averages()
-        return due
+        if not (self.schedule.due(step) or self._late):
+            return False
+        how = {**self.how, **more}
+        self._late = not self._has_finite_gradients(how)
+        if self._late:
+            _logger.warning("nothing is pruned at step %d: its gradients are not finite; the next step prunes", step)
+            return False
+        self._prune(self.schedule(step), **how)
+        self._update_averages()
+        return True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the steps so far, and whether the next one has to prune; masks are in the model's state."""
+        return {**super().state_dict(), "late": self._late}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on after the steps of a state."""
+        super().load_state_dict(state)
+        self._late = bool(state.get("late", False))
+
+    @abstractmethod
+    def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
+        """Whether the gradients that scores are made of are finite, in all processes; true where scores need none."""
 
     @abstractmethod
     def _prune(self, sparsity: float, **how: Any) -> None:

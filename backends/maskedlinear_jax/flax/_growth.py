@@ -6,7 +6,7 @@ gradient's rows are made of them as they are asked for.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -24,8 +24,6 @@ from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_
 from maskedlinear_jax.flax._weights import masked_weights, parameter_names
 
 __all__ = ["dense_gradients"]
-
-Rows = Callable[[int, int], Array]
 
 
 class _Added(nnx.Variable[Array]):
@@ -144,12 +142,25 @@ def _rows(name: str, layer: Any, gradients: Any) -> Rows:
             f"growth by gradient needs a call of each layer; the loss does not call {name or 'the layer'}: leave it "
             "out of the model, or grow at random"
         )
+    return Rows(pairs)
 
-    def rows(start: int, stop: int) -> Array:
-        total: Array = sum(_product(g, x, start, stop - start) for g, x in pairs)
+
+class Rows:
+    """Makes rows of a sparse layer's whole gradient: called with ``start`` and ``stop``, of shape ``(stop - start, in)``."""
+
+    def __init__(self, pairs: Sequence[tuple[Array, Array]]) -> None:
+        self.pairs = pairs
+
+    def __call__(self, start: int, stop: int) -> Array:
+        """Return the rows from ``start`` to before ``stop``."""
+        total: Array = sum(_product(g, x, start, stop - start) for g, x in self.pairs)
         return total
 
-    return rows
+
+def are_finite(gradients: Iterable[Any]) -> bool:
+    """Whether gradients, those of :func:`dense_gradients` too, are of finite numbers."""
+    arrays = (array for one in gradients for array in (jax.tree.leaves(one.pairs) if isinstance(one, Rows) else [one]))
+    return all(bool(jnp.isfinite(array).all()) for array in arrays)
 
 
 @partial(jax.jit, static_argnums=3)

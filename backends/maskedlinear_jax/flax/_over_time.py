@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +13,7 @@ from flax import nnx
 from maskedlinear._progress import Progress
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax.flax._growth import are_finite
 from maskedlinear_jax.flax._kernel import label, masked_kernel, set_variables
 from maskedlinear_jax.flax._modules import layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -21,6 +23,8 @@ from maskedlinear_jax.flax._weights import masked_weights
 from maskedlinear_jax.flax._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "load_state", "lottery_rounds", "rewind_model"]
+
+_logger = logging.getLogger("maskedlinear")
 
 
 class ScheduledPruning(Pruning):
@@ -46,6 +50,9 @@ class ScheduledPruning(Pruning):
 
     def _prune(self, sparsity: float, **how: Any) -> None:
         prune_model(self.model, sparsity, **how)
+
+    def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
+        return are_finite(jax.tree.leaves(how.get("gradients")))
 
     def _bring_masks(self, average: Any) -> None:
         _bring_masks(self.model, average)
@@ -83,7 +90,7 @@ class ScheduledRegrowth(Regrowth):
     """
 
     def step(self, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
-        """Move connections if it is time; return how many moved.
+        """Move connections if it is time; return how many moved. Gradients that are not finite move nothing, and are logged.
 
         Args:
             gradients: a function without arguments that returns what :func:`dense_gradients` does; it is called only
@@ -106,6 +113,9 @@ class ScheduledRegrowth(Regrowth):
         if not self.due(step):
             return 0
         found = gradients() if self.growth == "gradient" and gradients is not None else None
+        if found is not None and not are_finite(found.values()):
+            _logger.warning("no connections move at step %d: its gradients are not finite", step)
+            return 0
         moved: int = regrow_model(self.model, gradients=found, **self._options(step))
         self._update_averages()
         return moved

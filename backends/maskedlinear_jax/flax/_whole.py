@@ -29,7 +29,15 @@ from maskedlinear.models import (
     zeros_left,
 )
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches, select_weights
+from maskedlinear.pruning._layers import (
+    Include,
+    Scoring,
+    asked_by_name,
+    check_known,
+    check_pattern,
+    matches,
+    select_weights,
+)
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._tree import Axes, named_leaves, prunable, restored
@@ -149,9 +157,16 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
     return model
 
 
-def get_masks(model: Any) -> dict[str, Array]:
-    """Return the mask of each masked weight of an nnx model, or of linen's variables, by its name, for :func:`set_masks`."""
-    return {name: one.mask for name, one in masked_of(model).items()}
+def get_masks(model: Any) -> dict[str, Any]:
+    """Return the mask of each masked weight of an nnx model, or of linen's variables, by its name, for :func:`set_masks`.
+
+    Of a layer in the sparse form it is its :class:`maskedlinear.pattern.SparsityPattern`, ``(out, in)``, of a stack of them
+    a list of these.
+    """
+    return {
+        name: one.mask if isinstance(one, Masked) else _patterns(one)
+        for name, one in masked_of(model, sparse=True).items()
+    }
 
 
 def set_masks(model: Any, masks: Masks) -> Any:
@@ -160,17 +175,22 @@ def set_masks(model: Any, masks: Masks) -> Any:
     Args:
         model: any nnx module, whose weights are set in place; or the variables of a linen one, which stay as they are.
         masks: by name, as :func:`get_masks` returns them: of the weights' shapes, booleans or 0s and 1s; inside transforms
-            booleans. Other weights keep theirs.
+            booleans. Other weights keep theirs. A pattern is read as it is, ``(out, in)``.
 
     Returns:
         The model; or new linen variables.
 
     Raises:
         ValueError: if a mask is of a weight that has none, has another shape, or holds anything but 0 and 1; if layers
-            that share a kernel are given different masks. The model is left as it was.
+            that share a kernel are given different masks; if a layer in the sparse form is given others than its own
+            connections. The model is left as it was.
     """
-    weights = masked_of(model)
+    weights = masked_of(model, sparse=True)
     check_known("masks", masks, list(weights))
+    for name, mask in masks.items():
+        if isinstance(weights[name], SparseLinear):
+            _check_patterns(name, weights[name], mask)
+    masks = {name: mask for name, mask in masks.items() if isinstance(weights[name], Masked)}
     checked = {name: _checked(mask, weights[name].value, name, weights[name].mask) for name, mask in masks.items()}
     _refuse_different(checked, {name: weights[name].key for name in checked})
     if is_linen(model):
@@ -305,20 +325,38 @@ def _dense_rows(name: str, one: Masked) -> list[WeightSummary]:
 def _sparse_rows(name: str, layer: SparseLinear) -> list[WeightSummary]:
     """Return the row of a layer in the sparse form, or of each of a stack."""
     nbytes = sum(part[...].nbytes for part in vars(layer).values() if isinstance(part, nnx.Variable))
-    starts, inputs = np.asarray(layer.indptr[...]), np.asarray(layer.indices[...])
-    stacked = starts.ndim > 1
-    starts = starts.reshape(-1, starts.shape[-1])
-    inputs = inputs.reshape(len(starts), -1)
+    patterns = _patterns(layer)
+    if isinstance(patterns, SparsityPattern):
+        return [WeightSummary.of_pattern(name, patterns, nbytes)]
     return [
-        WeightSummary.of_pattern(
-            f"{name}[{place}]" if stacked else name, SparsityPattern(*ends, layer.in_features), nbytes // len(starts)
-        )
-        for place, ends in enumerate(zip(starts, inputs, strict=True))
+        WeightSummary.of_pattern(f"{name}[{place}]", pattern, nbytes // len(patterns))
+        for place, pattern in enumerate(patterns)
     ]
+
+
+def _patterns(layer: SparseLinear) -> SparsityPattern | list[SparsityPattern]:
+    """Return the connections of a layer in the sparse form, or of each of a stack."""
+    starts, inputs = np.asarray(layer.indptr[...]), np.asarray(layer.indices[...])
+    if starts.ndim == 1:
+        return SparsityPattern(starts, inputs, layer.in_features)
+    starts = starts.reshape(-1, starts.shape[-1])
+    pairs = zip(starts, inputs.reshape(len(starts), -1), strict=True)
+    return [SparsityPattern(*ends, layer.in_features) for ends in pairs]
+
+
+def _check_patterns(name: str, layer: SparseLinear, given: Any) -> None:
+    """Raise a ``ValueError`` unless a layer in the sparse form, or a stack, is given its own connections."""
+    own = _patterns(layer)
+    if isinstance(own, SparsityPattern):
+        check_pattern(name, own, given if isinstance(given, SparsityPattern) else np.asarray(given).T)
+    elif own != given:
+        raise ValueError(f"a stack in the sparse form keeps its connections; got others for {name}")
 
 
 def _checked(mask: Any, value: Any, name: str, old: Any = None) -> Array:
     """Return a mask of a weight; a stack of layers may share one, as their ``old`` one."""
+    if isinstance(mask, SparsityPattern):
+        mask = mask.to_mask().T
     shape = value.shape if old is None else mask_shape(value, old)
     try:
         return jnp.array(boolean_mask(mask, shape, label(value)))
