@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._masked_weight import MaskedWeight
-from maskedlinear_torch._storage import Version, version_of, zero_masked
+from maskedlinear_torch._storage import Version, count_step, version_of, zero_masked
 
 __all__ = ["Guard", "freeze_masked", "holds_masked", "renew"]
 
@@ -133,8 +133,10 @@ class Guard:
     def after_step(self) -> None:
         """Set back to +0 what the step has left under the masks."""
         known = type(self._optimizer) in _BY_ENTRY
+        if not known:
+            count_step()  # one that wraps another may write to weights, past all that counts edits, after the step in it
         for layer in _masked_layers(self._model, self._optimizer):
-            if not (known and layer.is_clean()):  # one that wraps another may write past all that counts edits, after it
+            if not layer.is_clean():
                 layer.project()
             if not known:
                 _clean_state(self._optimizer, layer.weight, layer.mask)

@@ -28,6 +28,7 @@ __all__ = [
     "OwnWeight",
     "Version",
     "bits_of",
+    "count_step",
     "is_plain",
     "keep_bits",
     "layer_of",
@@ -52,11 +53,12 @@ _ZERO = torch.zeros((), device="cpu")  # of no dtype or device of its own in tor
 steps = [0]  # of all optimizers of this process
 
 
-def _count_step(*_: Any) -> None:
+def count_step(*_: Any) -> None:
+    """Count a step of an optimizer, after which no weight is known to be +0 under its mask."""
     steps[0] += 1
 
 
-register_optimizer_step_post_hook(_count_step)
+register_optimizer_step_post_hook(count_step)
 
 
 class OwnWeight:
