@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,10 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+import maskedlinear_torch
 from maskedlinear import masks
 from maskedlinear.torch import MaskedLinear, freeze_masked, mask_model, prune_model
 from maskedlinear_torch._storage import GradientMask, zero_masked
 
+PRIVATE = re.compile(
+    r"(?<!\w)torch\._(?!dynamo\b)[a-zC]|_functorch|_(forward|backward|state_dict|load_state_dict)\w*_hooks|_current_level|_get_active"
+)
 SIZES = [(12, 10), (160, 130)]  # for which a layer takes different ways
 
 
@@ -23,6 +29,15 @@ def layer(request: pytest.FixtureRequest) -> MaskedLinear:
     torch.manual_seed(0)
     in_, out = request.param
     return MaskedLinear(in_, out, mask=masks.random((out, in_), sparsity=0.5, seed=0))
+
+
+def test_private_names_of_torch_stand_in_one_file() -> None:
+    root = Path(maskedlinear_torch.__file__).parent
+    public = re.compile(r"\.(register|remove)_\w+|_foreach_\w+")
+    files = {
+        file.name for file in root.rglob("*.py") if PRIVATE.search(public.sub("", file.read_text(encoding="utf-8")))
+    }
+    assert files == {"_compat.py"}
 
 
 def error(layer: MaskedLinear, x: Tensor) -> float:

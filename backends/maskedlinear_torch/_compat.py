@@ -15,6 +15,8 @@ from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = [
+    "CALL_HOOKS",
+    "STATE_HOOKS",
     "active_ddp_module",
     "gradient_hooks",
     "in_transform",
@@ -26,7 +28,26 @@ __all__ = [
     "is_tracing",
     "nothing_looks_on",
     "take_hooks_along",
+    "takes_load_hooks",
 ]
+
+# Where a module keeps its hooks: on its calls, and on its state. One that is not there any more is an error.
+CALL_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_is_full_backward_hook",
+)
+STATE_HOOKS = (
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
 
 _functorch: Any = getattr(torch._C, "_functorch", None)
 _peek: Callable[[], Any] | None = getattr(_functorch, "peek_interpreter_stack", None)
@@ -109,3 +130,8 @@ def active_ddp_module() -> Any:
     """Return the ``DistributedDataParallel`` whose forward pass this is; ``None`` if there is none, or torch cannot say."""
     ask = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     return None if ask is None else ask()
+
+
+def takes_load_hooks(optimizer: Any) -> bool:
+    """Whether hooks can be registered on loading a state; not on accelerate's wrapper, which torch has never initialised."""
+    return hasattr(optimizer, "_optimizer_load_state_dict_post_hooks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from maskedlinear_torch._compat import gradient_hooks
+from maskedlinear_torch._compat import CALL_HOOKS, STATE_HOOKS, gradient_hooks
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._storage import GradientMask
 from maskedlinear_torch._weight_mask import WeightMask
@@ -20,22 +20,6 @@ __all__ = [
     "replace_modules",
 ]
 
-_HOOKS = (
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_is_full_backward_hook",
-)
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
 # What only one of the layers has.
 _LAYERS_OWN = {"init_fan_in", "keep_dormant", "_own", "_dormant", "_pending_mask", "_pattern", "_matrix"}
 _LAYERS_OWN |= set(DevicePattern._fields)
@@ -59,12 +43,12 @@ def readers_of_weights(model: nn.Module) -> set[int]:
 
 def has_call_hooks(module: nn.Module) -> bool:
     """Whether something looks on when the module is called, and may change what it is given or returns."""
-    return any(vars(module)[name] for name in _HOOKS)
+    return any(vars(module)[name] for name in CALL_HOOKS)
 
 
 def has_state_hooks(module: nn.Module) -> bool:
     """Whether something looks on when the module's state is read or loaded."""
-    return any(vars(module)[name] for name in _STATE_HOOKS)
+    return any(vars(module)[name] for name in STATE_HOOKS)
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
@@ -74,7 +58,7 @@ def has_gradient_hooks(parameter: Tensor) -> bool:
 
 def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
     """Give ``new`` the hooks of ``old``, and what a user has written on it."""
-    for name in _HOOKS:
+    for name in CALL_HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
     for name, value in vars(old).items():
         if name not in vars(new) and name not in _LAYERS_OWN:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from maskedlinear_torch._compat import takes_load_hooks
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._masked_weight import MaskedWeight
@@ -69,7 +70,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
         return optimizer
     guard = Guard(holder, model)
     for one in _wrapped(holder):
-        if hasattr(one, "_optimizer_load_state_dict_post_hooks"):  # accelerate's has not become an optimizer of torch
+        if takes_load_hooks(one):
             one.register_load_state_dict_post_hook(lambda _: guard.reset())
 
     # Not a pair of hooks: those do not run after a step that raises, and do not see what a subclass does after
