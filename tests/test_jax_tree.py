@@ -180,3 +180,16 @@ def test_convolutions_of_both_frameworks_get_the_same_masks() -> None:
     weight = kernel.transpose(3, 2, 0, 1)
     wanted = pruning.prune(np.abs(axes.matrices(weight)[0]), sparsity=0.6)
     np.testing.assert_array_equal(np.asarray(mask).transpose(3, 2, 0, 1), axes.from_matrices(wanted, weight.shape))
+
+
+@pytest.mark.parametrize("of", ["weights", "model"])
+def test_a_fraction_of_everything_counts_what_is_left_out(of: Any) -> None:
+    params = {"a": {"kernel": jnp.ones((8, 8))}, "b": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)}}
+    before = prune_tree(params, 0.5, include="b.kernel", scope="layer")
+    masks = prune_tree(params, 0.6, masks=before, include="a.kernel", of=of, scope="layer")
+    zeros = sum(int((~mask).sum()) for mask in jax.tree.leaves(masks))
+    assert zeros == int(0.6 * (96 if of == "weights" else 100))
+    with pytest.raises(ValueError, match="of must be 'masked', 'weights' or 'model'; got 'all'"):
+        prune_tree(params, 0.5, of="all")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="inside a transform the sparsity is of the parameters to prune"):
+        jax.jit(lambda params: prune_tree(params, 0.5, of=of, scope="layer"))(params)

@@ -336,3 +336,14 @@ def test_an_optimizer_that_holds_none_of_the_weights_is_refused() -> None:
         freeze_masked(before, compress(layers, "sparse"))
     with pytest.raises(TypeError, match=r"a wrapper that is no torch\.optim\.Optimizer, guard the optimizer in it"):
         freeze_masked(object(), model)  # type: ignore[arg-type]
+
+
+def test_dormant_values_of_a_whole_model_can_be_let_go() -> None:
+    model = mask_model(nn.ModuleList([nn.Linear(8, 8), nn.Conv2d(3, 4, 3)]), keep_dormant=False)
+    full = prune_model(model, 0.5)
+    masks = get_masks(model)
+    set_masks(model, full)
+    for name, module in zip(("0", "1"), model, strict=True):
+        assert not module.weight[~masks[name]].any()  # type: ignore[union-attr, index]
+    with pytest.raises(ValueError, match="keep_dormant must be True, False or 'host'; got 'disk'"):
+        mask_model(nn.Linear(2, 2), keep_dormant="disk")  # type: ignore[arg-type]

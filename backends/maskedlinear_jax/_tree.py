@@ -19,13 +19,19 @@ from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import Progress
 from maskedlinear.models import (
     UNKNOWN,
+    ModelSummary,
+    Of,
     Prunable,
+    UnmaskedParameter,
     WeightAxes,
+    WeightSummary,
     axes_by_name,
+    check_of,
     first_names,
     prune_weights,
     regrow_weight,
     why_left_out,
+    zeros_left,
 )
 from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, layer_seed, matches
 from maskedlinear_jax._compat import is_traced
@@ -59,6 +65,7 @@ def prune_tree(
     axes: Axes = None,
     score: Scoring = "magnitude",
     scope: pruning.Scope = "global",
+    of: Of = "masked",
     block: tuple[int, int] | None = None,
     gradients: Any = None,
     seed: int = 0,
@@ -75,7 +82,7 @@ def prune_tree(
     modules' names; any other of more dimensions is pruned entry by entry, unless ``axes`` says what it is.
 
     Inside ``jit`` the masks are the same, by ``score="magnitude"``, without blocks, and with an ``on_empty`` that can be
-    kept there: ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight that is NaN
+    kept there: ``"keep"``, ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight that is NaN
     counts as the largest, and where traced masks have more zeros than are asked for none more is masked.
 
     Args:
@@ -89,7 +96,9 @@ def prune_tree(
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
             Of a parameter that is pruned entry by entry, ``(1, size)``; the matrices of a stack follow each other.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``.
+        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack is a layer.
+        of: what the sparsity is a fraction of: the parameters that are pruned here (``"masked"``), all ``"weights"`` of the
+            tree, those that ``include`` leaves out too, or all numbers of the ``"model"``.
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: a tree like ``params``.
         seed: for ``"random"``.
@@ -120,6 +129,11 @@ def prune_tree(
             axes_of(name, leaf.ndim, axes), leaf, gradient, live if is_traced(live) else np.asarray(live)
         )
     traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, sparsity))))
+    check_of(of)
+    if traced and of != "masked":
+        raise ValueError(
+            f"inside a transform the sparsity is of the parameters to prune; got of={of!r}: prune outside of it"
+        )
     made = (prune_traced if traced else prune_weights)(
         weights,
         sparsity,
@@ -130,11 +144,25 @@ def prune_tree(
         on_empty=on_empty,
         keep_at_least=keep_at_least,
         progress=progress,
+        **({} if of == "masked" else {"num_zeros": zeros_left(_table(params, before, chosen), sparsity, of, weights)}),
     )
     leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, leaf) in chosen.items():
         leaves[place] = jnp.asarray(restored(axes_of(name, leaf.ndim, axes), made[name], leaf.shape))
     return jax.tree.unflatten(structure, leaves)
+
+
+def _table(params: Any, masks: list[Any] | None, chosen: Mapping[str, Any]) -> ModelSummary:
+    """Return the table of a tree's parameters: masked are those that are to be pruned, and those with masks so far."""
+    rows, unmasked = [], []
+    for place, (name, leaf) in enumerate(named_leaves(params).items()):
+        mask = None if masks is None else masks[place]
+        if is_unmasked(mask) and name not in chosen:
+            unmasked.append(UnmaskedParameter(name, leaf.shape, why_left_out(name, leaf.ndim)))
+        else:
+            live = np.ones(leaf.shape, bool) if is_unmasked(mask) else np.asarray(boolean_mask(mask, leaf.shape, name))
+            rows.append(WeightSummary.of_mask(name, live, leaf.nbytes, WeightAxes.of_entries(leaf.ndim)))
+    return ModelSummary(rows, unmasked)
 
 
 def apply_masks(params: Any, masks: Any) -> Any:

@@ -26,7 +26,7 @@ from maskedlinear_torch._functional import (
     masked_function,
     masked_linear,
 )
-from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, forget
+from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_keep_dormant, forget
 from maskedlinear_torch._storage import OwnWeight
 
 __all__ = ["MaskedLinear"]
@@ -103,8 +103,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
             )
         if init_fan_in not in ("live", "full"):
             raise ValueError(f"init_fan_in must be 'live' or 'full'; got {init_fan_in!r}")
-        if keep_dormant not in (True, False, "host"):
-            raise ValueError(f"keep_dormant must be True, False or 'host'; got {keep_dormant!r}")
+        check_keep_dormant(keep_dormant)
         self.__dict__["_own"] = OwnWeight()
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.init_fan_in = init_fan_in
@@ -230,7 +229,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         return layer
 
     @classmethod
-    def adopt(cls, linear: nn.Linear, mask: Any = None) -> Self:
+    def adopt(cls, linear: nn.Linear, mask: Any = None, *, keep_dormant: KeepDormant = True) -> Self:
         """Turn an ``nn.Linear`` into a masked layer: the same object, with the same parameters, hooks and state.
 
         Its weight becomes +0 under the mask, in place, and what stood there dormant.
@@ -238,6 +237,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         Args:
             linear: an ``nn.Linear``, no subclass, whose weight is a parameter.
             mask: shape ``(out, in)``, booleans or 0s and 1s; ``None`` is the full mask.
+            keep_dormant: as in the class.
 
         Raises:
             ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
@@ -253,7 +253,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         layer: Self = linear  # type: ignore[assignment]
         layer.__dict__["_own"] = OwnWeight()
         layer.init_fan_in = "live"
-        layer._become_masked(True)
+        layer._become_masked(keep_dormant)
         if checked is not None:
             layer.set_mask(checked)
         return layer

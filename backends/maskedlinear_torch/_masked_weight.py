@@ -31,9 +31,15 @@ from maskedlinear_torch._storage import (
     version_of,
 )
 
-__all__ = ["KeepDormant", "MaskedWeight", "forget"]
+__all__ = ["KeepDormant", "MaskedWeight", "check_keep_dormant", "forget"]
 
 KeepDormant = bool | Literal["host"]
+
+
+def check_keep_dormant(keep_dormant: Any) -> None:
+    """Raise a ``ValueError`` if ``keep_dormant`` is none of the choices."""
+    if keep_dormant not in (True, False, "host"):
+        raise ValueError(f"keep_dormant must be True, False or 'host'; got {keep_dormant!r}")
 
 
 class MaskedWeight(nn.Module):

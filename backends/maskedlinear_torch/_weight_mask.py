@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear_torch._functional import checked_mask
-from maskedlinear_torch._masked_weight import MaskedWeight, forget
+from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, forget
 from maskedlinear_torch._storage import OwnWeight, layer_of
 
 __all__ = ["WeightMask", "child_name"]
@@ -27,12 +27,13 @@ class WeightMask(MaskedWeight):
         module: whose parameter it is; gets this as its child ``"masked_<name>"``.
         name: of the parameter.
         mask: of its shape, booleans or 0s and 1s; ``None`` is the full mask.
+        keep_dormant: as in :class:`MaskedLinear`.
 
     Raises:
         ValueError: if the mask has another shape, or holds anything but 0 and 1; the module is left as it was.
     """
 
-    def __init__(self, module: nn.Module, name: str, mask: Any = None) -> None:
+    def __init__(self, module: nn.Module, name: str, mask: Any = None, *, keep_dormant: KeepDormant = True) -> None:
         weight = module._parameters[name]
         assert weight is not None
         checked = None if mask is None else checked_mask(mask, weight.shape)
@@ -41,7 +42,7 @@ class WeightMask(MaskedWeight):
         self.__dict__["_owner"] = module, name  # no child of its child
         self._moved = False
         self._parameters["weight"] = weight
-        self._become_masked(True)
+        self._become_masked(keep_dormant)
         module.add_module(child_name(name), self)
         handles = [module.register_load_state_dict_pre_hook(self._hand_over)]
         if not isinstance(module, nn.MultiheadAttention):  # whose hooks would turn off its encoder's fast inference

@@ -39,7 +39,7 @@ from maskedlinear.pruning._layers import (
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import as_tensor, check_dense
 from maskedlinear_torch._layer import MaskedLinear
-from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_keep_dormant
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._ranks import Group, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -59,7 +59,9 @@ __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "un
 Masks = Mapping[str, Any]
 
 
-def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include = None) -> nn.Module:
+def mask_model(
+    model: nn.Module, masks: Masks | None = None, *, include: Include = None, keep_dormant: KeepDormant = True
+) -> nn.Module:
     """Give weights of a model masks, in place, and return the model.
 
     Masked are matrices and kernels, wherever they are and whoever reads them: of linear layers, convolutions, attention,
@@ -83,6 +85,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
         include: which weights: a shell pattern of names (``"encoder.*"``), a sequence of them, or a function of name and
             module. A weight that is left out by default is masked if it has a mask in ``masks``, or if ``include`` is or
             has its very name.
+        keep_dormant: as in :class:`MaskedLinear`.
 
     Raises:
         ValueError: if a mask is of a weight that there is not, or that cannot be masked, has another shape, or holds
@@ -91,6 +94,7 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
+    check_keep_dormant(keep_dormant)
     masks, asked = dict(masks or {}), asked_by_name(include)
     weights = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
     named = {user.name: weight for weight in weights for user in weight.users}
@@ -109,7 +113,8 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
     _check_one_a_weight(checked, {name: named[name].value for name in checked})
     for weight in weights:
         if any(user.name in possible for user in weight.users):
-            _mask(weight, next((checked[user.name] for user in weight.users if user.name in checked), None))
+            mask = next((checked[user.name] for user in weight.users if user.name in checked), None)
+            _mask(weight, mask, keep_dormant)
     if not masks and include is None:
         for mask in masked_weights(model).values():
             mask.with_model = True
@@ -117,13 +122,13 @@ def mask_model(model: nn.Module, masks: Masks | None = None, *, include: Include
     return model
 
 
-def _mask(weight: ModelWeight, mask: Tensor | None) -> None:
+def _mask(weight: ModelWeight, mask: Tensor | None, keep_dormant: KeepDormant) -> None:
     """Give a weight its mask, in every module that holds it: plain linear layers become masked, others get a child."""
     for _, module, parameter in weight.users:
         if type(module) is nn.Linear and parameter == "weight":
-            MaskedLinear.adopt(module, mask)
+            MaskedLinear.adopt(module, mask, keep_dormant=keep_dormant)
         else:
-            WeightMask(module, parameter, mask)
+            WeightMask(module, parameter, mask, keep_dormant=keep_dormant)
 
 
 def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
