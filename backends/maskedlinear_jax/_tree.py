@@ -82,8 +82,8 @@ def prune_tree(
     modules' names; any other of more dimensions is pruned entry by entry, unless ``axes`` says what it is.
 
     Inside ``jit`` the masks are the same, by ``score="magnitude"``, without blocks, and with an ``on_empty`` that can be
-    kept there: ``"keep"``, ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight that is NaN
-    counts as the largest, and where traced masks have more zeros than are asked for none more is masked.
+    kept there: ``"keep"``, ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight
+    that is NaN counts as the largest, and where traced masks have more zeros than are asked for none more is masked.
 
     Args:
         params: the tree.

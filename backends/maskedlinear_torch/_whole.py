@@ -116,8 +116,8 @@ def mask_model(
             mask = next((checked[user.name] for user in weight.users if user.name in checked), None)
             _mask(weight, mask, keep_dormant)
     if not masks and include is None:
-        for mask in masked_weights(model).values():
-            mask.with_model = True
+        for layer in masked_weights(model).values():
+            layer.with_model = True
         warn_of_left_out([(weight.name, weight.why) for weight in weights], stacklevel=3)
     return model
 
