@@ -68,7 +68,8 @@ def dense_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> 
     Returns:
         For each masked weight, by name, what :func:`regrow_model` grows by: the gradient, of the weight's shape; of a
         ``SparseLinear`` a function of two rows, ``start`` and ``stop``, that makes this part of it, shape
-        ``(stop - start, in)``, so that it never exists as a whole.
+        ``(stop - start, in)``, so that it never exists as a whole. Stacks in the sparse form, by ``nnx.vmap``, are left out:
+        they grow at random, or in the dense form.
 
     Raises:
         ValueError: if a layer shares its weight with another module, or ``loss`` does not call a sparse layer.
@@ -85,7 +86,13 @@ def dense_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> 
     return {
         name: _rows(name, one, gradients) if isinstance(one, SparseLinear) else dense[names[id(one.kernel)]]
         for name, one in masked_weights(whole, sparse=True).items()
+        if not isinstance(one, SparseLinear) or _is_alone(one)
     }
+
+
+def _is_alone(layer: SparseLinear) -> bool:
+    """Whether this is one layer, and no stack, whose calls inside a scan nobody can look at."""
+    return layer.indptr.get_value().ndim == 1
 
 
 def _of_variables(loss: Callable[..., Array], variables: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -108,7 +115,7 @@ def _prepared(loss: Callable[..., Array], model: Any, arguments: tuple[Any, ...]
         kernel = weight.kernel.get_value()
         weight.kernel.set_value(masked_kernel(kernel, weight.live))
         weight.mask.set_value(jnp.ones(kernel.shape, bool))
-    recorded = layers_of(whole, SparseLinear)
+    recorded = {name: layer for name, layer in layers_of(whole, SparseLinear).items() if _is_alone(layer)}
     for layer in recorded.values():
         _Recorded.adopt(layer)
     if not recorded:

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from maskedlinear._progress import Progress
@@ -144,8 +145,10 @@ def _bring_masks(model: Any, average: Any) -> None:
         kernel = others[name].kernel
         kernel.set_value(masked_kernel(kernel.get_value(), old | ~new))
     for name, layer in layers.items():
-        if other_layers[name].pattern != layer.pattern:
-            other_layers[name].rewire(layer.pattern, layer.pattern.places_in(other_layers[name].pattern))
+        news, olds = layer.patterns, other_layers[name].patterns
+        if news != olds:
+            places = [new.places_in(old) for new, old in zip(news, olds, strict=True)]
+            other_layers[name].rewire(news, np.stack(places).reshape(layer.weight_values.get_value().shape))
 
 
 def load_state(model: Any, state: Any) -> None:

@@ -80,10 +80,7 @@ def regrow_model(
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
         if isinstance(one, SparseLinear):
-            plans[name], matrices = (
-                pruning.regrow_pattern(one.pattern, one.weight_values[...], fraction, gradient, seed=own),
-                1,
-            )
+            plans[name], matrices = _planned_sparse(one, fraction, gradient, own)
         else:
             plans[name], matrices = _planned(one, fraction, gradient, own)
         place += matrices
@@ -112,11 +109,24 @@ def _planned(one: Masked, fraction: float, gradient: Any, seed: int) -> tuple[An
     return regrow_weight(axes, live, as_numpy(one.value), fraction, by, seed)
 
 
+def _planned_sparse(layer: SparseLinear, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
+    """Return the new patterns of a layer in the sparse form, or of each of a stack, where each connection was, and their
+    number."""
+    values = np.asarray(layer.weight_values[...])
+    rows = values.reshape(-1, values.shape[-1])
+    moved = [
+        pruning.regrow_pattern(pattern, row, fraction, gradient, seed=layer_seed(seed, place))
+        for place, (pattern, row) in enumerate(zip(layer.patterns, rows, strict=True))
+    ]
+    patterns, sources = zip(*moved, strict=True)
+    return (patterns, np.stack(sources).reshape(values.shape)), len(moved)
+
+
 def _move(weight: Any, name: str, plan: Any) -> Moved:
     """Carry out what :mod:`maskedlinear.pruning` has planned for a weight."""
     if isinstance(weight, SparseLinear):
-        pattern, source = plan
-        weight.rewire(pattern, source)
+        patterns, source = plan
+        weight.rewire(patterns, source)
         return f"{name}.weight_values" if name else "weight_values", source < 0, np.maximum(source, 0)
     new = plan & ~np.asarray(weight.mask)
     weight.weight.set_mask(jnp.asarray(plan))
@@ -131,7 +141,10 @@ def _renew(optimizer: nnx.Optimizer[Any], model: Any, moved: list[Moved]) -> Non
     known = {name: (new, source) for name, new, source in moved}
 
     def of(new: Any, source: Any) -> Any:
-        return new.shape, lambda kept, fresh: jnp.where(new, fresh, kept if source is None else kept[source])
+        def renewal(kept: Any, fresh: Any) -> Any:
+            return jnp.where(new, fresh, kept if source is None else jnp.take_along_axis(kept, source, axis=-1))
+
+        return new.shape, renewal
 
     renewals = [of(*known[name]) if name in known else None for name in named_leaves(params)]
     state = renewed_state(optimizer.tx, pure(optimizer.opt_state), jax.tree.structure(params), params, renewals)

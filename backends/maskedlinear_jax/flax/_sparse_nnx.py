@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections.abc import Sequence
 from typing import Any, Literal, Self
 
 import jax
@@ -139,6 +140,14 @@ class SparseLinear(nnx.Module):
         return pattern
 
     @property
+    def patterns(self) -> list[SparsityPattern]:
+        """The connections of each layer of a stack of layers, by ``nnx.vmap``; of a layer alone in a list of one."""
+        starts, inputs = np.asarray(self.indptr.get_value()), np.asarray(self.indices.get_value())
+        starts = starts.reshape(-1, starts.shape[-1])
+        pairs = zip(starts, inputs.reshape(len(starts), -1), strict=True)
+        return [SparsityPattern(*pair, self.in_features) for pair in pairs]
+
+    @property
     def sparsity(self) -> float:
         """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
         size = self.in_features * self.out_features
@@ -241,30 +250,32 @@ class SparseLinear(nnx.Module):
             layer.bias.set_value(jnp.array(bias))
         return layer
 
-    def rewire(self, pattern: SparsityPattern, source: ArrayLike) -> None:
+    def rewire(self, pattern: SparsityPattern | Sequence[SparsityPattern], source: ArrayLike) -> None:
         """Exchange connections for as many others, in place: the Variables stay the same, and nothing is compiled anew.
 
         What an optimizer keeps of the values is not touched; :func:`maskedlinear.flax.regrow_model` moves it along.
 
         Args:
-            pattern: the new connections, as many as before and of the same shape.
+            pattern: the new connections, as many as before and of the same shape; of each layer of a stack.
             source: shape ``(nnz,)``: where each of them is among the old ones, or -1 for a new one, whose value
-                becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
+                becomes 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it. Of a stack, of the values' shape.
 
         Raises:
             ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
         """
         values, places = self.weight_values[...], np.asarray(source)
-        if pattern.shape != (self.out_features, self.in_features) or places.shape != values.shape:
+        patterns = [pattern] if isinstance(pattern, SparsityPattern) else list(pattern)
+        nnz, shape = values.shape[-1], (self.out_features, self.in_features)
+        if any(one.shape != shape for one in patterns) or places.shape != values.shape:
             raise ValueError(
-                f"a layer is rewired to as many connections, {values.size}, of shape (out, in) = "
-                f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {places.shape}"
+                f"a layer is rewired to as many connections, {nnz}, of shape (out, in) = {shape}; got {pattern} and a "
+                f"source of shape {places.shape}"
             )
-        if pattern.nnz != values.size or (places >= values.size).any():
-            raise ValueError(f"source must say where each of the {values.size} connections was, or -1")
-        self.weight_values[...] = jnp.where(places >= 0, values[np.maximum(places, 0)], jnp.zeros((), values.dtype))
-        for name, array in DevicePattern.of(pattern)._asdict().items():
-            getattr(self, name).set_value(array)
+        if any(one.nnz != nnz for one in patterns) or nnz * len(patterns) != values.size or (places >= nnz).any():
+            raise ValueError(f"source must say where each of the {nnz} connections was, or -1")
+        moved = jnp.take_along_axis(values, jnp.asarray(np.maximum(places, 0)), axis=-1)
+        self.weight_values[...] = jnp.where(places >= 0, moved, jnp.zeros((), values.dtype))
+        self._set_arrays(patterns, values.shape[:-1])
 
     @classmethod
     def _made(cls, pattern: SparsityPattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
@@ -300,12 +311,14 @@ class SparseLinear(nnx.Module):
 
     def _complete_pattern(self) -> None:
         """Make of ``indptr`` and ``indices``, which a state has brought, the other indices."""
-        starts, inputs = (np.asarray(array.get_value()) for array in (self.indptr, self.indices))
-        pairs = zip(starts.reshape(-1, starts.shape[-1]), inputs.reshape(-1, inputs.shape[-1]), strict=True)
-        patterns = [DevicePattern.of(SparsityPattern(*pair, self.in_features)) for pair in pairs]
+        self._set_arrays(self.patterns, self.indptr.get_value().shape[:-1])
+
+    def _set_arrays(self, patterns: Sequence[SparsityPattern], stack: tuple[int, ...]) -> None:
+        """Set the indices to those of patterns, stacked as the layers are."""
+        every = [DevicePattern.of(pattern) for pattern in patterns]
         for name in DevicePattern._fields:
-            arrays = jnp.stack([getattr(pattern, name) for pattern in patterns])
-            array = arrays.reshape(*starts.shape[:-1], arrays.shape[-1])
+            arrays = jnp.stack([getattr(one, name) for one in every])
+            array = arrays.reshape(*stack, arrays.shape[-1])
             getattr(self, name).set_value(jax.device_put(array, self.indices.get_value().sharding))
 
     def _device_pattern(self) -> DevicePattern:

@@ -336,12 +336,7 @@ def _sparse_rows(name: str, layer: SparseLinear) -> list[WeightSummary]:
 
 def _patterns(layer: SparseLinear) -> SparsityPattern | list[SparsityPattern]:
     """Return the connections of a layer in the sparse form, or of each of a stack."""
-    starts, inputs = np.asarray(layer.indptr[...]), np.asarray(layer.indices[...])
-    if starts.ndim == 1:
-        return SparsityPattern(starts, inputs, layer.in_features)
-    starts = starts.reshape(-1, starts.shape[-1])
-    pairs = zip(starts, inputs.reshape(len(starts), -1), strict=True)
-    return [SparsityPattern(*ends, layer.in_features) for ends in pairs]
+    return layer.patterns if layer.indptr.get_value().ndim > 1 else layer.patterns[0]
 
 
 def _check_patterns(name: str, layer: SparseLinear, given: Any) -> None:
