@@ -16,12 +16,18 @@ from flax.nnx import bridge
 
 from maskedlinear.flax import (
     MaskedDense,
+    ScheduledPruning,
+    ScheduledRegrowth,
+    check_masks,
     dense_gradients,
     get_masks,
+    load_state,
+    lottery_rounds,
     mask_model,
     param_masks,
     prune_model,
     regrow_model,
+    rewind_model,
     set_masks,
     set_param_masks,
     summary,
@@ -29,6 +35,7 @@ from maskedlinear.flax import (
 )
 from maskedlinear.jax import freeze_masked, prune_tree
 from maskedlinear.models import WeightAxes
+from maskedlinear.pruning import CubicSchedule
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 7, (2, 5)))
 ROWS = jnp.asarray(np.random.default_rng(2).standard_normal((4, 8)), jnp.float32)
@@ -148,3 +155,34 @@ def test_partitioned_parameters_and_bridges() -> None:
     assert list(get_masks(bridged)) == [""]
     prune_model(bridged, 0.9)
     assert int(bridged.mask[...].sum()) == 4
+
+
+def test_what_changes_modules_in_place_refuses_variables() -> None:
+    variables = mask_model(nn.Dense(4).init(jax.random.key(0), ROWS))
+    schedule = CubicSchedule(0.5, begin=0, end=2)
+    for call in (
+        lambda: lottery_rounds(variables, 0.5, 2),
+        lambda: ScheduledPruning(variables, schedule),
+        lambda: ScheduledRegrowth(variables, every=1, end=2),
+        lambda: rewind_model(variables, None),
+        lambda: load_state(variables, None),
+        lambda: check_masks(variables, ROWS),
+    ):
+        with pytest.raises(TypeError, match="changes an nnx module in place; linen's variables stay as they are"):
+            call()
+
+
+def test_drift_of_unguarded_variables_is_reported() -> None:
+    variables = prune_model(mask_model(nn.Dense(4).init(jax.random.key(0), ROWS)), 0.5)
+    moved = {**variables, "params": jax.tree.map(lambda leaf: leaf + 1, variables["params"])}
+    with pytest.warns(UserWarning, match=r"^\(the model\) moved under the mask"):
+        prune_model(moved, 0.6)
+
+
+def test_nodes_are_counted_where_axes_are_known() -> None:
+    variables = mask_model({"params": {"up": jnp.ones((4, 8, 16))}}, axes=AXES)
+    variables = prune_model(variables, 0.5, axes=AXES, scope="layer")
+    (row,) = summary(variables).rows
+    assert (row.dead_inputs, row.dead_outputs) == (0, 0), "nobody knows"
+    (row,) = summary(variables, axes=AXES).rows
+    assert (row.dead_inputs, row.dead_outputs) == (0, 32)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import jax
@@ -397,3 +398,89 @@ def test_connections_of_a_stack_in_the_sparse_form_move() -> None:
     assert average.patterns == stack.patterns
     with pytest.raises(ValueError, match="growth by gradient needs that of each layer; stack has none"):
         regrow_model(model, 0.5, gradients=dense_gradients(lambda model: jnp.zeros(()), model))
+
+
+def test_a_guard_whose_masks_were_given_once_follows_the_connections() -> None:
+    model = nnx.Dict(conv=nnx.Conv(3, 8, (3, 3), rngs=nnx.Rngs(0)), head=nnx.Linear(8, 4, rngs=nnx.Rngs(1)))
+    mask_model(model)
+    prune_model(model, 0.5, scope="layer")
+    before = get_masks(model)
+
+    def loss(model: Any) -> jax.Array:
+        return (model.head(model.conv(IMAGES).mean(axis=(1, 2))) ** 2).mean()
+
+    guarded = freeze_masked(optax.adamw(0.1), masks=param_masks(model))
+    optimizer = nnx.Optimizer(model, optax.chain(optax.clip_by_global_norm(1.0), guarded), wrt=nnx.Param)
+    assert regrow_model(model, 0.5, gradients=dense_gradients(loss, model), optimizer=optimizer) > 0
+    for _ in range(2):
+        optimizer.update(model, nnx.grad(loss)(model))
+    for name, mask in get_masks(model).items():
+        kernel = np.asarray(model[name].kernel[...])
+        assert (np.asarray(mask) != np.asarray(before[name])).any()
+        assert not kernel[~np.asarray(mask)].any()
+        assert (kernel[np.asarray(mask & ~before[name])] != 0).mean() > 0.7, "what has grown trains"
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda tx: optax.masked(tx, lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params)),
+        lambda tx: optax.partition(
+            {"train": tx, "rest": optax.sgd(0.1)},
+            lambda params: jax.tree.map(lambda leaf: "train" if leaf.ndim > 1 else "rest", params),
+        ),
+        lambda tx: optax.MultiSteps(tx, 2),
+    ],
+    ids=["masked", "partition", "accumulated"],
+)
+def test_masks_given_once_hold_in_wrappers_and_when_buffers_are_donated(wrap: Any) -> None:
+    model = mask_model(Attention(nnx.Rngs(0)))
+    prune_model(model, 0.5, scope="layer")
+    masks, kept = param_masks(model), get_masks(model)
+    optimizer = nnx.Optimizer(model, wrap(freeze_masked(optax.adamw(0.1), masks=masks)), wrt=nnx.Param)
+
+    @partial(nnx.jit, donate_argnums=(0, 1))
+    def step(model: Any, optimizer: Any, tokens: jax.Array) -> None:
+        optimizer.update(model, nnx.grad(lambda model: (model(tokens) ** 2).mean())(model))
+
+    for tokens in (TOKENS, TOKENS[:1], TOKENS):
+        step(model, optimizer, tokens)
+        for name, mask in named(masks).items():
+            assert not parameters(model)[name][~mask].any()
+    set_masks(model, kept)
+
+
+class PreNormMixer(nnx.Module):
+    """No normalisation, whatever its name."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.up, self.scale = nnx.Param(jax.random.normal(rngs.params(), (3, 8, 16))), nnx.Param(jnp.ones(8))
+
+
+class NormalizedLinear(nnx.Linear):
+    """A linear layer of a user's own."""
+
+
+def test_a_name_with_norm_in_it_makes_no_norm() -> None:
+    model = nnx.Dict(mixer=PreNormMixer(nnx.Rngs(0)), linear=NormalizedLinear(4, 4, rngs=nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match="left out mixer.up .of unknown axes"):
+        assert set(get_masks(mask_model(model))) == {"linear"}
+    register_axes(PreNormMixer, {"up": WeightAxes(2, 1, 0)})
+    assert set(get_masks(mask_model(model))) == {"linear", "mixer.up"}
+
+
+def test_masks_set_by_hand_lose_no_weights_and_shared_ones_stay_shared() -> None:
+    conv = nnx.Conv(3, 4, (2, 2), rngs=nnx.Rngs(0))
+    kernel = np.array(conv.kernel[...])
+    mask_model(conv)
+    full = get_masks(conv)
+    conv.kernel_mask.set_value(jnp.asarray(np.arange(48).reshape(2, 2, 3, 4) % 2 == 0))  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(set_masks(conv, full).kernel[...], kernel)
+    axes = nnx.StateAxes({Mask: None, ...: 0})
+    stack = nnx.vmap(lambda key: MaskedLinear(8, 8, mask=np.eye(8), rngs=nnx.Rngs(key)), out_axes=axes)(
+        jax.random.split(jax.random.key(0), 3)
+    )
+    with pytest.raises(ValueError, match=r"the layers of the stack .* share one mask"):
+        regrow_model(nnx.Dict(stack=stack), 0.5)
+    with pytest.raises(TypeError, match="prune_model reads numbers, which are not known inside a transform"):
+        nnx.jit(lambda model: prune_model(model, 0.5))(conv)

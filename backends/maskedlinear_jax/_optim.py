@@ -15,6 +15,7 @@ from maskedlinear_jax._tree import is_unmasked, named_leaves
 
 __all__ = [
     "FrozenState",
+    "follow_masks",
     "freeze_masked",
     "frozen_state",
     "masks_like",
@@ -38,8 +39,8 @@ def freeze_masked(
         tx = freeze_masked(optax.adamw(1e-3))
         updates, state = tx.update(grads, state, params, masks={"weight": mask, "bias": None})
 
-    Masks that never change can be given once, for training loops that call ``update`` themselves, such as that of
-    ``flax.training.train_state.TrainState``. Those that do change are set in its state, by :func:`set_optimizer_masks`.
+    Masks that seldom change can be given once, for training loops that call ``update`` themselves, such as that of
+    ``flax.training.train_state.TrainState``: they are in its state, where :func:`set_optimizer_masks` changes them.
 
     What stands under a mask becomes +0 with the next update, exactly if it is finite and the update as wide as the
     parameter: weights that are to come back are kept elsewhere, as Flax's layers keep them. Without ``params`` it stays as
@@ -65,12 +66,14 @@ def freeze_masked(
             parameter's shape or holds anything but 0 and 1. Or if ``masks`` is a function and ``params`` are not given.
         TypeError: by ``update``, if an update is not an array of numbers.
     """
-    guarded = optax.with_extra_args_support(inner)
-    always = masks
+    guarded, always = optax.with_extra_args_support(inner), masks
 
     def init(params: Any) -> FrozenState:
         whole = bool(jax.tree.leaves(params))  # and not optax's own stand-in for parameters
-        return frozen_state(guarded, params, _always(always, params) if whole else None)
+        state = frozen_state(guarded, params, _always(masks, params) if whole else None)
+        if masks is None or callable(masks):
+            return state
+        return state._replace(masks=_copied(params, masks) if whole else params)
 
     def update(
         updates: Any, state: FrozenState, params: Any = None, *, masks: Any = None, **extra: Any
@@ -104,7 +107,8 @@ class FrozenState(NamedTuple):
         inner: the state of the transformation itself.
         live: a tree like the parameters': what was live at the last step. Copies, so that buffers can be donated. ``None``
             for parameters that have had no mask, all of which is live.
-        masks: what holds at steps that are not given masks, if :func:`set_optimizer_masks` has set it.
+        masks: what holds at steps that are not given masks: those that the guard was made with, or that
+            :func:`set_optimizer_masks` has set; copies, too.
     """
 
     inner: Any
@@ -125,6 +129,30 @@ def frozen_state(guarded: optax.GradientTransformation, params: Any, masks: Any 
         lambda leaf, mask: None if is_unmasked(mask) else jnp.ones_like(leaf, dtype=bool), params, which
     )
     return FrozenState(guarded.init(params), live)
+
+
+def _copied(params: Any, masks: Any) -> Any:
+    """Return a copy of masks in the parameters' structure, checked."""
+    return jax.tree_util.tree_map_with_path(_copy_of, params, masks_like(params, masks))
+
+
+def _copy_of(path: Any, leaf: Any, mask: Any) -> Any:
+    return None if is_unmasked(mask) else _live(path, leaf, mask, mask)
+
+
+def follow_masks(state: Any, masks: Any) -> Any:
+    """Return an optimizer's state whose guards, if they hold masks of their own, go by these from the next step on."""
+
+    def replaced(node: Any) -> Any:
+        if not isinstance(node, FrozenState) or node.masks is None:
+            return node
+        held = named_leaves(masks, of_masks=True)
+        names = list(named_leaves(node.masks, of_masks=True))
+        leaves, structure = jax.tree.flatten(node.masks, is_leaf=lambda leaf: leaf is None)
+        new = [old if old is None else jnp.copy(held[name]) for name, old in zip(names, leaves, strict=True)]
+        return node._replace(masks=jax.tree.unflatten(structure, new))
+
+    return jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, FrozenState))
 
 
 def set_optimizer_masks(state: Any, masks: Any) -> Any:
@@ -249,7 +277,7 @@ def masks_like(updates: Any, masks: Any) -> Any:
         return jax.tree.map(chosen, updates, masks, is_leaf=is_left_out)
     except (ValueError, TypeError) as error:
         given, names = named_leaves(masks, of_masks=True), list(named_leaves(updates))
-        if set(given) == set(names):  # of Variables, say, where the masks are in a tree of arrays
+        if set(names) <= set(given):  # of Variables, say, where the masks are in a tree of arrays; or of a part of them
             return jax.tree.unflatten(jax.tree.structure(updates), [given[name] for name in names])
         raise ValueError(
             f"the masks must be a tree like the parameters', {jax.tree.structure(updates)}, with a mask or None for each; "

@@ -238,10 +238,10 @@ def lottery_rounds(
         state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
         progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
             called with the fraction.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``of``, ``include``, ``seed`` and more: as :func:`prune_model` takes them.
 
     Yields:
-        The sparsity of the model that is to be trained.
+        The sparsity that the model is to be trained at; one that is pruned already may have more.
 
     Raises:
         ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.

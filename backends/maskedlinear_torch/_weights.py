@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, why_left_out
+from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, is_norm, why_left_out
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -268,7 +268,7 @@ def _why_left_out(user: User, weight: ModelWeight) -> str:
     value = weight.value
     if isinstance(module, _EMBEDDINGS):
         return "embedding"
-    if "Norm" in type(module).__name__:
+    if is_norm(type(module)):
         return "bias" if "bias" in name else "norm"
     why = why_left_out(f"{user.path}.{name}", value.dim())
     if weight.axes is not None:

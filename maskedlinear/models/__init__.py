@@ -2,7 +2,7 @@
 
 from maskedlinear.models._axes import WeightAxes
 from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_lost, warn_of_sparse
-from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, why_left_out
+from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, is_norm, why_left_out
 from maskedlinear.models._prune import Of, Prunable, check_of, prune_weights, refuse_unknown, zeros_left
 from maskedlinear.models._regrow import regrow_weight
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
@@ -21,6 +21,7 @@ __all__ = [
     "axes_by_name",
     "check_of",
     "first_names",
+    "is_norm",
     "prune_weights",
     "refuse_unknown",
     "regrow_weight",

@@ -6,7 +6,7 @@ import re
 
 from maskedlinear.models._axes import WeightAxes
 
-__all__ = ["NO_WEIGHT", "SHARED", "UNKNOWN", "axes_by_name", "why_left_out"]
+__all__ = ["NO_WEIGHT", "SHARED", "UNKNOWN", "axes_by_name", "is_norm", "why_left_out"]
 
 UNKNOWN = "of unknown axes"
 SHARED = "shared with an embedding"
@@ -42,6 +42,11 @@ def why_left_out(name: str, ndim: int) -> str:
     if ndim < 2:
         return "scale or vector"
     return "" if ndim == 2 or _KERNELS.fullmatch(own) else UNKNOWN
+
+
+def is_norm(kind: type) -> bool:
+    """Whether a module type is a normalisation, by its name: ``LayerNorm``, ``BatchNorm2d``, ``LlamaRMSNorm``."""
+    return re.search(r"Norm(\d+d)?$", kind.__name__) is not None
 
 
 def axes_by_name(name: str, ndim: int) -> WeightAxes | None:

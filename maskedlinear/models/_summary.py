@@ -27,8 +27,8 @@ class WeightSummary:
         form: ``"dense"`` or ``"sparse"``.
         shape: the weight's; of a linear layer ``(out, in)``.
         connections: how many are live.
-        dead_outputs: outputs without a live input, in all its matrices.
-        dead_inputs: inputs that no output uses, in all its matrices.
+        dead_outputs: outputs without a live input, in all its matrices; 0 of a weight whose axes nobody knows.
+        dead_inputs: inputs that no output uses, likewise.
         nbytes: the bytes of its layer's parameters, mask and indices.
         flops: the operations of a forward pass for one row of x, one place of a window: 2 for each weight that the form
             multiplies.
@@ -57,10 +57,13 @@ class WeightSummary:
     def of_mask(cls, name: str, mask: Any, nbytes: int, axes: WeightAxes | None = None) -> WeightSummary:
         """Return the row of a weight in the dense form, of its mask and axes; without axes one of shape ``(out, in)``."""
         live = np.asarray(mask, bool)
-        matrices = (axes or WeightAxes()).matrices(live)
+        axes = axes or WeightAxes()
+        matrices = axes.matrices(live)
         stacked, out, in_ = matrices.shape
         dead_outputs = stacked * out - int(np.count_nonzero(matrices.any(axis=2)))
         dead_inputs = stacked * in_ - int(np.count_nonzero(matrices.any(axis=1)))
+        if axes == WeightAxes.of_entries(live.ndim):  # nobody knows its nodes
+            dead_outputs = dead_inputs = 0
         return cls(
             name, "dense", live.shape, int(np.count_nonzero(live)), dead_outputs, dead_inputs, nbytes, 2 * live.size
         )
@@ -190,7 +193,7 @@ class ModelSummary:
 def first_names(names: Sequence[str]) -> str:
     """Return names, of which a few stand for many."""
     more = len(names) - _NAMES
-    return ", ".join(names[:_NAMES]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(name or "(the model)" for name in names[:_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``:
 """
 
 from maskedlinear_jax.flax._check import check_masks
-from maskedlinear_jax.flax._growth import dense_gradients
+from maskedlinear_jax.flax._dense_gradients import dense_gradients
 from maskedlinear_jax.flax._kernel import Dormant, Mask
 from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand

@@ -9,13 +9,15 @@ import jax.numpy as jnp
 from flax import linen
 
 from maskedlinear.models import WeightAxes, why_left_out
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._tree import Axes, axes_of
 from maskedlinear_jax.flax._kernel import weight_name
+from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
-from maskedlinear_jax.flax._variables import is_linen, linen_parameters, linen_weights
+from maskedlinear_jax.flax._variables import has_own_mask, is_linen, linen_parameters, linen_weights
 from maskedlinear_jax.flax._weights import masked_weights, model_weights, parameter_names
 
-__all__ = ["Masked", "Parameter", "masked_of", "parameters_of", "refuse_linen_module"]
+__all__ = ["Masked", "Parameter", "masked_of", "parameters_of", "refuse_linen", "refuse_linen_module", "refuse_unfit"]
 
 
 class Parameter(NamedTuple):
@@ -39,6 +41,7 @@ class Masked(NamedTuple):
     mask: Any
     axes: WeightAxes | None
     owner: Any
+    is_ours: bool  # whether a layer of ours has it, which selects by its mask
     key: Any
     nbytes: int
     weight: Any  # the MaskedParameter of nnx, or the path in linen's variables
@@ -80,7 +83,7 @@ def masked_of(model: Any, axes: Axes = None, *, sparse: bool = False) -> dict[st
         for path, (value, mask) in linen_weights(model).items():
             full, name, nbytes = ".".join(path), weight_name(path), value.nbytes + mask.nbytes
             known = axes_of(full, value.ndim, axes)
-            weights[name] = Masked(full, value, mask, known, value, path, nbytes, path)
+            weights[name] = Masked(full, value, mask, known, value, has_own_mask(model, path), path, nbytes, path)
         return weights
     names = parameter_names(model)
     found: dict[str, Any] = {}
@@ -91,7 +94,17 @@ def masked_of(model: Any, axes: Axes = None, *, sparse: bool = False) -> dict[st
         full = names[id(weight.kernel)]
         known = (axes or {}).get(full) or weight.axes
         kernel, mask = weight.kernel.get_value(), weight.own_mask
-        found[name] = Masked(full, kernel, mask, known, weight.module, id(weight.kernel), weight.nbytes, weight)
+        found[name] = Masked(
+            full,
+            kernel,
+            mask,
+            known,
+            weight.module,
+            isinstance(weight.module, MaskedLinear),
+            id(weight.kernel),
+            weight.nbytes,
+            weight,
+        )
     return found
 
 
@@ -101,4 +114,26 @@ def refuse_linen_module(function: str, model: Any) -> None:
         raise TypeError(
             f"{function} takes an nnx module or the variables of a linen one, {{'params': ...}}; got the linen module "
             f"{type(model).__name__}: pass what its init returned, and go on with what {function} returns"
+        )
+
+
+def refuse_linen(function: str, model: Any) -> None:
+    """Raise a ``TypeError`` for what is linen's, where a model is changed in place."""
+    if is_linen(model) or isinstance(model, linen.Module):
+        raise TypeError(
+            f"{function} changes an nnx module in place; linen's variables stay as they are: prune_model, regrow_model and "
+            "set_masks return new ones, and maskedlinear.jax has scheduled_pruning and scheduled_regrowth"
+        )
+
+
+def refuse_unfit(function: str, name: str, one: Masked) -> None:
+    """Raise an error for a masked weight whose mask cannot be chosen here: inside a transform, or shared by a stack."""
+    if is_traced(one.value) or is_traced(one.mask):
+        raise TypeError(
+            f"{function} reads numbers, which are not known inside a transform (jit, grad, vmap): call it outside; in a "
+            "jitted step maskedlinear.jax has scheduled_pruning and scheduled_regrowth"
+        )
+    if one.mask.shape != one.value.shape:
+        raise ValueError(
+            f"the layers of the stack {name} share one mask: leave it out with include=..., or choose one by set_masks"
         )

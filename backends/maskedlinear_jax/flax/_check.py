@@ -13,6 +13,7 @@ from flax import nnx
 from maskedlinear.models import MaskCheck
 from maskedlinear_jax._compat import enable_x64
 from maskedlinear_jax._tree import named_leaves
+from maskedlinear_jax.flax._adapter import refuse_linen
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import as_double, doubled
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -39,6 +40,7 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
     Returns:
         What is wrong, for each weight by name.
     """
+    refuse_linen("check_masks", model)
     layers = masked_weights(model)
     failures: dict[str, list[str]] = {name: [] for name in layers}
     with enable_x64(True):

@@ -12,9 +12,11 @@ import numpy as np
 from flax import nnx
 
 from maskedlinear._progress import Progress
+from maskedlinear.pruning import CubicSchedule
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax.flax._growth import are_finite
+from maskedlinear_jax.flax._adapter import refuse_linen
+from maskedlinear_jax.flax._dense_gradients import are_finite
 from maskedlinear_jax.flax._kernel import label, masked_kernel, set_variables
 from maskedlinear_jax.flax._modules import layers_of
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -42,12 +44,16 @@ class ScheduledPruning(Pruning):
         model: a module with masked weights.
         schedule: the sparsity at each step, counted from 0.
         averages: averages of the model, nnx modules too, which get its masks whenever it was pruned.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them;
+        how: ``score``, ``scope``, ``of``, ``include``, ``axes``, ``seed`` and more: as :func:`prune_model` takes them;
             ``gradients`` are given to ``step``.
 
     Attributes:
         steps: how many steps there were.
     """
+
+    def __init__(self, model: Any, schedule: CubicSchedule, **options: Any) -> None:
+        refuse_linen("ScheduledPruning", model)
+        super().__init__(model, schedule, **options)
 
     def _prune(self, sparsity: float, **how: Any) -> None:
         prune_model(self.model, sparsity, **how)
@@ -89,6 +95,10 @@ class ScheduledRegrowth(Regrowth):
     Raises:
         ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
     """
+
+    def __init__(self, model: Any, *arguments: Any, **options: Any) -> None:
+        refuse_linen("ScheduledRegrowth", model)
+        super().__init__(model, *arguments, **options)
 
     def step(self, gradients: Callable[[], Mapping[str, Any]] | None = None) -> int:
         """Move connections if it is time; return how many moved. Gradients that are not finite move nothing, and are logged.
@@ -160,11 +170,12 @@ def load_state(model: Any, state: Any) -> None:
 
     Args:
         model: any nnx module.
-        state: of ``nnx.state``, or restored from a checkpoint: a ``State`` of Variables.
+        state: of ``nnx.state``, or restored from a checkpoint into the form of one: a ``State`` of Variables.
 
     Raises:
         ValueError: if the indices of a sparse layer are none of a layer of its shape; other Variables are set then.
     """
+    refuse_linen("load_state", model)
     _load(model, state, keep_masks=False)
 
 
@@ -178,6 +189,7 @@ def rewind_model(model: Any, state: Any) -> None:
         state: a copy of ``nnx.state(model)`` from an earlier moment, before or after it was masked, or of an earlier
             version: ``jax.tree.map(jnp.copy, nnx.state(model))``, where a jitted step donates its buffers.
     """
+    refuse_linen("rewind_model", model)
     _load(model, state, keep_masks=True)
 
 
@@ -226,14 +238,15 @@ def lottery_rounds(
         state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.
         progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
             called with the fraction.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``on_empty``: as :func:`prune_model` takes them.
+        how: ``score``, ``scope``, ``of``, ``include``, ``axes``, ``seed`` and more: as :func:`prune_model` takes them.
 
     Yields:
-        The sparsity of the model that is to be trained.
+        The sparsity that the model is to be trained at; one that is pruned already may have more.
 
     Raises:
         ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.
     """
+    refuse_linen("lottery_rounds", model)
     saved = _copied(nnx.state(model) if state is None else state)
     return rounds_of(
         sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved), progress

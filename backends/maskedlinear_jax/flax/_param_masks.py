@@ -45,7 +45,9 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     if isinstance(model, nnx.Module):
         live: dict[int, Any] = {}
         for weight in masked_weights(model).values():
-            used = _whole_mask(weight.kernel.get_value(), weight.mask.get_value())
+            used = _whole_mask(
+                weight.kernel.get_value(), weight.mask.get_value()
+            )  # a copy, so that either can be donated
             key = id(weight.kernel)
             live[key] = _perhaps_abstract(jnp.logical_and, live[key], used) if key in live else used
         flat = nnx.to_flat_state(nnx.state(model, wrt))
@@ -120,7 +122,7 @@ def _whole_mask(kernel: Any, mask: Any) -> Any:
     """Return a weight's mask in its shape, checked; abstract if it is."""
 
     def whole(mask: Array) -> Array:
-        return jnp.broadcast_to(boolean_mask(mask, mask_shape(kernel, mask), label(kernel)), kernel.shape)
+        return jnp.copy(jnp.broadcast_to(boolean_mask(mask, mask_shape(kernel, mask), label(kernel)), kernel.shape))
 
     return _perhaps_abstract(whole, mask)
 

@@ -14,11 +14,12 @@ from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
 from maskedlinear.models import WeightAxes, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
-from maskedlinear_jax._optim import renewed_state
+from maskedlinear_jax._optim import follow_masks, renewed_state
 from maskedlinear_jax._tree import Axes, named_leaves
-from maskedlinear_jax.flax._adapter import Masked, masked_of, refuse_linen_module
+from maskedlinear_jax.flax._adapter import Masked, masked_of, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import pure, refuse_shared
+from maskedlinear_jax.flax._param_masks import param_masks
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen, set_linen_masks
 
@@ -49,8 +50,9 @@ def regrow_model(
         fraction: the share of live connections that move, in [0, 1]; :func:`maskedlinear.pruning.cosine_decay` lets it
             fall.
         gradients: of :func:`dense_gradients`, to grow where they are largest; ``None`` grows at random.
-        optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs. Sparse
-            layers need it; ``MaskedLinear`` layers need :func:`maskedlinear.jax.freeze_masked`, which sees to it as well.
+        optimizer: whose state moves along: that of new connections starts clean, that of the others stays theirs; and masks
+            that :func:`maskedlinear.jax.freeze_masked` was given once are those of now. Sparse layers need it, and such
+            guards; others see to it at their next step.
         include: which weights, as in :func:`mask_model`.
         axes: as in :func:`mask_model`.
         seed: of the random places; another at each step. Matrix i takes ``seed + i``.
@@ -78,6 +80,8 @@ def regrow_model(
     for name, one in weights.items():
         if gradients is not None and name not in gradients:
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
+        if isinstance(one, Masked):
+            refuse_unfit("regrow_model", name, one)
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
         if isinstance(one, SparseLinear):
             plans[name], matrices = _planned_sparse(one, fraction, gradient, own)
@@ -148,4 +152,5 @@ def _renew(optimizer: nnx.Optimizer[Any], model: Any, moved: list[Moved]) -> Non
 
     renewals = [of(*known[name]) if name in known else None for name in named_leaves(params)]
     state = renewed_state(optimizer.tx, pure(optimizer.opt_state), jax.tree.structure(params), params, renewals)
+    state = follow_masks(state, pure(param_masks(model, optimizer.wrt)))
     nnx.update(optimizer.opt_state, nnx.state(state))

@@ -59,9 +59,17 @@ def linen_weights(variables: Mapping[str, Any]) -> dict[Path, tuple[Array, Array
         name = place[-1].removesuffix("mask").removesuffix("_") or "kernel"
         path = (*place[:-1], name)
         if path not in params:
-            raise ValueError(f"a mask is of a parameter; got {'.'.join(place)}, and there is no {'.'.join(path)}")
+            raise ValueError(
+                f"a mask is of a parameter; got {'.'.join(place)}, and there is no {'.'.join(path)}: a collection of a "
+                "model's own must not be called 'masks'"
+            )
         found[path] = meta.unbox(params[path]), meta.unbox(mask)
     return found
+
+
+def has_own_mask(variables: Mapping[str, Any], path: Path) -> bool:
+    """Whether a parameter is the kernel of a ``MaskedDense``."""
+    return path[-1] == "kernel" and (*path[:-1], "mask") in flatten_dict(variables.get("masks", {}))
 
 
 def set_linen_masks(

@@ -7,16 +7,19 @@ A mask lies where its weight is: a ``MaskedLinear`` has its own, every other mod
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from maskedlinear.models import SHARED, WeightAxes, axes_by_name, why_left_out
+from maskedlinear.models import SHARED, WeightAxes, axes_by_name, is_norm, why_left_out
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax.flax._kernel import (
     Dormant,
     Mask,
@@ -91,13 +94,15 @@ class MaskedParameter(NamedTuple):
         held: Any = [self.kernel, self.mask, self.dormant]
         if isinstance(self.module, MaskedLinear):
             held = [part for part in vars(self.module).values() if isinstance(part, nnx.Variable)]
-        return sum(part.get_value().nbytes for part in held if part is not None)
+        return sum(
+            math.prod(part.get_value().shape) * part.get_value().dtype.itemsize for part in held if part is not None
+        )
 
     def set_mask(self, new: Array, pruned: Array | None = None) -> None:
         """Give the weight another mask, checked and its own; weights move."""
-        if not isinstance(self.module, MaskedLinear) and self.own_mask.shape == self.kernel.get_value().shape:
-            # What an optimizer that nobody guards has left under the mask is no weight.
-            self.kernel.set_value(masked_kernel(self.kernel.get_value(), self.own_mask))
+        old = self.mask.get_value()
+        if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new) and old.shape == new.shape:
+            new = jax.device_put(new, old.sharding)
         set_variables(self.kernel, self.mask, self.dormant, new, pruned)
 
     def release(self) -> None:
@@ -296,25 +301,24 @@ def _describe(weight: ModelWeight) -> None:
 
 def _why_fixed(user: User, variable: Any) -> str:
     if not isinstance(user.module, nnx.Module) or isinstance(user.module, nnx.List | nnx.Dict):
-        return "in a container, which is no module"
+        return "in a container, which is no module: hold it as an attribute of one, or mask it by prune_tree"
     children = children_of(user.module)
-    if any(name in children for name in mask_names(children, user.parameter)) and not isinstance(
-        children.get(mask_names(children, user.parameter)[0]), Mask
-    ):
-        return f"in a module that calls something else {user.parameter}_mask"
+    own, *_ = names = mask_names(children, user.parameter)
+    if any(name in children for name in names) and not isinstance(children.get(own), Mask):
+        return f"in a module that calls something else {own}"
     return "" if jnp.issubdtype(variable.get_value().dtype, jnp.floating) else "not of a floating dtype"
 
 
 def _why_left_out(user: User, weight: ModelWeight, known: bool) -> str:
-    _, module, name = user
+    _, module, _ = user
     if isinstance(weight.variable, nnx.LoRAParam):
         return "adapter"
     if isinstance(module, nnx.Embed):
         return "embedding"
-    if "Norm" in type(module).__name__:
-        return "bias" if "bias" in name else "norm"
     why = why_left_out(weight.full_name, len(weight.shape))
-    return why if why in ("bias", "adapter") or not known else ""
+    if known:
+        return why if why in ("bias", "adapter") else ""
+    return "norm" if is_norm(type(module)) and why != "bias" else why
 
 
 def masked_weights(model: Any, *, sparse: bool = False) -> dict[str, Any]:

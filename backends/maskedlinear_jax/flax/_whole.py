@@ -41,10 +41,9 @@ from maskedlinear.pruning._layers import (
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._tree import Axes, named_leaves, prunable, restored
-from maskedlinear_jax.flax._adapter import Masked, masked_of, parameters_of, refuse_linen_module
+from maskedlinear_jax.flax._adapter import Masked, masked_of, parameters_of, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel
 from maskedlinear_jax.flax._modules import layers_of
-from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import (
     is_linen,
@@ -84,7 +83,8 @@ def mask_model(
     masks and dormant weights are collections of these names; ``apply`` takes them, and modules other than
     :class:`MaskedDense` pass them by.
 
-    A module that knows nothing of masks computes with what stands in its kernel: an optimizer that is not guarded by
+    Where the layers of a stack lie in a parameter, only shapes say: along the first axis without which it has its module's
+    shape. A module that knows nothing of masks computes with what stands in its kernel: an optimizer that is not guarded by
     :func:`maskedlinear.jax.freeze_masked` makes masked entries live there.
 
     A weight is called by its module, if it is the module's ``kernel``; another parameter by its own name (``"moe.up"``).
@@ -158,13 +158,13 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
 
 
 def get_masks(model: Any) -> dict[str, Any]:
-    """Return the mask of each masked weight of an nnx model, or of linen's variables, by its name, for :func:`set_masks`.
+    """Return a copy of the mask of each masked weight of an nnx model, or of linen's variables, by its name.
 
     Of a layer in the sparse form it is its :class:`maskedlinear.pattern.SparsityPattern`, ``(out, in)``, of a stack of them
     a list of these.
     """
     return {
-        name: one.mask if isinstance(one, Masked) else _patterns(one)
+        name: jnp.copy(one.mask) if isinstance(one, Masked) else _patterns(one)
         for name, one in masked_of(model, sparse=True).items()
     }
 
@@ -252,8 +252,7 @@ def prune_model(
         raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
     first: dict[Any, str] = {}  # the name of each weight, whoever shares it
     for name, one in chosen.items():
-        if one.mask.shape != one.value.shape:
-            raise ValueError(f"the layers of the stack {name} share one mask: leave it out with include=..., or set it")
+        refuse_unfit("prune_model", name, one)
         first.setdefault(one.key, name)
     by_name = {} if gradients is None else named_leaves(gradients)
     weights = {}
@@ -270,28 +269,30 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        num_zeros=None if of == "masked" else zeros_left(summary(model), sparsity, of, weights),
+        num_zeros=None if of == "masked" else zeros_left(summary(model, axes=axes), sparsity, of, weights),
         progress=progress,
     )
     masks = {name: restored(one.axes, pruned[first[one.key]], one.value.shape) for name, one in chosen.items()}
-    if not is_linen(model):
-        warn_of_drift([name for name in weights if _has_drifted(chosen[name])], stacklevel=3)
-        if of == "masked" and include is None:
-            warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
+    warn_of_drift([name for name in weights if _has_drifted(chosen[name])], stacklevel=3)
+    if of == "masked" and include is None and not is_linen(model):
+        warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
     changed = set_masks(model, masks)
     return changed if is_linen(model) else {name: one.mask for name, one in chosen.items()}
 
 
-def summary(model: Any) -> ModelSummary:
+def summary(model: Any, *, axes: Axes = None) -> ModelSummary:
     """Return a table of a model's parameters: of masked weights shape, sparsity, dead nodes, bytes and FLOPs; of the others,
     what could be masked, and why the rest is left out.
 
-    A stack of linear layers has a row for each of them. ``model`` is an nnx module, or the variables of a linen
-    one.
+    A stack of linear layers has a row for each of them. Dead nodes are those of weights whose axes are known.
+
+    Args:
+        model: an nnx module, or the variables of a linen one.
+        axes: as in :func:`mask_model`.
     """
     refuse_linen_module("summary", model)
     rows, seen = [], set()
-    for name, one in masked_of(model).items():
+    for name, one in masked_of(model, axes).items():
         if one.key not in seen:
             seen.add(one.key)
             rows += _dense_rows(name, one)
@@ -307,14 +308,14 @@ def summary(model: Any) -> ModelSummary:
 
 def _has_drifted(one: Masked) -> bool:
     """Whether a weight of a module that knows nothing of masks is not 0 everywhere under its mask."""
-    return not isinstance(one.owner, MaskedLinear) and bool(jnp.any(masked_kernel(one.value, ~one.mask)))
+    return not one.is_ours and bool(jnp.any(masked_kernel(one.value, ~one.mask)))
 
 
 def _dense_rows(name: str, one: Masked) -> list[WeightSummary]:
     """Return the row of a weight in the dense form, or of each layer of a stack of linear ones; those are (out, in)."""
     live = np.broadcast_to(np.asarray(one.mask), one.value.shape)
     axes = one.axes or WeightAxes.of_entries(live.ndim)
-    if not isinstance(one.owner, MaskedLinear) and live.ndim > 2:
+    if not one.is_ours and live.ndim > 2:
         return [WeightSummary.of_mask(name, live, one.nbytes, axes)]
     parts = axes.matrices(live)
     names = [f"{name}[{place}]" for place in range(len(parts))] if live.ndim > 2 else [name]
