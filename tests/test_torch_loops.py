@@ -73,7 +73,7 @@ def made(model: nn.Module) -> torch.optim.Optimizer:
 
 def plain(model: Network, schedules: list[Any], accumulate: int = 1, steps: int = STEPS) -> Network:
     optimizer = made(model)
-    if get_masks(model):
+    if any(isinstance(mask, torch.Tensor) for mask in get_masks(model).values()):
         freeze_masked(optimizer, model)
     for number in range(steps // accumulate):
         optimizer.zero_grad()
@@ -247,13 +247,25 @@ def test_what_is_no_schedule_or_has_no_optimizer_is_refused(tmp_path: Path) -> N
         in_pl(model, [ScheduledRegrowth(model, every=3, end=10)], tmp_path)
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_scores_find_the_gradients_of_their_step(loop: str, tmp_path: Path) -> None:
+    models = []
+    for train in (plain, lambda *a, **k: LOOPS[loop](*a, tmp_path, **k)):
+        model = Network(0.0)
+        schedule = CubicSchedule(0.8, begin=0, end=6, every=3)
+        train(model, [ScheduledPruning(model, schedule, score="snip", scope="layer")])
+        models.append(model)
+    same(*models)
+    assert summary(models[0]).sparsity == pytest.approx(0.8, abs=0.05)
+
+
 def test_a_best_checkpoint_with_the_masks_of_an_earlier_step_is_reported() -> None:
     model = Network(0.5)
     callback = in_transformers.MaskedTraining(ScheduledPruning(model, CubicSchedule(0.9, begin=0, end=1)))
-    arguments: Any = (None, SimpleNamespace(global_step=2, log_history=[]), None)
+    arguments: Any = (None, SimpleNamespace(global_step=1, log_history=[]), None)
     callback.on_train_begin(*arguments, model=model, optimizer=torch.optim.SGD(model.parameters()))
     before = get_masks(model)
-    callback.on_step_end(*arguments, model=model)
+    callback.on_optimizer_step(*arguments, model=model)
     callback.on_train_end(*arguments, model=model)  # which is silent
     set_masks(model, before)
     with pytest.warns(

@@ -27,6 +27,7 @@ from maskedlinear.torch import (
     get_masks,
     mask_model,
     prune_model,
+    regrow_model,
     set_masks,
     unmask_model,
 )
@@ -298,3 +299,37 @@ def test_what_comes_later_is_refused_at_its_call() -> None:
         mask_adapters({})  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"with 2 adapted layers, none of them masked: call mask_model"):
         mask_adapters(get_peft_model(unmask_model(network()), LoraConfig(target_modules=["0", "2"])))
+
+
+@pytest.mark.parametrize("form", ["dense", "sparse"])
+def test_masks_stay_while_adapters_are_merged(form: str) -> None:
+    model = adapted(network())
+    if form == "sparse":
+        compress(model, "sparse")
+    y = model(X)
+    model.merge_adapter()
+    before = get_masks(model)
+    if form == "dense":
+        prune_model(model, 0.8, scope="layer")
+    else:
+        regrow_model(model, 0.5)
+    with pytest.raises(
+        ValueError, match="under the mask that it was merged under, and this weight has another one now"
+    ):
+        model.unmerge_adapter()
+    if form == "dense":
+        set_masks(model, before)
+        model.unmerge_adapter()
+        torch.testing.assert_close(model(X), y)
+
+
+def test_a_way_to_begin_that_edits_the_weight_leaves_it_masked() -> None:
+    config = LoraConfig(target_modules=["0", "2"], r=3, init_lora_weights="olora")
+    model, x = mask_adapters(get_peft_model(network(dtype=torch.float32), config)).eval(), X.float()
+    torch.testing.assert_close(model(x), network(dtype=torch.float32)(x))
+    model.add_adapter("more", LoraConfig(target_modules=["0"], r=2, init_lora_weights="olora"))
+    y, merged = model(x), model.merge_and_unload()
+    torch.testing.assert_close(merged(x), y)
+    for layer in (merged[0], merged[2]):
+        assert not bits_of(layer.weight.detach())[~layer.mask].any()
+    torch.testing.assert_close(unmask_model(adapted()).type(torch.float64)(X), adapted()(X))

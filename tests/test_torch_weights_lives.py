@@ -25,6 +25,7 @@ from maskedlinear.torch import (
     lottery_rounds,
     mask_model,
     prune_model,
+    regrow_model,
     rewind_model,
     set_masks,
     summary,
@@ -233,6 +234,8 @@ def test_a_module_that_was_replaced_is_named() -> None:
     ):
         prune_model(model, 0.5)
     prune_model(copy.deepcopy(mask_model(model)), 0.6)
+    part = nn.ModuleDict({"body": mask_model(nn.Sequential(nn.Linear(8, 8))), "head": nn.Linear(8, 4)})
+    prune_model(part, 0.5)  # whose body alone was masked
     unmask_model(model, include="head")
     prune_model(model, 0.6)  # by choice
     chosen = mask_model(nn.ModuleDict({"body": nn.Linear(8, 8), "head": nn.Linear(8, 4)}), include="body")
@@ -250,9 +253,18 @@ def test_masks_of_layers_in_the_sparse_form_are_their_patterns() -> None:
     torch.testing.assert_close(torch.as_tensor(masks["0"].to_mask()), dense["0"])
     set_masks(half, masks)
     set_masks(half, dense)
-    for other in (~dense["0"], torch.ones(16, 8), torch.zeros(3, 3), SparsityPattern.full((16, 8))):
-        with pytest.raises(ValueError, match="a layer in the sparse form keeps its connections; got others for 0"):
+    for other in (torch.ones(16, 8), SparsityPattern.full((16, 8))):
+        with pytest.raises(ValueError, match=r"keeps the number of its connections, 64 of shape .*; got 128 .* for 0"):
             set_masks(half, {"0": other})
+    with pytest.raises(ValueError, match="the mask of 0: "):
+        set_masks(half, {"0": dense["0"].float() * 2})
+    average = copy.deepcopy(half)
+    regrow_model(half, 0.5, seed=1)
+    values = average[0].to_masked().weight
+    set_masks(average, get_masks(half))  # as many connections, others: what an average of the model needs
+    assert get_masks(average)["0"] == get_masks(half)["0"]
+    both = dense["0"] & torch.as_tensor(get_masks(half)["0"].to_mask())
+    torch.testing.assert_close(average[0].to_masked().weight, torch.where(both, values, 0))
     prune_model(model, 0.9, scope="layer")
     set_masks(model, masks)  # of dense layers they are masks like others
     assert all(torch.equal(mask, dense[name]) for name, mask in get_masks(model).items())
@@ -347,3 +359,22 @@ def test_dormant_values_of_a_whole_model_can_be_let_go() -> None:
         assert not module.weight[~masks[name]].any()  # type: ignore[union-attr, index]
     with pytest.raises(ValueError, match="keep_dormant must be True, False or 'host'; got 'disk'"):
         mask_model(nn.Linear(2, 2), keep_dormant="disk")  # type: ignore[arg-type]
+
+
+def test_gradients_of_what_is_not_meant_may_overflow() -> None:
+    model = mask_model(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)))
+    model(torch.randn(6, 8)).square().mean().backward()
+    model[0].weight.grad.fill_(torch.inf)  # type: ignore[union-attr, operator]
+    pruner = ScheduledPruning(model, CubicSchedule(0.8, begin=0, end=1), score="snip", include=["2"])
+    assert pruner.step_at(1)
+    assert summary(model[2]).sparsity == pytest.approx(0.8, abs=0.02)
+
+
+def test_adapters_of_other_kinds_and_names_with_norm() -> None:
+    class NormalizedLinear(nn.Linear):
+        """A layer of a user's own, no normalisation."""
+
+    model = nn.ModuleDict({"linear": NormalizedLinear(4, 4), "norm": nn.LayerNorm((4, 4))})
+    model["oft_R"] = nn.ParameterDict({"default": nn.Parameter(torch.ones(2, 3, 3))})  # type: ignore[assignment]
+    assert set(get_masks(mask_model(model))) == {"linear"}
+    assert {other.why for other in summary(model).unmasked} == {"bias", "norm", "adapter"}

@@ -272,7 +272,6 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         self._unhook()
         for name in ("mask", "init_fan_in", "keep_dormant", "_dormant", "_own", "_pending_mask"):
             delattr(self, name)
-        vars(self).pop("with_model", None)
         forget(self)
         linear: nn.Linear = self
         linear.__class__ = nn.Linear

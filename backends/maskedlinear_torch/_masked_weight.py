@@ -49,7 +49,6 @@ class MaskedWeight(nn.Module):
 
     mask: Tensor
     keep_dormant: KeepDormant
-    with_model: bool = False  # whether it was masked because all weights of its model were
     _own: OwnWeight
     _dormant: DormantStore
     _pending_mask: Tensor | None  # of a layer on the meta device, which has no values
@@ -67,10 +66,11 @@ class MaskedWeight(nn.Module):
         self._share_again()
         self._adopt()
 
-    def project(self) -> None:
+    def project(self, *, quiet: bool = False) -> None:
         """Bring weight, mask and dormant values into line: drift under the mask becomes +0, an edited mask takes effect.
 
-        The layer does this by itself before it acts. For code that has edited masked places past everything that counts.
+        The layer does this by itself before it acts. For code that has edited masked places past everything that counts;
+        of values that somebody may have meant it warns, unless it is to be ``quiet``.
         """
         own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
         if weight is None or mask is None or weight.is_meta or mask.is_meta:
@@ -87,7 +87,11 @@ class MaskedWeight(nn.Module):
         seen_mask = None if mask.is_inference() else (mask, mask._version)
         if seen_mask is None or own.mask is None or own.mask[0] is not mask or own.mask[1] != mask._version:
             mask = self._take_edited_mask(weight, mask)
-        elif own.may_lose_values(weight) and bool((bits_of(weight.detach()) != 0).logical_and_(~mask).any()):
+        elif (
+            not quiet
+            and own.may_lose_values(weight)
+            and bool((bits_of(weight.detach()) != 0).logical_and_(~mask).any())
+        ):
             warnings.warn(
                 f"values under the mask of {self} are set back to 0, which no optimizer has left there: if they are an "
                 "average of a model whose masks have moved, give it the masks first, with set_masks(average, "

@@ -24,7 +24,8 @@ O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 def freeze_masked(optimizer: O, model: nn.Module) -> O:
     """Make every step of ``optimizer`` leave the masked weights of ``model`` at +0.
 
-    Masked weights are set back to +0 after each step of any optimizer, guarded or not. The guard keeps gradients out
+    Masked weights are set back to +0 after each step of any optimizer, guarded or not, but for what a wrapper writes after
+    the step in it. The guard keeps gradients out
     of the optimizer's view where they are masked, which clipping, norms and whole-matrix methods would count; lets
     its state start clean where a mask has changed (momentum, moments, ...), so that a revived weight does; and
     projects after whatever a subclass or wrapper does around the step. What is kept for whole rows and columns

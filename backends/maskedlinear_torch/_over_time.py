@@ -13,6 +13,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
 from maskedlinear._progress import Progress
+from maskedlinear.pruning._layers import matches
 from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
@@ -20,7 +21,7 @@ from maskedlinear_torch._ranks import are_finite, group_of
 from maskedlinear_torch._regrow import DenseGradients, dense_gradients, regrow_model
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
-from maskedlinear_torch._weights import masked_weights
+from maskedlinear_torch._weights import masked_weights, module_of
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
@@ -56,9 +57,9 @@ class ScheduledPruning(Pruning):
         score = how.get("score", "magnitude")
         if not (callable(score) or score in ("snip", "taylor")):
             return True
-        gradients = [
-            layer.weight.grad for layer in masked_weights(self.model).values() if layer.weight.grad is not None
-        ]
+        layers = masked_weights(self.model).items()
+        meant = [layer for name, layer in layers if matches(name, module_of(layer), how.get("include"))]
+        gradients = [layer.weight.grad for layer in meant if layer.weight.grad is not None]
         return are_finite(gradients, group_of(self.model, how.get("group", "model")))
 
     def _bring_masks(self, average: nn.Module) -> None:

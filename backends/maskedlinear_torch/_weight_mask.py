@@ -68,10 +68,10 @@ class WeightMask(MaskedWeight):
             handle.remove()
         forget(self)
 
-    def project(self) -> None:
+    def project(self, *, quiet: bool = False) -> None:
         """Bring weight, mask and dormant values into line, as in a masked layer."""
         self._follow()
-        super().project()
+        super().project(quiet=quiet)
 
     def is_clean(self) -> bool:
         """Whether the weight that the module has now is known to be +0 under the mask."""

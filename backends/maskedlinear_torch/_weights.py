@@ -23,6 +23,7 @@ __all__ = [
     "is_releasable",
     "masked_weights",
     "model_weights",
+    "module_of",
     "register_axes",
     "release",
     "walk_masked",
@@ -58,6 +59,7 @@ _HEADS = WeightAxes(out_axis=(1, 2), in_axis=0)
 _BY_TYPE_NAME: dict[str, Axes] = {
     "Conv1D": {"weight": WeightAxes(out_axis=1, in_axis=0)},
     "JetMoeParallelExperts": _PARALLEL_EXPERTS,
+    # Of earlier releases of transformers.
     "GraniteMoeParallelExperts": _PARALLEL_EXPERTS,
     "GraniteMoeSharedParallelExperts": _PARALLEL_EXPERTS,
     "GraniteMoeHybridParallelExperts": _PARALLEL_EXPERTS,
@@ -193,6 +195,11 @@ def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
 def mask_name(path: str, mask: nn.Module) -> str:
     """Return the name of a masked weight, of the path at which its mask is in a model."""
     return _called(path.rpartition(".")[0], mask.owner[1]) if isinstance(mask, WeightMask) else path
+
+
+def module_of(mask: MaskedWeight) -> nn.Module:
+    """Return the module whose weight is masked."""
+    return mask.owner[0] if isinstance(mask, WeightMask) else mask
 
 
 def axes_of_mask(mask: MaskedWeight) -> WeightAxes | None:

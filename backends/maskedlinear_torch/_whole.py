@@ -32,8 +32,8 @@ from maskedlinear.pruning._layers import (
     Scoring,
     asked_by_name,
     check_known,
-    check_pattern,
     matches,
+    pattern_of,
     select_weights,
 )
 from maskedlinear_torch._dtensors import full_tensor
@@ -50,6 +50,7 @@ from maskedlinear_torch._weights import (
     is_releasable,
     masked_weights,
     model_weights,
+    module_of,
     release,
     walk_masked,
 )
@@ -57,6 +58,8 @@ from maskedlinear_torch._weights import (
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
+
+_WHOLE = "_maskedlinear_whole"  # the attribute of a model all weights of which were masked
 
 
 def mask_model(
@@ -116,8 +119,7 @@ def mask_model(
             mask = next((checked[user.name] for user in weight.users if user.name in checked), None)
             _mask(weight, mask, keep_dormant)
     if not masks and include is None:
-        for layer in masked_weights(model).values():
-            layer.with_model = True
+        vars(model)[_WHOLE] = True
         warn_of_left_out([(weight.name, weight.why) for weight in weights], stacklevel=3)
     return model
 
@@ -147,10 +149,9 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
     for name, mask in masked_weights(model).items():
-        if is_releasable(mask) and matches(name, _module_of(mask), include):
+        if is_releasable(mask) and matches(name, module_of(mask), include):
             release(mask)
-        else:
-            mask.with_model = False  # what has no mask from now on has none by choice
+    vars(model).pop(_WHOLE, None)  # what has no mask from now on has none by choice
     return model
 
 
@@ -171,13 +172,14 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
 
     Args:
         model: any module; an average of a model (``torch.optim.swa_utils.AveragedModel``) takes the masks of the model.
-        masks: by name, of the weights' shapes, booleans or 0s and 1s, or patterns; other weights keep theirs.
+        masks: by name, of the weights' shapes, booleans or 0s and 1s, or patterns; other weights keep theirs. A layer in the
+            sparse form takes as many connections as it has; those that it had not start at 0.
         group: as in :func:`prune_model`; what comes back must be the same in all processes too.
 
     Raises:
         ValueError: if a mask is of a layer that there is not, has another shape, or holds anything but 0 and 1, or if layers
             that share a weight are given different ones, or processes different ones; if a layer in the sparse form is given
-            another than its own. The model is left as it was.
+            more or fewer connections than it has. The model is left as it was.
     """
     masked_weights(model)  # which projects them
     layers: dict[str, Any] = dict(walk_masked(model))
@@ -185,9 +187,11 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
         held = {_name_inside(name): name for name in layers}
         masks = {held.get(_name_inside(name), name): mask for name, mask in masks.items()}
     check_known("masks", masks, list(layers))
-    for name, mask in masks.items():
-        if isinstance(layers[name], SparseLinear):
-            check_pattern(name, layers[name].pattern, mask)
+    moved = {
+        name: pattern_of(name, layers[name].pattern, mask)
+        for name, mask in masks.items()
+        if isinstance(layers[name], SparseLinear)
+    }
     masks = {name: mask for name, mask in masks.items() if not isinstance(layers[name], SparseLinear)}
     checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
     _check_one_a_weight(checked, {name: layers[name].weight for name in checked})
@@ -201,6 +205,9 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
         check_alike("the weight under the new mask", full, group)
     for name, mask in checked.items():
         layers[name].set_mask(mask)
+    for name, pattern in moved.items():
+        if pattern != layers[name].pattern:
+            layers[name].rewire(pattern, pattern.places_in(layers[name].pattern))
 
 
 def prune_model(
@@ -247,7 +254,7 @@ def prune_model(
             the masks of processes differ. The model is left as it was.
     """
     check_of(of)
-    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, _module_of(layer), include)}
+    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, module_of(layer), include)}
     if not layers:
         raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
     group = group_of(model, group)
@@ -277,7 +284,7 @@ def prune_model(
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_mask(masks[name])
-    if include is None and any(layer.with_model for layer in layers.values()):
+    if include is None and _WHOLE in vars(model):
         unmasked = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
         warn_of_lost([weight.name for weight in unmasked if not weight.why], stacklevel=3)
     if of == "masked" and include is None:
@@ -325,11 +332,6 @@ def summary(model: nn.Module) -> ModelSummary:
             shape = () if uninitialized else tuple(weight.value.shape)
             unmasked.append(UnmaskedParameter(weight.full_name, shape, weight.why))
     return ModelSummary(rows, unmasked)
-
-
-def _module_of(mask: MaskedWeight) -> nn.Module:
-    """Return the module whose weight is masked."""
-    return mask.owner[0] if isinstance(mask, WeightMask) else mask
 
 
 def _name_inside(name: str) -> str:

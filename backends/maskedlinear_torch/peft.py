@@ -43,7 +43,8 @@ def mask_adapters(model: nn.Module) -> nn.Module:
     what gathers parameters module by module (FSDP, ZeRO-3) must gather the layer as a whole. PEFT's keys, files,
     ``merge_adapter``, ``unmerge_adapter``, ``disable_adapter`` and ``set_adapter`` stay what they are. The base weights are
     frozen, so that the optimizer needs no guard. :func:`unmask_model` keeps the outputs: an adapter goes on with the last
-    mask.
+    mask, new ones too, which no file of PEFT's has: merge before, if they are to be loaded elsewhere. While adapters are
+    merged the masks must stay: an ``unmerge_adapter`` under others is an error.
 
     Masked are adapters of ``nn.Linear`` and of ``Conv1D`` of Hugging Face. Those that are added to the same layers later
     are masked too; where new layers get adapters, call this again. In the sparse form, a layer's adapter is computed at
@@ -63,6 +64,9 @@ def mask_adapters(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_adapters takes a torch.nn.Module; got {type(model).__name__}")
+    for _, masked in walk_masked(model):
+        if isinstance(masked, MaskedWeight):
+            masked.project(quiet=True)  # some ways to begin adapters leave values under masks
     found = {name: layer for name, layer in model.named_modules() if isinstance(layer, BaseTunerLayer)}
     layers = {name: layer for name, layer in found.items() if any(walk_masked(layer.get_base_layer()))}
     if not layers:
@@ -76,6 +80,7 @@ def mask_adapters(model: nn.Module) -> nn.Module:
         if not isinstance(layer, MaskedLoraLinear):
             layer.__class__ = MaskedLoraLinear
             layer.register_buffer("adapter_mask", None, persistent=False)
+            layer.merged_under = {}
         layer.note_mask()
     return model
 
@@ -89,6 +94,7 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
     """
 
     adapter_mask: Tensor | None
+    merged_under: dict[str, Any]  # the mask, or the pattern, of each merged adapter's merge
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return y of the base layer, and what the active adapters add to it: shape ``(..., in)`` to ``(..., out)``."""
@@ -127,32 +133,65 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
         delta: Tensor = super().get_delta_weight(adapter)
         return delta if mask is None else apply_mask(delta, as_dtensor_like(mask, delta))
 
+    def update_layer(self, *args: Any, **kwargs: Any) -> None:
+        """Make an adapter, as PEFT does; some ways to begin (OLoRA) change the base weight, past all that counts edits."""
+        super().update_layer(*args, **kwargs)
+        self.project_base()
+
+    def project_base(self) -> None:
+        """Set what stands under the base weight's mask back to +0."""
+        masked = _mask_of(self.get_base_layer())
+        if masked is not None:
+            masked.project(quiet=True)
+
     def note_mask(self) -> Tensor | None:
         """Return the mask of the base layer's weight as it stands; of one that has none any more, its last."""
         base = self.get_base_layer()
         masked = _mask_of(base)
-        mask = None if isinstance(base, SparseLinear) else self.adapter_mask if masked is None else masked.mask
+        kept = (
+            self.adapter_mask if self.adapter_mask is None else self.adapter_mask.bool()
+        )  # .type() converts all buffers
+        mask = None if isinstance(base, SparseLinear) else kept if masked is None else masked.mask
         if mask is not self.adapter_mask:
             self.adapter_mask = mask
         return mask
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Merge adapters into the weight, as PEFT does; in the sparse form, into its values."""
-        if not isinstance(self.get_base_layer(), SparseLinear):
+        before = list(self.merged_adapters)
+        if isinstance(self.get_base_layer(), SparseLinear):
+            for adapter in check_adapters_to_merge(self, adapter_names):
+                if adapter in self.lora_A:
+                    self._add_to_values(adapter, 1, safe_merge)
+                    self.merged_adapters.append(adapter)
+        else:
             super().merge(safe_merge=safe_merge, adapter_names=adapter_names)
-            return
-        for adapter in check_adapters_to_merge(self, adapter_names):
-            if adapter in self.lora_A:
-                self._add_to_values(adapter, 1, safe_merge)
-                self.merged_adapters.append(adapter)
+        now = self._mask_of_now()
+        self.merged_under |= {adapter: now for adapter in self.merged_adapters if adapter not in before}
 
     def unmerge(self) -> None:
-        """Take the merged adapters out of the weight again, as PEFT does."""
+        """Take the merged adapters out of the weight again, as PEFT does.
+
+        Raises:
+            ValueError: if the mask is another than at the merge.
+        """
+        now = self._mask_of_now()
+        if any(not _are_same(mask, now) for mask in self.merged_under.values()):
+            raise ValueError(
+                "an adapter is taken out of a weight under the mask that it was merged under, and this weight has another "
+                "one now: bring that back, with set_masks, or go on with the merged model"
+            )
+        self.merged_under.clear()
         if not isinstance(self.get_base_layer(), SparseLinear):
             super().unmerge()
             return
         while self.merged_adapters:
             self._add_to_values(self.merged_adapters.pop(), -1, False)
+
+    def _mask_of_now(self) -> Any:
+        """Return what the adapters' product is masked by: a copy of a mask, or the pattern of the sparse form."""
+        base, mask = self.get_base_layer(), self.note_mask()
+        return base.pattern if isinstance(base, SparseLinear) else None if mask is None else mask.clone()
 
     @torch.no_grad()
     def _add_to_values(self, adapter: str, sign: int, safe: bool) -> None:
@@ -181,6 +220,12 @@ def _mask_of(module: nn.Module) -> MaskedWeight | None:
     """Return the mask of a module's ``weight``, if it has one."""
     child = module if isinstance(module, MaskedWeight) else module._modules.get(child_name("weight"))
     return child if isinstance(child, MaskedWeight) else None
+
+
+def _are_same(mask: Any, other: Any) -> bool:
+    if isinstance(mask, Tensor) and isinstance(other, Tensor):
+        return torch.equal(mask, other.to(mask.device))
+    return type(mask) is type(other) and bool(mask == other)
 
 
 def _check_layer(name: str, layer: Any) -> None:

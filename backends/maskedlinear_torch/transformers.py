@@ -59,15 +59,12 @@ class MaskedTraining(TrainerCallback):  # type: ignore[misc]
             self._guard.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Put them back."""
+        """Put them back; prune and move, while there are gradients to score by. This step is not yet counted."""
         if self._guard is not None:
             self._guard.after_step()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Prune and move."""
-        if self._loop.after(state.global_step - 1, kwargs["model"]):
+        if self._loop.after(state.global_step, kwargs["model"]):
             self._sparsity = summary(kwargs["model"]).sparsity
-            state.log_history.append({"sparsity": self._sparsity, "step": state.global_step})
+            state.log_history.append({"sparsity": self._sparsity, "step": state.global_step + 1})
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop recording; say so if the best checkpoint, which is the model now, has other masks than the last step."""

@@ -18,6 +18,19 @@ NO_WEIGHT = (
 
 _EMBEDDINGS = re.compile(r"pos|positions?|posemb\w*|tokens?|cls|embed\w*|emb")
 _SCALES = ("scale", "gamma", "beta", "mean", "var", "count", "A_log")  # the last of state spaces
+_ADAPTERS = (
+    "lora_",
+    "hada_",
+    "lokr_",
+    "oft_",
+    "boft_",
+    "ia3_",
+    "hra_",
+    "vblora_",
+    "c3a_",
+    "vera_",
+    "randlora_",
+)  # of PEFT
 _KERNELS = re.compile(
     r"(kernel|weight|w)(_[a-z]+)?\d*"
 )  # of three dimensions and more; Haiku's w, w_i and w_h among them
@@ -37,7 +50,7 @@ def why_left_out(name: str, ndim: int) -> str:
         return "scale or vector"
     if any(map(_EMBEDDINGS.fullmatch, re.split(r"[^a-z]+", own.lower()))):
         return "position or embedding"
-    if any(part.startswith("lora_") for part in (*modules, own)):
+    if any(part.startswith(_ADAPTERS) for part in (*modules, own)):
         return "adapter"
     if ndim < 2:
         return "scale or vector"

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear._arrays import as_numpy
+from maskedlinear._check import as_mask
 from maskedlinear.masks._random import checked_seed
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import _scores
@@ -22,10 +23,10 @@ __all__ = [
     "as_dict",
     "asked_by_name",
     "check_known",
-    "check_pattern",
     "layer_seed",
     "like_input",
     "matches",
+    "pattern_of",
     "score_layers",
     "select_weights",
 ]
@@ -102,19 +103,23 @@ def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, An
     return found
 
 
-def check_pattern(name: str, own: SparsityPattern, given: Any) -> None:
-    """Raise a ``ValueError`` unless a layer in the sparse form is given its own connections, as a pattern or a mask."""
-    if isinstance(given, SparsityPattern):
-        same = own == given
-    else:
-        rows, columns = own.rows, own.indices
-        array = as_numpy(given)
-        same = array.shape == own.shape and np.count_nonzero(array) == own.nnz and bool(array[rows, columns].all())
-    if not same:
+def pattern_of(name: str, own: SparsityPattern, given: Any) -> SparsityPattern:
+    """Return the connections that a layer in the sparse form is given, as a pattern or as a mask ``(out, in)``.
+
+    Raises:
+        ValueError: if there are not as many as it has, or they are of another shape, or a mask holds anything but 0 and 1.
+    """
+    try:
+        mask = None if isinstance(given, SparsityPattern) else np.asarray(as_mask(as_numpy(given), own.shape))
+    except ValueError as error:
+        raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error
+    pattern: SparsityPattern = given if mask is None else SparsityPattern.from_mask(mask)
+    if (pattern.shape, pattern.nnz) != (own.shape, own.nnz):
         raise ValueError(
-            f"a layer in the sparse form keeps its connections; got others for {name or 'the layer'}: make it dense first, "
-            "with expand(model), or move them by regrow_model"
+            f"a layer in the sparse form keeps the number of its connections, {own.nnz} of shape {own.shape}; got "
+            f"{pattern.nnz} of shape {pattern.shape} for {name or 'the layer'}: make it dense first, with expand(model)"
         )
+    return pattern
 
 
 def layer_seed(seed: int, place: int) -> int:

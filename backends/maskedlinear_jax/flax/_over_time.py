@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from maskedlinear._progress import Progress
@@ -155,10 +154,7 @@ def _bring_masks(model: Any, average: Any) -> None:
         kernel = others[name].kernel
         kernel.set_value(masked_kernel(kernel.get_value(), old | ~new))
     for name, layer in layers.items():
-        news, olds = layer.patterns, other_layers[name].patterns
-        if news != olds:
-            places = [new.places_in(old) for new, old in zip(news, olds, strict=True)]
-            other_layers[name].rewire(news, np.stack(places).reshape(layer.weight_values.get_value().shape))
+        other_layers[name].take_patterns(layer.patterns)
 
 
 def load_state(model: Any, state: Any) -> None:

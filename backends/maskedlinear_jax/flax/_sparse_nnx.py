@@ -277,6 +277,12 @@ class SparseLinear(nnx.Module):
         self.weight_values[...] = jnp.where(places >= 0, moved, jnp.zeros((), values.dtype))
         self._set_arrays(patterns, values.shape[:-1])
 
+    def take_patterns(self, patterns: Sequence[SparsityPattern]) -> None:
+        """Take as many other connections, of each layer of a stack: those that were there keep their values."""
+        if list(patterns) != self.patterns:
+            places = [new.places_in(old) for new, old in zip(patterns, self.patterns, strict=True)]
+            self.rewire(patterns, np.stack(places).reshape(self.weight_values.get_value().shape))
+
     @classmethod
     def _made(cls, pattern: SparsityPattern, values: Array, bias: ArrayLike | bool | None, **options: Any) -> Self:
         """Return a layer with these values."""

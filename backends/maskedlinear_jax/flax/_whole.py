@@ -34,8 +34,8 @@ from maskedlinear.pruning._layers import (
     Scoring,
     asked_by_name,
     check_known,
-    check_pattern,
     matches,
+    pattern_of,
     select_weights,
 )
 from maskedlinear_jax._compat import is_traced
@@ -182,14 +182,16 @@ def set_masks(model: Any, masks: Masks) -> Any:
 
     Raises:
         ValueError: if a mask is of a weight that has none, has another shape, or holds anything but 0 and 1; if layers
-            that share a kernel are given different masks; if a layer in the sparse form is given others than its own
-            connections. The model is left as it was.
+            that share a kernel are given different masks; if a layer in the sparse form is given more or fewer connections
+            than it has. The model is left as it was.
     """
     weights = masked_of(model, sparse=True)
     check_known("masks", masks, list(weights))
-    for name, mask in masks.items():
-        if isinstance(weights[name], SparseLinear):
-            _check_patterns(name, weights[name], mask)
+    moved = {
+        name: _given_patterns(name, weights[name], mask)
+        for name, mask in masks.items()
+        if isinstance(weights[name], SparseLinear)
+    }
     masks = {name: mask for name, mask in masks.items() if isinstance(weights[name], Masked)}
     checked = {name: _checked(mask, weights[name].value, name, weights[name].mask) for name, mask in masks.items()}
     _refuse_different(checked, {name: weights[name].key for name in checked})
@@ -197,6 +199,8 @@ def set_masks(model: Any, masks: Masks) -> Any:
         return set_linen_masks(model, {weights[name].weight: (mask, None) for name, mask in checked.items()})
     for name, mask in checked.items():
         weights[name].weight.set_mask(mask)
+    for name, patterns in moved.items():
+        weights[name].take_patterns(patterns)
     return model
 
 
@@ -340,13 +344,15 @@ def _patterns(layer: SparseLinear) -> SparsityPattern | list[SparsityPattern]:
     return layer.patterns if layer.indptr.get_value().ndim > 1 else layer.patterns[0]
 
 
-def _check_patterns(name: str, layer: SparseLinear, given: Any) -> None:
-    """Raise a ``ValueError`` unless a layer in the sparse form, or a stack, is given its own connections."""
-    own = _patterns(layer)
-    if isinstance(own, SparsityPattern):
-        check_pattern(name, own, given if isinstance(given, SparsityPattern) else np.asarray(given).T)
-    elif own != given:
-        raise ValueError(f"a stack in the sparse form keeps its connections; got others for {name}")
+def _given_patterns(name: str, layer: SparseLinear, given: Any) -> list[SparsityPattern]:
+    """Return the connections that a layer in the sparse form, or each of a stack, is given."""
+    if layer.indptr.get_value().ndim == 1:
+        given = [given if isinstance(given, SparsityPattern) else np.asarray(given).T]
+    if not isinstance(given, list) or len(given) != len(layer.patterns):
+        raise ValueError(
+            f"a stack in the sparse form takes a list of {len(layer.patterns)} patterns; got other for {name}"
+        )
+    return [pattern_of(name, own, new) for own, new in zip(layer.patterns, given, strict=True)]
 
 
 def _checked(mask: Any, value: Any, name: str, old: Any = None) -> Array:
