@@ -260,7 +260,7 @@ def test_what_nobody_knows_is_named_and_can_be_told() -> None:
     for call, message in (
         (lambda: mask_model(Experts(nnx.Rngs(0)), include=["more.0"]), "more.0 cannot be masked: it is in a container"),
         (lambda: mask_model(Experts(nnx.Rngs(0)), axes={"upp": WeightAxes()}), "axes must be of layers that there are"),
-        (lambda: mask_model(nnx.LayerNorm(3, rngs=nnx.Rngs(0))), "there is no weight to mask in LayerNorm"),
+        (lambda: mask_model(nnx.LayerNorm(3, rngs=nnx.Rngs(0))), "LayerNorm: it has scale .norm"),
     ):
         with pytest.raises(ValueError, match=message):
             call()

@@ -111,7 +111,8 @@ def mask_model(
         if not weight.fixed and (not weight.why or user.name in masks or user.name in asked)
     }
     if possible or masks or include is not None or not masked_weights(model):
-        possible = select_weights(model, possible, masks, include)
+        left_out = {weight.full_name: weight.why for weight in weights if weight.why}
+        possible = select_weights(model, possible, masks, include, left_out)
     checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
     _check_one_a_weight(checked, {name: named[name].value for name in checked})
     for weight in weights:

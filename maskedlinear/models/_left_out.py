@@ -25,8 +25,8 @@ def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4)
     if groups:
         text = "; ".join(f"{first_names(names)} ({why})" for why, names in groups.items())
         warnings.warn(
-            f"mask_model left out {text}; summary(model) lists everything. To mask them all the same, name them in masks or "
-            "include",
+            f"mask_model left out {text}; summary(model) lists everything. What can be masked at all is masked if masks or "
+            "include name it",
             stacklevel=stacklevel,
         )
 

@@ -81,10 +81,19 @@ def check_known(what: str, names: Iterable[str], known: Sequence[str]) -> None:
         )
 
 
-def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], include: Include) -> dict[str, T]:
+def select_weights(
+    model: Any, possible: Mapping[str, T], masks: Mapping[str, Any], include: Include, left_out: Mapping[str, str]
+) -> dict[str, T]:
     """Return the layers of a model to mask: those that masks are given for, and those that match ``include``.
 
     Without ``include`` all of them, or, if there are masks, no other.
+
+    Args:
+        model: which they are of.
+        possible: the layers that can be masked, by name.
+        masks: by name.
+        include: which are meant.
+        left_out: why the other parameters of the model are left out, by name.
 
     Raises:
         ValueError: if a mask is of a layer that is not possible, or no layer is left.
@@ -97,7 +106,8 @@ def select_weights(model: Any, possible: Mapping[str, T], masks: Mapping[str, An
         if name in masks or every or (include is not None and matches(name, layer, include))
     }
     if not possible:
-        raise ValueError(f"there is no weight to mask in {type(model).__name__}")
+        reasons = ", ".join(f"{name} ({why})" for name, why in list(left_out.items())[:4])
+        raise ValueError(f"there is no weight to mask in {type(model).__name__}{reasons and f': it has {reasons}'}")
     if not found:
         raise ValueError(f"there is no weight to mask: include={include!r} means none of {list(possible)}")
     return found

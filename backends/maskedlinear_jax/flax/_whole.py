@@ -112,9 +112,10 @@ def mask_model(
     check_known("axes", axes or (), [candidate.full_name for candidate in every])
     weights = [candidate for candidate in every if not candidate.is_masked]
     named = {name: candidate for candidate in weights for name in candidate.owners}
-    for name in (*masks, *asked):
-        if name in named and named[name].fixed:
-            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {named[name].why}")
+    named_by_axes = {one.full_name: one for one in weights if one.full_name in (axes or ())}
+    for name, one in (*((name, named[name]) for name in (*masks, *asked) if name in named), *named_by_axes.items()):
+        if one.fixed:
+            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {one.why}")
     possible = {
         name: owner
         for candidate in weights
@@ -123,7 +124,8 @@ def mask_model(
         and (not candidate.why or name in masks or name in asked or candidate.full_name in (axes or ()))
     }
     if possible or masks or include is not None or not any(candidate.is_masked for candidate in every):
-        possible = select_weights(model, possible, masks, include)
+        left_out = {candidate.full_name: candidate.why for candidate in weights if candidate.why}
+        possible = select_weights(model, possible, masks, include, left_out)
     checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
     _refuse_different(checked, {name: id(named[name]) for name in checked})
     chosen = [candidate for candidate in weights if any(name in possible for name in candidate.owners)]
