@@ -48,6 +48,7 @@ __all__ = [
     "named_leaves",
     "prunable",
     "prune_tree",
+    "regrow_known",
     "regrow_tree",
     "restored",
     "stack_axes",
@@ -237,7 +238,7 @@ def regrow_tree(
     for name, (place, leaf) in chosen.items():
         old, gradient = boolean_mask(before[place], leaf.shape, name), None if moved is None else moved[place]
         parts = (axes_of(name, leaf.ndim, axes), old, leaf, fraction, gradient, seed, number)
-        new, matrices = (regrow_traced if traced else _regrow_known)(*parts)
+        new, matrices = (regrow_traced if traced else regrow_known)(*parts)
         number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = jnp.asarray(new)
@@ -293,7 +294,7 @@ def restored(known: WeightAxes | None, mask: Any, shape: tuple[int, ...]) -> Any
     return mask if known is None else known.from_matrices(mask, shape)
 
 
-def _regrow_known(
+def regrow_known(
     axes: WeightAxes | None, mask: Any, weight: Any, fraction: float, gradient: Any, seed: int, first: int
 ) -> tuple[Any, int]:
     """Return what :func:`regrow_traced` does, of arrays whose numbers are known."""

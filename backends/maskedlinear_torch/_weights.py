@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, is_norm, why_left_out
+from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, checked_axes, is_norm, why_left_out
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -81,12 +81,7 @@ def register_axes(kind: type[nn.Module], axes: Axes) -> None:
     Raises:
         TypeError: if ``kind`` is no module type, or the axes of a name are no ``WeightAxes``.
     """
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise TypeError(f"register_axes takes a type of torch.nn.Module; got {kind!r}")
-    for name, value in axes.items():
-        if not isinstance(value, WeightAxes):
-            raise TypeError(f"the axes of {name!r} must be WeightAxes(...); got {value!r}")
-    _table[kind] = dict(axes)
+    _table[kind] = checked_axes(kind, nn.Module, axes)
 
 
 class User(NamedTuple):

@@ -1,6 +1,6 @@
 """Whole models, whatever the framework: which axes a weight has, and what of a model is masked, could be, or is left out."""
 
-from maskedlinear.models._axes import WeightAxes
+from maskedlinear.models._axes import WeightAxes, checked_axes
 from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_lost, warn_of_sparse
 from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, is_norm, why_left_out
 from maskedlinear.models._prune import Of, Prunable, check_of, prune_weights, refuse_unknown, zeros_left
@@ -20,6 +20,7 @@ __all__ = [
     "WeightSummary",
     "axes_by_name",
     "check_of",
+    "checked_axes",
     "first_names",
     "is_norm",
     "prune_weights",

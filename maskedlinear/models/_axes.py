@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["WeightAxes"]
+__all__ = ["WeightAxes", "checked_axes"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,22 @@ class WeightAxes:
         order = [axis for axes in self.order(len(shape)) for axis in axes]
         permuted = matrices.reshape([shape[axis] for axis in order])
         return permuted.transpose(np.argsort(order))
+
+
+def checked_axes(kind: Any, base: type, axes: Mapping[str, Any]) -> dict[str, WeightAxes]:
+    """Return axes that a module type is to be registered with, a copy.
+
+    Raises:
+        TypeError: if ``kind`` is no type of the framework's modules, ``base``, or the axes of a name are no ``WeightAxes``.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, base)):
+        raise TypeError(
+            f"register_axes takes a type of modules, a subclass of {base.__module__}.{base.__name__}; got {kind!r}"
+        )
+    for name, value in axes.items():
+        if not isinstance(value, WeightAxes):
+            raise TypeError(f"the axes of {name!r} must be WeightAxes(...); got {value!r}")
+    return dict(axes)
 
 
 def _tuple(axes: int | tuple[int, ...]) -> tuple[int, ...]:

@@ -11,11 +11,9 @@ import numpy as np
 from flax import nnx
 
 from maskedlinear import pruning
-from maskedlinear._arrays import as_numpy
-from maskedlinear.models import WeightAxes, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_jax._optim import follow_masks, renewed_state
-from maskedlinear_jax._tree import Axes, named_leaves
+from maskedlinear_jax._tree import Axes, named_leaves, regrow_known
 from maskedlinear_jax.flax._adapter import Masked, masked_of, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import pure, refuse_shared
@@ -86,7 +84,8 @@ def regrow_model(
         if isinstance(one, SparseLinear):
             plans[name], matrices = _planned_sparse(one, fraction, gradient, own)
         else:
-            plans[name], matrices = _planned(one, fraction, gradient, own)
+            live = jnp.broadcast_to(one.mask, one.value.shape)
+            plans[name], matrices = regrow_known(one.axes, live, one.value, fraction, gradient, seed, place)
         place += matrices
     if is_linen(model):
         masks = {one.weight: (jnp.asarray(plans[name]), None) for name, one in weights.items()}
@@ -99,18 +98,6 @@ def regrow_model(
 
 def _variable(one: Any) -> Any:
     return one.weight_values if isinstance(one, SparseLinear) else one.weight.kernel
-
-
-def _planned(one: Masked, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
-    """Return the new mask of a weight in the dense form, and how many matrices it has."""
-    axes = one.axes or WeightAxes.of_entries(one.value.ndim)
-    rows = None
-    if gradient is not None:
-        matrices = axes.matrices(np.asarray(gradient))
-        rows = matrices.reshape(-1, matrices.shape[2])
-    live = np.asarray(jnp.broadcast_to(one.mask, one.value.shape))
-    by = None if rows is None else (lambda start, stop: rows[start:stop])
-    return regrow_weight(axes, live, as_numpy(one.value), fraction, by, seed)
 
 
 def _planned_sparse(layer: SparseLinear, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:

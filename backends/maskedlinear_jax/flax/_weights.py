@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from maskedlinear.models import SHARED, WeightAxes, axes_by_name, is_norm, why_left_out
+from maskedlinear.models import SHARED, WeightAxes, axes_by_name, checked_axes, is_norm, why_left_out
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax.flax._kernel import (
     Dormant,
@@ -236,12 +236,7 @@ def register_axes(kind: type[nnx.Module], axes: Axes) -> None:
     Raises:
         TypeError: if ``kind`` is no module type, or the axes of a name are no ``WeightAxes``.
     """
-    if not (isinstance(kind, type) and issubclass(kind, nnx.Module)):
-        raise TypeError(f"register_axes takes a type of nnx.Module; got {kind!r}")
-    for name, value in axes.items():
-        if not isinstance(value, WeightAxes):
-            raise TypeError(f"the axes of {name!r} must be WeightAxes(...); got {value!r}")
-    _table[kind] = dict(axes)
+    _table[kind] = checked_axes(kind, nnx.Module, axes)
 
 
 def axes_of(module: Any, parameter: str, name: str, shape: tuple[int, ...]) -> tuple[WeightAxes | None, bool]:
