@@ -210,9 +210,42 @@ class SparsityPattern:
         mask[self.rows, self.indices] = True
         return mask
 
+    def to_scipy(self, values: ArrayLike | None = None) -> Any:
+        """Return a ``scipy.sparse.csr_array`` of shape ``(out, in)`` with these connections, copied.
+
+        What :meth:`from_scipy` makes of it is this pattern, and the same values, those that are 0 included.
+
+        Args:
+            values: shape ``(nnz,)``, in the pattern's order; ``True`` for all of them if ``None``. Half types, which scipy
+                has not, become float32.
+
+        Raises:
+            ValueError: if there is not one value a connection.
+            ModuleNotFoundError: if scipy is not installed.
+        """
+        try:
+            from scipy.sparse import csr_array
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "to_scipy needs scipy, which is not installed. Install it with: pip install scipy", name="scipy"
+            ) from error
+        data = np.ones(self.nnz, bool) if values is None else np.asarray(values)
+        if data.shape != (self.nnz,):
+            raise ValueError(
+                f"values must have one entry for each of the pattern's {self.nnz} connections; got shape {data.shape}"
+            )
+        if data.dtype.itemsize == 2 and data.dtype.kind in "fV":  # bfloat16 is a "V" to NumPy
+            data = data.astype(np.float32)
+        return csr_array((data, self.indices, self.indptr), shape=self.shape, copy=True)
+
+    @property
+    def places(self) -> NDArray[np.int64]:
+        """Where each connection is in the flattened matrix (out, in), shape ``(nnz,)``."""
+        return self.rows.astype(np.int64) * self.shape[1] + self.indices
+
     def places_in(self, other: SparsityPattern) -> NDArray[np.int64]:
         """Return where each connection is in another pattern of this shape, shape ``(nnz,)``; -1 where it has none."""
-        own, others = (pattern.rows.astype(np.int64) * self.shape[1] + pattern.indices for pattern in (self, other))
+        own, others = self.places, other.places
         places = np.searchsorted(others, own)
         found = places < len(others)
         found[found] = others[places[found]] == own[found]

@@ -211,6 +211,9 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
     np.testing.assert_allclose(layer(x), x @ weight.T + np.arange(6), rtol=1e-5, atol=1e-6)
     other = SparseLinear.from_scipy(scipy.sparse.csc_array(weight), bias=np.arange(6.0))
     np.testing.assert_array_equal(other(x), layer(x))
+    np.testing.assert_array_equal(other.to_scipy().toarray(), weight)  # (out, in)
+    half = SparseLinear.from_scipy(scipy.sparse.csr_array(MASK), param_dtype=jnp.bfloat16)
+    assert half.to_scipy().dtype == np.float32
     drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, rngs=nnx.Rngs(0))
     assert drawn.bias is None
     turned = scipy.sparse.csr_array([[1 + 2j]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import sys
 import tracemalloc
 from typing import Any
 
@@ -64,6 +65,27 @@ def test_a_scipy_matrix_of_any_kind_keeps_its_explicit_zeros(rng: np.random.Gene
     pattern, values = SparsityPattern.from_scipy(scipy.sparse.coo_array(([0.0, 2.0], ([1, 0], [1, 2])), shape=(2, 3)))
     np.testing.assert_array_equal(values, [2, 0])
     assert pattern.nnz == 2
+
+
+def test_to_scipy_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = masks.random((5, 4), sparsity=0.5)
+    pattern = SparsityPattern.from_mask(mask)
+    values = np.arange(pattern.nnz, dtype=np.float32)  # the first of them 0
+    matrix = pattern.to_scipy(values)
+    assert (matrix.shape, matrix.dtype, matrix.nnz) == ((5, 4), np.float32, pattern.nnz)
+    np.testing.assert_array_equal(matrix.toarray()[mask], values)
+    back, kept = SparsityPattern.from_scipy(matrix)
+    assert back == pattern
+    np.testing.assert_array_equal(kept, values)
+    matrix.data[:] = 7  # a copy
+    assert values[0] == 0
+    np.testing.assert_array_equal(pattern.to_scipy().toarray(), mask)
+    assert pattern.to_scipy(values.astype(np.float16)).dtype == np.float32
+    with pytest.raises(ValueError, match=r"one entry for each of the pattern's 10 connections; got shape \(3,\)"):
+        pattern.to_scipy([1, 2, 3])
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    with pytest.raises(ModuleNotFoundError, match=r"to_scipy needs scipy, .* pip install scipy"):
+        pattern.to_scipy()
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ __all__ = [
     "children",
     "enable_x64",
     "holds_data",
+    "is_for_export",
     "is_traced",
     "mlir",
     "threefry_2x32",
@@ -48,6 +49,12 @@ except ImportError:  # pragma: no cover - of no release so far
     threefry_2x32 = None
 
 _Tracer: Any = getattr(jax.core, "Tracer", None)
+
+
+def is_for_export(lowering_context: Any) -> bool:
+    """Whether a primitive is lowered for ``jax.export``; a JAX that cannot say refuses to keep kernels of its own."""
+    parameters = getattr(getattr(lowering_context, "module_context", None), "lowering_parameters", None)
+    return bool(getattr(parameters, "for_export", False))
 
 
 def is_traced(value: Any) -> bool:

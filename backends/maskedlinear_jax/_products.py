@@ -3,12 +3,16 @@
 As primitives they have every mode of differentiation, of any order, and vmap; a custom rule would refuse forward mode, and
 JAX's own sparse products are differentiated through a dense matrix (https://github.com/jax-ml/jax/issues/14623). They work
 on matrices of features by batch, (in, batch) and (out, batch).
+
+For ``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
+program that is kept, and a batch may have a name for a size there. ``_primitive`` decides it, when they are lowered.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from functools import partial
@@ -16,15 +20,16 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import Array, lax
+from jax import Array, export, lax
 from jax.experimental import sparse
 
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._compat import Primitive, ad, batching, mlir
+from maskedlinear_jax._compat import Primitive, ad, batching, is_for_export, mlir
 
 __all__ = ["DevicePattern", "sddmm", "spmm"]
 
 _CHUNK = 1 << 20  # numbers that a product gathers at once
+_SYMBOLIC = 32  # what a batch that has no size yet is taken for there
 _BLOCK = 128  # rows that a product in blocks multiplies at once
 _LANES = 8  # columns that the product of compressed rows takes at a time
 _SLICES = 8  # parts of a batch that the sampled product adds up while it gathers
@@ -95,6 +100,12 @@ def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> SparsityPatte
 
 
 jax.tree_util.register_pytree_node(SparsityPattern, _flatten, _unflatten)
+export.register_pytree_node_serialization(
+    SparsityPattern,
+    serialized_name="maskedlinear.SparsityPattern",
+    serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+    deserialize_auxdata=lambda shape: tuple(json.loads(shape)),
+)
 
 
 def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
@@ -174,7 +185,7 @@ def _sddmm_in_slices(left: Array, right: Array, pattern: DevicePattern) -> Array
 def _gathered(dot: Callable[[Array, Array], Array], pattern: DevicePattern, width: int, steps: int = 1) -> Array:
     """Return ``dot`` of the two ends of all connections, as many at a time as make ``_CHUNK`` numbers, or in ``steps``."""
     size = pattern.indices.size
-    step = max(1, min(_CHUNK // width, -(-size // steps)))
+    step = max(1, min(_at_once(width), -(-size // steps)))
     ends = (pattern.rows, pattern.indices)
     if size <= step:
         return dot(*ends)
@@ -210,13 +221,18 @@ def _sddmm_in_blocks(left: Array, right: Array, pattern: DevicePattern) -> Array
 def _in_parts(add: Any, total: Array, entries: tuple[Array, ...], batch: int) -> Array:
     """Add up entries part by part, so that no more than ``_CHUNK`` numbers are gathered at once."""
     size = entries[0].size
-    step = max(1, _CHUNK // batch)
+    step = _at_once(batch)
     whole = size // step * step
     if not whole:
         return add(total, entries)
     parts = [entry[:whole].reshape(-1, step) for entry in entries]
     total = lax.scan(lambda total, part: (add(total, part), None), total, parts)[0]
     return add(total, [entry[whole:] for entry in entries]) if whole < size else total
+
+
+def _at_once(width: Any) -> int:
+    """Return how many connections are gathered at once, of which each has ``width`` numbers."""
+    return max(1, _CHUNK // (width if isinstance(width, int) else _SYMBOLIC))
 
 
 def _spmm_shape(values: Any, right: Any, *rest: Any, transposed: bool) -> Any:
@@ -296,7 +312,10 @@ def _refuse_mapped(dims: Any) -> None:
 def _primitive(
     name: str, body: Any, shape: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...] = ()
 ) -> Any:
-    """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface."""
+    """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface.
+
+    A program that is exported has the body for the rest on the CPU too.
+    """
     try:
         primitive = Primitive(name)
         primitive.def_abstract_eval(shape)
@@ -306,9 +325,13 @@ def _primitive(
         ad.primitive_jvps[primitive] = jvp
         ad.primitive_transposes[primitive] = transpose
         batching.primitive_batchers[primitive] = batch
-        for cpu, platform in ((False, None), (True, "cpu")):
-            lowering = mlir.lower_fun(partial(body, cpu=cpu), multiple_results=False)
-            mlir.register_lowering(primitive, lowering, platform=platform)
+        on_cpu, elsewhere = (mlir.lower_fun(partial(body, cpu=cpu), multiple_results=False) for cpu in (True, False))
+
+        def lower_on_cpu(ctx: Any, *arguments: Any, **options: Any) -> Any:
+            return (elsewhere if is_for_export(ctx) else on_cpu)(ctx, *arguments, **options)
+
+        mlir.register_lowering(primitive, elsewhere)
+        mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
     except (AttributeError, TypeError):
         return None
     return primitive

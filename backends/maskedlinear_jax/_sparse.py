@@ -109,7 +109,7 @@ def _poison_tangent_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any
 
 def _to_columns(rows: Array) -> Array:
     batch, features = rows.shape
-    lanes = math.gcd(batch, _LANES)
+    lanes = math.gcd(batch, _LANES) if isinstance(batch, int) else 1
     if lanes < 2 or not rows.size:
         return rows.T
     return rows.reshape(batch // lanes, lanes, features).transpose(2, 0, 1).reshape(features, batch)
@@ -117,7 +117,7 @@ def _to_columns(rows: Array) -> Array:
 
 def _from_columns(columns: Array) -> Array:
     features, batch = columns.shape
-    lanes = math.gcd(batch, _LANES)
+    lanes = math.gcd(batch, _LANES) if isinstance(batch, int) else 1
     if lanes < 2 or not columns.size:
         return columns.T
     return columns.reshape(features, batch // lanes, lanes).transpose(1, 2, 0).reshape(batch, features)

@@ -25,7 +25,17 @@ from maskedlinear_torch._compat import (
 )
 from maskedlinear_torch._storage import is_plain
 
-__all__ = ["CSR", "DevicePattern", "Matrix", "is_fake", "may_be_one_row", "sddmm", "spmm"]
+__all__ = [
+    "CSR",
+    "DevicePattern",
+    "Matrix",
+    "is_fake",
+    "may_be_one_row",
+    "sddmm",
+    "sddmm_expression",
+    "spmm",
+    "spmm_expression",
+]
 
 _LANES = 8  # columns that the sampled product takes at a time
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
@@ -128,12 +138,12 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
     """
     if torch.compiler.is_compiling() or is_fake(right):
         if _is_past_operators():
-            return _spmm_expression(values, right, pattern, transposed)
+            return spmm_expression(values, right, pattern, transposed)
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
     if is_plain(values) and is_plain(right):
         return _spmm(values, right, pattern.csr(transposed))
     if is_nested("Jvp"):
-        return _spmm_expression(values, right, pattern, transposed)
+        return spmm_expression(values, right, pattern, transposed)
     return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -141,12 +151,12 @@ def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
     if torch.compiler.is_compiling() or is_fake(right):
         if _is_past_operators():
-            return _sddmm_expression(left, right, pattern)
+            return sddmm_expression(left, right, pattern)
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
     if is_plain(left) and is_plain(right):
         return _sddmm(left, right, pattern.csr(False))
     if is_nested("Jvp"):
-        return _sddmm_expression(left, right, pattern)
+        return sddmm_expression(left, right, pattern)
     return _Sddmm.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -155,7 +165,7 @@ def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
 # reverse mode is none of torch.func's. It gathers all of connections x batch at once.
 
 
-def _spmm_expression(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool) -> Tensor:
+def spmm_expression(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool) -> Tensor:
     rows, across = pattern.ends()
     starts = pattern.indptr
     if transposed:
@@ -174,7 +184,7 @@ def _rows_of(matrix: Tensor, rows: Tensor) -> Tensor:
     return matrix.gather(0, rows.long()[:, None].expand(len(rows), matrix.shape[1]))
 
 
-def _sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
+def sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     rows, columns = pattern.ends()
     return (_rows_of(left, rows) * _rows_of(right, columns)).sum(1)
 
