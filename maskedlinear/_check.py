@@ -16,7 +16,7 @@ def as_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in
 
     Args:
         mask: a boolean array, or any numeric array of 0s and 1s, of exactly ``shape``; nested lists are read by NumPy.
-            It is never changed; a boolean array is returned as it is.
+            It is never changed; a boolean array is returned as it is. Or a :class:`maskedlinear.masks.Recipe`.
         shape: the shape of the parameter that is masked.
         parameter: the parameter's name and the meaning of its dimensions, for messages.
 
@@ -25,6 +25,10 @@ def as_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in
             0 and 1, NaN included.
     """
     if not is_array_api_obj(mask):
+        from maskedlinear.masks._recipe import Recipe  # which stands among those that need this module
+
+        if isinstance(mask, Recipe):
+            return mask.make(tuple(shape))
         try:
             mask = np.asarray(mask)
         except ValueError as error:

@@ -9,12 +9,14 @@ from maskedlinear._check import as_mask
 from maskedlinear.masks._autoregressive import autoregressive, from_adjacency
 from maskedlinear.masks._distribution import erdos_renyi_num_zeros
 from maskedlinear.masks._random import ALGORITHM, bernoulli, random
+from maskedlinear.masks._recipe import Recipe
 from maskedlinear.masks._structured import blocks, constant_fan_in, n_of_m, receptive_field
 from maskedlinear.masks._threefry import threefry2x32, words
 from maskedlinear.masks._wiring import Wiring
 
 __all__ = [
     "ALGORITHM",
+    "Recipe",
     "Wiring",
     "as_mask",
     "autoregressive",

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,7 +191,8 @@ def checked_seed(seed: int) -> int:
 def checked_fraction(sparsity: Sparsity) -> Fraction:
     if isinstance(sparsity, bool) or not isinstance(sparsity, Real | Decimal):
         raise TypeError(f"sparsity must be a number in [0, 1]; got {sparsity!r}")
-    if math.isnan(sparsity) or not 0 <= sparsity <= 1:  # a Decimal NaN cannot be compared
+    is_nan = not isinstance(sparsity, Rational) and math.isnan(sparsity)  # a Decimal NaN cannot be compared
+    if is_nan or not 0 <= sparsity <= 1:
         raise ValueError(f"sparsity is the fraction of zeros and must be in [0, 1]; got {sparsity}")
     return Fraction(str(sparsity))
 
