@@ -7,7 +7,8 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import NoReturn
+from textwrap import wrap
+from typing import Any, NoReturn
 
 from maskedlinear import __version__
 from maskedlinear.bench import SETS
@@ -94,12 +95,162 @@ def _parser() -> argparse.ArgumentParser:
         "--framework; ten to fifteen minutes",
     )
     _folder(bench, "maskedlinear-bench")
+    _add_inspect(commands)
+    _add_convert(commands)
+    _add_diff(commands)
     commands.add_parser(
         "conformance",
         help="run the conformance suite; all options are passed on to it",
         add_help=False,
     )
     return parser
+
+
+_FILES = """\
+FILE is a checkpoint of maskedlinear.checkpoint, safetensors, a state of PyTorch (weights only, never unpickled), .npz (of
+arrays or of scipy), or a folder of Hugging Face's, sharded or not. It is known by what is in it, not by its name."""
+
+
+def _add_inspect(commands: Any) -> None:
+    parser = _of_files(
+        commands,
+        "inspect",
+        "show the masks of a file: sparsity, dead nodes, sizes",
+        "Show each masked weight of a file: how many entries are live, the outputs without inputs and the inputs without "
+        "outputs, how the mask is written, the bytes dense and here, and these in units of the least that a random mask of "
+        "that density takes (its values and its entropy). Sparsity is a fraction. Where the file does not say which axes "
+        "are outputs, the name does: a matrix called kernel is (in, out), any other (out, in).",
+        """\
+  maskedlinear inspect model.safetensors
+  maskedlinear inspect model.safetensors --plot masks.png
+  maskedlinear inspect pruned.pt --masks zeros --json""",
+        "0 all is well, 2 trouble",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("--all", action="store_true", help="a line for each array without a mask, too")
+    parser.add_argument(
+        "--check", action="store_true", help="read arrays without masks too, and compare them with their sums"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, whose keys docs/command-line.md explains")
+    parser.add_argument(
+        "--plot", type=Path, metavar="OUT", help="draw the masks into a .png, .svg or .pdf (needs matplotlib)"
+    )
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it is there")
+    _reading(parser)
+    parser.set_defaults(run=_on_files, name="inspect", of_files=_inspect)
+
+
+def _add_convert(commands: Any) -> None:
+    parser = _of_files(
+        commands,
+        "convert",
+        "write a file's arrays in another format",
+        "Write what a file holds in another format. OUT appears when all of it is written, or not at all.",
+        """\
+  maskedlinear convert pruned.pt model.safetensors --to maskedlinear --masks zeros
+  maskedlinear convert model.safetensors dense.safetensors --to safetensors
+  maskedlinear convert model.safetensors arrays.npz --to npz""",
+        "0 all is well, 2 trouble: nothing was written",
+    )
+    parser.add_argument("file", type=Path, metavar="FILE")
+    parser.add_argument("out", type=Path, metavar="OUT")
+    parser.add_argument(
+        "--to",
+        choices=("maskedlinear", "safetensors", "npz", "torch"),
+        required=True,
+        help="maskedlinear: live values and masks; the others: whole arrays, +0 under their masks, for others to read",
+    )
+    parser.add_argument(
+        "--values",
+        choices=("raw", "pcodec"),
+        default="raw",
+        help="how maskedlinear files hold values: as they are, or compressed without loss (default: raw)",
+    )
+    parser.add_argument("--dormant", action="store_true", help="keep the values under masks, in maskedlinear files")
+    parser.add_argument("--force", action="store_true", help="overwrite OUT if it is there")
+    _reading(parser)
+    parser.set_defaults(run=_on_files, name="convert", of_files=_convert)
+
+
+def _add_diff(commands: Any) -> None:
+    parser = _of_files(
+        commands,
+        "diff",
+        "show how two files differ: names, shapes, dtypes, masks, values",
+        "Compare what two files, of whatever formats, hold under the same names: shapes, dtypes, masks, values live in "
+        "both (bit for bit, or as numbers if the dtypes differ), and dormant values.",
+        """\
+  maskedlinear diff before.safetensors after.safetensors
+  maskedlinear diff model.safetensors dense.safetensors --dense
+  maskedlinear diff a.safetensors b.npz --masks zeros --json""",
+        "0 the same, 1 different, 2 trouble",
+    )
+    parser.add_argument("a", type=Path, metavar="FILE")
+    parser.add_argument("b", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--dense", action="store_true", help="compare arrays as they act, +0 under masks, and not masks"
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, whose keys docs/command-line.md explains")
+    _reading(parser)
+    parser.set_defaults(run=_on_files, name="diff", of_files=_diff)
+
+
+def _of_files(commands: Any, name: str, text: str, description: str, examples: str, statuses: str) -> Any:
+    return commands.add_parser(
+        name,
+        help=text,
+        description="\n".join(wrap(description, 100)),
+        epilog=f"{_FILES}\n\nexamples:\n{examples}\n\nexit status: {statuses}; 130 after Ctrl-C, 141 if nobody reads on.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _reading(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--masks",
+        choices=("stored", "zeros"),
+        default="stored",
+        help="the masks that a file has, or also, for weights without one of which at least a tenth is 0, those of their "
+        "zeros (default: stored)",
+    )
+    parser.add_argument("--key", metavar="NAME", help="which state of a file of PyTorch that holds more than one")
+    parser.add_argument(
+        "--max-bytes",
+        type=int,
+        metavar="N",
+        help="what a compressed file, or a masked array as a whole one, may take (default: 1 GiB, or many times it)",
+    )
+
+
+def _how(options: argparse.Namespace) -> Any:
+    from maskedlinear.files.source import How
+
+    return How(options.masks, options.key, options.max_bytes)
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    from maskedlinear.files.inspect import inspect
+
+    return inspect(options.file, _how(options), options.all, options.check, options.json, options.plot, options.force)
+
+
+def _convert(options: argparse.Namespace) -> int:
+    from maskedlinear.files.convert import convert
+
+    how = _how(options)
+    return convert(options.file, options.out, how, options.to, options.dormant, options.values, options.force)
+
+
+def _diff(options: argparse.Namespace) -> int:
+    from maskedlinear.files.diff import diff
+
+    return diff(options.a, options.b, _how(options), options.dense, options.json)
+
+
+def _on_files(options: argparse.Namespace) -> int:
+    from maskedlinear.files.command import guarded
+
+    return guarded(f"maskedlinear {options.name}", lambda: int(options.of_files(options)))
 
 
 def _only(parser: argparse.ArgumentParser, option: str, choices: Sequence[str], text: str) -> None:
