@@ -1,4 +1,5 @@
-"""Masks in the training loop of Hugging Face's ``Trainer``. Users import it as ``maskedlinear.transformers``."""
+"""Masks in Hugging Face's ``transformers``: in the files of models, from when this is imported, and in the training loop of
+its ``Trainer``. Users import it as ``maskedlinear.transformers``."""
 
 from __future__ import annotations
 
@@ -9,11 +10,15 @@ from typing import Any
 from torch import nn
 from transformers import TrainerCallback
 
+from maskedlinear_torch._hub_card import model_card
+from maskedlinear_torch._hub_pretrained import install
 from maskedlinear_torch._loops import Loop, Schedule, has_masked
 from maskedlinear_torch._optim import Guard
 from maskedlinear_torch._whole import summary
 
-__all__ = ["MaskedTraining"]
+__all__ = ["MaskedTraining", "model_card"]
+
+install()
 
 
 class MaskedTraining(TrainerCallback):  # type: ignore[misc]
