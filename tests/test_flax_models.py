@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
 from helpers import python
 from maskedlinear import masks
 from maskedlinear.costs import Costs
-from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand, summary
+from maskedlinear.flax import MaskedLinear, SparseLinear, compress, expand, load_state, summary
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax.flax import _models
 
@@ -210,6 +212,57 @@ def test_a_stack_is_called_one_layer_after_the_other() -> None:
     assert scanned(x, stack).shape == (2, 512)
     with pytest.raises(ValueError, match="a stack of layers has a pattern for each of them; got values of shape"):
         stack(x)
+
+
+DERIVED = ("rows", "starts", "outputs", "order")
+
+
+def of_sizes(nnz: int, seed: int, stacked: int) -> Any:
+    """Return a model with a layer in the sparse form, or with a stack of such ones, and a bias elsewhere."""
+    mask = ~masks.random((6, 9), num_zeros=nnz, seed=seed)
+    pattern = SparsityPattern.from_mask(mask)
+
+    def make(rngs: nnx.Rngs) -> SparseLinear:
+        return SparseLinear(9, 6, pattern=pattern, rngs=rngs)
+
+    layer = nnx.vmap(make)(nnx.Rngs(seed).split(stacked)) if stacked else make(nnx.Rngs(seed))
+    return nnx.List([layer, nnx.Linear(6, 2, rngs=nnx.Rngs(seed))])
+
+
+@pytest.mark.parametrize(("nnz", "stacked"), [(20, 0), (13, 0), (20, 2)])
+def test_a_checkpoint_of_the_sparse_form_may_hold_indptr_and_indices_only(
+    tmp_path: Path, nnz: int, stacked: int
+) -> None:
+    saved, model = of_sizes(nnz, 1, stacked), of_sizes(20, 2, stacked)
+    flat = [(path, leaf) for path, leaf in nnx.to_flat_state(nnx.state(saved)) if path[-1] not in DERIVED]
+    small = nnx.from_flat_state(flat)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "state", nnx.to_pure_dict(small))
+        checkpointer.wait_until_finished()
+        like = jax.tree.map(jnp.zeros_like, nnx.to_pure_dict(small))
+        nnx.replace_by_pure_dict(small, checkpointer.restore(tmp_path / "state", like))
+    load_state(model, small)
+    for (path, one), (_, other) in zip(
+        nnx.to_flat_state(nnx.state(model)), nnx.to_flat_state(nnx.state(saved)), strict=True
+    ):
+        np.testing.assert_array_equal(one[...], other[...], err_msg=str(path))  # those that were made anew among them
+    if not stacked:
+        x = jnp.ones((3, 9))
+        for call in (lambda layer: layer(x), nnx.jit(lambda layer: layer(x))):
+            np.testing.assert_array_equal(call(model[0]), call(saved[0]))
+
+
+def test_a_checkpoint_that_lacks_one_of_the_two_is_refused() -> None:
+    for missing in ("indptr", "indices"):
+        saved, model = of_sizes(20, 1, 0), of_sizes(20, 2, 0)  # as many connections, so that the wrong ones would fit
+        flat = [part for part in nnx.to_flat_state(nnx.state(saved)) if part[0][-1] not in (*DERIVED, missing)]
+        with pytest.raises(ValueError, match=r"in its indptr and indices; got a state with one of them alone"):
+            load_state(model, nnx.from_flat_state(flat))
+    model = of_sizes(20, 2, 0)
+    pattern, values = model[0].pattern, of_sizes(20, 3, 0)[0].weight_values
+    load_state(model, nnx.from_flat_state([((0, "weight_values"), values)]))  # with neither its own connections stay
+    assert model[0].pattern == pattern
+    np.testing.assert_array_equal(model[0].weight_values[...], values[...])
 
 
 def test_a_report_has_a_row_for_each_of_a_stack() -> None:

@@ -172,6 +172,35 @@ def test_a_schedule_prunes_at_its_steps_and_goes_on_from_a_state() -> None:
     assert by_gradient.step(gradients=nnx.grad(loss)(model, X))
 
 
+def test_masks_that_a_guard_was_given_once_follow_pruning() -> None:
+    model = mask_model(nnx.Sequential(nnx.LinearGeneral(12, (4, 5), rngs=nnx.Rngs(0))))
+
+    @nnx.jit
+    def train(model: Any, optimizer: Any) -> None:
+        optimizer.update(model, nnx.grad(loss)(model, X))  # and nothing of masks, as TrainState's loop
+
+    def drifts() -> bool:
+        for _ in range(2):
+            train(model, optimizer)
+        return bool((model.layers[0].kernel[...] != 0)[~get_masks(model)["layers.0"]].any())
+
+    def guarded() -> Any:
+        return nnx.Optimizer(model, freeze_masked(optax.adamw(0.01), masks=param_masks(model)), wrt=nnx.Param)
+
+    optimizer = guarded()
+    assert not drifts()
+    before = prune_model(model, 0.4, optimizer=optimizer)
+    assert before["layers.0"].all()
+    assert not drifts()
+    pruner = ScheduledPruning(model, CubicSchedule(0.8, begin=0, end=1, initial=0.6), optimizer=optimizer)
+    assert pruner.step()
+    assert not drifts()
+    prune_model(model, 0.9)
+    assert drifts()
+    with pytest.raises(TypeError, match=r"prune_model\(optimizer=\.\.\.\) changes an nnx module in place"):
+        prune_model({"params": {}}, 0.5, optimizer=optimizer)
+
+
 def test_rewinding_keeps_the_masks_and_brings_everything_else_back() -> None:
     model = network()
     saved = jax.tree.map(jnp.copy, nnx.state(model))

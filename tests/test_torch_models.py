@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from maskedlinear import masks
 from maskedlinear.costs import Costs
-from maskedlinear.torch import MaskedLinear, SparseLinear, compress, expand
+from maskedlinear.torch import MaskedLinear, SparseLinear, compress, expand, freeze_masked
 from maskedlinear_torch import _models, _trial
 
 SPARSE = masks.random((512, 512), sparsity=0.99, seed=0)
@@ -232,6 +232,26 @@ def test_a_compressed_model_trains_as_before() -> None:
             model(x).square().mean().backward()
             optimizer.step()
     torch.testing.assert_close(one(x), other(x))
+
+
+def test_an_optimizer_made_before_some_layers_were_exchanged_is_refused() -> None:
+    """It holds weights of the model, but steps the old ones of the exchanged layer, and would never move the new."""
+    model = network()
+    optimizer, first = torch.optim.AdamW(model.parameters()), torch.optim.AdamW(model[0].parameters())
+    guarded = freeze_masked(torch.optim.AdamW(model.parameters()), model)
+    guarded.step()
+    compress(model, measure=False)
+    assert forms(model) == ["MaskedLinear", "SparseLinear", "Linear"]
+    for act in (lambda: freeze_masked(optimizer, model), guarded.step):
+        with pytest.raises(ValueError, match=r"lacks the new weights of 2\.0: make it, and its guard, afterwards"):
+            act()
+    freeze_masked(torch.optim.AdamW(model.parameters()), model).step()
+    freeze_masked(first, model).step()  # who trains what was not exchanged
+    optimizer.add_param_group({"params": [model.get_submodule("2.0").weight_values]})
+    freeze_masked(optimizer, model).step()
+    expand(model)
+    with pytest.raises(ValueError, match=r"lacks the new weights of 2\.0"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("form", ["dense", "sparse"])

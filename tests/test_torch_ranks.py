@@ -89,6 +89,7 @@ def disagree(rank):
         else:
             raise AssertionError
         assert all(torch.equal(mask, before[name]) for name, mask in get_masks(other).items())
+    dormant_values_differ(rank)
     if rank == 0:
         prune_model(other, 0.5)
         prune_model(other, 0.6, group=None)
@@ -100,6 +101,30 @@ def disagree(rank):
     whole(XS[0]).square().mean().backward()
     prune_model(whole, 0.6, score="snip", group=None)
     assert all(torch.equal(mask, get_masks(whole)[name]) for name, mask in get_masks(early).items())
+
+
+def dormant_values_differ(rank):
+    """Nobody sends what is dormant: where it is not the same, it is an error that it comes back, and only that."""
+    alike = network()
+    before = prune_model(alike, 0.5, scope="layer", group=dist.group.WORLD)
+    now, wrapped = get_masks(alike), DistributedDataParallel(alike)
+    for name, layer in (("0", alike[0].masked_weight), ("5", alike[5])):
+        kept = layer.dormant.clone()
+        layer.dormant.add_(rank * (kept != 0))
+        for model, group in ((alike, dist.group.WORLD), (wrapped, "model")):
+            try:
+                set_masks(model, {name: before[name]}, group=group)
+            except ValueError as error:
+                said = str(error).replace("module.", "")
+                assert f"of {name} must be the same in all processes; got others on rank 1 than on rank 0" in said, said
+            else:
+                raise AssertionError(name)
+            assert all(torch.equal(mask, now[own]) for own, mask in get_masks(alike).items())
+        set_masks(alike, {name: now[name]}, group=dist.group.WORLD)  # which brings nothing back
+        layer.dormant.copy_(kept)
+    set_masks(alike, before, group=dist.group.WORLD)
+    for one, other in zip(alike.parameters(), network().parameters()):
+        assert torch.equal(one, other)
 
 
 main(int(sys.argv[1]), sys.argv[2])

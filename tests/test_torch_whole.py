@@ -213,6 +213,29 @@ def test_pruning_that_cannot_be_done_leaves_the_model_alone(model: Network) -> N
     assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
 
 
+def test_scores_by_gradient_say_what_to_do_about_frozen_weights(model: Network, x: Tensor) -> None:
+    mask_model(model)
+    for name in ("first", "last"):
+        model.get_submodule(name).requires_grad_(False)
+    model(x).square().mean().backward()
+    before = get_masks(model)
+    for score in ("snip", "taylor"):
+        with pytest.raises(
+            ValueError, match=r"frozen ones \(requires_grad=False\) get none: first, last: .*include=\.\.\."
+        ):
+            prune_model(model, 0.5, score=score)  # type: ignore[arg-type]
+    assert all(torch.equal(mask, before[name]) for name, mask in get_masks(model).items())
+    prune_model(
+        model, 0.5, score="snip", include=["blocks.*", "attention.*", "tied"]
+    )  # the first remedy, and the other:
+    for name in ("first", "last"):
+        model.get_submodule(name).requires_grad_(True)
+    model.zero_grad()
+    model(x).square().mean().backward()
+    prune_model(model, 0.6, score="taylor")
+    assert summary(model).sparsity == pytest.approx(0.6, abs=0.01)
+
+
 def test_layers_that_share_a_weight_share_its_mask(model: Network, x: Tensor) -> None:
     half = masks.random((16, 16), sparsity=0.5, seed=0)
     mask_model(model, {"tied": half}, include="blocks.1.*")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import Any
 
@@ -19,10 +20,11 @@ from maskedlinear_torch._modules import (
     readers_of_weights,
     replace_modules,
 )
+from maskedlinear_torch._optim import EXCHANGED
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._trial import measured_seconds
 
-__all__ = ["compress", "expand"]
+__all__ = ["become_sparse", "compress", "expand"]
 
 _BUFFERS = {"mask"}
 _PARAMETERS = {"weight", "weight_values", "bias"}
@@ -162,8 +164,21 @@ def _exchange(
     made: dict[int, nn.Module] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
         if choice.form != facts.form:
-            new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
-            new._parameters["bias"] = layer._parameters["bias"]
-            vars(_weight(new)).update(vars(_weight(layer)))  # what a user has written on it
-            made[key] = copy_hooks_and_attributes(new, layer)
+            made[key] = _in_other_form(layer)
     return replace_modules(model, made)
+
+
+@torch.inference_mode(False)
+def become_sparse(model: nn.Module, keys: Collection[int]) -> nn.Module:
+    """Give masked layers, by their identity, the sparse form, but for those that must keep theirs; return the model."""
+    layers = _masked_layers(model).items() if keys else ()
+    made = {key: _in_other_form(layer) for key, (layer, facts) in layers if key in keys and not facts.fixed}
+    return replace_modules(model, made) if made else model
+
+
+def _in_other_form(layer: MaskedLinear | SparseLinear) -> nn.Module:
+    new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+    new._parameters["bias"] = layer._parameters["bias"]
+    vars(_weight(new)).update(vars(_weight(layer)))  # what a user has written on it
+    setattr(_weight(layer), EXCHANGED, True)  # for an optimizer that was made before
+    return copy_hooks_and_attributes(new, layer)

@@ -10,13 +10,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from maskedlinear.models import first_names
 from maskedlinear_torch._compat import takes_load_hooks
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._storage import Version, count_step, version_of, zero_masked
+from maskedlinear_torch._weights import walk_masked
 
-__all__ = ["Guard", "freeze_masked", "holds_masked", "renew"]
+__all__ = ["EXCHANGED", "Guard", "freeze_masked", "holds_masked", "renew"]
+
+EXCHANGED = "_maskedlinear_exchanged"  # the attribute of a weight whose layer has been given another form
 
 O = TypeVar("O", bound=torch.optim.Optimizer)  # noqa: E741
 
@@ -44,8 +49,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
         The same optimizer.
 
     Raises:
-        ValueError: if ``model`` has no masked weight, if the optimizer holds none of them, or, here or at a step, if one is
-            computed by a parametrization or by ``torch.nn.utils.prune``: no optimizer holds it.
+        ValueError: if ``model`` has no masked weight, if the optimizer holds none of them, or, here or at a step, if it was
+            made before ``compress`` or ``expand`` exchanged weights, or if one is computed by a parametrization or by
+            ``torch.nn.utils.prune``: no optimizer holds it.
         TypeError: if the arguments are not an optimizer and a module.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(model, nn.Module):
@@ -113,10 +119,12 @@ class Guard:
         # Of each weight, by its identity: the mask under which the optimizer's state is clean.
         self._clean: dict[int, Version | None] = {}
         _masked_layers(model, optimizer)
+        _refuse_exchanged(optimizer, model)
 
     @torch.no_grad()
     def before_step(self) -> None:
         """Mask gradients that are not known to be masked, and let the state start clean where a mask has changed."""
+        _refuse_exchanged(self._optimizer, self._model)
         for layer in _masked_layers(self._model, self._optimizer):
             if not layer.is_clean():  # an edited mask takes effect
                 layer.project()
@@ -146,6 +154,25 @@ class Guard:
     def reset(self) -> None:
         """Look at the whole state anew at the next step: another one was loaded."""
         self._clean.clear()
+
+
+def _refuse_exchanged(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Raise a ``ValueError`` if an optimizer steps weights that layers had before they were exchanged for another form."""
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gone = {id(parameter) for parameter in held if hasattr(parameter, EXCHANGED)}
+    if not gone.difference(map(id, model.parameters()) if gone else ()):
+        return
+    weights = {
+        name: module.weight_values if isinstance(module, SparseLinear) else module.weight
+        for name, module in walk_masked(model)
+    }
+    known = {id(parameter) for parameter in held}
+    lacking = [name for name, weight in weights.items() if weight.requires_grad and id(weight) not in known]
+    if lacking:
+        raise ValueError(
+            "an optimizer trains a model's own weights; this one was made before compress or expand exchanged layers, and "
+            f"lacks the new weights of {first_names(lacking)}: make it, and its guard, afterwards"
+        )
 
 
 def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[MaskedWeight]:

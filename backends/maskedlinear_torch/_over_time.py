@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -12,9 +11,8 @@ from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from maskedlinear._progress import Progress
 from maskedlinear.pruning._layers import matches
-from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
+from maskedlinear.pruning._over_time import Pruning, Regrowth, lottery_rounds_by
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._ranks import are_finite, group_of
@@ -25,129 +23,6 @@ from maskedlinear_torch._weights import masked_weights, module_of
 from maskedlinear_torch._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "bring_masks", "lottery_rounds", "rewind_model"]
-
-
-_logger = logging.getLogger("maskedlinear")
-
-
-class ScheduledPruning(Pruning):
-    """Prunes a model at the steps of a schedule; in a training loop, after each step of the optimizer::
-
-        pruner = ScheduledPruning(model, CubicSchedule(0.9, begin=100, end=1000, every=10))
-        for x, y in batches:
-            ...
-            optimizer.step()
-            pruner.step()
-
-    Args:
-        model: a module with masked weights.
-        schedule: the sparsity at each step, counted from 0.
-        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
-            get its masks whenever it was pruned.
-        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``group`` and more: as :func:`prune_model` takes them.
-
-    Attributes:
-        steps: how many steps there were.
-    """
-
-    def _prune(self, sparsity: float, **how: Any) -> None:
-        prune_model(self.model, sparsity, **how)
-
-    def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
-        score = how.get("score", "magnitude")
-        if not (callable(score) or score in ("snip", "taylor")):
-            return True
-        layers = masked_weights(self.model).items()
-        meant = [layer for name, layer in layers if matches(name, module_of(layer), how.get("include"))]
-        gradients = [layer.weight.grad for layer in meant if layer.weight.grad is not None]
-        return are_finite(gradients, group_of(self.model, how.get("group", "model")))
-
-    def _bring_masks(self, average: nn.Module) -> None:
-        bring_masks(self.model, average)
-
-
-class ScheduledRegrowth(Regrowth):
-    """Moves connections every few steps, ever fewer: RigL by gradient, SET at random; in a training loop::
-
-        regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
-        for x, y in batches:
-            with regrowth.recording():
-                loss(model(x), y).backward()
-            optimizer.step()
-            regrowth.step()
-
-    Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, algorithm 1; D. Mocanu et al.,
-    "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", Nature
-    Communications 2018.
-
-    Args:
-        model: a module with masked layers of either form.
-        optimizer: as in :func:`regrow_model`.
-        every: how many steps lie between two that move connections.
-        end: the step from which on nothing moves; the paper takes three quarters of the training.
-        initial: the share of connections that would move at step 0, in [0, 1]; it falls as a cosine.
-        growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
-        include: which layers, as in :func:`mask_model`.
-        seed: of the random places.
-        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
-            get its connections whenever they have moved; new ones start at 0 there, too.
-        group: the processes that train one model together, as in :func:`regrow_model`.
-
-    Attributes:
-        steps: how many steps there were.
-
-    Raises:
-        ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
-    """
-
-    _gradients: DenseGradients | None = None
-
-    def __init__(self, *arguments: Any, group: Any = "model", **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        self.group = group
-
-    def recording(self) -> AbstractContextManager[Any]:
-        """Return the context for the forward and backward passes of this step: it records where growth will need it."""
-        return self.recording_at(self.steps)
-
-    def recording_at(self, step: int) -> AbstractContextManager[Any]:
-        """Do what :meth:`recording` does at a step that somebody else counts."""
-        if self.growth == "random" or not self.due(step):
-            return nullcontext()
-        return self._recording()
-
-    def step(self) -> int:
-        """Move connections if it is time; return how many moved.
-
-        Raises:
-            ValueError: as by :func:`regrow_model`; or if growth is by gradient and nothing was recorded at this step.
-            Gradients that are not finite, as of a step that a ``GradScaler`` skips, move nothing, and are logged.
-        """
-        moved = self.step_at(self.steps)
-        self.steps += 1
-        return moved
-
-    def step_at(self, step: int) -> int:
-        """Do what :meth:`step` does at a step that somebody else counts."""
-        gradients, self._gradients = self._gradients, None
-        if not self.due(step):
-            return 0
-        if self.growth == "gradient" and gradients is None:
-            raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
-        if gradients is not None and not gradients.are_finite(self.model, self.group):
-            _logger.warning("no connections move at step %d: its gradients are not finite, and would be skipped", step)
-            return 0
-        moved = regrow_model(self.model, gradients=gradients, group=self.group, **self._options(step))
-        self._update_averages()
-        return moved
-
-    def _bring_masks(self, average: nn.Module) -> None:
-        bring_masks(self.model, average)
-
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        with dense_gradients(self.model) as self._gradients:
-            yield
 
 
 def bring_masks(model: nn.Module, average: nn.Module) -> None:
@@ -190,6 +65,116 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             return model
 
 
+class ScheduledPruning(Pruning):
+    """Prunes a model at the steps of a schedule; in a training loop, after each step of the optimizer::
+
+        pruner = ScheduledPruning(model, CubicSchedule(0.9, begin=100, end=1000, every=10))
+        for x, y in batches:
+            ...
+            optimizer.step()
+            pruner.step()
+
+    Args:
+        model: a module with masked weights.
+        schedule: the sparsity at each step, counted from 0.
+        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
+            get its masks whenever it was pruned.
+        how: ``score``, ``scope``, ``include``, ``block``, ``seed``, ``group`` and more: as :func:`prune_model` takes them.
+
+    Attributes:
+        steps: how many steps there were.
+    """
+
+    _prune_model, _bring_masks = staticmethod(prune_model), staticmethod(bring_masks)
+
+    def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
+        score = how.get("score", "magnitude")
+        if not (callable(score) or score in ("snip", "taylor")):
+            return True
+        layers = masked_weights(self.model).items()
+        meant = [layer for name, layer in layers if matches(name, module_of(layer), how.get("include"))]
+        gradients = [layer.weight.grad for layer in meant if layer.weight.grad is not None]
+        return are_finite(gradients, group_of(self.model, how.get("group", "model")))
+
+
+class ScheduledRegrowth(Regrowth):
+    """Moves connections every few steps, ever fewer: RigL by gradient, SET at random; in a training loop::
+
+        regrowth = ScheduledRegrowth(model, optimizer, every=100, end=7500)
+        for x, y in batches:
+            with regrowth.recording():
+                loss(model(x), y).backward()
+            optimizer.step()
+            regrowth.step()
+
+    Source: U. Evci et al., "Rigging the Lottery: Making All Tickets Winners", ICML 2020, algorithm 1; D. Mocanu et al.,
+    "Scalable training of artificial neural networks with adaptive sparse connectivity inspired by network science", Nature
+    Communications 2018.
+
+    Args:
+        model: a module with masked layers of either form.
+        optimizer: as in :func:`regrow_model`.
+        every: how many steps lie between two that move connections.
+        end: the step from which on nothing moves; the paper takes three quarters of the training.
+        initial: the share of connections that would move at step 0, in [0, 1]; it falls as a cosine.
+        growth: ``"gradient"`` (RigL) or ``"random"`` (SET).
+        include: which layers, as in :func:`mask_model`.
+        seed: of the random places.
+        averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
+            get its connections whenever they have moved; new ones start at 0 there, too.
+        group: the processes that train one model together, as in :func:`regrow_model`.
+
+    Attributes:
+        steps: how many steps there were.
+
+    Raises:
+        ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
+    """
+
+    _gradients: DenseGradients | None = None
+    _regrow_model, _bring_masks = staticmethod(regrow_model), staticmethod(bring_masks)
+
+    def __init__(self, *arguments: Any, group: Any = "model", **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.group = group
+
+    def recording(self) -> AbstractContextManager[Any]:
+        """Return the context for the forward and backward passes of this step: it records where growth will need it."""
+        return self.recording_at(self.steps)
+
+    def recording_at(self, step: int) -> AbstractContextManager[Any]:
+        """Do what :meth:`recording` does at a step that somebody else counts."""
+        if self.growth == "random" or not self.due(step):
+            return nullcontext()
+        return self._recording()
+
+    def step(self) -> int:
+        """Move connections if it is time; return how many moved.
+
+        Raises:
+            ValueError: as by :func:`regrow_model`; or if growth is by gradient and nothing was recorded at this step.
+            Gradients that are not finite, as of a step that a ``GradScaler`` skips, move nothing, and are logged.
+        """
+        moved = self.step_at(self.steps)
+        self.steps += 1
+        return moved
+
+    def step_at(self, step: int) -> int:
+        """Do what :meth:`step` does at a step that somebody else counts."""
+        gradients, self._gradients = self._gradients, None
+        if not self.due(step):
+            return 0
+        if self.growth == "gradient" and gradients is None:
+            raise ValueError("growth by gradient needs the passes of this step inside `with regrowth.recording():`")
+        are_finite = gradients is None or gradients.are_finite(self.model, self.group)
+        return self._move(step, gradients, are_finite, group=self.group)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        with dense_gradients(self.model) as self._gradients:
+            yield
+
+
 def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     """Set weights, biases and buffers of a model back to a saved state, and keep the masks of now.
 
@@ -210,44 +195,8 @@ def rewind_model(model: nn.Module, state: Mapping[str, Any]) -> None:
     model.load_state_dict({**state, **masks})
 
 
-def lottery_rounds(
-    model: nn.Module,
-    sparsity: float,
-    rounds: int,
-    *,
-    state: Mapping[str, Any] | None = None,
-    progress: Progress = False,
-    **how: Any,
-) -> Iterator[float]:
-    """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
-
-        for sparsity in lottery_rounds(model, 0.9, rounds=5):
-            optimizer = freeze_masked(torch.optim.Adam(model.parameters()), model)
-            train(model, optimizer)
-
-    The body runs once for the dense model and once after each round of pruning, the last time at ``sparsity``. Between two
-    runs the trained weights are pruned, each round by the same share of what is left, and then set back to the saved ones.
-
-    Source: J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019;
-    with ``state`` of an early step: J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML
-    2020.
-
-    Args:
-        model: a module with masked weights.
-        sparsity: the fraction of masked connections after the last round, in [0, 1).
-        rounds: how many times it is pruned.
-        state: what to rewind to, a ``state_dict``; a copy of the model's present one if ``None``.
-        progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
-            called with the fraction.
-        how: ``score``, ``scope``, ``of``, ``include``, ``seed`` and more: as :func:`prune_model` takes them.
-
-    Yields:
-        The sparsity that the model is to be trained at; one that is pruned already may have more.
-
-    Raises:
-        ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.
-    """
-    saved = copy.deepcopy(model.state_dict() if state is None else dict(state))
-    return rounds_of(
-        sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved), progress
-    )
+lottery_rounds = lottery_rounds_by(
+    prune_model,
+    rewind_model,
+    lambda model, state: copy.deepcopy(model.state_dict() if state is None else dict(state)),
+)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
-from maskedlinear.models import WeightAxes, regrow_weight
+from maskedlinear.models import WeightAxes, refuse_shared, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
 from maskedlinear_torch._functional import flatten_batch
@@ -212,11 +212,7 @@ def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
             raise ValueError(
                 f"connections move in a layer that holds its {name}; here it is computed (parametrize, prune)"
             )
-        if len(held.get(id(weight), ())) > 1:
-            raise ValueError(
-                f"connections move in a layer that has its {name} to itself; here {len(held[id(weight)])} modules share it: "
-                "leave it out with include=..."
-            )
+        refuse_shared(name, len(held.get(id(weight), ())))
 
 
 def _rows(gradients: DenseGradients, layer: Masked) -> Any:

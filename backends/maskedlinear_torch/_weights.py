@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear.models import SHARED, UNKNOWN, WeightAxes, checked_axes, is_norm, why_left_out
+from maskedlinear.models import (
+    UNKNOWN,
+    ModelWeight,
+    ParameterUser,
+    WeightAxes,
+    checked_axes,
+    describe_weight,
+    is_norm,
+    why_left_out,
+)
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask, child_name
 
 __all__ = [
-    "ModelWeight",
     "axes_of_mask",
-    "is_releasable",
+    "mask_of",
     "masked_weights",
     "model_weights",
     "module_of",
@@ -84,67 +90,7 @@ def register_axes(kind: type[nn.Module], axes: Axes) -> None:
     _table[kind] = checked_axes(kind, nn.Module, axes)
 
 
-class User(NamedTuple):
-    """A module that holds a parameter: its path in the model, and the parameter's name there."""
-
-    path: str
-    module: nn.Module
-    parameter: str
-
-    @property
-    def name(self) -> str:
-        """What the parameter's mask is called: of a ``weight`` as the module is, of any other with its own name."""
-        return self.path if self.parameter == "weight_values" else _called(self.path, self.parameter)
-
-
-@dataclass
-class ModelWeight:
-    """A parameter of a model.
-
-    Attributes:
-        value: the parameter.
-        users: the modules that hold it, in the model's order.
-        axes: what its axes mean; ``None`` if nobody knows.
-        why: why it is not masked unless it is asked for by name; empty if it is.
-        fixed: whether it cannot be masked at all.
-    """
-
-    value: Tensor
-    users: list[User]
-    axes: WeightAxes | None = None
-    why: str = ""
-    fixed: bool = False
-
-    @property
-    def name(self) -> str:
-        """What its first user calls it."""
-        return self.users[0].name
-
-    @property
-    def full_name(self) -> str:
-        """What ``named_parameters`` calls it."""
-        path, _, parameter = self.users[0]
-        return f"{path}.{parameter}" if path else parameter
-
-    @property
-    def sparse(self) -> SparseLinear | None:
-        """The layer, if its weight is in the sparse form."""
-        module = self.users[0].module
-        return module if isinstance(module, SparseLinear) and self.users[0].parameter == "weight_values" else None
-
-    @property
-    def mask(self) -> MaskedWeight | None:
-        """Its mask, if it has one."""
-        for _, module, parameter in self.users:
-            child = module._modules.get(child_name(parameter))
-            if isinstance(child, WeightMask):
-                return child
-            if isinstance(module, MaskedLinear) and parameter == "weight":
-                return module
-        return None
-
-
-def axes_of(module: nn.Module, parameter: str, value: Tensor) -> WeightAxes | None:
+def module_axes(module: nn.Module, parameter: str, value: Tensor) -> WeightAxes | None:
     """Return what the axes of a module's parameter mean: by the table, or by its name and rank; ``None`` if neither says."""
     for kind in type(module).__mro__:
         for pattern, axes in (_table.get(kind) or _BY_TYPE_NAME.get(kind.__name__) or {}).items():
@@ -199,20 +145,13 @@ def module_of(mask: MaskedWeight) -> nn.Module:
 
 def axes_of_mask(mask: MaskedWeight) -> WeightAxes | None:
     """Return what the axes of a masked weight mean; ``None`` if nobody knows."""
-    if not isinstance(mask, WeightMask):
-        return _MATRIX
-    module, parameter = mask.owner
-    return axes_of(module, parameter, mask.weight)
-
-
-def is_releasable(mask: MaskedWeight) -> bool:
-    """Whether a masked weight can be given back to its module as it acts; not of subclasses, nor of one that is computed."""
-    return isinstance(mask, WeightMask) or (type(mask) is MaskedLinear and "weight" in mask._parameters)
+    return mask.weight_axes
 
 
 def release(mask: MaskedWeight) -> None:
-    """Give a masked weight back to its module as it acts; its dormant values are let go."""
-    if isinstance(mask, WeightMask | MaskedLinear):
+    """Give a masked weight back to its module as it acts, without its dormant values; subclasses, and one that is computed,
+    stay as they are."""
+    if isinstance(mask, WeightMask) or (type(mask) is MaskedLinear and "weight" in mask._parameters):
         mask.release()
 
 
@@ -222,32 +161,32 @@ def model_weights(model: nn.Module) -> list[ModelWeight]:
     for path, module in model.named_modules():
         for name, value in module._parameters.items():
             if value is not None and not isinstance(module, WeightMask):
-                weights.setdefault(id(value), ModelWeight(value, [])).users.append(User(path, module, name))
+                sparse = module if isinstance(module, SparseLinear) and name == "weight_values" else None
+                weight = weights.setdefault(id(value), ModelWeight(value, [], sparse=sparse))
+                called, full_name = _called(path, name), f"{path}.{name}" if path else name
+                weight.users.append(ParameterUser(path if sparse is not None else called, full_name, module, name))
+                weight.mask = mask_of(module, name) if weight.mask is None else weight.mask
     for weight in weights.values():
-        _describe(weight)
+        if weight.sparse is None:
+            describe_weight(weight, _EMBEDDINGS, _why_fixed, _axes_of, _why_left_out)
     return list(weights.values())
 
 
-def _describe(weight: ModelWeight) -> None:
-    """Find out a parameter's axes, and why it is left out."""
-    if weight.sparse is not None:
-        return
-    reasons = [_why_fixed(user, weight.value) for user in weight.users]
-    weight.why = next(filter(None, reasons), "")
-    weight.fixed = weight.why != ""
-    if weight.fixed:
-        return
-    layers = [user for user in weight.users if not isinstance(user.module, _EMBEDDINGS)]
-    for _, module, parameter in layers or weight.users:
-        weight.axes = weight.axes or axes_of(module, parameter, weight.value)
-    if layers and len(layers) < len(weight.users):
-        weight.why = SHARED
-    else:
-        weight.why = next(filter(None, (_why_left_out(user, weight) for user in weight.users)), "")
+def mask_of(module: nn.Module, parameter: str) -> MaskedWeight | None:
+    """Return what has the mask of a module's parameter, if it has one."""
+    child = module._modules.get(child_name(parameter))
+    if isinstance(child, WeightMask):
+        return child
+    return module if isinstance(module, MaskedLinear) and parameter == "weight" else None
 
 
-def _why_fixed(user: User, value: Tensor) -> str:
-    _, module, name = user
+def _axes_of(user: ParameterUser, value: Tensor) -> tuple[WeightAxes | None, bool]:
+    axes = module_axes(user.module, user.parameter, value)
+    return axes, axes is not None
+
+
+def _why_fixed(user: ParameterUser, value: Tensor) -> str:
+    module, name = user.module, user.parameter
     if isinstance(value, UninitializedParameter):
         return "without values yet: call the model once before"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
@@ -265,15 +204,14 @@ def _why_fixed(user: User, value: Tensor) -> str:
     return "" if value.is_floating_point() else "not of a floating dtype"
 
 
-def _why_left_out(user: User, weight: ModelWeight) -> str:
-    _, module, name = user
-    value = weight.value
-    if isinstance(module, _EMBEDDINGS):
+def _why_left_out(user: ParameterUser, weight: ModelWeight, known: bool) -> str:
+    value: Tensor = weight.value
+    if isinstance(user.module, _EMBEDDINGS):
         return "embedding"
-    if is_norm(type(module)):
-        return "bias" if "bias" in name else "norm"
-    why = why_left_out(f"{user.path}.{name}", value.dim())
-    if weight.axes is not None:
+    if is_norm(type(user.module)):
+        return "bias" if "bias" in user.parameter else "norm"
+    why = why_left_out(user.full_name, value.dim())
+    if known:
         return why if why in ("bias", "adapter") else ""
     if why not in ("", UNKNOWN):
         return why

@@ -11,33 +11,28 @@ from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
-from maskedlinear.masks import as_mask
 from maskedlinear.models import (
     ModelSummary,
+    ModelWeight,
     Of,
     Prunable,
     UnmaskedParameter,
     WeightAxes,
     WeightSummary,
     check_of,
+    check_one_mask,
+    first_names,
     prune_weights,
     warn_of_left_out,
     warn_of_lost,
     warn_of_sparse,
+    weights_to_mask,
     zeros_left,
 )
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear.pruning._layers import (
-    Include,
-    Scoring,
-    asked_by_name,
-    check_known,
-    matches,
-    pattern_of,
-    select_weights,
-)
+from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, pattern_of
 from maskedlinear_torch._dtensors import full_tensor
-from maskedlinear_torch._functional import as_tensor, check_dense
+from maskedlinear_torch._functional import checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_keep_dormant
 from maskedlinear_torch._products import DevicePattern
@@ -45,9 +40,7 @@ from maskedlinear_torch._ranks import Group, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
-    ModelWeight,
     axes_of_mask,
-    is_releasable,
     masked_weights,
     model_weights,
     module_of,
@@ -55,7 +48,7 @@ from maskedlinear_torch._weights import (
     walk_masked,
 )
 
-__all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
+__all__ = ["get_masks", "mask_model", "mask_weight", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 
@@ -98,40 +91,23 @@ def mask_model(
     if not isinstance(model, nn.Module):
         raise TypeError(f"mask_model takes a torch.nn.Module; got {type(model).__name__}")
     check_keep_dormant(keep_dormant)
-    masks, asked = dict(masks or {}), asked_by_name(include)
-    weights = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
-    named = {user.name: weight for weight in weights for user in weight.users}
-    for name in (*masks, *asked):
-        if name in named and named[name].fixed:
-            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {named[name].why}")
-    possible = {
-        user.name: user.module
-        for weight in weights
-        for user in weight.users
-        if not weight.fixed and (not weight.why or user.name in masks or user.name in asked)
-    }
-    if possible or masks or include is not None or not masked_weights(model):
-        left_out = {weight.full_name: weight.why for weight in weights if weight.why}
-        possible = select_weights(model, possible, masks, include, left_out)
-    checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
-    _check_one_a_weight(checked, {name: named[name].value for name in checked})
-    for weight in weights:
-        if any(user.name in possible for user in weight.users):
-            mask = next((checked[user.name] for user in weight.users if user.name in checked), None)
-            _mask(weight, mask, keep_dormant)
+    masks, weights, others = dict(masks or {}), _without_mask(model), bool(masked_weights(model))
+    for weight, mask in weights_to_mask(model, weights, masks, include, _checked, _are_equal, others):
+        mask_weight(weight, mask, keep_dormant)
     if not masks and include is None:
         vars(model)[_WHOLE] = True
         warn_of_left_out([(weight.name, weight.why) for weight in weights], stacklevel=3)
     return model
 
 
-def _mask(weight: ModelWeight, mask: Tensor | None, keep_dormant: KeepDormant) -> None:
+def mask_weight(weight: ModelWeight, mask: Tensor | None, keep_dormant: KeepDormant) -> None:
     """Give a weight its mask, in every module that holds it: plain linear layers become masked, others get a child."""
-    for _, module, parameter in weight.users:
-        if type(module) is nn.Linear and parameter == "weight":
-            MaskedLinear.adopt(module, mask, keep_dormant=keep_dormant)
+    for user in weight.users:
+        if type(user.module) is nn.Linear and user.parameter == "weight":
+            made: MaskedWeight = MaskedLinear.adopt(user.module, mask, keep_dormant=keep_dormant)
         else:
-            WeightMask(module, parameter, mask, keep_dormant=keep_dormant)
+            made = WeightMask(user.module, user.parameter, mask, keep_dormant=keep_dormant)
+        weight.mask = made if weight.mask is None else weight.mask
 
 
 def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
@@ -150,7 +126,7 @@ def unmask_model(model: nn.Module, *, include: Include = None) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"unmask_model takes a torch.nn.Module; got {type(model).__name__}")
     for name, mask in masked_weights(model).items():
-        if is_releasable(mask) and matches(name, module_of(mask), include):
+        if matches(name, module_of(mask), include):
             release(mask)
     vars(model).pop(_WHOLE, None)  # what has no mask from now on has none by choice
     return model
@@ -194,8 +170,10 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
         if isinstance(layers[name], SparseLinear)
     }
     masks = {name: mask for name, mask in masks.items() if not isinstance(layers[name], SparseLinear)}
-    checked = {name: _checked(mask, layers[name].weight, name) for name, mask in masks.items()}
-    _check_one_a_weight(checked, {name: layers[name].weight for name in checked})
+    checked = {
+        name: _checked(mask, layers[name].weight, axes_of_mask(layers[name]), name) for name, mask in masks.items()
+    }
+    check_one_mask(checked, {name: id(layers[name].weight) for name in checked}, _are_equal)
     group = group_of(model, group)
     if group is not None:
         check_alike("the mask", checked, group)
@@ -258,6 +236,12 @@ def prune_model(
     layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, module_of(layer), include)}
     if not layers:
         raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
+    frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad and layer.weight.grad is None]
+    if frozen and score in ("snip", "taylor"):
+        raise ValueError(
+            f"score={score!r} needs the gradient of each weight; frozen ones (requires_grad=False) get none: "
+            f"{first_names(frozen)}: let them have one for the backward pass, or leave them out with include=..."
+        )
     group = group_of(model, group)
     weights = {
         name: Prunable(
@@ -286,8 +270,7 @@ def prune_model(
     for name, layer in layers.items():
         layer.set_mask(masks[name])
     if include is None and _WHOLE in vars(model):
-        unmasked = [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
-        warn_of_lost([weight.name for weight in unmasked if not weight.why], stacklevel=3)
+        warn_of_lost([weight.name for weight in _without_mask(model) if not weight.why], stacklevel=3)
     if of == "masked" and include is None:
         warn_of_sparse([other.name for other in model_weights(model) if other.sparse is not None], stacklevel=3)
     return before
@@ -335,6 +318,10 @@ def summary(model: nn.Module) -> ModelSummary:
     return ModelSummary(rows, unmasked)
 
 
+def _without_mask(model: nn.Module) -> list[ModelWeight]:
+    return [weight for weight in model_weights(model) if weight.mask is None and weight.sparse is None]
+
+
 def _name_inside(name: str) -> str:
     """Return the name of a layer in the model that an average, DDP or a compiled module holds."""
     parts = name.split(".")
@@ -351,21 +338,14 @@ def _one_a_weight(model: nn.Module) -> dict[str, MaskedWeight]:
     return dict(layers.values())
 
 
-def _check_one_a_weight(masks: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` if a weight that has several names is given different masks."""
-    first: dict[int, str] = {}
-    for name, mask in masks.items():
-        other = first.setdefault(id(weights[name]), name)
-        if other != name and not torch.equal(mask, masks[other].to(mask.device)):
-            raise ValueError(f"a weight has one mask, whoever shares it; got different ones for {other} and {name}")
+def _are_equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one, other.to(one.device))
 
 
-def _checked(mask: Any, weight: Tensor, name: str) -> Tensor:
+def _checked(mask: Any, weight: Tensor, axes: WeightAxes | None, name: str) -> Tensor:
     if isinstance(mask, SparsityPattern):
         mask = mask.to_mask()
-    if isinstance(mask, Tensor):
-        check_dense(mask)
     try:
-        return as_tensor(as_mask(full_tensor(mask) if isinstance(mask, Tensor) else mask, weight.shape))
+        return checked_mask(mask, weight.shape, axes)
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error

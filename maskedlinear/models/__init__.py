@@ -4,8 +4,9 @@ from maskedlinear.models._axes import WeightAxes, checked_axes
 from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_lost, warn_of_sparse
 from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, is_norm, why_left_out
 from maskedlinear.models._prune import Of, Prunable, check_of, prune_weights, refuse_unknown, zeros_left
-from maskedlinear.models._regrow import regrow_weight
+from maskedlinear.models._regrow import refuse_shared, regrow_weight
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
+from maskedlinear.models._weights import ModelWeight, ParameterUser, check_one_mask, describe_weight, weights_to_mask
 
 __all__ = [
     "NO_WEIGHT",
@@ -13,23 +14,29 @@ __all__ = [
     "UNKNOWN",
     "MaskCheck",
     "ModelSummary",
+    "ModelWeight",
     "Of",
+    "ParameterUser",
     "Prunable",
     "UnmaskedParameter",
     "WeightAxes",
     "WeightSummary",
     "axes_by_name",
     "check_of",
+    "check_one_mask",
     "checked_axes",
+    "describe_weight",
     "first_names",
     "is_norm",
     "prune_weights",
+    "refuse_shared",
     "refuse_unknown",
     "regrow_weight",
     "warn_of_drift",
     "warn_of_left_out",
     "warn_of_lost",
     "warn_of_sparse",
+    "weights_to_mask",
     "why_left_out",
     "zeros_left",
 ]

@@ -12,7 +12,7 @@ from maskedlinear import pruning
 from maskedlinear.models._axes import WeightAxes
 from maskedlinear.pruning._layers import layer_seed
 
-__all__ = ["regrow_weight"]
+__all__ = ["refuse_shared", "regrow_weight"]
 
 Rows = Callable[[int, int], Any]
 
@@ -47,3 +47,12 @@ def regrow_weight(
         own = None if rows is None else (lambda start, stop, by=by: rows(start + by, stop + by))
         moved.append(pruning.regrow(live, values, fraction, own, seed=layer_seed(seed, place)))
     return axes.from_matrices(np.stack(moved) if moved else masks, mask.shape), len(moved)
+
+
+def refuse_shared(name: str, users: int) -> None:
+    """Raise a ``ValueError`` if more than one module has the parameter of this name, whose connections are to move."""
+    if users > 1:
+        raise ValueError(
+            f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out with "
+            "include=..."
+        )

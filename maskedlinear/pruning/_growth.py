@@ -107,7 +107,7 @@ def regrow_pattern(
     if array.shape != (pattern.nnz,):
         raise ValueError(f"there must be a value for each of the {pattern.nnz} connections; got {array.shape}")
     in_ = pattern.shape[1]
-    places = pattern.rows.astype(np.int64) * in_ + pattern.indices
+    places = pattern.places
     gone, come = _moved(places, array, pattern.shape, fraction, gradient, seed)
     kept = np.delete(np.arange(len(places)), gone)
     found = np.concatenate([places[kept], come])

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
 from maskedlinear.masks._random import checked_seed
+from maskedlinear.masks._recipe import Recipe
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import _scores
 
@@ -120,6 +121,7 @@ def pattern_of(name: str, own: SparsityPattern, given: Any) -> SparsityPattern:
         ValueError: if there are not as many as it has, or they are of another shape, or a mask holds anything but 0 and 1.
     """
     try:
+        given = given.make(own.shape) if isinstance(given, Recipe) else given
         mask = None if isinstance(given, SparsityPattern) else np.asarray(as_mask(as_numpy(given), own.shape))
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error
@@ -173,7 +175,7 @@ def score_layers(
         elif gradient is None:
             raise ValueError(
                 f"score={score!r} needs the gradient of each weight; {name or 'the layer'} has none: run a backward pass, "
-                "and prune before the gradients are zeroed"
+                "and prune before the gradients are zeroed; or leave it out with include=..."
             )
         else:
             found[name] = (_scores.snip if score == "snip" else _scores.taylor)(weight, gradient)

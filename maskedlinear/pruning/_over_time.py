@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from maskedlinear._progress import Progress, progress_callback
 from maskedlinear.pruning._layers import Include
 from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
 
-__all__ = ["Pruning", "Regrowth", "Steps", "check_regrowth", "regrowth_seed", "rounds_of"]
+__all__ = ["Pruning", "Regrowth", "Steps", "check_regrowth", "lottery_rounds_by", "regrowth_seed"]
 
 _logger = logging.getLogger("maskedlinear")
 
@@ -25,6 +25,8 @@ class Steps(ABC):
     """
 
     steps = 0
+    # Of the framework: gives an average the model's masks, or connections; what has come back starts at 0 there.
+    _bring_masks: ClassVar[Any]
 
     def __init__(self, model: Any, averages: Sequence[Any]) -> None:
         self.model, self.averages = model, list(averages)
@@ -32,11 +34,7 @@ class Steps(ABC):
     def _update_averages(self) -> None:
         """Bring the averages the masks, after a change."""
         for average in self.averages:
-            self._bring_masks(average)
-
-    @abstractmethod
-    def _bring_masks(self, average: Any) -> None:
-        """Give an average the model's masks, or connections; what has come back starts at 0 there."""
+            self._bring_masks(self.model, average)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the steps so far; masks and connections are in the model's state."""
@@ -56,6 +54,7 @@ class Pruning(Steps):
     """
 
     _late = False
+    _prune_model: ClassVar[Any]  # the framework's
 
     def __init__(self, model: Any, schedule: CubicSchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
         super().__init__(model, averages)
@@ -83,7 +82,7 @@ class Pruning(Steps):
         if self._late:
             _logger.warning("nothing is pruned at step %d: its gradients are not finite; the next step prunes", step)
             return False
-        self._prune(self.schedule(step), **how)
+        self._prune_model(self.model, self.schedule(step), **how)
         self._update_averages()
         return True
 
@@ -100,13 +99,11 @@ class Pruning(Steps):
     def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
         """Whether the gradients that scores are made of are finite, in all processes; true where scores need none."""
 
-    @abstractmethod
-    def _prune(self, sparsity: float, **how: Any) -> None:
-        """Bring the model to a sparsity, as the framework's ``prune_model`` does."""
-
 
 class Regrowth(Steps):
     """Moves connections every few steps, ever fewer; a framework's class says how."""
+
+    _regrow_model: ClassVar[Any]  # the framework's
 
     def __init__(
         self,
@@ -130,14 +127,22 @@ class Regrowth(Steps):
         """Whether connections move at a step, counted from 0; never at the first."""
         return 0 < step < self.end and step % self.every == 0
 
-    def _options(self, step: int) -> dict[str, Any]:
-        """Return the options of ``regrow_model`` at a step, the fraction among them."""
-        return {
-            "fraction": cosine_decay(step, self.end, self.initial),
-            "optimizer": self.optimizer,
-            "include": self.include,
-            "seed": regrowth_seed(self.seed, step),
-        }
+    def _move(self, step: int, gradients: Any, are_finite: bool, **more: Any) -> int:
+        """Move the connections that are due at a step, where the gradients are finite; return how many moved."""
+        if not are_finite:
+            _logger.warning("no connections move at step %d: its gradients are not finite", step)
+            return 0
+        moved: int = self._regrow_model(
+            self.model,
+            cosine_decay(step, self.end, self.initial),
+            gradients=gradients,
+            optimizer=self.optimizer,
+            include=self.include,
+            seed=regrowth_seed(self.seed, step),
+            **more,
+        )
+        self._update_averages()
+        return moved
 
 
 def check_regrowth(every: int, end: int, initial: float, growth: str) -> None:
@@ -154,27 +159,64 @@ def regrowth_seed(seed: int, step: int) -> int:
     return (seed + (step << 20)) % (1 << 64)
 
 
-def rounds_of(
-    sparsity: float,
-    rounds: int,
-    prune: Callable[[float], object],
-    rewind: Callable[[], object],
-    progress: Progress = False,
-) -> Iterator[float]:
-    """Yield the sparsity of each round of iterative pruning with rewinding, 0 first; prune and rewind between two.
+class LotteryRounds(Protocol):
+    """The type of ``lottery_rounds``."""
 
-    Raises:
-        ValueError: as by :class:`GeometricSchedule`, at once.
-    """
-    schedule, tell = GeometricSchedule(sparsity, rounds), progress_callback(progress, f"{rounds + 1} trainings")
+    def __call__(
+        self, model: Any, sparsity: float, rounds: int, *, state: Any = None, progress: Progress = False, **how: Any
+    ) -> Iterator[float]:
+        """Return the rounds."""
 
-    def run() -> Iterator[float]:
-        yield schedule(0)
-        for round in range(1, rounds + 1):
-            tell(round / (rounds + 1))
-            prune(schedule(round))
-            rewind()
-            yield schedule(round)
-        tell(1.0)
 
-    return run()
+def lottery_rounds_by(
+    prune: Callable[..., object], rewind: Callable[[Any, Any], object], saved: Callable[[Any, Any], Any]
+) -> LotteryRounds:
+    """Return a framework's ``lottery_rounds``, of its functions; ``saved`` returns a copy of a state, or of the model's."""
+
+    def lottery_rounds(
+        model: Any, sparsity: float, rounds: int, *, state: Any = None, progress: Progress = False, **how: Any
+    ) -> Iterator[float]:
+        """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
+
+            for sparsity in lottery_rounds(model, 0.9, rounds=5):
+                optimizer = ...  # a new one, guarded by freeze_masked
+                train(model, optimizer)
+
+        The body runs once for the dense model and once after each round of pruning, the last time at ``sparsity``. Between
+        two runs the trained weights are pruned, each round by the same share of what is left, and then set back to the saved
+        ones.
+
+        Source: J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR
+        2019; with ``state`` of an early step: J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket
+        Hypothesis", ICML 2020.
+
+        Args:
+            model: a module with masked weights.
+            sparsity: the fraction of masked connections after the last round, in [0, 1).
+            rounds: how many times it is pruned.
+            state: what to rewind to, as ``rewind_model`` takes it; a copy of the model's present one if ``None``.
+            progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
+                called with the fraction.
+            how: ``score``, ``scope``, ``of``, ``include``, ``seed`` and more: as ``prune_model`` takes them.
+
+        Yields:
+            The sparsity that the model is to be trained at; one that is pruned already may have more.
+
+        Raises:
+            ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and ``prune_model``.
+        """
+        begun = saved(model, state)
+        schedule, tell = GeometricSchedule(sparsity, rounds), progress_callback(progress, f"{rounds + 1} trainings")
+
+        def run() -> Iterator[float]:
+            yield schedule(0)
+            for round in range(1, rounds + 1):
+                tell(round / (rounds + 1))
+                prune(model, schedule(round), **how)
+                rewind(model, begun)
+                yield schedule(round)
+            tell(1.0)
+
+        return run()
+
+    return lottery_rounds

@@ -2,110 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import linen
 
-from maskedlinear.models import WeightAxes, why_left_out
+from maskedlinear.models import ModelWeight, ParameterUser, WeightAxes, why_left_out
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._tree import Axes, axes_of
 from maskedlinear_jax.flax._kernel import weight_name
-from maskedlinear_jax.flax._nnx import MaskedLinear
-from maskedlinear_jax.flax._sparse_nnx import SparseLinear
-from maskedlinear_jax.flax._variables import has_own_mask, is_linen, linen_parameters, linen_weights
-from maskedlinear_jax.flax._weights import masked_weights, model_weights, parameter_names
+from maskedlinear_jax.flax._variables import Path, has_own_mask, is_linen, linen_parameters, linen_weights
+from maskedlinear_jax.flax._weights import masked_weights, model_weights
 
-__all__ = ["Masked", "Parameter", "masked_of", "parameters_of", "refuse_linen", "refuse_linen_module", "refuse_unfit"]
+__all__ = ["masked_of", "parameters_of", "refuse_linen", "refuse_linen_module", "refuse_unfit"]
 
 
-class Parameter(NamedTuple):
-    """A parameter of a model: its full name, its value, and who has it, by what its mask is called."""
-
-    full_name: str
-    value: Any
-    owners: Mapping[str, Any]
-    why: str  # it is not masked unless it is asked for
-    fixed: bool  # it cannot be masked at all
-    is_masked: bool
-    is_sparse: bool
-    weight: Any  # the ModelWeight of nnx, or the path in linen's variables
-
-
-class Masked(NamedTuple):
-    """A masked weight: its full name, value, mask, axes, and who has it; weights that are one have the same ``key``."""
+class LinenWeight(NamedTuple):
+    """A masked parameter of linen's variables; what it says of one, :class:`MaskedParameter` says of nnx's."""
 
     full_name: str
     value: Any
     mask: Any
     axes: WeightAxes | None
-    owner: Any
-    is_ours: bool  # whether a layer of ours has it, which selects by its mask
-    key: Any
-    nbytes: int
-    weight: Any  # the MaskedParameter of nnx, or the path in linen's variables
+    is_ours: bool
+    key: Path
+
+    @property
+    def owner(self) -> Any:
+        """What a function ``include`` is given: the parameter."""
+        return self.value
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the weight and its mask."""
+        return int(self.value.nbytes + self.mask.nbytes)
 
 
-def parameters_of(model: Any, axes: Axes = None) -> list[Parameter]:
-    """Return the parameters of a model, each once, in its order."""
+def parameters_of(model: Any, axes: Axes = None) -> list[ModelWeight]:
+    """Return the parameters of a model, each once, in its order; the key of linen's is their path."""
     if not is_linen(model):
-        return [
-            Parameter(
-                weight.full_name,
-                weight.variable.get_value(),
-                {user.name: user.module for user in weight.users},
-                weight.why,
-                weight.fixed,
-                weight.is_masked,
-                any(
-                    isinstance(user.module, SparseLinear) and user.parameter == "weight_values" for user in weight.users
-                ),
-                weight,
-            )
-            for weight in model_weights(model)
-        ]
-    masked = linen_weights(model)
-    parameters = []
+        return model_weights(model)
+    masked, parameters = linen_weights(model), []
     for path, leaf in linen_parameters(model).items():
         name = ".".join(path)
         fixed = "" if jnp.issubdtype(leaf.dtype, jnp.floating) else "not of a floating dtype"
         why = fixed or ("" if name in (axes or ()) else why_left_out(name, leaf.ndim))
-        owners = {weight_name(path): leaf}
-        parameters.append(Parameter(name, leaf, owners, why, fixed != "", path in masked, False, path))
+        users, known = [ParameterUser(weight_name(path), name, leaf, path)], axes_of(name, leaf.ndim, axes)
+        parameters.append(ModelWeight(leaf, users, masked.get(path), axes=known, why=why, fixed=fixed != ""))
     return parameters
 
 
 def masked_of(model: Any, axes: Axes = None, *, sparse: bool = False) -> dict[str, Any]:
     """Return the masked weights of a model, by name, in its order; if they are asked for, layers of the sparse form too."""
-    if is_linen(model):
-        weights = {}
-        for path, (value, mask) in linen_weights(model).items():
-            full, name, nbytes = ".".join(path), weight_name(path), value.nbytes + mask.nbytes
-            known = axes_of(full, value.ndim, axes)
-            weights[name] = Masked(full, value, mask, known, value, has_own_mask(model, path), path, nbytes, path)
-        return weights
-    names = parameter_names(model)
-    found: dict[str, Any] = {}
-    for name, weight in masked_weights(model, sparse=sparse).items():
-        if isinstance(weight, SparseLinear):
-            found[name] = weight
-            continue
-        full = names[id(weight.kernel)]
-        known = (axes or {}).get(full) or weight.axes
-        kernel, mask = weight.kernel.get_value(), weight.own_mask
-        found[name] = Masked(
-            full,
-            kernel,
-            mask,
-            known,
-            weight.module,
-            isinstance(weight.module, MaskedLinear),
-            id(weight.kernel),
-            weight.nbytes,
-            weight,
-        )
-    return found
+    if not is_linen(model):
+        return masked_weights(model, axes, sparse=sparse)
+    weights = {}
+    for path, (value, mask) in linen_weights(model).items():
+        name, ours = ".".join(path), has_own_mask(model, path)
+        weights[weight_name(path)] = LinenWeight(name, value, mask, axes_of(name, value.ndim, axes), ours, path)
+    return weights
 
 
 def refuse_linen_module(function: str, model: Any) -> None:
@@ -126,7 +81,7 @@ def refuse_linen(function: str, model: Any) -> None:
         )
 
 
-def refuse_unfit(function: str, name: str, one: Masked) -> None:
+def refuse_unfit(function: str, name: str, one: Any) -> None:
     """Raise an error for a masked weight whose mask cannot be chosen here: inside a transform, or shared by a stack."""
     if is_traced(one.value) or is_traced(one.mask):
         raise TypeError(

@@ -16,8 +16,7 @@ from maskedlinear_jax._tree import named_leaves
 from maskedlinear_jax.flax._adapter import refuse_linen
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import as_double, doubled
-from maskedlinear_jax.flax._nnx import MaskedLinear
-from maskedlinear_jax.flax._weights import MaskedParameter, masked_weights, parameter_names
+from maskedlinear_jax.flax._weights import MaskedParameter, masked_weights
 
 __all__ = ["check_masks"]
 
@@ -54,13 +53,12 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
                     change(layer)
             return not is_alike(_outputs_and_gradients(changed, given), expected)
 
-        gradients, full_names = named_leaves(expected[1]), parameter_names(model)
+        gradients = named_leaves(expected[1])
         for name, layer in layers.items():
-            masked, full_name = ~np.asarray(layer.live), full_names[id(layer.kernel)]
-            if not _is_zero(layer.kernel.get_value(), masked):
+            masked, full_name = ~np.asarray(layer.live), layer.full_name
+            if not _is_zero(layer.value, masked):
                 failures[name].append("its kernel is not +0 under the mask")
-            ours = isinstance(layer.module, MaskedLinear)
-            if ours and full_name in gradients and not _is_zero(gradients[full_name], masked):
+            if layer.is_ours and full_name in gradients and not _is_zero(gradients[full_name], masked):
                 failures[name].append("the gradient of its kernel is not +0 under the mask")
         for change, is_alike, message in (
             (_poison, _are_equal, "what is dormant acts on an output or a gradient"),
@@ -91,7 +89,7 @@ def _poison(layer: MaskedParameter) -> None:
 
 
 def _make_plain(layer: MaskedParameter) -> None:
-    layer.kernel.set_value(masked_kernel(layer.kernel.get_value(), layer.live))
+    layer.kernel.set_value(masked_kernel(layer.value, layer.live))
     layer.release()  # but for a subclass, whose call is its own
 
 

@@ -18,10 +18,10 @@ from jax import Array, lax
 from maskedlinear_jax._tree import named_leaves
 from maskedlinear_jax.flax._adapter import refuse_linen_module
 from maskedlinear_jax.flax._kernel import masked_kernel, weight_name
-from maskedlinear_jax.flax._modules import layers_of, refuse_shared
+from maskedlinear_jax.flax._modules import check_alone, layers_of
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_masks
-from maskedlinear_jax.flax._weights import masked_weights, parameter_names
+from maskedlinear_jax.flax._weights import masked_weights
 
 __all__ = ["dense_gradients"]
 
@@ -78,13 +78,13 @@ def dense_gradients(loss: Callable[..., Array], model: Any, *arguments: Any) -> 
     if is_linen(model):
         return _of_variables(loss, model, arguments)
     every = masked_weights(model, sparse=True)
-    refuse_shared(model, [one.weight_values if isinstance(one, SparseLinear) else one.kernel for one in every.values()])
+    check_alone(model, [one.weight_values if isinstance(one, SparseLinear) else one.kernel for one in every.values()])
     whole = _prepared(loss, model, arguments)
     wanted = nnx.DiffState(0, nnx.Any(nnx.Param, _Added))
     gradients = nnx.grad(loss, argnums=wanted)(whole, *arguments)
-    dense, names = named_leaves(gradients), parameter_names(whole)
+    dense = named_leaves(gradients)
     return {
-        name: _rows(name, one, gradients) if isinstance(one, SparseLinear) else dense[names[id(one.kernel)]]
+        name: _rows(name, one, gradients) if isinstance(one, SparseLinear) else dense[one.full_name]
         for name, one in masked_weights(whole, sparse=True).items()
         if not isinstance(one, SparseLinear) or _is_alone(one)
     }
@@ -112,9 +112,8 @@ def _prepared(loss: Callable[..., Array], model: Any, arguments: tuple[Any, ...]
     """Return a copy of a model with full masks, whose sparse layers record, with a zero to add for each of their calls."""
     whole = nnx.clone(model)
     for weight in masked_weights(whole).values():
-        kernel = weight.kernel.get_value()
-        weight.kernel.set_value(masked_kernel(kernel, weight.live))
-        weight.mask.set_value(jnp.ones(kernel.shape, bool))
+        weight.kernel.set_value(masked_kernel(weight.value, weight.live))
+        weight.mask_variable.set_value(jnp.ones(weight.value.shape, bool))
     recorded = {name: layer for name, layer in layers_of(whole, SparseLinear).items() if _is_alone(layer)}
     for layer in recorded.values():
         _Recorded.adopt(layer)

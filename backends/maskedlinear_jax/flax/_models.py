@@ -24,7 +24,7 @@ from maskedlinear_jax.flax._modules import (
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["as_function", "compress", "expand"]
+__all__ = ["as_function", "become_sparse", "compress", "expand"]
 
 Model = TypeVar("Model")
 
@@ -101,6 +101,17 @@ def expand(model: Model) -> Model:
         ValueError: if a layer must keep its form; the model is left as it was.
     """
     return compress(model, "dense")
+
+
+def become_sparse(model: Model, layers: list[Any]) -> Model:
+    """Give masked layers of a model the sparse form, as :func:`compress` does, but for those that must keep theirs."""
+    held = parameter_users(model)
+    made: dict[int, Any] = {}
+    for layer in layers:
+        shared = any(len(held[id(own)]) > 1 for own in vars(layer).values() if isinstance(own, nnx.Variable))
+        if isinstance(layer, MaskedLinear) and not _why_fixed(layer, shared):
+            made[id(layer)] = copy_metadata_and_attributes(SparseLinear.from_masked(layer), layer)
+    return replace_modules(model, made, set()) if made else model
 
 
 def _measured_seconds(layer: Any, batch: int, training: bool) -> dict[str, float]:

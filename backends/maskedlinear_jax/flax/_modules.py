@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from maskedlinear.models import refuse_shared
 from maskedlinear_jax._compat import children, holds_data, is_traced
 
 __all__ = [
     "as_double",
     "at",
+    "check_alone",
     "children_of",
     "copy_metadata_and_attributes",
     "device_of",
@@ -21,7 +23,6 @@ __all__ = [
     "layers_of",
     "parameter_users",
     "pure",
-    "refuse_shared",
     "replace_modules",
 ]
 
@@ -58,17 +59,12 @@ def parameter_users(model: Any) -> dict[int, list[Any]]:
     return found
 
 
-def refuse_shared(model: Any, weights: Iterable[Any]) -> None:
+def check_alone(model: Any, weights: Iterable[Any]) -> None:
     """Raise a ``ValueError`` if a weight whose connections are to move is shared."""
     held = parameter_users(model)
     for variable in weights:
-        users = len(held[id(variable)])
-        if users > 1:
-            name = next(name for name, part in children_of(held[id(variable)][0]).items() if part is variable)
-            raise ValueError(
-                f"connections move in a layer that has its {name} to itself; here {users} modules share it: leave it out "
-                "with include=..."
-            )
+        users = held[id(variable)]
+        refuse_shared(next(name for name, part in children_of(users[0]).items() if part is variable), len(users))
 
 
 def pure(tree: Any) -> Any:

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskedlinear._progress import Progress
 from maskedlinear.pruning import CubicSchedule
-from maskedlinear.pruning._over_time import Pruning, Regrowth, rounds_of
+from maskedlinear.pruning._over_time import Pruning, Regrowth, lottery_rounds_by
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._adapter import refuse_linen
 from maskedlinear_jax.flax._dense_gradients import are_finite
 from maskedlinear_jax.flax._kernel import label, masked_kernel, set_variables
 from maskedlinear_jax.flax._modules import layers_of
-from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._weights import masked_weights
@@ -26,7 +23,28 @@ from maskedlinear_jax.flax._whole import prune_model
 
 __all__ = ["ScheduledPruning", "ScheduledRegrowth", "load_state", "lottery_rounds", "rewind_model"]
 
-_logger = logging.getLogger("maskedlinear")
+
+def bring_masks(model: Any, average: Any) -> None:
+    """Give an average of a model its masks and its sparse layers' connections; what has come back starts at 0 there.
+
+    Raises:
+        ValueError: if the average has not the same masked layers; it is left as it was.
+    """
+    (weights, layers), (others, other_layers) = (
+        (masked_weights(one), layers_of(one, SparseLinear)) for one in (model, average)
+    )
+    if (weights.keys(), layers.keys()) != (others.keys(), other_layers.keys()):
+        raise ValueError(
+            f"an average has the layers of its model; got one with the masked weights {[*others, *other_layers]}, and the "
+            f"model has {[*weights, *layers]}: make it of the model as it is"
+        )
+    for name, weight in weights.items():
+        new, old = jnp.copy(weight.live), others[name].live
+        others[name].set_mask(new)
+        kernel = others[name].kernel
+        kernel.set_value(masked_kernel(kernel.get_value(), old | ~new))
+    for name, layer in layers.items():
+        other_layers[name].take_patterns(layer.patterns)
 
 
 class ScheduledPruning(Pruning):
@@ -50,18 +68,14 @@ class ScheduledPruning(Pruning):
         steps: how many steps there were.
     """
 
+    _prune_model, _bring_masks = staticmethod(prune_model), staticmethod(bring_masks)
+
     def __init__(self, model: Any, schedule: CubicSchedule, **options: Any) -> None:
         refuse_linen("ScheduledPruning", model)
         super().__init__(model, schedule, **options)
 
-    def _prune(self, sparsity: float, **how: Any) -> None:
-        prune_model(self.model, sparsity, **how)
-
     def _has_finite_gradients(self, how: Mapping[str, Any]) -> bool:
         return are_finite(jax.tree.leaves(how.get("gradients")))
-
-    def _bring_masks(self, average: Any) -> None:
-        _bring_masks(self.model, average)
 
 
 class ScheduledRegrowth(Regrowth):
@@ -95,6 +109,8 @@ class ScheduledRegrowth(Regrowth):
         ValueError: if ``every``, ``end``, ``initial`` or ``growth`` is out of its range.
     """
 
+    _regrow_model, _bring_masks = staticmethod(regrow_model), staticmethod(bring_masks)
+
     def __init__(self, model: Any, *arguments: Any, **options: Any) -> None:
         refuse_linen("ScheduledRegrowth", model)
         super().__init__(model, *arguments, **options)
@@ -123,38 +139,7 @@ class ScheduledRegrowth(Regrowth):
         if not self.due(step):
             return 0
         found = gradients() if self.growth == "gradient" and gradients is not None else None
-        if found is not None and not are_finite(found.values()):
-            _logger.warning("no connections move at step %d: its gradients are not finite", step)
-            return 0
-        moved: int = regrow_model(self.model, gradients=found, **self._options(step))
-        self._update_averages()
-        return moved
-
-    def _bring_masks(self, average: Any) -> None:
-        _bring_masks(self.model, average)
-
-
-def _bring_masks(model: Any, average: Any) -> None:
-    """Give an average of a model its masks and its sparse layers' connections; what has come back starts at 0 there.
-
-    Raises:
-        ValueError: if the average has not the same masked layers; it is left as it was.
-    """
-    (weights, layers), (others, other_layers) = (
-        (masked_weights(one), layers_of(one, SparseLinear)) for one in (model, average)
-    )
-    if (weights.keys(), layers.keys()) != (others.keys(), other_layers.keys()):
-        raise ValueError(
-            f"an average has the layers of its model; got one with the masked weights {[*others, *other_layers]}, and the "
-            f"model has {[*weights, *layers]}: make it of the model as it is"
-        )
-    for name, weight in weights.items():
-        new, old = jnp.copy(weight.live), others[name].live
-        others[name].set_mask(new)
-        kernel = others[name].kernel
-        kernel.set_value(masked_kernel(kernel.get_value(), old | ~new))
-    for name, layer in layers.items():
-        other_layers[name].take_patterns(layer.patterns)
+        return self._move(step, found, found is None or are_finite(found.values()))
 
 
 def load_state(model: Any, state: Any) -> None:
@@ -169,7 +154,8 @@ def load_state(model: Any, state: Any) -> None:
         state: of ``nnx.state``, or restored from a checkpoint into the form of one: a ``State`` of Variables.
 
     Raises:
-        ValueError: if the indices of a sparse layer are none of a layer of its shape; other Variables are set then.
+        ValueError: if the indices of a sparse layer are none of a layer of its shape, or the state has only one of the two;
+            other Variables are set then.
     """
     refuse_linen("load_state", model)
     _load(model, state, keep_masks=False)
@@ -191,63 +177,45 @@ def rewind_model(model: Any, state: Any) -> None:
 
 def _load(model: Any, state: Any, keep_masks: bool) -> None:
     weights = masked_weights(model).values()
-    masks = [weight.own_mask for weight in weights]
+    masks = [weight.mask for weight in weights]
     absent = [jnp.zeros((0,) * mask.ndim, bool) for mask in masks]
     for weight, nothing in zip(weights, absent, strict=True):
-        weight.mask.set_value(nothing)
+        weight.mask_variable.set_value(nothing)
         if weight.dormant is not None:
             weight.dormant.set_value(jnp.zeros_like(weight.dormant.get_value()))
+    sparse = [(layer, _ends(layer)) for layer in layers_of(model, SparseLinear).values()]
     nnx.update(model, _copied(state))
-    brought = [weight.mask.get_value() for weight in weights]  # before the first is set, which others may share
+    brought = [
+        weight.mask_variable.get_value() for weight in weights
+    ]  # before the first is set, which others may share
     for weight, mask, nothing, new in zip(weights, masks, absent, brought, strict=True):
         if keep_masks or new is nothing:
-            set_variables(weight.kernel, weight.mask, weight.dormant, mask)
-        elif isinstance(weight.module, MaskedLinear):
-            weight.module.set_mask(new)
+            set_variables(weight.kernel, weight.mask_variable, weight.dormant, mask)
+        elif weight.is_ours:
+            weight.owner.set_mask(new)
         else:
-            checked = jnp.array(boolean_mask(new, weight.kernel.get_value().shape, label(weight.kernel.get_value())))
-            set_variables(weight.kernel, weight.mask, weight.dormant, checked)
-    for layer in layers_of(model, SparseLinear).values():
+            checked = jnp.array(boolean_mask(new, weight.value.shape, label(weight.value)))
+            set_variables(weight.kernel, weight.mask_variable, weight.dormant, checked)
+    for layer, ends in sparse:
+        if len({new is old for new, old in zip(_ends(layer), ends, strict=True)}) > 1:
+            raise ValueError(
+                "the connections of a sparse layer are in its indptr and indices; got a state with one of them alone: "
+                "restore both, or neither, and the layer keeps its own"
+            )
         layer._complete_pattern()
 
 
-def lottery_rounds(
-    model: Any, sparsity: float, rounds: int, *, state: Any = None, progress: Progress = False, **how: Any
-) -> Iterator[float]:
-    """Iterative pruning with rewinding: train in the body of the loop, from the same saved weights in every round::
-
-        for sparsity in lottery_rounds(model, 0.9, rounds=5):
-            optimizer = nnx.Optimizer(model, freeze_masked(optax.adam(1e-3)), wrt=nnx.Param)
-            train(model, optimizer)
-
-    The body runs once for the dense model and once after each round of pruning, the last time at ``sparsity``. Between two
-    runs the trained weights are pruned, each round by the same share of what is left, and then set back to the saved ones.
-
-    Source: J. Frankle and M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural Networks", ICLR 2019;
-    with ``state`` of an early step: J. Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis", ICML
-    2020.
-
-    Args:
-        model: a module with masked weights.
-        sparsity: the fraction of masked connections after the last round, in [0, 1).
-        rounds: how many times it is pruned.
-        state: what to rewind to, as :func:`rewind_model` takes it; a copy of the model's present one if ``None``.
-        progress: ``True`` to show on the standard error stream how many of the trainings are done; or a function that is
-            called with the fraction.
-        how: ``score``, ``scope``, ``of``, ``include``, ``axes``, ``seed`` and more: as :func:`prune_model` takes them.
-
-    Yields:
-        The sparsity that the model is to be trained at; one that is pruned already may have more.
-
-    Raises:
-        ValueError: as by :class:`maskedlinear.pruning.GeometricSchedule` and :func:`prune_model`.
-    """
-    refuse_linen("lottery_rounds", model)
-    saved = _copied(nnx.state(model) if state is None else state)
-    return rounds_of(
-        sparsity, rounds, lambda now: prune_model(model, now, **how), lambda: rewind_model(model, saved), progress
-    )
+def _ends(layer: SparseLinear) -> tuple[Any, Any]:
+    return layer.indptr.get_value(), layer.indices.get_value()
 
 
 def _copied(state: Any) -> Any:
     return jax.tree.map(jnp.copy, state)
+
+
+def _saved(model: Any, state: Any) -> Any:
+    refuse_linen("lottery_rounds", model)
+    return _copied(nnx.state(model) if state is None else state)
+
+
+lottery_rounds = lottery_rounds_by(prune_model, rewind_model, _saved)

@@ -15,13 +15,14 @@ from jax import Array
 
 from maskedlinear.models import first_names
 from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._optim import follow_masks
 from maskedlinear_jax._tree import is_unmasked, named_leaves
 from maskedlinear_jax.flax._kernel import label, mask_shape
-from maskedlinear_jax.flax._modules import at
+from maskedlinear_jax.flax._modules import at, pure
 from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_masks
-from maskedlinear_jax.flax._weights import masked_weights, parameter_names
+from maskedlinear_jax.flax._weights import masked_weights
 
-__all__ = ["param_masks", "set_param_masks"]
+__all__ = ["bring_masks_to", "param_masks", "set_param_masks"]
 
 
 def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
@@ -45,10 +46,7 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     if isinstance(model, nnx.Module):
         live: dict[int, Any] = {}
         for weight in masked_weights(model).values():
-            used = _whole_mask(
-                weight.kernel.get_value(), weight.mask.get_value()
-            )  # a copy, so that either can be donated
-            key = id(weight.kernel)
+            used, key = _whole_mask(weight.value, weight.mask_variable.get_value()), weight.key
             live[key] = _perhaps_abstract(jnp.logical_and, live[key], used) if key in live else used
         flat = nnx.to_flat_state(nnx.state(model, wrt))
         return nnx.from_flat_state([(path, live.get(id(at(model, path)))) for path, _ in flat])
@@ -86,12 +84,11 @@ def set_param_masks(model: Any, masks: Any, dormant: Any = None) -> Any:
         ValueError: if a mask is missing, does not fit its weight, or holds anything but 0 and 1.
     """
     if isinstance(model, nnx.Module):
-        names, weights = parameter_names(model), masked_weights(model).values()
-        kernels = {names[id(weight.kernel)]: weight.kernel.get_value() for weight in weights}
-        new = _of_weights(masks, dormant, kernels)
+        weights = masked_weights(model).values()
+        new = _of_weights(masks, dormant, {weight.full_name: weight.value for weight in weights})
         for weight in weights:  # a kernel has one place in the trees, whoever shares it
-            if names[id(weight.kernel)] in new:
-                weight.set_mask(*new[names[id(weight.kernel)]])
+            if weight.full_name in new:
+                weight.set_mask(*new[weight.full_name])
         return model
     if is_linen(model):
         paths = {".".join(path): path for path in linen_weights(model)}
@@ -101,6 +98,12 @@ def set_param_masks(model: Any, masks: Any, dormant: Any = None) -> Any:
     raise TypeError(
         f"set_param_masks takes an nnx module, or linen variables with 'params'; got {type(model).__name__}"
     )
+
+
+def bring_masks_to(optimizer: nnx.Optimizer[Any], model: Any, state: Any) -> None:
+    """Give an optimizer this state, in which guards that hold masks of their own have those of the model."""
+    state = follow_masks(state, pure(param_masks(model, optimizer.wrt)))
+    nnx.update(optimizer.opt_state, nnx.state(state))
 
 
 def _of_weights(masks: Any, dormant: Any, kernels: Mapping[str, Any]) -> dict[str, tuple[Array, Array | None]]:
@@ -119,7 +122,7 @@ def _of_weights(masks: Any, dormant: Any, kernels: Mapping[str, Any]) -> dict[st
 
 
 def _whole_mask(kernel: Any, mask: Any) -> Any:
-    """Return a weight's mask in its shape, checked; abstract if it is."""
+    """Return a weight's mask in its shape, checked: a copy, so that either can be donated; abstract if it is."""
 
     def whole(mask: Array) -> Array:
         return jnp.copy(jnp.broadcast_to(boolean_mask(mask, mask_shape(kernel, mask), label(kernel)), kernel.shape))

@@ -12,12 +12,12 @@ from flax import nnx
 
 from maskedlinear import pruning
 from maskedlinear.pruning._layers import Include, layer_seed, matches
-from maskedlinear_jax._optim import follow_masks, renewed_state
+from maskedlinear_jax._optim import renewed_state
 from maskedlinear_jax._tree import Axes, named_leaves, regrow_known
-from maskedlinear_jax.flax._adapter import Masked, masked_of, refuse_linen_module, refuse_unfit
+from maskedlinear_jax.flax._adapter import masked_of, refuse_linen, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import masked_kernel
-from maskedlinear_jax.flax._modules import pure, refuse_shared
-from maskedlinear_jax.flax._param_masks import param_masks
+from maskedlinear_jax.flax._modules import check_alone, pure
+from maskedlinear_jax.flax._param_masks import bring_masks_to
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen, set_linen_masks
 
@@ -64,6 +64,8 @@ def regrow_model(
             change. The model is left as it was.
     """
     refuse_linen_module("regrow_model", model)
+    if optimizer is not None:
+        refuse_linen("regrow_model(optimizer=...)", model)
     weights = {
         name: one
         for name, one in masked_of(model, axes, sparse=True).items()
@@ -72,13 +74,13 @@ def regrow_model(
     if not weights:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     if not is_linen(model):
-        refuse_shared(model, [_variable(one) for one in weights.values()])
+        check_alone(model, [_variable(one) for one in weights.values()])
     plans: dict[str, Any] = {}
     place = 0
     for name, one in weights.items():
         if gradients is not None and name not in gradients:
             raise ValueError(f"growth by gradient needs that of each layer; {name or 'the layer'} has none")
-        if isinstance(one, Masked):
+        if not isinstance(one, SparseLinear):
             refuse_unfit("regrow_model", name, one)
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
         if isinstance(one, SparseLinear):
@@ -88,7 +90,7 @@ def regrow_model(
             plans[name], matrices = regrow_known(one.axes, live, one.value, fraction, gradient, seed, place)
         place += matrices
     if is_linen(model):
-        masks = {one.weight: (jnp.asarray(plans[name]), None) for name, one in weights.items()}
+        masks = {one.key: (jnp.asarray(plans[name]), None) for name, one in weights.items()}
         return set_linen_masks(model, masks, revive=False)
     moved = [_move(weights[name], name, plan) for name, plan in plans.items()]
     if optimizer is not None:
@@ -97,7 +99,7 @@ def regrow_model(
 
 
 def _variable(one: Any) -> Any:
-    return one.weight_values if isinstance(one, SparseLinear) else one.weight.kernel
+    return one.weight_values if isinstance(one, SparseLinear) else one.kernel
 
 
 def _planned_sparse(layer: SparseLinear, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
@@ -120,9 +122,8 @@ def _move(weight: Any, name: str, plan: Any) -> Moved:
         weight.rewire(patterns, source)
         return f"{name}.weight_values" if name else "weight_values", source < 0, np.maximum(source, 0)
     new = plan & ~np.asarray(weight.mask)
-    weight.weight.set_mask(jnp.asarray(plan))
-    kernel = weight.weight.kernel
-    kernel.set_value(masked_kernel(kernel.get_value(), jnp.asarray(~new)))
+    weight.set_mask(jnp.asarray(plan))
+    weight.kernel.set_value(masked_kernel(weight.value, jnp.asarray(~new)))
     return weight.full_name, new, None
 
 
@@ -139,5 +140,4 @@ def _renew(optimizer: nnx.Optimizer[Any], model: Any, moved: list[Moved]) -> Non
 
     renewals = [of(*known[name]) if name in known else None for name in named_leaves(params)]
     state = renewed_state(optimizer.tx, pure(optimizer.opt_state), jax.tree.structure(params), params, renewals)
-    state = follow_masks(state, pure(param_masks(model, optimizer.wrt)))
-    nnx.update(optimizer.opt_state, nnx.state(state))
+    bring_masks_to(optimizer, model, state)

@@ -22,9 +22,11 @@ from maskedlinear_jax.flax._kernel import checked_mask, exchange, masked_kernel
 
 __all__ = [
     "Path",
+    "dormant_of",
     "is_linen",
     "linen_parameters",
     "linen_weights",
+    "load_masks",
     "mask_variables",
     "set_linen_masks",
     "unmask_variables",
@@ -109,6 +111,25 @@ def mask_variables(
             if name != "dormant" or keep_dormant:
                 flat.setdefault(name, {})[places[name]] = jax.tree.map(lambda _, value=value: value, boxed)
     return _like(variables, flat)
+
+
+def dormant_of(variables: Mapping[str, Any], path: Path) -> Array | None:
+    """Return what is dormant of a masked parameter, if that is kept."""
+    flat = _flattened(variables)
+    found: Array | None = meta.unbox(flat.get("dormant", {}).get(_places(path, flat)["dormant"]))
+    return found
+
+
+def load_masks(variables: Mapping[str, Any], masks: Mapping[Path, Array]) -> Mapping[str, Any]:
+    """Return variables in which parameters have these masks, whatever theirs were; what is under them becomes dormant."""
+    flat, masked = _flattened(variables), linen_weights(variables)
+    lets_go = {
+        path for path in masks if path in masked and _places(path, flat)["dormant"] not in flat.get("dormant", {})
+    }
+    for keep_dormant in (True, False):
+        part = {path: mask for path, mask in masks.items() if (path not in lets_go) is keep_dormant}
+        variables = mask_variables(variables, part, keep_dormant) if part else variables
+    return variables
 
 
 def unmask_variables(variables: Mapping[str, Any], paths: list[Path]) -> dict[str, Any]:

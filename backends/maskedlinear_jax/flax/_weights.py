@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
@@ -18,7 +17,16 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from maskedlinear.models import SHARED, WeightAxes, axes_by_name, checked_axes, is_norm, why_left_out
+from maskedlinear.models import (
+    ModelWeight,
+    ParameterUser,
+    WeightAxes,
+    axes_by_name,
+    checked_axes,
+    describe_weight,
+    is_norm,
+    why_left_out,
+)
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax.flax._kernel import (
     Dormant,
@@ -26,6 +34,7 @@ from maskedlinear_jax.flax._kernel import (
     checked_mask,
     mask_names,
     masked_kernel,
+    remember_recipe,
     set_variables,
     sharding_of,
     weight_name,
@@ -36,12 +45,12 @@ from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
 __all__ = [
     "MaskedParameter",
-    "ModelWeight",
     "mask_weight",
     "masked_weights",
     "model_weights",
     "parameter_names",
     "register_axes",
+    "share_mask",
 ]
 
 Axes = Mapping[str, WeightAxes]
@@ -51,121 +60,90 @@ class MaskedParameter(NamedTuple):
     """A masked weight of an nnx model.
 
     Attributes:
-        module: the module that has it; or a mapping, as a bridged linen model holds its variables.
+        owner: the module that has it; or a mapping, as a bridged linen model holds its variables.
         parameter: its name there.
+        full_name: what it is called in ``nnx.state(model)``.
         axes: what its axes mean; ``None`` if nobody knows.
     """
 
-    module: Any
+    owner: Any
     parameter: str
+    full_name: str
     axes: WeightAxes | None
 
     @property
     def kernel(self) -> nnx.Variable[Array]:
         """The parameter."""
-        variable: nnx.Variable[Array] = children_of(self.module)[self.parameter]
+        variable: nnx.Variable[Array] = children_of(self.owner)[self.parameter]
         return variable
 
     @property
-    def mask(self) -> Mask:
+    def value(self) -> Any:
+        """The parameter's array."""
+        return self.kernel.get_value()
+
+    @property
+    def key(self) -> int:
+        """What is the same for weights that are one."""
+        return id(self.kernel)
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether a layer of ours has it, which selects by its mask."""
+        return isinstance(self.owner, MaskedLinear)
+
+    @property
+    def mask_variable(self) -> Mask:
         """The Variable of its mask."""
-        variable: Mask = children_of(self.module)[self._names[0]]
+        variable: Mask = children_of(self.owner)[self._names[0]]
         return variable
 
     @property
     def dormant(self) -> Dormant | None:
         """The Variable of what is dormant, if that is kept."""
-        variable = children_of(self.module).get(self._names[1])
+        variable = children_of(self.owner).get(self._names[1])
         return variable if isinstance(variable, Dormant) else None
 
     @property
-    def own_mask(self) -> Any:
+    def mask(self) -> Any:
         """The mask as it is; full, of a layer made by ``nnx.eval_shape`` that was never given one."""
-        return self.module._own_mask() if isinstance(self.module, MaskedLinear) else self.mask.get_value()
+        return self.owner._own_mask() if self.is_ours else self.mask_variable.get_value()
 
     @property
     def live(self) -> Array:
         """The mask, of the weight's shape: a stack of layers may share one."""
-        return jnp.broadcast_to(checked_mask(self.kernel.get_value(), self.own_mask), self.kernel.get_value().shape)
+        return jnp.broadcast_to(checked_mask(self.value, self.mask), self.value.shape)
 
     @property
     def nbytes(self) -> int:
         """The bytes of the weight, its mask and what is dormant; of a layer of ours all that it has."""
-        held: Any = [self.kernel, self.mask, self.dormant]
-        if isinstance(self.module, MaskedLinear):
-            held = [part for part in vars(self.module).values() if isinstance(part, nnx.Variable)]
+        held: Any = [self.kernel, self.mask_variable, self.dormant]
+        if self.is_ours:
+            held = [part for part in vars(self.owner).values() if isinstance(part, nnx.Variable)]
         return sum(
             math.prod(part.get_value().shape) * part.get_value().dtype.itemsize for part in held if part is not None
         )
 
     def set_mask(self, new: Array, pruned: Array | None = None) -> None:
         """Give the weight another mask, checked and its own; weights move."""
-        old = self.mask.get_value()
+        old = self.mask_variable.get_value()
         if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new) and old.shape == new.shape:
             new = jax.device_put(new, old.sharding)
-        set_variables(self.kernel, self.mask, self.dormant, new, pruned)
+        set_variables(self.kernel, self.mask_variable, self.dormant, new, pruned)
 
     def release(self) -> None:
         """Give the weight back to its module as it acts; what is dormant is dropped. Subclasses of ours stay masked."""
-        if type(self.module) is MaskedLinear:
-            self.module.release()
-        elif isinstance(self.module, nnx.Module) and not isinstance(self.module, MaskedLinear):
-            self.kernel.set_value(masked_kernel(self.kernel.get_value(), self.own_mask))
+        if type(self.owner) is MaskedLinear:
+            self.owner.release()
+        elif isinstance(self.owner, nnx.Module) and not self.is_ours:
+            self.kernel.set_value(masked_kernel(self.value, self.mask))
             for name in self._names:
-                if hasattr(self.module, name):
-                    delattr(self.module, name)
+                if hasattr(self.owner, name):
+                    delattr(self.owner, name)
 
     @property
     def _names(self) -> tuple[str, str]:
-        return mask_names(children_of(self.module), self.parameter)
-
-
-class User(NamedTuple):
-    """A module that holds a parameter: its path in the model, and the parameter's name there."""
-
-    path: str
-    module: Any
-    parameter: str
-
-    @property
-    def name(self) -> str:
-        """What the parameter's mask is called: of a ``kernel`` as the module is, of any other with its own name."""
-        return weight_name((*filter(None, [self.path]), self.parameter))
-
-
-@dataclass
-class ModelWeight:
-    """A parameter of an nnx model.
-
-    Attributes:
-        variable: the parameter.
-        users: the modules that hold it, in the model's order.
-        full_name: what it is called in ``nnx.state(model)``.
-        axes: what its axes mean; ``None`` if nobody knows.
-        why: why it is not masked unless it is asked for by name; empty if it is.
-        fixed: whether it cannot be masked at all.
-    """
-
-    variable: nnx.Variable[Array]
-    users: list[User]
-    full_name: str
-    axes: WeightAxes | None = None
-    why: str = ""
-    fixed: bool = False
-
-    @property
-    def is_masked(self) -> bool:
-        """Whether it has a mask in one of its modules."""
-        return any(
-            isinstance(children.get(mask_names(children, name)[0]), Mask)
-            for _, module, name in self.users
-            for children in [children_of(module)]
-        )
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The parameter's shape."""
-        return tuple(self.variable.get_value().shape)
+        return mask_names(children_of(self.owner), self.parameter)
 
 
 class _Own(NamedTuple):
@@ -239,14 +217,15 @@ def register_axes(kind: type[nnx.Module], axes: Axes) -> None:
     _table[kind] = checked_axes(kind, nnx.Module, axes)
 
 
-def axes_of(module: Any, parameter: str, name: str, shape: tuple[int, ...]) -> tuple[WeightAxes | None, bool]:
+def module_axes(user: ParameterUser, value: Any) -> tuple[WeightAxes | None, bool]:
     """Return what the axes of a module's parameter mean, ``None`` if nobody knows; and whether its module's type says so."""
-    for kind in type(module).__mro__:
+    shape = tuple(value.shape)
+    for kind in type(user.module).__mro__:
         for pattern, entry in _table.get(kind, {}).items():
-            if fnmatchcase(parameter, pattern):
-                own = _Own(shape, entry) if isinstance(entry, WeightAxes) else entry(module)
+            if fnmatchcase(user.parameter, pattern):
+                own = _Own(shape, entry) if isinstance(entry, WeightAxes) else entry(user.module)
                 return (None, False) if own is None else (_stacked(own, shape), True)
-    return axes_by_name(name, len(shape)), False
+    return axes_by_name(user.full_name, len(shape)), False
 
 
 def _stacked(own: _Own, shape: tuple[int, ...]) -> WeightAxes | None:
@@ -268,59 +247,49 @@ def model_weights(model: Any) -> list[ModelWeight]:
     names = parameter_names(model)
     weights: dict[int, ModelWeight] = {}
     for path, module in nnx.iter_graph(model):
-        for name, variable in children_of(module).items():
+        children = children_of(module)
+        for key, variable in children.items():
             if isinstance(variable, nnx.Param) and id(variable) in names:
-                weight = weights.setdefault(id(variable), ModelWeight(variable, [], names[id(variable)]))
-                weight.users.append(User(".".join(map(str, path)), module, str(name)))
+                weight = weights.setdefault(id(variable), ModelWeight(variable.get_value(), []))
+                name = weight_name((*filter(None, [".".join(map(str, path))]), str(key)))
+                weight.users.append(ParameterUser(name, names[id(variable)], module, str(key)))
+                if isinstance(module, SparseLinear) and key == "weight_values":
+                    weight.sparse = module
+                mask = children.get(mask_names(children, str(key))[0])
+                weight.mask = mask if isinstance(mask, Mask) else weight.mask
     for weight in weights.values():
-        _describe(weight)
+        describe_weight(weight, nnx.Embed, _why_fixed, module_axes, _why_left_out)
     return list(weights.values())
 
 
-def _describe(weight: ModelWeight) -> None:
-    """Find out a parameter's axes, and why it is left out."""
-    weight.why = next(filter(None, (_why_fixed(user, weight.variable) for user in weight.users)), "")
-    weight.fixed = weight.why != ""
-    if weight.fixed:
-        return
-    layers = [user for user in weight.users if not isinstance(user.module, nnx.Embed)]
-    known = False
-    for _, module, parameter in layers or weight.users:
-        if weight.axes is None:
-            weight.axes, known = axes_of(module, parameter, weight.full_name, weight.shape)
-    if layers and len(layers) < len(weight.users):
-        weight.why = SHARED
-    else:
-        weight.why = next(filter(None, (_why_left_out(user, weight, known) for user in weight.users)), "")
-
-
-def _why_fixed(user: User, variable: Any) -> str:
+def _why_fixed(user: ParameterUser, value: Any) -> str:
     if not isinstance(user.module, nnx.Module) or isinstance(user.module, nnx.List | nnx.Dict):
         return "in a container, which is no module: hold it as an attribute of one, or mask it by prune_tree"
     children = children_of(user.module)
     own, *_ = names = mask_names(children, user.parameter)
     if any(name in children for name in names) and not isinstance(children.get(own), Mask):
         return f"in a module that calls something else {own}"
-    return "" if jnp.issubdtype(variable.get_value().dtype, jnp.floating) else "not of a floating dtype"
+    return "" if jnp.issubdtype(value.dtype, jnp.floating) else "not of a floating dtype"
 
 
-def _why_left_out(user: User, weight: ModelWeight, known: bool) -> str:
-    _, module, _ = user
-    if isinstance(weight.variable, nnx.LoRAParam):
+def _why_left_out(user: ParameterUser, weight: ModelWeight, known: bool) -> str:
+    if isinstance(children_of(user.module)[user.parameter], nnx.LoRAParam):
         return "adapter"
-    if isinstance(module, nnx.Embed):
+    if isinstance(user.module, nnx.Embed):
         return "embedding"
-    why = why_left_out(weight.full_name, len(weight.shape))
+    why = why_left_out(user.full_name, weight.value.ndim)
     if known:
         return why if why in ("bias", "adapter") else ""
-    return "norm" if is_norm(type(module)) and why != "bias" else why
+    return "norm" if is_norm(type(user.module)) and why != "bias" else why
 
 
-def masked_weights(model: Any, *, sparse: bool = False) -> dict[str, Any]:
+def masked_weights(model: Any, axes: Axes | None = None, *, sparse: bool = False) -> dict[str, Any]:
     """Return the masked weights of a model, by name, in its order: a :class:`MaskedParameter` each.
 
-    If they are asked for, layers of the sparse form too, each a ``SparseLinear``.
+    If they are asked for, layers of the sparse form too, each a ``SparseLinear``. What ``axes`` say by full names goes
+    before what is known.
     """
+    names = parameter_names(model)
     found: dict[str, Any] = {}
     for path, module in nnx.iter_graph(model):
         if sparse and isinstance(module, SparseLinear):
@@ -329,8 +298,10 @@ def masked_weights(model: Any, *, sparse: bool = False) -> dict[str, Any]:
         for key, variable in children.items():
             if isinstance(variable, nnx.Variable) and isinstance(children.get(mask_names(children, str(key))[0]), Mask):
                 keys = (*map(str, path), str(key))
-                axes, _ = axes_of(module, str(key), ".".join(keys), tuple(variable.get_value().shape))
-                found[weight_name(keys)] = MaskedParameter(module, str(key), axes)
+                user = ParameterUser(weight_name(keys), ".".join(keys), module, str(key))
+                full_name = names.get(id(variable), user.full_name)
+                known = (axes or {}).get(full_name) or module_axes(user, variable.get_value())[0]
+                found[user.name] = MaskedParameter(module, user.parameter, full_name, known)
     return found
 
 
@@ -339,18 +310,37 @@ def parameter_names(model: Any) -> dict[int, str]:
     return {id(at(model, path)): ".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))}
 
 
-def mask_weight(weight: ModelWeight, mask: Array | None, keep_dormant: bool) -> None:
-    """Give a weight its mask, in every module that holds it: plain linear layers become ours, others get two Variables."""
-    variable, sharding = weight.variable, sharding_of(weight.variable)
-    kernel = variable.get_value()
+def mask_weight(weight: ModelWeight, mask: Array | None, keep_dormant: bool, given: Any = None) -> None:
+    """Give a weight its mask, in every module that holds it: plain linear layers become ours, others get two Variables.
+
+    ``given`` is what the mask was made of.
+    """
+    variable = children_of(weight.users[0].module)[weight.users[0].parameter]
+    kernel, sharding = variable.get_value(), sharding_of(variable)
     live = Mask(jnp.ones(kernel.shape, bool) if mask is None else mask, **sharding)
     pruned = jnp.zeros_like(kernel) if mask is None else masked_kernel(kernel, ~mask)
+    remember_recipe(live, given)
     dormant = Dormant(pruned, **sharding) if keep_dormant else None
-    for _, module, parameter in weight.users:
-        if type(module) is nnx.Linear and parameter == "kernel":
-            MaskedLinear.adopt(module, mask, keep_dormant=keep_dormant)
-        for name, held in zip(mask_names(children_of(module), parameter), (live, dormant), strict=True):
-            if held is not None or isinstance(module, MaskedLinear):
-                setattr(module, name, held)
+    for user in weight.users:
+        _hold_mask(user, live, dormant)
     if mask is not None:
         variable.set_value(masked_kernel(kernel, mask))
+
+
+def share_mask(weight: ModelWeight) -> None:
+    """Give the mask of a weight to those of its modules that have none, as they came to hold it later."""
+    held = {user: mask_names(children_of(user.module), user.parameter) for user in weight.users}
+    masked = {user: children_of(user.module) for user, (own, _) in held.items() if own in children_of(user.module)}
+    dormant = next((children.get(held[user][1]) for user, children in masked.items()), None)
+    for user in weight.users:
+        if user not in masked:
+            _hold_mask(user, weight.mask, dormant)
+
+
+def _hold_mask(user: ParameterUser, live: Mask, dormant: Dormant | None) -> None:
+    module = user.module
+    if type(module) is nnx.Linear and user.parameter == "kernel":
+        MaskedLinear.adopt(module, live.get_value(), keep_dormant=dormant is not None)
+    for name, held in zip(mask_names(children_of(module), user.parameter), (live, dormant), strict=True):
+        if held is not None or isinstance(module, MaskedLinear):
+            setattr(module, name, held)

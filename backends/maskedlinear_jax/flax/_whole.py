@@ -15,6 +15,7 @@ from jax import Array
 
 from maskedlinear import pruning
 from maskedlinear._progress import Progress
+from maskedlinear.masks import Recipe
 from maskedlinear.models import (
     ModelSummary,
     Of,
@@ -22,28 +23,23 @@ from maskedlinear.models import (
     WeightAxes,
     WeightSummary,
     check_of,
+    check_one_mask,
     prune_weights,
     warn_of_drift,
     warn_of_left_out,
     warn_of_sparse,
+    weights_to_mask,
     zeros_left,
 )
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear.pruning._layers import (
-    Include,
-    Scoring,
-    asked_by_name,
-    check_known,
-    matches,
-    pattern_of,
-    select_weights,
-)
+from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, pattern_of
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._tree import Axes, named_leaves, prunable, restored
-from maskedlinear_jax.flax._adapter import Masked, masked_of, parameters_of, refuse_linen_module, refuse_unfit
-from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel
-from maskedlinear_jax.flax._modules import layers_of
+from maskedlinear_jax.flax._adapter import masked_of, parameters_of, refuse_linen, refuse_linen_module, refuse_unfit
+from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel, remember_recipe
+from maskedlinear_jax.flax._modules import layers_of, pure
+from maskedlinear_jax.flax._param_masks import bring_masks_to
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import (
     is_linen,
@@ -51,14 +47,12 @@ from maskedlinear_jax.flax._variables import (
     set_linen_masks,
     unmask_variables,
 )
-from maskedlinear_jax.flax._weights import mask_weight
+from maskedlinear_jax.flax._weights import mask_weight, share_mask
 
 __all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
-
-_ONE_MASK = "a weight has one mask, whoever shares it; got different ones: give them the same, or a kernel each"
 
 
 def mask_model(
@@ -107,36 +101,23 @@ def mask_model(
         TypeError: if ``model`` is a linen module, which has no parameters of its own.
     """
     refuse_linen_module("mask_model", model)
-    masks, asked = dict(masks or {}), asked_by_name(include)
-    every = parameters_of(model, axes)
-    check_known("axes", axes or (), [candidate.full_name for candidate in every])
-    weights = [candidate for candidate in every if not candidate.is_masked]
-    named = {name: candidate for candidate in weights for name in candidate.owners}
-    named_by_axes = {one.full_name: one for one in weights if one.full_name in (axes or ())}
-    for name, one in (*((name, named[name]) for name in (*masks, *asked) if name in named), *named_by_axes.items()):
-        if one.fixed:
-            raise ValueError(f"{name or 'the weight'} cannot be masked: it is {one.why}")
-    possible = {
-        name: owner
-        for candidate in weights
-        for name, owner in candidate.owners.items()
-        if not candidate.fixed
-        and (not candidate.why or name in masks or name in asked or candidate.full_name in (axes or ()))
-    }
-    if possible or masks or include is not None or not any(candidate.is_masked for candidate in every):
-        left_out = {candidate.full_name: candidate.why for candidate in weights if candidate.why}
-        possible = select_weights(model, possible, masks, include, left_out)
-    checked = {name: _checked(masks[name], named[name].value, name) for name in possible if name in masks}
-    _refuse_different(checked, {name: id(named[name]) for name in checked})
-    chosen = [candidate for candidate in weights if any(name in possible for name in candidate.owners)]
-    of_each = [next((checked[name] for name in one.owners if name in checked), None) for one in chosen]
+    masks, every = dict(masks or {}), parameters_of(model, axes)
+    check_known("axes", axes or (), [weight.full_name for weight in every])
+    weights = [weight for weight in every if weight.mask is None]
+    others = len(weights) < len(every)
+    chosen = weights_to_mask(model, weights, masks, include, _checked, _are_equal, others, axes or ())
     if not masks and include is None:
-        warn_of_left_out([(one.full_name, one.why) for one in weights if one not in chosen], stacklevel=3)
+        left_out = [(weight.full_name, weight.why) for weight in weights if weight.full_name not in (axes or ())]
+        warn_of_left_out(left_out, stacklevel=3)
     if is_linen(model):
-        paths = {one.weight: mask for one, mask in zip(chosen, of_each, strict=True)}
+        paths = {weight.users[0].parameter: mask for weight, mask in chosen}
         return cast(Model, mask_variables(cast(Any, model), paths, keep_dormant))
-    for one, mask in zip(chosen, of_each, strict=True):
-        mask_weight(one.weight, mask, keep_dormant)
+    for weight, mask in chosen:
+        given = next((masks[user.name] for user in weight.users if user.name in masks), None)
+        mask_weight(weight, mask, keep_dormant, given)
+    for weight in every:
+        if weight.mask is not None and weight.sparse is None and not weight.fixed:
+            share_mask(weight)
     return model
 
 
@@ -153,9 +134,9 @@ def unmask_model(model: Model, *, include: Include = None) -> Model:
     refuse_linen_module("unmask_model", model)
     chosen = {name: one for name, one in masked_of(model).items() if matches(name, one.owner, include)}
     if is_linen(model):
-        return cast(Model, unmask_variables(cast(Any, model), [one.weight for one in chosen.values()]))
+        return cast(Model, unmask_variables(cast(Any, model), [one.key for one in chosen.values()]))
     for one in chosen.values():
-        one.weight.release()
+        one.release()
     return model
 
 
@@ -166,7 +147,7 @@ def get_masks(model: Any) -> dict[str, Any]:
     a list of these.
     """
     return {
-        name: jnp.copy(one.mask) if isinstance(one, Masked) else _patterns(one)
+        name: _patterns(one) if isinstance(one, SparseLinear) else jnp.copy(one.mask)
         for name, one in masked_of(model, sparse=True).items()
     }
 
@@ -194,13 +175,17 @@ def set_masks(model: Any, masks: Masks) -> Any:
         for name, mask in masks.items()
         if isinstance(weights[name], SparseLinear)
     }
-    masks = {name: mask for name, mask in masks.items() if isinstance(weights[name], Masked)}
-    checked = {name: _checked(mask, weights[name].value, name, weights[name].mask) for name, mask in masks.items()}
-    _refuse_different(checked, {name: weights[name].key for name in checked})
+    masks = {name: mask for name, mask in masks.items() if name not in moved}
+    checked = {
+        name: _checked(mask, weights[name].value, weights[name].axes, name, weights[name].mask)
+        for name, mask in masks.items()
+    }
+    check_one_mask(checked, {name: weights[name].key for name in checked}, _are_equal)
     if is_linen(model):
-        return set_linen_masks(model, {weights[name].weight: (mask, None) for name, mask in checked.items()})
+        return set_linen_masks(model, {weights[name].key: (mask, None) for name, mask in checked.items()})
     for name, mask in checked.items():
-        weights[name].weight.set_mask(mask)
+        weights[name].set_mask(mask)
+        remember_recipe(weights[name].mask_variable, masks[name])
     for name, patterns in moved.items():
         weights[name].take_patterns(patterns)
     return model
@@ -217,6 +202,7 @@ def prune_model(
     axes: Axes = None,
     block: tuple[int, int] | None = None,
     gradients: Any = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
@@ -239,6 +225,8 @@ def prune_model(
         axes: as in :func:`mask_model`.
         block: prune whole blocks of ``(outputs, inputs)``.
         gradients: what ``nnx.grad`` returned for the model; of linen's variables a tree like ``params``.
+        optimizer: of an nnx model, so that masks which :func:`maskedlinear.jax.freeze_masked` was given once are the new
+            ones; other guards are given them at each step.
         seed: for ``"random"``.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
         keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
@@ -252,6 +240,8 @@ def prune_model(
             model is left as it was.
     """
     refuse_linen_module("prune_model", model)
+    if optimizer is not None:
+        refuse_linen("prune_model(optimizer=...)", model)
     check_of(of)
     chosen = {name: one for name, one in masked_of(model, axes).items() if matches(name, one.owner, include)}
     if not chosen:
@@ -282,8 +272,11 @@ def prune_model(
     warn_of_drift([name for name in weights if _has_drifted(chosen[name])], stacklevel=3)
     if of == "masked" and include is None and not is_linen(model):
         warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
+    before = {name: one.mask for name, one in chosen.items()}
     changed = set_masks(model, masks)
-    return changed if is_linen(model) else {name: one.mask for name, one in chosen.items()}
+    if optimizer is not None:
+        bring_masks_to(optimizer, model, pure(optimizer.opt_state))
+    return changed if is_linen(model) else before
 
 
 def summary(model: Any, *, axes: Axes = None) -> ModelSummary:
@@ -307,17 +300,17 @@ def summary(model: Any, *, axes: Axes = None) -> ModelSummary:
     unmasked = [
         UnmaskedParameter(one.full_name, tuple(one.value.shape), one.why)
         for one in parameters_of(model)
-        if not one.is_masked and not one.is_sparse
+        if one.mask is None and one.sparse is None
     ]
     return ModelSummary(rows, unmasked)
 
 
-def _has_drifted(one: Masked) -> bool:
+def _has_drifted(one: Any) -> bool:
     """Whether a weight of a module that knows nothing of masks is not 0 everywhere under its mask."""
     return not one.is_ours and bool(jnp.any(masked_kernel(one.value, ~one.mask)))
 
 
-def _dense_rows(name: str, one: Masked) -> list[WeightSummary]:
+def _dense_rows(name: str, one: Any) -> list[WeightSummary]:
     """Return the row of a weight in the dense form, or of each layer of a stack of linear ones; those are (out, in)."""
     live = np.broadcast_to(np.asarray(one.mask), one.value.shape)
     axes = one.axes or WeightAxes.of_entries(live.ndim)
@@ -349,7 +342,7 @@ def _patterns(layer: SparseLinear) -> SparsityPattern | list[SparsityPattern]:
 def _given_patterns(name: str, layer: SparseLinear, given: Any) -> list[SparsityPattern]:
     """Return the connections that a layer in the sparse form, or each of a stack, is given."""
     if layer.indptr.get_value().ndim == 1:
-        given = [given if isinstance(given, SparsityPattern) else np.asarray(given).T]
+        given = [given if isinstance(given, SparsityPattern | Recipe) else np.asarray(given).T]
     if not isinstance(given, list) or len(given) != len(layer.patterns):
         raise ValueError(
             f"a stack in the sparse form takes a list of {len(layer.patterns)} patterns; got other for {name}"
@@ -357,21 +350,16 @@ def _given_patterns(name: str, layer: SparseLinear, given: Any) -> list[Sparsity
     return [pattern_of(name, own, new) for own, new in zip(layer.patterns, given, strict=True)]
 
 
-def _checked(mask: Any, value: Any, name: str, old: Any = None) -> Array:
+def _checked(mask: Any, value: Any, axes: WeightAxes | None, name: str, old: Any = None) -> Array:
     """Return a mask of a weight; a stack of layers may share one, as their ``old`` one."""
     if isinstance(mask, SparsityPattern):
         mask = mask.to_mask().T
     shape = value.shape if old is None else mask_shape(value, old)
     try:
-        return jnp.array(boolean_mask(mask, shape, label(value)))
+        return jnp.array(boolean_mask(mask, shape, label(value), axes))
     except ValueError as error:
         raise ValueError(f"the mask of {name or 'the layer'}: {error}") from error
 
 
-def _refuse_different(masks: Mapping[str, Array], keys: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if a weight that has several names is given different masks."""
-    first: dict[Any, Array] = {}
-    for name, mask in masks.items():
-        other = first.setdefault(keys[name], mask)
-        if other is not mask and not is_traced(other) and not is_traced(mask) and bool((other != mask).any()):
-            raise ValueError(_ONE_MASK)
+def _are_equal(one: Array, other: Array) -> bool:
+    return is_traced(one) or is_traced(other) or bool((one == other).all())
