@@ -47,3 +47,14 @@ def test_the_wired_network_is_read_back_by_name(capsys: pytest.CaptureFixture[st
     assert "wired: 73 parameters" in out
     assert "dense: 403 parameters" in out
     assert out.count(" -> ") >= 10
+
+
+def test_a_model_goes_from_torch_to_flax_and_back(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example("torch_to_flax")
+    monkeypatch.setattr(module, "STEPS", 20)
+    assert module.main() == 0
+    out = capsys.readouterr().out
+    assert out.count(" 948\n") == 4, "a tenth of the weights live at each step"
+    assert "Flax, trained on" in out

@@ -49,6 +49,11 @@ def test_from_edges_and_from_scipy(rng: np.random.Generator) -> None:
     torch.testing.assert_close(from_scipy(x), layer(x))
     assert SparseLinear.from_scipy(scipy.sparse.csc_array(weight)).weight_values.dtype is torch.float32
     assert torch.equal(SparseLinear.from_scipy(scipy.sparse.eye_array(2)).bias, torch.zeros(2))
+    matrix = layer.to_scipy()
+    np.testing.assert_array_equal(matrix.toarray(), weight)  # (out, in)
+    matrix.data[:] = 0
+    assert layer.weight_values.all()
+    assert layer.bfloat16().to_scipy().dtype == np.float32
     drawn = SparseLinear.from_edges(to, of, (6, 5), bias=False, dtype=torch.float16)
     assert (drawn.bias, drawn.weight_values.dtype) == (None, torch.float16)
     with pytest.raises(ValueError, match=r"one entry for each of the 15 edges; got \(3,\)"):

@@ -19,7 +19,8 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from maskedlinear.masks import as_mask
+from maskedlinear.masks import Recipe, as_mask
+from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._compat import is_traced
 
@@ -83,12 +84,16 @@ def as_array(name: str, value: Any) -> Array:
         raise TypeError(f"{name} must be an array of numbers; got {type(value).__name__}") from error
 
 
-def boolean_mask(mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in)") -> Array:
-    """Return ``mask`` as a boolean array, checked.
+def boolean_mask(
+    mask: Any, shape: tuple[int, ...], parameter: str = "weight (out, in)", axes: WeightAxes | None = None
+) -> Array:
+    """Return ``mask`` as a boolean array, checked; that of a recipe, by the weight's axes.
 
     Raises:
         ValueError: if the mask has another shape, holds anything but 0 and 1, or is traced and not boolean.
     """
+    if isinstance(mask, Recipe):
+        mask = mask.make(shape, axes)
     if is_traced(mask) and mask.dtype != jnp.bool_:
         raise ValueError(
             f"inside a transform a mask must be boolean, because its values cannot be checked; got {mask.dtype}: "

@@ -9,7 +9,9 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     )
 
 from maskedlinear_torch._check_masks import check_masks
+from maskedlinear_torch._export import onnx_translations, operator_decompositions
 from maskedlinear_torch._functional import masked_linear
+from maskedlinear_torch._import_masks import import_masks
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand
 from maskedlinear_torch._optim import freeze_masked
@@ -32,9 +34,12 @@ __all__ = [
     "expand",
     "freeze_masked",
     "get_masks",
+    "import_masks",
     "lottery_rounds",
     "mask_model",
     "masked_linear",
+    "onnx_translations",
+    "operator_decompositions",
     "prune_model",
     "register_axes",
     "regrow_model",

@@ -20,7 +20,7 @@ from maskedlinear.models import MaskCheck
 from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._storage import bits_of, version_of
-from maskedlinear_torch._weights import is_releasable, masked_weights, release, walk_masked
+from maskedlinear_torch._weights import masked_weights, release, walk_masked
 
 __all__ = ["check_masks"]
 
@@ -256,8 +256,7 @@ def _with_plain(model: nn.Module, layers: Layers) -> nn.Module:
     plain = _copied(model)
     masks = masked_weights(plain)
     for name in layers:
-        if is_releasable(layer := masks[name]):
-            release(layer)
+        release(masks[name])
     return plain
 
 

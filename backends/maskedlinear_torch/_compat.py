@@ -10,14 +10,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.prune import BasePruningMethod
 
 __all__ = [
     "CALL_HOOKS",
     "STATE_HOOKS",
     "active_ddp_module",
+    "end_pruning",
     "gradient_hooks",
     "in_transform",
     "is_any_autocast_on",
@@ -27,6 +29,7 @@ __all__ = [
     "is_nested",
     "is_tracing",
     "nothing_looks_on",
+    "pruning_hooks",
     "take_hooks_along",
     "takes_load_hooks",
 ]
@@ -135,3 +138,22 @@ def active_ddp_module() -> Any:
 def takes_load_hooks(optimizer: Any) -> bool:
     """Whether hooks can be registered on loading a state; not on accelerate's wrapper, which torch has never initialised."""
     return hasattr(optimizer, "_optimizer_load_state_dict_post_hooks")
+
+
+def pruning_hooks(module: nn.Module) -> dict[str, int]:
+    """Return the keys of the hooks of ``torch.nn.utils.prune`` that a module has, by the parameter that each computes."""
+    return {
+        hook._tensor_name: key for key, hook in module._forward_pre_hooks.items() if isinstance(hook, BasePruningMethod)
+    }
+
+
+def end_pruning(module: nn.Module, name: str) -> None:
+    """Take a parameter's pruning by ``torch.nn.utils.prune`` away, as its ``remove`` does, but leave all values."""
+    del module._forward_pre_hooks[pruning_hooks(module)[name]]
+    vars(module).pop(name, None)  # what the hook has computed
+    del module._buffers[f"{name}_mask"]
+    # The order stays: states of optimizers go by it.
+    parameters = [(name if own == f"{name}_orig" else own, value) for own, value in module._parameters.items()]
+    module._parameters.clear()
+    module._parameters.update(parameters)
+    setattr(module, name, module._parameters[name])  # a recurrent layer keeps a list of its own

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 
+from maskedlinear import checkpoint
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch import MaskedLinear, SparseLinear, freeze_masked
 from maskedlinear_torch._products import DevicePattern
@@ -101,6 +102,14 @@ class TorchLayer:
     def load(self, path: Path) -> None:
         """Load it."""
         self.module.load_state_dict(torch.load(path / "state.pt"))
+
+    def save_file(self, path: Path, *, dormant: bool = False) -> None:
+        """Save the module."""
+        checkpoint.save(self.module, path, dormant=dormant)
+
+    def load_file(self, path: Path) -> None:
+        """Load it into the module."""
+        checkpoint.load_into(self.module, path)
 
     def load_plain(self, path: Path) -> Callable[[Tensor], Tensor]:
         """Return an ``nn.Linear`` that has loaded it with ``strict=False``."""
@@ -236,7 +245,7 @@ class Placed(NamedTuple):
     @classmethod
     def of(cls, pattern: SparsityPattern, device: torch.device) -> Placed:
         """Return that of ``pattern``."""
-        flat = pattern.rows.astype(np.int64) * pattern.shape[1] + pattern.indices
+        flat = pattern.places
         return cls(torch.tensor(flat, device=device), DevicePattern.of(pattern, device))
 
     def values(self, weight: Tensor) -> Tensor:

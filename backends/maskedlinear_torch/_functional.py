@@ -21,7 +21,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812 - torch's own idiom
 from torch import Tensor
 
-from maskedlinear.masks import as_mask
+from maskedlinear.masks import Recipe, as_mask
+from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._compat import in_transform, is_forward_mode, is_tracing, nothing_looks_on
 from maskedlinear_torch._dtensors import full_tensor
@@ -41,6 +42,7 @@ __all__ = [
     "masked_expression",
     "masked_function",
     "masked_linear",
+    "recipe_of",
 ]
 
 FLOATING = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -171,8 +173,11 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
         raise unchecked from error
 
 
-def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
+def checked_mask(mask: Any, shape: Sequence[int], axes: WeightAxes | None = None) -> Tensor:
     """Return a copy of a layer's ``mask`` as a boolean tensor, on the device where it is, checked.
+
+    What is made of a recipe, by the weight's axes, has it as its attribute ``recipe``, and so has what is made of that; see
+    :func:`recipe_of`.
 
     Raises:
         ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values (``"meta"``).
@@ -183,9 +188,22 @@ def checked_mask(mask: Any, shape: Sequence[int]) -> Tensor:
             raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
         full: Tensor = full_tensor(mask.detach())
         if full.dtype is torch.bool and full.shape == tuple(shape):
-            return full.clone()
+            return _with_recipe(full.clone(), mask)
         mask = full
-    return as_tensor(as_mask(mask, tuple(shape)))
+    given = mask.make(tuple(shape), axes) if isinstance(mask, Recipe) else mask
+    return _with_recipe(as_tensor(as_mask(given, tuple(shape))), mask)
+
+
+def recipe_of(mask: Any) -> Recipe | None:
+    """Return the recipe that a mask is, or was just made of."""
+    return mask if isinstance(mask, Recipe) else getattr(mask, "recipe", None)
+
+
+def _with_recipe(checked: Tensor, mask: Any) -> Tensor:
+    recipe = recipe_of(mask)
+    if recipe is not None:
+        checked.recipe = recipe  # type: ignore[attr-defined]
+    return checked
 
 
 def check_dense(mask: Tensor) -> None:

@@ -60,7 +60,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         out_features: the size of y's last dimension.
         bias: whether the layer has a bias, shape ``(out_features,)``.
         mask: shape ``(out_features, in_features)``, booleans or 0s and 1s, an array of any framework on the CPU or a
-            tensor; copied. ``None`` is the full mask.
+            tensor; copied. Or a :class:`maskedlinear.masks.Recipe`. ``None`` is the full mask.
         init_fan_in: what :meth:`reset_parameters` scales the weights to: each row's ``"live"`` inputs, or the
             ``"full"`` number of inputs, as ``nn.Linear`` does. The same without a mask.
         keep_dormant: whether dormant values are kept: beside the weight, one array of its shape as soon as anything is
@@ -210,8 +210,9 @@ class MaskedLinear(MaskedWeight, nn.Linear):
                 f"from_linear takes an nn.Linear that has its weight; got {type(linear).__name__}: "
                 "pass an nn.Linear, or call a lazy one once before"
             )
+        recipe = None
         if mask is None and isinstance(linear, MaskedLinear):
-            mask = linear.known_mask
+            mask, recipe = linear.known_mask, linear.recipe
         layer: Self = skip_init(  # draws nothing from the random generator
             cls,
             linear.in_features,
@@ -226,6 +227,8 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         _copy_parameters(linear, layer, full)
         if mask is not None:
             layer.set_mask(mask)
+        if recipe is not None:
+            layer.recipe = recipe
         return layer
 
     @classmethod
@@ -272,6 +275,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         self._unhook()
         for name in ("mask", "init_fan_in", "keep_dormant", "_dormant", "_own", "_pending_mask"):
             delattr(self, name)
+        vars(self).pop("recipe", None)
         forget(self)
         linear: nn.Linear = self
         linear.__class__ = nn.Linear

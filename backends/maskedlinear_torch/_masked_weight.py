@@ -9,21 +9,24 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from maskedlinear.masks import as_mask
+from maskedlinear.masks import Recipe, as_mask
+from maskedlinear.models import WeightAxes
 from maskedlinear_torch._compat import take_hooks_along
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part
-from maskedlinear_torch._functional import as_tensor, checked_mask
+from maskedlinear_torch._functional import as_tensor, checked_mask, recipe_of
 from maskedlinear_torch._storage import (
     DormantStore,
     GradientMask,
+    KeepDormant,
     OwnWeight,
     bits_of,
+    check_keep_dormant,
     layer_of,
     project,
     remember_layer,
@@ -33,22 +36,14 @@ from maskedlinear_torch._storage import (
 
 __all__ = ["KeepDormant", "MaskedWeight", "check_keep_dormant", "forget"]
 
-KeepDormant = bool | Literal["host"]
-
-
-def check_keep_dormant(keep_dormant: Any) -> None:
-    """Raise a ``ValueError`` if ``keep_dormant`` is none of the choices."""
-    if keep_dormant not in (True, False, "host"):
-        raise ValueError(f"keep_dormant must be True, False or 'host'; got {keep_dormant!r}")
-
 
 class MaskedWeight(nn.Module):
     """The storage of a weight with a mask: what :class:`maskedlinear.torch.MaskedLinear` is beside an ``nn.Linear``."""
 
     weight: Tensor
-
     mask: Tensor
     keep_dormant: KeepDormant
+    recipe: Recipe | None = None  # what the mask was last made of; whoever relies on it sees whether it still is
     _own: OwnWeight
     _dormant: DormantStore
     _pending_mask: Tensor | None  # of a layer on the meta device, which has no values
@@ -162,7 +157,10 @@ class MaskedWeight(nn.Module):
             ValueError: if the mask has another shape, holds anything but 0 and 1, is sparse or has no values
                 (``"meta"``); the layer is left as it was.
         """
-        checked = checked_mask(mask, self.mask.shape)  # a copy: it may be a view of the layer's own
+        axes = self.weight_axes if isinstance(mask, Recipe) else None
+        checked = checked_mask(mask, self.mask.shape, axes)  # a copy: it may be a view of the layer's own
+        if recipe_of(checked) != self.recipe:
+            self.recipe = recipe_of(checked)
         with torch.no_grad():
             if self._pending_mask is not None:
                 self._pending_mask.copy_(checked)
@@ -228,6 +226,11 @@ class MaskedWeight(nn.Module):
         """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
         size = self.mask.numel()
         return (size - int(self.mask.sum())) / size if size else 0.0
+
+    @property
+    def weight_axes(self) -> WeightAxes | None:
+        """What the axes of the weight mean; ``None`` if nobody knows."""
+        return WeightAxes(out_axis=0, in_axis=1)
 
     @property
     def known_mask(self) -> Tensor:
@@ -378,10 +381,11 @@ class MaskedWeight(nn.Module):
         self.project()
         super()._save_to_state_dict(destination, prefix, keep_vars)
         # With 0s if nothing is dormant: averagers go through two states side by side, and distributed checkpoints load
-        # what the state that they load into has.
+        # what the state that they load into has. Files of ours, which ask with keep_vars, make no such zeros.
+        has_zeros = self.keep_dormant and not keep_vars and "weight" in self._parameters
         if self.dormant is not None:
             destination[prefix + "dormant"] = self.dormant
-        elif self.keep_dormant and "weight" in self._parameters and not self.mask.is_meta and not self.weight.is_meta:
+        elif has_zeros and not self.mask.is_meta and not self.weight.is_meta:
             device = "cpu" if self.keep_dormant == "host" else local_part(self.weight).device
             destination[prefix + "dormant"] = torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device)
 

@@ -11,6 +11,7 @@ import torch.fx
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch._dtensors import full_tensor
 from maskedlinear_torch._functional import FLOATING, checked_mask
@@ -49,8 +50,9 @@ class SparseLinear(nn.Module):
         in_features: the size of x's last dimension.
         out_features: the size of y's last dimension.
         bias: whether the layer has a bias, shape ``(out_features,)``.
-        mask: which connections there are: an array of shape ``(out_features, in_features)``, booleans or 0s and 1s, or
-            a :class:`maskedlinear.pattern.SparsityPattern`. ``None`` has all of them, which is rarely worth it.
+        mask: which connections there are: an array of shape ``(out_features, in_features)``, booleans or 0s and 1s, a
+            :class:`maskedlinear.masks.Recipe`, or a :class:`maskedlinear.pattern.SparsityPattern`. ``None`` has all of them,
+            which is rarely worth it.
         pattern: the same as a :class:`maskedlinear.pattern.SparsityPattern` of shape ``(out_features, in_features)``,
             in place of ``mask``.
         init_fan_in: what :meth:`reset_parameters` scales the values to: each row's ``"live"`` inputs, or the ``"full"``
@@ -74,6 +76,7 @@ class SparseLinear(nn.Module):
     starts: Tensor
     outputs: Tensor
     order: Tensor
+    recipe: Recipe | None = None  # what the connections were made of; whoever relies on it sees whether they still are
     keep_dormant: KeepDormant = True  # of the dense form that this was, and may become again
     _matrix: Matrix
 
@@ -101,6 +104,8 @@ class SparseLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
         self.keep_dormant = True
+        if isinstance(mask, Recipe):
+            self.recipe = mask
         options: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_values = nn.Parameter(torch.empty(pattern.nnz, **options))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_features, **options)) if bias else None)
@@ -178,6 +183,8 @@ class SparseLinear(nn.Module):
             live = weight.new_empty(pattern.nnz) if weight.is_meta else weight[layer.mask]
             made = cls._made(pattern, live, layer.bias)
         made.init_fan_in, made.keep_dormant = layer.init_fan_in, layer.keep_dormant
+        if layer.recipe is not None:
+            made.recipe = layer.recipe
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(getattr(layer, "weight" if name == "weight_values" else name).requires_grad)
         return made.train(layer.training)
@@ -243,6 +250,17 @@ class SparseLinear(nn.Module):
         values = torch.tensor(np.asarray(data), **options)
         return cls._made(pattern, values, bias)
 
+    def to_scipy(self) -> Any:
+        """Return W as a ``scipy.sparse.csr_array`` of shape ``(out, in)``, for :meth:`from_scipy`; a copy, on the CPU.
+
+        Half types, which scipy has not, become float32. The bias is not in it.
+
+        Raises:
+            ModuleNotFoundError: if scipy is not installed.
+        """
+        values = self.weight_values.detach().cpu()
+        return self.pattern.to_scipy((values.float() if values.itemsize < 4 else values).numpy())
+
     def to_masked(self) -> MaskedLinear:
         """Return the dense form with the same outputs: a copy, whose dormant weights are 0; on the meta device one there."""
         layer: MaskedLinear = nn.utils.skip_init(  # draws nothing from the random generator
@@ -258,6 +276,8 @@ class SparseLinear(nn.Module):
         with torch.no_grad():
             layer.weight.zero_()  # before the mask makes something dormant
             layer.set_mask(self.pattern.to_mask())
+            if self.recipe is not None:
+                layer.recipe = self.recipe
             if not self.weight_values.is_meta:
                 layer.weight[layer.mask] = self.weight_values
             if self.bias is not None:

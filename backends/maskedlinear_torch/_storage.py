@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,9 +25,11 @@ from maskedlinear_torch._dtensors import as_dtensor_like
 __all__ = [
     "DormantStore",
     "GradientMask",
+    "KeepDormant",
     "OwnWeight",
     "Version",
     "bits_of",
+    "check_keep_dormant",
     "count_step",
     "is_plain",
     "keep_bits",
@@ -39,6 +41,15 @@ __all__ = [
     "version_of",
     "zero_masked",
 ]
+
+KeepDormant = bool | Literal["host"]
+
+
+def check_keep_dormant(keep_dormant: Any) -> None:
+    """Raise a ``ValueError`` if ``keep_dormant`` is none of the choices."""
+    if keep_dormant not in (True, False, "host"):
+        raise ValueError(f"keep_dormant must be True, False or 'host'; got {keep_dormant!r}")
+
 
 _BITS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
 _BLOCK = 1 << 18  # entries that are masked at once: of float32 1 MiB, which stays in a core's cache

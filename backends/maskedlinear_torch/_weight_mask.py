@@ -13,6 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from maskedlinear.models import WeightAxes
 from maskedlinear_torch._functional import checked_mask
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, forget
 from maskedlinear_torch._storage import OwnWeight, layer_of
@@ -36,7 +37,7 @@ class WeightMask(MaskedWeight):
     def __init__(self, module: nn.Module, name: str, mask: Any = None, *, keep_dormant: KeepDormant = True) -> None:
         weight = module._parameters[name]
         assert weight is not None
-        checked = None if mask is None else checked_mask(mask, weight.shape)
+        checked = None if mask is None else checked_mask(mask, weight.shape, _axes_of(module, name, weight))
         super().__init__()
         self.__dict__["_own"] = OwnWeight()
         self.__dict__["_owner"] = module, name  # no child of its child
@@ -56,6 +57,11 @@ class WeightMask(MaskedWeight):
         """The module whose parameter this masks, and the parameter's name."""
         owner: tuple[nn.Module, str] = self.__dict__["_owner"]
         return owner
+
+    @property
+    def weight_axes(self) -> WeightAxes | None:
+        """What the axes of the weight mean; ``None`` if nobody knows."""
+        return _axes_of(*self.owner, self.weight)
 
     def release(self) -> None:
         """Let go of mask and dormant values: the module has its weight as it acts."""
@@ -157,6 +163,12 @@ class WeightMask(MaskedWeight):
         missing_keys: list[str] = rest[2]
         if prefix + "weight" in missing_keys:  # the module says so
             missing_keys.remove(prefix + "weight")
+
+
+def _axes_of(module: nn.Module, name: str, weight: Tensor) -> WeightAxes | None:
+    from maskedlinear_torch._weights import module_axes  # the table of module types, which needs this module
+
+    return module_axes(module, name, weight)
 
 
 def child_name(name: str) -> str:

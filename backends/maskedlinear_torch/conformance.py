@@ -31,6 +31,8 @@ __all__ = ["TorchBackend"]
 Bias = Tensor | None
 Call = Callable[..., Tensor]
 
+_OF_SPARSE_LAYERS = ("layer", "save", "files", "conversion", "other readers")
+
 
 class TorchBackend:
     """``masked_linear`` and ``sparse_linear``, and their layers. See :mod:`maskedlinear.backends`."""
@@ -67,7 +69,7 @@ class TorchBackend:
                 unsupported[name] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
             unsupported["vmap over the mask"] = "a pattern decides how many values there are"
-            dense_only = (name for name in LAYERS if name not in ("layer", "save", "conversion", "other readers"))
+            dense_only = (name for name in LAYERS if name not in _OF_SPARSE_LAYERS)
             unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
         return unsupported
 

@@ -5,6 +5,7 @@ A kernel is +0 under its mask; its dormant values lie apart. All that changes ma
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +14,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
+from maskedlinear.masks import Recipe
+from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask, check_devices, expression, rule
 
 __all__ = [
+    "KERNEL",
     "PARAMETER",
     "Dormant",
     "Mask",
@@ -29,6 +34,8 @@ __all__ = [
     "mask_names",
     "mask_shape",
     "masked_kernel",
+    "recipe_of",
+    "remember_recipe",
     "set_variables",
     "sharding_of",
     "value_of",
@@ -36,6 +43,7 @@ __all__ = [
 ]
 
 PARAMETER = "kernel (in, out)"
+KERNEL = WeightAxes(out_axis=1, in_axis=0)
 
 
 # Under this name nnx's bridge finds the collection of linen masks, and the other way round.
@@ -47,6 +55,27 @@ class Mask(nnx.Variable[Array]):
 @nnx.register_variable_name("dormant", overwrite=True)
 class Dormant(nnx.Variable[Array]):
     """The weights of a layer's masked connections, 0 elsewhere: in the state and in checkpoints, and no parameter."""
+
+
+_recipes: dict[int, tuple[weakref.ref[Any], Recipe]] = {}  # by the identity of the array that they made
+
+
+def remember_recipe(variable: nnx.Variable[Array], mask: Any) -> None:
+    """Remember what made the array in a Variable, if it was a recipe: a file holds that in the mask's place.
+
+    Beside the Variable, since what is in it is part of the state, and what is on it part of the compiled program.
+    """
+    array = variable.get_value()
+    if isinstance(mask, Recipe) and isinstance(array, jax.Array) and not is_traced(array):  # nobody can write to it
+        key = id(array)
+        _recipes[key] = weakref.ref(array, lambda _: _recipes.pop(key, None)), mask
+
+
+def recipe_of(variable: nnx.Variable[Array]) -> Recipe | None:
+    """Return the recipe that made the array in a Variable; ``None`` if nobody knows of one."""
+    array = variable.get_value()
+    known, recipe = _recipes.get(id(array), (None, None))
+    return recipe if known is not None and known() is array else None
 
 
 def value_of(variable: nnx.Variable[Array]) -> Array:

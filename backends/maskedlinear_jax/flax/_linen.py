@@ -12,7 +12,7 @@ from jax import Array, lax
 
 from maskedlinear.spec import check_shapes
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax.flax._kernel import PARAMETER, apply_kernel, live_scale, masked_kernel
+from maskedlinear_jax.flax._kernel import KERNEL, PARAMETER, apply_kernel, live_scale, masked_kernel
 from maskedlinear_jax.flax._nnx import check_options
 
 __all__ = ["MaskedDense"]
@@ -95,7 +95,7 @@ class MaskedDense(nn.Dense):
             mask = jnp.ones(shape, bool)
         else:
             given = self.mask(shape) if callable(self.mask) else self.mask
-            mask = jnp.array(boolean_mask(given, shape, PARAMETER))
+            mask = jnp.array(boolean_mask(given, shape, PARAMETER, KERNEL))
         boxed = jax.eval_shape(lambda: self._drawn_kernel(jax.random.key(0), shape, self.param_dtype))
         return jax.tree.map(lambda _: mask, boxed)  # partitioned as the kernel is
 

@@ -12,6 +12,7 @@ from jax import Array
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array, boolean_mask
 from maskedlinear_jax.flax._kernel import (
+    KERNEL,
     PARAMETER,
     Dormant,
     Mask,
@@ -21,6 +22,8 @@ from maskedlinear_jax.flax._kernel import (
     live_scale,
     mask_shape,
     masked_kernel,
+    recipe_of,
+    remember_recipe,
     set_variables,
     sharding_of,
     value_of,
@@ -85,11 +88,13 @@ class MaskedLinear(nnx.Linear):
         if 0 in (in_features, out_features):  # Flax's own initialiser divides by the size
             options.setdefault("kernel_init", nnx.initializers.zeros)
         super().__init__(in_features, out_features, rngs=rngs, **options)
+        given = mask
         if mask is not None:
-            mask = jnp.array(boolean_mask(mask, self.kernel.shape, PARAMETER))
+            mask = jnp.array(boolean_mask(mask, self.kernel.shape, PARAMETER, KERNEL))
             if init_fan_in == "live":
                 self.kernel[...] = self.kernel[...] * live_scale(mask, self.kernel.dtype)
         self._begin(mask, init_fan_in, forward_mode, keep_dormant)
+        remember_recipe(self.mask, given)
 
     def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``; ``out_sharding`` as in ``nnx.Linear``."""
@@ -123,10 +128,11 @@ class MaskedLinear(nnx.Linear):
                 layer is abstract.
         """
         old = self.mask.get_value()
-        new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER))
+        new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER, KERNEL))
         if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new):
             new = jax.device_put(new, old.sharding)
         set_variables(self.kernel, self.mask, self.dormant, new)
+        remember_recipe(self.mask, mask)
 
     @property
     def masked_kernel(self) -> Array:
@@ -162,7 +168,7 @@ class MaskedLinear(nnx.Linear):
         if not isinstance(linear, nnx.Linear):
             raise TypeError(f"from_linear takes an nnx.Linear; got {type(linear).__name__}")
         shape = value_of(linear.kernel).shape
-        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
+        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER, KERNEL))
         layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **_options(linear))
         _copy_parameters(linear, layer)
         if isinstance(linear, MaskedLinear):
@@ -172,6 +178,9 @@ class MaskedLinear(nnx.Linear):
             layer._begin(chosen, linear.init_fan_in, linear.forward_mode, keep_dormant)
         else:
             layer._begin(chosen, "live", False, keep_dormant is not False)
+        remember_recipe(
+            layer.mask, recipe_of(linear.mask) if mask is None and isinstance(linear, MaskedLinear) else mask
+        )
         return layer
 
     @classmethod
@@ -194,10 +203,11 @@ class MaskedLinear(nnx.Linear):
                 f"adopt takes a plain nnx.Linear; got {type(linear).__name__}: a copy is made by MaskedLinear.from_linear"
             )
         shape = value_of(linear.kernel).shape
-        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER))
+        chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER, KERNEL))
         linear.__class__ = cls
         layer: Self = linear  # type: ignore[assignment]
         layer._begin(chosen, "live", False, keep_dormant)
+        remember_recipe(layer.mask, mask)
         return layer
 
     def release(self) -> nnx.Linear:

@@ -15,11 +15,13 @@ from flax.nnx.nn import dtypes
 from jax import Array
 from jax.typing import ArrayLike
 
+from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
+from maskedlinear_jax.flax._kernel import recipe_of, remember_recipe
 from maskedlinear_jax.flax._modules import device_of
 from maskedlinear_jax.flax._nnx import MaskedLinear, check_options, check_sizes
 
@@ -95,6 +97,7 @@ class SparseLinear(nnx.Module):
     ) -> None:
         check_sizes(in_features, out_features)
         check_options(init_fan_in, param_dtype)
+        given = mask
         pattern = _pattern(mask, pattern, (out_features, in_features))
         self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
         self.dtype, self.param_dtype, self.keep_dormant = dtype, param_dtype, True
@@ -107,6 +110,7 @@ class SparseLinear(nnx.Module):
         self.weight_values = nnx.Param(values)
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self._set_pattern(pattern)
+        remember_recipe(self.indices, given)
 
     def __call__(self, inputs: Array) -> Array:
         """Apply the layer: shape ``(..., in)`` to ``(..., out)``."""
@@ -172,6 +176,7 @@ class SparseLinear(nnx.Module):
             made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
         made.dtype, made.init_fan_in = layer.dtype, layer.init_fan_in
         made.keep_dormant = layer.dormant is not None
+        remember_recipe(made.indices, recipe_of(layer.mask))
         return made
 
     @classmethod
@@ -228,6 +233,16 @@ class SparseLinear(nnx.Module):
         pattern, data = SparsityPattern.from_scipy(matrix)
         return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
 
+    def to_scipy(self) -> Any:
+        """Return the transpose of W as a ``scipy.sparse.csr_array`` of shape ``(out, in)``, which :meth:`from_scipy` takes.
+
+        A copy. Half types, which scipy has not, become float32. The bias is not in it.
+
+        Raises:
+            ModuleNotFoundError: if scipy is not installed.
+        """
+        return self.pattern.to_scipy(np.asarray(self.weight_values[...]))
+
     def to_masked(self) -> MaskedLinear:
         """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
         pattern, bias = self.pattern, None if self.bias is None else self.bias[...]
@@ -248,6 +263,7 @@ class SparseLinear(nnx.Module):
             layer.kernel.set_value(layer.kernel[...].at[pattern.indices, pattern.rows].set(values))
         if layer.bias is not None and bias is not None:
             layer.bias.set_value(jnp.array(bias))
+        remember_recipe(layer.mask, recipe_of(self.indices))
         return layer
 
     def rewire(self, pattern: SparsityPattern | Sequence[SparsityPattern], source: ArrayLike) -> None:
@@ -385,7 +401,7 @@ def _pattern(mask: Any, pattern: Any, shape: tuple[int, int]) -> SparsityPattern
         return pattern
     if mask is None:
         return SparsityPattern.full(shape)
-    mask = np.asarray(mask)
+    mask = mask.make(shape).T if isinstance(mask, Recipe) else np.asarray(mask)
     if mask.shape != (in_, out):
         fits = ", which is its transpose: pass mask.T" if mask.shape == shape else ""
         raise ValueError(f"a mask must have the kernel's shape (in, out) = {(in_, out)}; got {mask.shape}{fits}")

@@ -17,6 +17,7 @@ from flax import linen, nnx
 from jax import Array
 from numpy.typing import NDArray
 
+from maskedlinear import checkpoint
 from maskedlinear.backends import LAYERS
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import freeze_masked
@@ -58,7 +59,7 @@ class _FlaxBackend(JaxBackend):
             "projection": "nobody counts the edits of an array: the layer selects, and the guard keeps the kernel clean",
         }
         if self.format == "sparse":
-            dense_only = (name for name in LAYERS if name not in ("layer", "save", "conversion"))
+            dense_only = (name for name in LAYERS if name not in ("layer", "save", "files", "conversion"))
             unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
         return unsupported
 
@@ -142,6 +143,14 @@ class NnxLayer:
         state = nnx.state(self._module)
         nnx.replace_by_pure_dict(state, _load(path, nnx.to_pure_dict(state)))
         nnx.update(self._module, state)
+
+    def save_file(self, path: Path, *, dormant: bool = False) -> None:
+        """Save the module."""
+        checkpoint.save(self._module, path, dormant=dormant)
+
+    def load_file(self, path: Path) -> None:
+        """Load it into the module."""
+        checkpoint.load_into(self._module, path)
 
     def load_plain(self, path: Path) -> Callable[[Array], Array]:
         """Return an ``nnx.Linear`` that has loaded the parameters."""
@@ -308,6 +317,14 @@ class LinenLayer:
     def load(self, path: Path) -> None:
         """Load them."""
         self._variables = _load(path, self._variables)
+
+    def save_file(self, path: Path, *, dormant: bool = False) -> None:
+        """Save the variables."""
+        checkpoint.save(self._variables, path, dormant=dormant)
+
+    def load_file(self, path: Path) -> None:
+        """Take the variables that the file makes of those of now."""
+        self._variables = checkpoint.load_into(self._variables, path)
 
     def load_plain(self, path: Path) -> Callable[[Array], Array]:
         """Return an ``nn.Dense`` with the parameters that were saved."""
