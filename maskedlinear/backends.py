@@ -61,6 +61,7 @@ CAPABILITIES: Mapping[str, str | None] = {
     "dormant weights": "layer",
     "save": "layer",
     "plain load": "layer",
+    "files": "layer",
     "other states": "layer",
     "conversion": "layer",
     "mask edits": "layer",
@@ -330,6 +331,16 @@ class Layer(Protocol):
 
     def load(self, path: Path) -> None:
         """Read it again."""
+
+    def save_file(self, path: Path, *, dormant: bool = False) -> None:
+        """Write the layer with :func:`maskedlinear.checkpoint.save`, for ``"files"``."""
+
+    def load_file(self, path: Path) -> None:
+        """Read such a file, whatever framework wrote it.
+
+        Raises:
+            CheckpointError: if it is of another layer's shape; this one is left as it was.
+        """
 
     def load_plain(self, path: Path) -> Callable[[Array], Array]:
         """Return a plain dense layer of the framework that has loaded what ``save`` wrote, for ``"plain load"``.

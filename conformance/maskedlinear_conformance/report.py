@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import platform
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,7 +100,7 @@ def silent(run: Run) -> list[str]:
     """Return the laws of which nothing ran and nothing was declared, of a run in which the caller left nothing out."""
     if run.faults or run.partial or not run.command:
         return []
-    excused = {*_not_built(), *(OF_PAIRS if len(run.backends) == 1 else ())}
+    excused = set(OF_PAIRS if len(run.backends) == 1 else ())
     cells = run.record.law_table(LAWS, run.backends)
     return [
         f"{label}: law {law}" for law in LAWS if law not in excused for label in run.backends if not cells[law][label]
@@ -123,7 +122,6 @@ def write(run: Run, path: Path, status: int) -> None:
         "laws": {
             law: {"title": LAWS[law], "backends": cells} for law, cells in record.law_table(LAWS, run.backends).items()
         },
-        "not_built": _not_built(),
         "bounds": {
             name: [{"result": r, "dtype": d, "of": o, "largest": _finite(v)} for (r, d, o), v in cells.items()]
             for name, cells in (("tight", record.tight), ("hard", record.hard), ("pairs", record.pairs))
@@ -151,18 +149,11 @@ def _left_out(formats: list[str]) -> str:
     return f"left out: {', '.join(formats)}; --format runs them, and so does --profile full"
 
 
-def _not_built() -> dict[str, str]:
-    if find_spec("maskedlinear.checkpoint") is None:
-        return {"12f": "maskedlinear.checkpoint is not built yet"}
-    return {}
-
-
 def _law_table(run: Run) -> list[str]:
     labels = list(run.backends)
-    not_built = _not_built()
     body = []
     for law, cells in run.record.law_table(LAWS, labels).items():
-        row = ["not built" if law in not_built else _cell(cells.get(label, {})) for label in labels]
+        row = [_cell(cells.get(label, {})) for label in labels]
         if law in OF_PAIRS and len(labels) == 1:
             row = ["not run: one backend"]
         body.append([law, LAWS[law], *row])

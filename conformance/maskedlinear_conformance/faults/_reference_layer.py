@@ -9,7 +9,8 @@ from typing import Any, Self
 
 import numpy as np
 
-from maskedlinear import masks
+from maskedlinear import checkpoint, masks
+from maskedlinear.models import WeightAxes
 
 __all__ = ["ReferenceLayer"]
 
@@ -169,6 +170,31 @@ class ReferenceLayer:
             for name in parts:
                 setattr(self, name, parts[name].astype(getattr(self, name).dtype))
         self.note()
+
+    def save_file(self, path: Path, *, dormant: bool = False) -> None:
+        """Write weight and bias."""
+        self.project()
+        weight = checkpoint.MaskedArray.of(self.full(), self.mask, dormant=dormant, axes=WeightAxes())
+        arrays = {"weight": weight} | ({} if self.bias is None else {"bias": checkpoint.PlainArray.of(self.bias)})
+        checkpoint.save(self.in_file(arrays), path)
+
+    def in_file(self, arrays: dict[str, Any]) -> dict[str, Any]:
+        """Return what of these arrays a file holds."""
+        return arrays
+
+    def load_file(self, path: Path) -> None:
+        """Check what there is, and take it."""
+        arrays: dict[str, Any] = checkpoint.load(path)
+        self.check_file(arrays)
+        weight = arrays["weight"]
+        self.bias = arrays["bias"].numpy().astype(self.weight.dtype) if "bias" in arrays else None
+        self.mask = weight.mask()
+        self.divide(weight.numpy(dormant=True).astype(self.weight.dtype))
+
+    def check_file(self, arrays: dict[str, Any]) -> None:
+        """Refuse the arrays of another layer."""
+        if arrays["weight"].shape != self.weight.shape:
+            raise checkpoint.CheckpointError(f"the layer has {self.weight.shape}; got {arrays['weight'].shape}")
 
     def load_plain(self, path: Path) -> Callable[[Array], Array]:
         """Return a dense layer of the weight and the bias in the file."""
