@@ -52,6 +52,7 @@ print(sorted({d for top in tops for d in owners.get(top, []) if getattr(sys.modu
         ("lightning", "torch", "lightning"),
         ("transformers", "transformers", "transformers"),
         ("peft", "torch", "torch"),
+        ("hub", "torch", "torch"),
     ],
 )
 def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) -> None:
@@ -63,11 +64,15 @@ def test_face_names_the_extra_to_install(face: str, missing: str, extra: str) ->
     )
 
 
-def test_only_the_face_of_peft_needs_peft() -> None:
-    result = python(BLOCK.format(names={"peft"}) + "import maskedlinear.torch; print('here'); import maskedlinear.peft")
+@pytest.mark.parametrize(("face", "needed"), [("peft", "peft"), ("hub", "huggingface_hub")])
+def test_only_its_face_needs_a_library(face: str, needed: str) -> None:
+    result = python(
+        BLOCK.format(names={needed}) + f"import maskedlinear.torch; print('here'); import maskedlinear.{face}"
+    )
     assert result.stdout.strip() == "here"
     assert result.stderr.strip().splitlines()[-1] == (
-        "ModuleNotFoundError: maskedlinear.peft needs peft, which is not installed. Install it with: pip install peft"
+        f"ModuleNotFoundError: maskedlinear.{face} needs {needed}, which is not installed. "
+        f"Install it with: pip install {needed}"
     )
 
 
@@ -125,6 +130,7 @@ PUBLIC = [
     "maskedlinear.torch",
     "maskedlinear.jax",
     "maskedlinear.flax",
+    "maskedlinear.hub",
     "maskedlinear.lightning",
     "maskedlinear.peft",
     "maskedlinear.transformers",

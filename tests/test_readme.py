@@ -28,6 +28,8 @@ def test_there_is_one_for_each_framework() -> None:
         "Plain JAX",
         "The sparse form: really smaller, really faster",
         "Where masks come from, and how they change",
+        "Files, and from one framework to the other",
+        "Coming from `CustomizedLinear` and `gen_mask`",
     ]
 
 
