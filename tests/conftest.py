@@ -10,7 +10,8 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from importlib.metadata import version
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -72,3 +73,18 @@ def strict_jax() -> Iterator[None]:
         jax.default_matmul_precision("highest"),
     ):
         yield
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Return a function that runs ``maskedlinear`` in the test's folder and returns its status and what it printed."""
+    from maskedlinear.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        status = main(list(arguments))
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return run

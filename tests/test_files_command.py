@@ -17,24 +17,10 @@ from helpers import python
 from maskedlinear import checkpoint, masks
 from maskedlinear.checkpoint import MaskedArray, PlainArray
 from maskedlinear.checkpoint._dense import write_dense
-from maskedlinear.cli import main
 from maskedlinear.files import nodes
 from maskedlinear.models import WeightAxes
 
 Run = Any
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs the command in the folder and returns its status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(list(arguments))
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
 
 
 def values(*shape: int) -> Any:

@@ -23,19 +23,6 @@ Run = Any
 LIVE = masks.random((5, 8), sparsity=0.5, seed=0)
 
 
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """Return a function that runs the command in the folder and returns its status and what it printed."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        status = main(list(arguments))
-        out, err = capsys.readouterr()
-        return status, out, err
-
-    return run
-
-
 def weight() -> Any:
     return np.arange(1, 41, dtype=np.float32).reshape(5, 8)
 

@@ -17,12 +17,11 @@ from maskedlinear_torch._checkpoint_optimizer import OptimizerState
 from maskedlinear_torch._checkpoint_roles import axes_and_role
 from maskedlinear_torch._checkpoint_state import DTYPES, StateArray, dtype_name, from_host, on_host, state_arrays
 from maskedlinear_torch._dtensors import as_dtensor_like
-from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._models import become_sparse
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask, child_name
-from maskedlinear_torch._weights import model_weights
+from maskedlinear_torch._weights import mask_of, model_weights
 from maskedlinear_torch._whole import mask_weight
 
 __all__ = ["load_into"]
@@ -168,7 +167,7 @@ def _converts(source: torch.dtype, target: torch.dtype) -> bool:
 @torch.no_grad()
 def _copy(array: StateArray, source: PlainArray | MaskedArray) -> None:
     """Copy an array of a file to where it belongs in the model, with its mask."""
-    masks = [_mask_of(module, name) for module, name in array.users]
+    masks = [mask_of(module, name) for module, name in array.users]
     recipe = source.recipe if isinstance(source, MaskedArray) else None
     for layer in (array.sparse, *masks):
         if layer is not None and layer.recipe != recipe:
@@ -222,11 +221,3 @@ def _assign(array: StateArray, full: Tensor, live: Tensor, masks: list[MaskedWei
         path = f"{child_name(name)}." if isinstance(mask, WeightMask) else ""
         state = {name: value, f"{path}mask": live, f"{path}dormant": torch.where(live, 0, full)}
         module.load_state_dict(state, strict=False, assign=True)
-
-
-def _mask_of(module: nn.Module, name: str) -> MaskedWeight | None:
-    """Return the mask of a module's parameter, if it has one."""
-    if isinstance(module, MaskedLinear) and name == "weight":
-        return module
-    child = module._modules.get(child_name(name))
-    return child if isinstance(child, WeightMask) else None

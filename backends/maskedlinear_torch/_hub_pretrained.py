@@ -117,7 +117,9 @@ class MasksLoader(HfQuantizer):  # type: ignore[misc]
         keys = {f"^{re.escape(key)}$" for key in own_keys(self._masks)}  # which checkpoints of a Trainer have
         ignored = [*(model._keys_to_ignore_on_load_unexpected or ()), *keys]
         self._ignored = vars(model).get("_keys_to_ignore_on_load_unexpected")
-        model._keys_to_ignore_on_load_unexpected = ignored if transformers.__version__ < "5" else set(ignored)
+        model._keys_to_ignore_on_load_unexpected = (
+            ignored if int(transformers.__version__.partition(".")[0]) < 5 else set(ignored)
+        )
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:

@@ -16,8 +16,7 @@ from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._products import DevicePattern, sddmm
 from maskedlinear_torch._sparse import product
 from maskedlinear_torch._sparse_layer import SparseLinear
-from maskedlinear_torch._weight_mask import child_name
-from maskedlinear_torch._weights import walk_masked
+from maskedlinear_torch._weights import mask_of, walk_masked
 
 __all__ = ["mask_adapters"]
 
@@ -140,14 +139,14 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
 
     def project_base(self) -> None:
         """Set what stands under the base weight's mask back to +0."""
-        masked = _mask_of(self.get_base_layer())
+        masked = mask_of(self.get_base_layer(), "weight")
         if masked is not None:
             masked.project(quiet=True)
 
     def note_mask(self) -> Tensor | None:
         """Return the mask of the base layer's weight as it stands; of one that has none any more, its last."""
         base = self.get_base_layer()
-        masked = _mask_of(base)
+        masked = mask_of(base, "weight")
         kept = (
             self.adapter_mask if self.adapter_mask is None else self.adapter_mask.bool()
         )  # .type() converts all buffers
@@ -214,12 +213,6 @@ class MaskedLoraLinear(LoraLinear):  # type: ignore[misc]
         """Return what an adapter adds to the bias; ``None`` without ``lora_bias``."""
         bias: Tensor | None = self.lora_B[adapter].bias
         return None if bias is None else bias * self.scaling[adapter]
-
-
-def _mask_of(module: nn.Module) -> MaskedWeight | None:
-    """Return the mask of a module's ``weight``, if it has one."""
-    child = module if isinstance(module, MaskedWeight) else module._modules.get(child_name("weight"))
-    return child if isinstance(child, MaskedWeight) else None
 
 
 def _are_same(mask: Any, other: Any) -> bool:
