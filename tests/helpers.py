@@ -111,18 +111,36 @@ def distribution(path: Path, code: str) -> None:
     (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
 
 
-def in_two_processes(code: str, path: Path) -> None:
-    """Run a program in both of a group; its arguments are the rank, a file to meet by, and a folder.
+IN_A_GROUP = """
+import os, pathlib, sys, time
+import torch
+import torch.distributed as dist
 
-    One that fails leaves the other waiting: what both have said is shown, and where one waits that does not end.
+rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+torch.set_num_threads(1)
+dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=size)
+
+
+def end():
+    # All wait for all, in files, and none takes down gloo's threads, which may abort: pytorch/pytorch#190489, #179291.
+    (folder / f"ended {rank}").touch()
+    while not all((folder / f"ended {other}").exists() for other in range(size)):
+        time.sleep(0.01)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+"""
+
+
+def in_processes(code: str, path: Path, size: int = 2) -> None:
+    """Run a program in all processes of a gloo group: it is given ``rank``, ``size``, a ``folder``, and calls ``end()``.
+
+    One that fails leaves the others waiting: what all have said is shown, and where one waits that does not end.
     """
-    command = [sys.executable, "-X", "faulthandler", "-c", code]
+    command = [sys.executable, "-X", "faulthandler", "-c", IN_A_GROUP + code]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
-    said = [(path / f"said by {rank}").open("w+") for rank in range(2)]
+    said = [(path / f"said by {rank}").open("w+") for rank in range(size)]
     processes = [
-        subprocess.Popen(
-            [*command, str(rank), str(path / "meeting"), str(path)], stdout=file, stderr=file, env=environment
-        )
+        subprocess.Popen([*command, str(rank), str(size), str(path)], stdout=file, stderr=file, env=environment)
         for rank, file in enumerate(said)
     ]
     try:
@@ -141,4 +159,5 @@ def in_two_processes(code: str, path: Path) -> None:
             file.seek(0)
             texts.append(file.read())
             file.close()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(texts)
+    assert [process.returncode for process in processes] == [0] * size, "\n".join(texts)
+    assert all((path / f"ended {rank}").exists() for rank in range(size)), "a program has not come to its end"

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from helpers import in_two_processes
+from helpers import in_processes
 
 PROGRAM = '''
-import os, sys, warnings
-import torch
-import torch.distributed as dist
+import warnings
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from maskedlinear.pruning import CubicSchedule
@@ -48,9 +46,7 @@ def train(model, xs, how):
         pruner.step() if how == "snip" else regrowth.step()
 
 
-def main(rank, meeting):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+def main():
     for how in ("rigl", "set", "snip"):
         begun = network()
         with torch.no_grad():
@@ -71,7 +67,7 @@ def main(rank, meeting):
         for one, other in zip(model.module.parameters(), alone.parameters()):
             torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
     disagree(rank)
-    dist.destroy_process_group()
+    end()
 
 
 def disagree(rank):
@@ -127,13 +123,12 @@ def dormant_values_differ(rank):
         assert torch.equal(one, other)
 
 
-main(int(sys.argv[1]), sys.argv[2])
-os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
+main()
 '''
 
 
 def test_masks_change_alike_and_as_in_one_process(tmp_path: Path) -> None:
-    in_two_processes(PROGRAM, tmp_path)
+    in_processes(PROGRAM, tmp_path)
 
 
 def test_a_group_is_a_group() -> None:

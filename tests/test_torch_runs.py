@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import in_two_processes
+from helpers import in_processes
 from maskedlinear import masks
 from maskedlinear.pruning import CubicSchedule
 from maskedlinear.torch import (
@@ -137,9 +137,7 @@ def test_processes_train_a_model_in_shared_memory(tmp_path: Path) -> None:
 
 
 PARALLEL = """
-import os, sys, warnings
-import torch
-import torch.distributed as dist
+import warnings
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -166,9 +164,7 @@ def train(model, xs):
             prune_model(model, 0.7)
 
 
-def main(rank, meeting, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+def main():
     xs = torch.randn(6, 16, 200, generator=torch.Generator().manual_seed(0))
     # Two processes with half of each batch train as one with all of it does; what the first begins with holds.
     begun = network(seed=0)
@@ -202,17 +198,15 @@ def main(rank, meeting, folder):
                 assert torch.equal(layer.mask, twin.mask)
                 assert (layer.dormant is None) == (twin.dormant is None)
                 assert torch.equal(layer.full_weight, twin.full_weight)
-    dist.destroy_process_group()
+    end()
 
 
-main(int(sys.argv[1]), sys.argv[2], sys.argv[3])
-os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
+main()
 """
 
 
 SHARDED = """
-import copy, os, sys, warnings
-import torch, torch.distributed as dist
+import copy, warnings
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -224,15 +218,13 @@ from maskedlinear.torch import MaskedLinear, freeze_masked
 warnings.simplefilter("ignore")
 
 
-def main(rank, meeting):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method="file://" + meeting, rank=rank, world_size=2)
+def main():
     mask, mesh = masks.random((4, 6), sparsity=0.5), init_device_mesh("cpu", (2,))
     if not torch.__version__.startswith("2.6."):  # which has no fully_shard on the CPU
         fully_sharded(mesh, mask)
     parallel(mesh, mask, ColwiseParallel())
     parallel(mesh, mask, RowwiseParallel(input_layouts=Replicate()))
-    dist.destroy_process_group()
+    end()
 
 
 def fully_sharded(mesh, mask):
@@ -298,17 +290,16 @@ def parallel(mesh, mask, style):  # which cuts the weight, and makes a DTensor o
     assert torch.equal(layer.mask.full_tensor(), torch.tensor(mask))
 
 
-main(int(sys.argv[1]), sys.argv[2])
-os._exit(0)  # gloo's threads may abort while the interpreter is taken down: pytorch/pytorch#190489, #179291
+main()
 """
 
 
 def test_parallel_training_and_distributed_checkpoints(tmp_path: Path) -> None:
-    in_two_processes(PARALLEL, tmp_path)
+    in_processes(PARALLEL, tmp_path)
 
 
 def test_sharded_and_parallel(tmp_path: Path) -> None:
-    in_two_processes(SHARDED, tmp_path)
+    in_processes(SHARDED, tmp_path)
 
 
 def test_compiled_code_is_not_compiled_again_for_masks_that_move() -> None:
