@@ -294,6 +294,18 @@ def test_a_file_without_its_digest_is_none_of_ours(path):
     refused(path, "has lost what it says of its arrays, or its header's SHA-256")
 
 
+def test_what_is_left_of_our_keys_is_no_plain_file(path):
+    """Bytes moved within a header once made one key of two, so that coded masks were read as plain arrays."""
+    save_arrays({"a": MaskedArray.of(np.ones((3, 4), np.float32), np.eye(3, 4, dtype=bool))}, path)
+    file = bytearray(path.read_bytes())
+    for key in (b'"maskedlinear.sha256"', b'"maskedlinear.crc32"', b'"maskedlinear"'):
+        place = file.index(key)
+        file[place : place + len(key)] = key[:-2] + b'_"'
+    path.write_bytes(file)
+    with pytest.raises(CheckpointError, match="has lost what it says of its arrays"):
+        CheckpointFile(path)
+
+
 def test_names_of_any_characters_come_back(path):
     names = [
         "",

@@ -82,7 +82,35 @@ def test_values_that_differ(run: Run) -> None:
 def test_minus_zero_is_not_zero() -> None:
     zero, minus = (MaskedArray.of(np.full((5, 8), number), LIVE) for number in (0.0, -0.0))
     found = compare("w", zero, minus, False)
-    assert (found.values_different, found.largest_difference) == (LIVE.sum(), 0.0)
+    assert (found.values_different, found.largest_difference) == (LIVE.sum(), None)
+    assert (found.signs_different, found.nans_different) == (LIVE.sum(), 0)
+
+
+def test_what_differs_in_bits_alone_is_said(run: Run) -> None:
+    first = np.array([0.0, -0.0, 1.0, np.nan, np.nan], np.float32)
+    second = np.array([-0.0, 0.0, 1.5, 0.0, 0.0], np.float32)
+    second[3:] = np.array([0x7FC00001, 0xFFC00000], np.uint32).view(np.float32)
+    for a, b, told in (
+        (first, second, "5 of 5 values differ by up to 0.5, 2 in the sign of 0 and 2 in the bits of NaN alone"),
+        (first[:2], second[:2], "2 of 2 values differ, 2 in the sign of 0 alone"),
+        (first[3:], second[3:], "2 of 2 values differ, 2 in the bits of NaN alone"),
+        (first[2:3], second[2:3], "1 of 1 values differ by up to 0.5"),
+    ):
+        save_arrays({"w": PlainArray.of(a)}, "a")
+        save_arrays({"w": PlainArray.of(b)}, "b")
+        status, out, _ = run("diff", "a", "b")
+        assert status == 1
+        assert f"w  {told}\n" in out, out
+
+
+@pytest.mark.parametrize("dtype", ["i8", "u8"])
+def test_large_whole_numbers_differ_by_what_they_do(dtype: str) -> None:
+    a = np.array([2**53, 2**62, np.iinfo(dtype).min, 5], dtype)
+    found = compare("w", PlainArray.of(a), PlainArray.of(a + np.array([1, 3, 0, 0], dtype)), False)
+    assert (found.values_different, found.largest_difference, found.signs_different) == (2, 3.0, 0)
+    ends = np.array([np.iinfo(dtype).min, np.iinfo(dtype).max], dtype)
+    found = compare("w", PlainArray.of(ends), PlainArray.of(ends[::-1]), False)
+    assert found.largest_difference == 2.0**64
 
 
 def test_dtypes_are_compared_as_numbers() -> None:

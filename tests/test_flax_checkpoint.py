@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import flax.linen as linen
 import jax
@@ -441,7 +440,8 @@ def test_trees_and_their_masks(library: Any, path: Path) -> None:
     assert same(loaded, params)
     assert [type(leaf) for leaf in jax.tree.leaves(loaded)] == [type(leaf) for leaf in jax.tree.leaves(params)]
     assert same(loaded_masks, jax.tree.map(library.asarray, masks))
-    checkpoint.save(params, path, masks=masks)
+    with pytest.warns(UserWarning, match=r"under the masks of layers\.0\.w are not in the file"):
+        checkpoint.save(params, path, masks=masks)
     loaded, loaded_masks = checkpoint.load_into(other, path)
     assert same(jax.tree.map(np.asarray, loaded), jax.tree.map(np.asarray, apply_masks(params, masks)))
     assert loaded_masks["rate"] is None
@@ -455,7 +455,7 @@ def test_masks_of_prune_tree_and_an_optax_state(path: Path) -> None:
     tx = freeze_masked(optax.adam(0.1), masks)
     state = tx.init(params)
     _, state = tx.update(params, state, params)
-    checkpoint.save(params, path, masks=masks, optimizer=state)
+    checkpoint.save(apply_masks(params, masks), path, masks=masks, optimizer=state)
     _, loaded_masks, loaded_state = checkpoint.load_into(params, path, optimizer=tx.init(params))
     assert same((loaded_masks, loaded_state), (masks, state))
 
@@ -469,10 +469,6 @@ def test_where_arrays_lie(path: Path) -> None:
         part.set_value(jax.device_put(part.get_value(), sharding))
     checkpoint.load_into(model, path)
     assert all(part.get_value().sharding == sharding for part in (model.kernel, model.mask, model.dormant))
-    far = Mock(spec=jax.Array, is_fully_addressable=False, is_fully_replicated=False, shape=(2, 3), ndim=2)
-    far.dtype = np.dtype(np.float32)
-    with pytest.raises(ValueError, match=r"a lies on other processes too, .*process_allgather"):
-        checkpoint.save({"a": far, "b": jnp.ones(2)}, path)
 
 
 def test_inside_a_transform_is_refused(path: Path) -> None:

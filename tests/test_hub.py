@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import EntryNotFoundError
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -181,23 +182,57 @@ def test_the_card_says_how_sparse_the_model_is(tmp_path: Path) -> None:
     assert (tmp_path / "README.md").read_text() == "All mine."
 
 
-def test_masks_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sent: list[str] = []
+def test_masks_and_the_card_are_uploaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: dict[str, str] = {}
+    there: list[str] = []  # the card on the Hub, if there is one
 
     def commit(*_: Any, operations: Any, **__: Any) -> None:
-        sent.extend(sorted(operation.path_in_repo for operation in operations))
+        sent.clear()
+        for operation in operations:
+            is_text = operation.path_in_repo.endswith(".md")
+            sent[operation.path_in_repo] = Path(operation.path_or_fileobj).read_text() if is_text else ""
 
-    def none(*_: Any, **__: Any) -> Any:
-        raise EntryNotFoundError.__new__(EntryNotFoundError)
+    def load(*_: Any, **__: Any) -> Any:
+        if not there:
+            raise EntryNotFoundError.__new__(EntryNotFoundError)
+        return ModelCard(there[0])
 
     monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: SimpleNamespace(repo_id="me/sparse"))
     monkeypatch.setattr("huggingface_hub.HfApi.create_commit", commit)
-    monkeypatch.setattr("huggingface_hub.ModelCard.load", none)
-    masked().save_pretrained(tmp_path / "one", push_to_hub=True, repo_id="me/sparse")
-    assert sent == ["README.md", "config.json", "masks.safetensors", "model.safetensors"]
-    sent.clear()
-    masked().push_to_hub("me/sparse")
-    assert sent == ["README.md", "config.json", "masks.safetensors", "model.safetensors"]
+    monkeypatch.setattr("huggingface_hub.ModelCard.load", load)
+    model = masked()
+    section = model_card(model)
+    numbers = section.splitlines()[3]  # how sparse it is
+    pushes = (
+        lambda model: model.save_pretrained(tmp_path / "one", push_to_hub=True, repo_id="me/sparse"),
+        lambda model: model.push_to_hub("me/sparse", tags=["small"]),
+    )
+    for push in pushes:
+        there.clear()
+        push(model)
+        assert sorted(sent) == ["README.md", "config.json", "masks.safetensors", "model.safetensors"]
+        card = ModelCard(sent["README.md"])
+        assert numbers in card.text
+        assert "automatically generated" in card.text  # what transformers says stays
+        assert {"maskedlinear", "sparse"} <= set(card.data.tags)
+        there[:] = [sent["README.md"] + "\nMine.\n"]
+        push(pruned := prune_model_to(masked(), 0.95))
+        assert sent["README.md"].count("## Sparsity") == 1
+        assert f"{summary(pruned).sparsity:.2%} of the masked weights" in sent["README.md"]
+        assert sent["README.md"].endswith("Mine.\n")
+        there[:] = ["---\ntags: []\n---\nAll mine."]
+        push(model)
+        assert "Sparsity" not in sent["README.md"]
+        there.clear()
+        push(Model(model.config))  # one without masks
+        assert "Sparsity" not in sent["README.md"]
+    ModelCard("Mine.").save(tmp_path / "card.md")
+    assert "Sparsity" not in (tmp_path / "card.md").read_text()
+
+
+def prune_model_to(model: Any, sparsity: float) -> Any:
+    prune_model(model, sparsity)
+    return model
 
 
 def test_masks_are_found_beside_what_was_downloaded(folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

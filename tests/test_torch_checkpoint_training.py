@@ -264,11 +264,14 @@ def test_wrappers_leave_no_trace_in_names(tmp_path: Path) -> None:
 
 class Extra(nn.Linear):
     state: Any = None
+    refuses = False
 
     def get_extra_state(self) -> Any:
         return self.state
 
     def set_extra_state(self, state: Any) -> None:
+        if self.refuses and state[0]:
+            raise ValueError("no such state")
         self.state = state
 
 
@@ -281,6 +284,54 @@ def test_extra_state_is_saved_if_it_is_a_tensor(tmp_path: Path) -> None:
     checkpoint.save(model, path)
     checkpoint.load_into(fresh, path)
     assert fresh.state.tolist() == [3, 4]
+
+
+class Refusing(torch.optim.SGD):
+    def load_state_dict(self, state: Any) -> None:
+        super().load_state_dict(state)
+        self.state[self.param_groups[0]["params"][0]]["more"] = 1
+        raise ValueError("no such optimizer")
+
+
+@pytest.mark.parametrize("refuses", ["optimizer", "extra state"])
+def test_what_may_refuse_does_so_before_anything_has_changed(refuses: str, tmp_path: Path) -> None:
+    path, kind = tmp_path / "a.safetensors", Refusing if refuses == "optimizer" else torch.optim.SGD
+
+    def made(seed: int) -> tuple[nn.Module, Any]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(network(seed), Extra(4, 4), Extra(4, 4))
+        model[1].state, model[2].state = torch.full((2, 2), seed)
+        return model, freeze_masked(kind(model.parameters(), lr=0.1 + seed, momentum=0.9), model)
+
+    for seed in (1, 0):  # the last is what is loaded into
+        model, optimizer = made(seed)
+        for _ in range(seed + 1):
+            model(X).sum().backward()
+            optimizer.step()
+        if seed:
+            checkpoint.save(model, path, optimizer=optimizer)
+    model[2].refuses = refuses == "extra state"  # type: ignore[index]
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    ids = [id(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match="no such"):
+        checkpoint.load_into(model, path, optimizer=optimizer)
+    torch.testing.assert_close((model.state_dict(), optimizer.state_dict()), before, rtol=0, atol=0)
+    assert [id(group) for group in optimizer.param_groups] == ids
+    optimizer.step()
+
+
+def test_a_tensor_that_nothing_is_written_into_is_named(tmp_path: Path) -> None:
+    path, model = tmp_path / "a.safetensors", nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    checkpoint.save(model, path)
+    before = model[0].weight.detach().clone()
+    model[1].bias = nn.Parameter(torch.zeros(1).expand(2))
+    with torch.inference_mode():
+        model[1].weight = nn.Parameter(torch.ones(2, 2))
+    with pytest.raises(
+        CheckpointError, match=r"1\.weight: of inference mode, or expanded.*\n  1\.bias: of inference mode"
+    ):
+        checkpoint.load_into(model, path)
+    assert torch.equal(model[0].weight, before)
 
 
 def test_what_no_file_holds_is_named(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copy
 import os
 import shutil
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,34 @@ def test_a_quantiser_takes_plain_layers_only() -> None:
         assert not small[0].weight().int_repr()[~model[0].mask].any()  # +0 is 0 in int8
         assert small[0].weight().int_repr()[model[0].mask].any()
         torch.testing.assert_close(small(x), y, atol=0.05, rtol=0.05)
+
+
+def pruned() -> Any:
+    torch.manual_seed(0)
+    model = mask_model(nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 16))).eval()
+    prune_model(model, 0.9, scope="layer")
+    return model
+
+
+@torch.no_grad()
+def test_torchao_takes_an_unmasked_model_and_keeps_zeros() -> None:
+    pytest.importorskip("torchao")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the package, when it is imported
+        from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model, x = pruned(), torch.randn(8, 64)
+    y = model(x)
+    live = [layer.mask.clone() for layer in (model[0], model[2])]
+    for plain in (unmask_model(copy.deepcopy(model)), unmask_model(expand(compress(copy.deepcopy(model), "sparse")))):
+        quantize_(plain, Int8WeightOnlyConfig())
+        for layer, mask in zip((plain[0], plain[2]), live, strict=True):
+            assert type(layer.weight) is not nn.Parameter
+            assert not layer.weight.dequantize()[~mask].any()
+        torch.testing.assert_close(plain(x), y, rtol=0, atol=0.02 * float(y.abs().max()))
+    sparse = compress(copy.deepcopy(model), "sparse")
+    quantize_(sparse, Int8WeightOnlyConfig())  # which passes over it
+    torch.testing.assert_close(sparse(x), y)
+    quantize_(model, Int8WeightOnlyConfig())  # without unmask_model: an error, and no wrong outputs
+    with pytest.raises(NotImplementedError, match="where"):
+        model(x)

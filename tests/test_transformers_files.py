@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # of the package, when it is imported
@@ -27,6 +28,7 @@ from maskedlinear.torch import (
     SparseLinear,
     compress,
     get_masks,
+    import_masks,
     mask_model,
     prune_model,
     set_masks,
@@ -381,6 +383,16 @@ def test_adapters_on_top(folders: Callable[[str], Path], tmp_path: Path) -> None
     base = adapted.unload()
     base.save_pretrained(tmp_path / "base")
     same_masks(loaded(base, tmp_path / "base"), masked("llama"))
+
+
+def test_pruning_of_torch_is_told_when_a_model_is_saved(tmp_path: Path) -> None:
+    model = plain("bert")
+    prune.l1_unstructured(model.classifier, "weight", 0.5)
+    with pytest.warns(UserWarning, match=r"masks classifier\.weight, .*import_masks\(model\)") as told:
+        model.save_pretrained(tmp_path)
+    assert [one.filename for one in told] == [__file__]
+    import_masks(model).save_pretrained(tmp_path)  # no warning
+    same_masks(loaded(model, tmp_path), model)
 
 
 def test_our_own_tools_read_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

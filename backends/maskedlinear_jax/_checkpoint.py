@@ -5,13 +5,15 @@ What else the files of Flax's models need of it: arrays on the host, and back on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from numpy.typing import NDArray
 
 from maskedlinear.checkpoint import CheckpointFile, MaskedArray, PlainArray
@@ -21,6 +23,7 @@ from maskedlinear.checkpoint._names import OPTIMIZER, Expected, Names, refuse, t
 from maskedlinear.models import WeightAxes, first_names
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
+from maskedlinear_jax._placement import is_shared, to_host
 from maskedlinear_jax._tree import axes_of, is_unmasked, leaves_like, named_leaves
 
 __all__ = [
@@ -37,6 +40,8 @@ __all__ = [
     "on_host",
     "optimizer_arrays",
     "plain_array",
+    "save_together",
+    "warn_of_acting",
 ]
 
 Array = PlainArray | MaskedArray
@@ -52,17 +57,22 @@ def masked_names(tree: Any) -> list[str]:
     return []
 
 
-def arrays_of(tree: Any, *, dormant: bool = False, masks: Any = None, optimizer: Any = None) -> Mapping[str, Array]:
+def arrays_of(
+    tree: Any, *, dormant: bool = False, masks: Any = None, optimizer: Any = None, stacklevel: int = 4
+) -> Mapping[str, Array]:
     """Return what a file holds of a tree of parameters: by their paths, dots between.
+
+    It warns of numbers under masks that the file lacks: a tree does not say whether they act.
 
     Args:
         tree: any pytree of arrays, of NumPy's too.
         dormant: whether what stands under the masks is saved.
         masks: a tree as :func:`maskedlinear.jax.prune_tree` returns it.
         optimizer: an optax state.
+        stacklevel: of warnings.
 
     Raises:
-        ValueError: if a mask does not fit, two leaves have one name, or an array lies on other processes too.
+        ValueError: if a mask does not fit, or two leaves have one name.
         TypeError: if a leaf is no array, or is traced.
     """
     leaves, lives = _named(tree), _lives(tree, masks)
@@ -73,7 +83,61 @@ def arrays_of(tree: Any, *, dormant: bool = False, masks: Any = None, optimizer:
             arrays[name] = masked_array(name, leaf, lives[name], dormant=dormant, axes=axes, role=role)
         else:
             arrays[name] = plain_array(name, leaf, axes, role)
+    if not dormant and (
+        lost := [name for name, live in lives.items() if (on_host(name, leaves[name])[~live] != 0).any()]
+    ):
+        warnings.warn(
+            f"numbers under the masks of {first_names(lost)} are not in the file, in which they are 0: dormant=True keeps "
+            "them; if a model reads them, train with maskedlinear.jax.freeze_masked; apply_masks(params, masks) clears them",
+            stacklevel=stacklevel,
+        )
     return {**arrays, **optimizer_arrays(optimizer, lives)}
+
+
+def warn_of_acting(names: list[str], stacklevel: int = 6) -> None:
+    """Warn of masked parameters of a model that act where a file has 0."""
+    if names:
+        warnings.warn(
+            f"numbers under the masks of {first_names(names)} take part in the model's outputs, and are not in the file, "
+            "whose outputs are those of the masks: train with maskedlinear.jax.freeze_masked, or call set_masks(model, "
+            "get_masks(model)) before",
+            stacklevel=stacklevel,
+        )
+
+
+def save_together(
+    model: Any, path: Any, make: Callable[[], Mapping[str, Array]], write: Callable[[Mapping[str, Array]], object]
+) -> None:
+    """Write a file: of arrays that several processes share, the first does it, and the others wait.
+
+    Args:
+        model: a tree of arrays.
+        path: of the file.
+        make: returns what it holds, gathered, in all processes.
+        write: writes it.
+
+    Raises:
+        OSError: in the other processes, if the first has failed.
+    """
+    write_together(model, make(), write)
+
+
+def write_together(tree: Any, arrays: Mapping[str, Array], write: Callable[[Mapping[str, Array]], object]) -> None:
+    """Write what was made of a tree: of arrays that several processes share, the first does it, and the others wait."""
+    if not any(map(is_shared, jax.tree.leaves(tree))):
+        write(arrays)
+        return
+    error: BaseException | None = None
+    if jax.process_index() == 0:
+        try:
+            write(arrays)
+        except Exception as raised:
+            error = raised
+    failed = np.asarray(multihost_utils.process_allgather(np.array(error is not None)))
+    if error is not None:
+        raise error
+    if failed.any():
+        raise OSError("the file was not written: the process that writes it, the first, says why")
 
 
 def load_into(tree: Any, file: CheckpointFile, *, names: Names = None, optimizer: Any = None) -> tuple[Any, ...]:
@@ -124,32 +188,27 @@ def _lives(tree: Any, masks: Any) -> dict[str, NDArray[np.bool_]]:
     if given is None:
         return {}
     return {
-        name: np.asarray(boolean_mask(mask, leaf.shape, name))
+        name: to_host(boolean_mask(mask, leaf.shape, name))
         for (name, leaf), mask in zip(_named(tree).items(), given, strict=True)
         if not is_unmasked(mask)
     }
 
 
 def on_host(name: str, value: Any) -> NDArray[Any]:
-    """Return an array as NumPy's; of the keys of random numbers their words.
+    """Return an array as NumPy's; of the keys of random numbers their words. Processes that have parts of it ask together.
 
     Raises:
         TypeError: if it is traced, or no array.
-        ValueError: if it is abstract, or other processes have parts of it.
+        ValueError: if it is abstract.
     """
     _check(name, value)
-    return np.asarray(jax.random.key_data(value) if is_key(value) else value)
+    return to_host(jax.random.key_data(value) if is_key(value) else value)
 
 
 def _check(name: str, value: Any) -> None:
     _refuse_traced(name, value)
     if isinstance(value, jax.ShapeDtypeStruct):
         raise ValueError(f"{name} is abstract, without values: load or initialise the model before")
-    if isinstance(value, jax.Array) and not (value.is_fully_addressable or value.is_fully_replicated):
-        raise ValueError(
-            f"{name} lies on other processes too, and a file is written by one: gather it first, with "
-            "jax.experimental.multihost_utils.process_allgather(model_state, tiled=True)"
-        )
     if not isinstance(value, jax.Array | np.ndarray | np.generic | int | float | bool):
         raise TypeError(f"a file holds arrays; {name} is {type(value).__name__}: leave it out of what is saved")
 
@@ -191,10 +250,12 @@ def plain_array(name: str, value: Any, axes: WeightAxes | None = None, role: str
 
     Raises:
         TypeError: if it is traced, no array, or of a dtype that no file holds.
-        ValueError: if it is abstract, or other processes have parts of it.
+        ValueError: if it is abstract.
     """
     _check(name, value)
     told = expected_of(name, value, axes, role)
+    if is_shared(value):  # which all processes gather now, in one order, and only one of them writes
+        value = on_host(name, value)
     return PlainArray(told.dtype, told.shape, lambda: bits(on_host(name, value)), told.axes, told.role)
 
 

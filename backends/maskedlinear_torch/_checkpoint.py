@@ -13,12 +13,14 @@ from maskedlinear.checkpoint import MaskedArray, PlainArray
 from maskedlinear.models import WeightAxes
 from maskedlinear_torch._checkpoint_load import load_into
 from maskedlinear_torch._checkpoint_optimizer import arrays_of_optimizer
+from maskedlinear_torch._checkpoint_ranks import save_together
 from maskedlinear_torch._checkpoint_roles import axes_and_role
 from maskedlinear_torch._checkpoint_state import StateArray, dtype_name, on_host, state_arrays, why_not_saved
+from maskedlinear_torch._import_masks import warn_of_foreign_masks
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._weights import walk_masked
 
-__all__ = ["arrays_of", "framework_of", "load_into", "masked_names"]
+__all__ = ["arrays_of", "framework_of", "load_into", "masked_names", "save_together"]
 
 Array = PlainArray | MaskedArray
 
@@ -56,6 +58,7 @@ def arrays_of(model: nn.Module, *, dormant: bool = False, optimizer: Any = None)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"save takes the model, a torch.nn.Module, itself; got {type(model).__name__}")
+    warn_of_foreign_masks(model, stacklevel=5)
     state = state_arrays(model)
     refused = {name: why for name, array in state.items() if (why := why_not_saved(array))}
     if refused:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.checkpoint import CheckpointError, CheckpointFile, MaskedArray, PlainArray
-from maskedlinear.checkpoint._arrays import are_same
+from maskedlinear.checkpoint._arrays import are_same, raw
 from maskedlinear.checkpoint._names import OPTIMIZER, ArraysFile, Expected, Names, refuse, translated
 from maskedlinear.models import ModelWeight, first_names
 from maskedlinear_torch._checkpoint_optimizer import OptimizerState
@@ -26,6 +26,7 @@ from maskedlinear_torch._whole import mask_weight
 
 __all__ = ["load_into"]
 
+Array = PlainArray | MaskedArray
 Tied = dict[str, StateArray]  # one array of the model, under all its names
 
 
@@ -65,18 +66,39 @@ def load_into(
                 "become sparse, or are on the meta device): load the model first, make the optimizer, and load both then"
             )
         training = OptimizerState(optimizer, state, file)
+    found = [next((array, name) for name, array in tied.items() if name in source) for tied in groups.values()]
+    _load_refusable([(array, source.array(name)) for array, name in found if array.module is None], training)
     sparse: set[int] = set()
-    for tied in groups.values():
-        name = next(name for name in tied if name in source)
-        array, saved = tied[name], source.array(name)
+    for array, name in found:
+        if array.module is None:
+            continue
+        saved = source.array(name)
         if isinstance(saved, MaskedArray) and not array.holds_mask and isinstance(array.value, nn.Parameter):
             mask_weight(weights[id(array.value)], torch.from_numpy(saved.mask()), True)
             if saved.form == "sparse":
                 sparse.update(id(module) for module, _ in array.users)
         _copy(array, saved)
-    if training is not None:
-        training.apply()
     return become_sparse(model, sparse)
+
+
+def _load_refusable(extra: Sequence[tuple[StateArray, Array]], training: OptimizerState | None) -> None:
+    """Load what code of the user's takes, and may refuse: then it has what it had before, and the rest has not changed."""
+    before = [(array, array.value.detach().clone()) for array, _ in extra]
+    try:
+        for array, saved in extra:
+            _set_extra(array, from_host(raw(saved), saved.dtype).to(array.value.dtype))
+        if training is not None:
+            training.apply()
+    except BaseException:
+        for array, value in before:
+            _set_extra(array, value)
+        raise
+
+
+def _set_extra(array: StateArray, value: Tensor) -> None:
+    """Give a module what its state has made, which is no parameter or buffer."""
+    assert array.parent is not None
+    array.parent.load_state_dict({array.key.rpartition(".")[2]: value}, strict=False)
 
 
 def _lies_otherwise(state: Mapping[str, StateArray], file: CheckpointFile) -> bool:
@@ -140,6 +162,10 @@ def _why_not_loaded(name: str, array: StateArray, weight: ModelWeight | None, fi
         return "renamed in the model, by hooks on its state"
     if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_quantized:
         return "no ordinary tensor in the model"
+    if (value.is_inference() and not torch.is_inference_mode_enabled()) or _overlaps(value):
+        return (
+            "of inference mode, or expanded, in the model, so that nothing is written into it: put a clone in its place"
+        )
     if told.shape != array.shape:
         return f"{told.shape} in the file, {array.shape} in the model"
     if not _converts(DTYPES[told.dtype], value.dtype):
@@ -150,6 +176,11 @@ def _why_not_loaded(name: str, array: StateArray, weight: ModelWeight | None, fi
         if weight.fixed:
             return f"masked in the file, and {weight.why} in the model"
     return ""
+
+
+def _overlaps(value: Tensor) -> bool:
+    """Whether entries of a tensor are one in memory."""
+    return not value.is_meta and any(n > 1 and not step for n, step in zip(value.shape, value.stride(), strict=True))
 
 
 def _converts(source: torch.dtype, target: torch.dtype) -> bool:
@@ -180,10 +211,6 @@ def _copy(array: StateArray, source: PlainArray | MaskedArray) -> None:
         array.mask_of.set_mask(full)
         return
     full = full.to(array.value.dtype)
-    if array.module is None:  # what the state has made, of no parameter or buffer
-        assert array.parent is not None
-        array.parent.load_state_dict({array.key.rpartition(".")[2]: full}, strict=False)
-        return
     live = torch.from_numpy(source.mask()) if isinstance(source, MaskedArray) else torch.ones(full.shape).bool()
     mask = next((mask for mask in masks if mask is not None), None)
     if array.value.is_meta:

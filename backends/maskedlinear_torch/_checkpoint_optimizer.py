@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -55,12 +56,14 @@ def arrays_of_optimizer(optimizer: Optimizer, state: Mapping[str, StateArray]) -
             return {"tensor": name}
         if array.mask is None:
             return {"tensor": name, "at": weight}
-        live = on_host(array.mask.mask).reshape(-1)
-        held = on_host(value).reshape(-1)
+        mask = array.mask.mask
+        live, held = on_host(mask).reshape(-1), on_host(value).reshape(-1)
         hidden = held[~live].view(np.uint8).reshape(-1, value.itemsize)
         if len(hidden) and (hidden != hidden[0]).any():
             return {"tensor": name, "like": weight}
-        arrays[name] = PlainArray(dtype, (int(live.sum()),), lambda: on_host(value).reshape(-1)[live])
+        arrays[name] = PlainArray(
+            dtype, (int(live.sum()),), lambda: on_host(value).reshape(-1)[on_host(mask).reshape(-1)]
+        )
         return {"tensor": name, "at": weight, "fill": hidden[:1].tobytes().hex()}
 
     told = {
@@ -117,8 +120,20 @@ class OptimizerState:
             self._weight = None
 
     def apply(self) -> None:
-        """Give the optimizer this state."""
-        self._optimizer.load_state_dict(self._state)
+        """Give the optimizer this state; if it refuses, it has its own as it was."""
+        optimizer: Any = self._optimizer
+        state, groups = optimizer.state, optimizer.param_groups
+        before = {key: copy(held) for key, held in state.items()}, [dict(group) for group in groups]
+        try:
+            optimizer.load_state_dict(self._state)
+        except BaseException:
+            state.clear()
+            state.update(before[0])
+            for group, held in zip(groups, before[1], strict=True):
+                group.clear()
+                group.update(held)
+            optimizer.state, optimizer.param_groups = state, groups
+            raise
 
     def _check(self, told: Mapping[str, Any]) -> None:
         if told["class"] != type(self._optimizer).__name__:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from maskedlinear.models import WeightSummary
 from maskedlinear_torch._whole import summary
 
-__all__ = ["card_section", "model_card", "write_card"]
+__all__ = ["card_section", "model_card", "update_card", "write_card"]
 
 _PLAIN = (
     "The weights load as those of any model. To load the masks too, `pip install maskedlinear`, and "
     "`import maskedlinear.transformers` before `from_pretrained`."
 )
+_TAGS = ("maskedlinear", "sparse")
+_GENERATED = "This model card has been automatically generated"  # by transformers, where the Hub has none yet
 _BEGIN, _END = "<!-- maskedlinear: begin -->", "<!-- maskedlinear: end -->"
 
 
@@ -60,11 +63,31 @@ def card_section(model: nn.Module, note: str = "") -> str:
 def write_card(model: nn.Module, path: Path) -> None:
     """Write a model card if there is none; of one that there is, replace the section that was written here, if any."""
     section = card_section(model, _PLAIN)
-    if not path.exists():
-        head = "---\nlibrary_name: transformers\ntags:\n- maskedlinear\n- sparse\n---\n\n"
-        path.write_text(f"{head}{section}\n", encoding="utf-8")
+    if path.exists():
+        text = path.read_text(encoding="utf-8")
+        if (changed := _replaced(text, section)) != text:
+            path.write_text(changed, encoding="utf-8")
         return
-    text = path.read_text(encoding="utf-8")
+    tags = "".join(f"- {tag}\n" for tag in _TAGS)
+    path.write_text(f"---\nlibrary_name: transformers\ntags:\n{tags}---\n\n{section}\n", encoding="utf-8")
+
+
+def update_card(model: nn.Module, card: Any) -> None:
+    """Bring a card on its way to the Hub up to date, as :func:`write_card` does; one of transformers' own gets a section.
+
+    Args:
+        model: the model that is pushed.
+        card: a ``huggingface_hub.ModelCard``, which changes.
+    """
+    section = card_section(model, _PLAIN)
+    if _BEGIN not in card.text and _GENERATED in card.text:
+        card.text = f"{section}\n\n{card.text.lstrip()}"
+        card.data.tags = list(dict.fromkeys((*(card.data.tags or ()), *_TAGS)))
+    else:
+        card.text = _replaced(card.text, section)
+
+
+def _replaced(text: str, section: str) -> str:
+    """Return the text of a card with another section of ours, if it has one."""
     start, end = text.find(_BEGIN), text.find(_END)
-    if 0 <= start < end:
-        path.write_text(text[:start] + section + text[end + len(_END) :], encoding="utf-8")
+    return text[:start] + section + text[end + len(_END) :] if 0 <= start < end else text

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import transformers
+from huggingface_hub import ModelCard
 from safetensors import safe_open
 from transformers import PreTrainedModel, Trainer
 from transformers.quantizers import HfQuantizer
@@ -27,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from maskedlinear.checkpoint._file import MASKS_BESIDE
 from maskedlinear.checkpoint._foreign_masks import MASKS_FILE
 from maskedlinear.models import first_names
-from maskedlinear_torch._hub_card import write_card
+from maskedlinear_torch._hub_card import update_card, write_card
 from maskedlinear_torch._hub_file import digest_of, read_masks, write_masks
 from maskedlinear_torch._hub_masks import (
     Mask,
@@ -39,6 +40,7 @@ from maskedlinear_torch._hub_masks import (
     put_on,
     unmasked_skeleton,
 )
+from maskedlinear_torch._import_masks import warn_of_foreign_masks
 
 try:
     from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -54,6 +56,7 @@ METHOD = "maskedlinear"
 _VERSION = 1
 
 _in_training: ContextVar[bool] = ContextVar("maskedlinear_in_training", default=False)
+_pushed: ContextVar[Any] = ContextVar("maskedlinear_pushed", default=None)  # the masked model that goes to the Hub
 
 
 class MasksConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -221,6 +224,8 @@ def _saving(original: Any) -> Any:
         **options: Any,
     ) -> Any:
         masked, only_adapters = has_masks(self), getattr(self, "_hf_peft_config_loaded", False)
+        if not only_adapters and not _in_training.get():
+            warn_of_foreign_masks(self, stacklevel=3)
         if not masked and _is_ours(getattr(self.config, "quantization_config", None)):
             del self.config.quantization_config
         if not masked or only_adapters or Path(save_directory).is_file():
@@ -246,7 +251,8 @@ def _saving(original: Any) -> Any:
         self.hf_quantizer = saver
         self.config.quantization_config = saver.quantization_config
         try:
-            result = original(self, save_directory, is_main_process, saver.state, *arguments, **options)
+            with _set(_pushed, self):
+                result = original(self, save_directory, is_main_process, saver.state, *arguments, **options)
             saver.write()  # releases of transformers before 4.57 may not have asked for the state
             return result
         finally:
@@ -257,12 +263,35 @@ def _saving(original: Any) -> Any:
 
 
 @contextmanager
-def _training() -> Iterator[None]:
-    token = _in_training.set(True)
+def _set(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _in_training.reset(token)
+        variable.reset(token)
+
+
+def _pushing(original: Any) -> Any:
+    """Return ``push_to_hub`` during which it is known which model's card is written."""
+
+    @functools.wraps(original)
+    def push_to_hub(self: Any, *arguments: Any, **options: Any) -> Any:
+        with _set(_pushed, self if has_masks(self) else None):
+            return original(self, *arguments, **options)
+
+    return push_to_hub
+
+
+def _saving_card(original: Any) -> Any:
+    """Return ``ModelCard.save`` that says of a masked model, which is on its way to the Hub, how sparse it is."""
+
+    @functools.wraps(original)
+    def save(self: Any, *arguments: Any, **options: Any) -> Any:
+        if (model := _pushed.get()) is not None:
+            update_card(model, self)
+        return original(self, *arguments, **options)
+
+    return save
 
 
 def _train(original: Any) -> Any:
@@ -270,7 +299,7 @@ def _train(original: Any) -> Any:
 
     @functools.wraps(original)
     def train(self: Any, *arguments: Any, **options: Any) -> Any:
-        with _training():
+        with _set(_in_training, True):
             return original(self, *arguments, **options)
 
     return train
@@ -283,4 +312,7 @@ def install() -> None:
     register_quantization_config(METHOD)(MasksConfig)
     register_quantizer(METHOD)(MasksLoader)
     PreTrainedModel.save_pretrained = _saving(PreTrainedModel.save_pretrained)
+    PreTrainedModel.push_to_hub = _pushing(PreTrainedModel.push_to_hub)
+    # transformers makes a card of its own, and puts it into the folder last.
+    ModelCard.save = _saving_card(ModelCard.save)  # type: ignore[method-assign]
     Trainer.train = _train(Trainer.train)

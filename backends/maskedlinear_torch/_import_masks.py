@@ -24,7 +24,7 @@ from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask
 
-__all__ = ["import_masks"]
+__all__ = ["import_masks", "warn_of_foreign_masks"]
 
 # Of zuko.nn and nflows.transforms.made; of the recipe. By name, since none of them is imported, and recipes are copied.
 _LAYER_NAMES = {"MaskedLinear", "CustomizedLinear"}
@@ -87,7 +87,7 @@ def import_masks(
         weights += pruned
         if isinstance(module, MaskedWeight | SparseLinear):
             continue
-        named = isinstance(module, types) or any(kind.__name__ in _LAYER_NAMES for kind in type(module).__mro__)
+        named = _is_named(module, types)
         mask, weight = _mask_of(module), module._parameters.get("weight")
         fits = mask is not None and weight is not None and weight.dim() == 2 and not pruned
         if named and fits:
@@ -118,6 +118,29 @@ def import_masks(
         else:
             WeightMask(weight.module, weight.parameter, weight.mask, keep_dormant=keep_dormant)
     return model
+
+
+def warn_of_foreign_masks(model: nn.Module, stacklevel: int) -> None:
+    """Warn of weights that another library masks, in ways that :func:`import_masks` knows: a file has no masks of theirs."""
+    found = [
+        f"{path}.{name}" if path else name for path, module in model.named_modules() for name in pruning_hooks(module)
+    ]
+    for path, module in model.named_modules():
+        is_ours = isinstance(module, MaskedWeight | SparseLinear)
+        mask, weight = _mask_of(module), module._parameters.get("weight")
+        if not is_ours and _is_named(module, ()) and mask is not None and weight is not None and weight.dim() == 2:
+            found.append(f"{path}.weight" if path else "weight")
+    if found:
+        warnings.warn(
+            f"another library masks {first_names(found)}, and a file has its masks as arrays like any other, not as masks: "
+            "call maskedlinear.torch.import_masks(model) before the model is saved",
+            stacklevel=stacklevel,
+        )
+
+
+def _is_named(module: nn.Module, types: tuple[type[nn.Module], ...]) -> bool:
+    """Whether a module is of types that are given, or of one that is called as those which are known."""
+    return isinstance(module, types) or any(kind.__name__ in _LAYER_NAMES for kind in type(module).__mro__)
 
 
 def _pruned(path: str, module: nn.Module) -> list[_Weight]:

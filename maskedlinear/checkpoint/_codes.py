@@ -238,11 +238,10 @@ def _ends(stream: Stream, count: int, limit: int) -> Places:
     # One i (from 0) lies behind i other ones and the quotients up to its own; so many low parts, and i, are to be added.
     most = (1 << k) - 1
     lows: NDArray[Any] = low.astype(np.int32 if k < 31 else np.int64)
-    lows -= lows.dtype.type(most)
+    lows[1:] -= lows.dtype.type(most)
     ends: Places = np.cumsum(lows, dtype=np.int64)
-    ones <<= k
+    ones *= 1 << k
     ends += ones
-    ends += most
     return ends
 
 

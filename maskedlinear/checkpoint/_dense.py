@@ -7,13 +7,13 @@ import zipfile
 from collections.abc import Mapping
 from functools import partial
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear._extras import missing_framework
+from maskedlinear.checkpoint._arguments import as_metadata, as_path, check_arrays
 from maskedlinear.checkpoint._arrays import OPTIMIZER_ROLE, MaskedArray, PlainArray, raw
 from maskedlinear.checkpoint._container import Tensor, replacing, write
 from maskedlinear.checkpoint._dtypes import ML_DTYPES, as_numpy
@@ -33,7 +33,9 @@ def dense_state(arrays: Arrays) -> dict[str, NDArray[Any]]:
 
     Raises:
         CheckpointError: of bfloat16 and float8, if ``ml_dtypes`` is not installed; :func:`write_dense` needs none.
+        TypeError: if these are no arrays by name.
     """
+    check_arrays(arrays, "dense_state")
     arrays = _of_model(arrays)
     made: dict[int, NDArray[Any]] = {}
     for array in arrays.values():
@@ -55,14 +57,19 @@ def write_dense(arrays: Arrays, path: str | os.PathLike[str], *, metadata: Mappi
             Face's readers take none.
 
     Raises:
-        ValueError: if the end is another, or a ``.npz`` is to hold a dtype that NumPy has not.
+        ValueError: if the end is another, a ``.npz`` is to hold a dtype that NumPy has not, or metadata are no strings, or
+            given for another file than ``.safetensors``.
+        TypeError: if these are no arrays by name, or no path.
         OSError: if the file cannot be written; what it was stays.
     """
-    path, arrays = Path(path), _of_model(arrays)
+    check_arrays(arrays, "write_dense")
+    path, arrays, metadata = as_path(path), _of_model(arrays), as_metadata(metadata)
     end = path.suffix.lower()
+    if metadata and end in (".npz", ".pt", ".pth", ".bin"):
+        raise ValueError(f"metadata are for .safetensors files; {path.name} has no place for them: leave them out")
     if end == ".safetensors":
         tensors = {name: Tensor(array.dtype, array.shape, partial(raw, array)) for name, array in arrays.items()}
-        write(path, tensors, {"format": "pt", **(metadata or {})}, summed=False)
+        write(path, tensors, {"format": "pt", **metadata}, summed=False)
     elif end == ".npz":
         for name, array in arrays.items():
             if array.dtype in ML_DTYPES:
@@ -87,8 +94,14 @@ def to_scipy(array: MaskedArray) -> Any:
 
     Raises:
         ValueError: if it has not two dimensions, or its dtype is none of scipy's.
+        TypeError: if it is no array with a mask.
         ModuleNotFoundError: if scipy is not installed.
     """
+    if not isinstance(array, MaskedArray):
+        raise TypeError(
+            f"to_scipy takes an array with a mask; got {type(array).__name__}: of a plain one, "
+            "scipy.sparse.csr_array(array.numpy())"
+        )
     if array.dtype in ("F16", *ML_DTYPES):
         raise ValueError(f"scipy.sparse has no {array.dtype}: convert the values to float32 before")
     return array.pattern().to_scipy(array.values)

@@ -6,20 +6,21 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear.checkpoint._arguments import as_metadata, as_path
 from maskedlinear.checkpoint._arrays import Form, MaskedArray, PlainArray, held
-from maskedlinear.checkpoint._container import METADATA, SUMS, Reader, Tensor, write
+from maskedlinear.checkpoint._container import METADATA, Reader, Tensor, write
 from maskedlinear.checkpoint._dtypes import BITS, ITEMSIZE, as_numpy
 from maskedlinear.checkpoint._entries import LARGEST_DENSE, LARGEST_MADE, LARGEST_UNBACKED, Entry
 from maskedlinear.checkpoint._errors import CheckpointError
 from maskedlinear.checkpoint._json import dumps, loads, shown
 from maskedlinear.checkpoint._masks import LARGEST, Mask, encode
 from maskedlinear.checkpoint._values import RAW, Codec, Values, decompress, stored
+from maskedlinear.models import first_names
 
 __all__ = ["MASKS_BESIDE", "VERSION", "Arrays", "CheckpointFile", "open", "read_arrays", "save_arrays"]
 
@@ -58,7 +59,7 @@ class CheckpointFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._reader = Reader(Path(path))
+        self._reader = Reader(as_path(path))
         try:
             self._read_entries()
         except BaseException:
@@ -68,10 +69,8 @@ class CheckpointFile:
     def _read_entries(self) -> None:
         reader = self._reader
         told: Any = {"version": VERSION, "framework": "", "arrays": {name: {} for name in reader.tensors}}
-        if reader.metadata.keys() & {
-            _KEY,
-            *SUMS,
-        }:  # other keys of ours are in files of plain arrays, as in Hugging Face's
+        # Files of plain arrays, as in Hugging Face's folders, have one key of ours: another may be what is left of ours.
+        if any(key.startswith(_KEY) for key in reader.metadata if key != MASKS_BESIDE):
             if _KEY not in reader.metadata or not reader.is_summed:
                 reader.fail(
                     "it is one of maskedlinear's, and has lost what it says of its arrays, or its header's SHA-256"
@@ -159,7 +158,13 @@ class CheckpointFile:
         Raises:
             KeyError: if there is none of this name.
         """
-        return self._entries[self._same_as.get(name, name)]
+        return self._entries[self._own(name)]
+
+    def _own(self, name: str) -> str:
+        """Return the name under which an array is stored."""
+        if name not in self:
+            raise KeyError(f"the file has no array {shown(name)}; it has {first_names(self._names)}")
+        return self._same_as.get(name, name)
 
     def told(self, name: str) -> Told:
         """Return what the file says of an array, and under which name it has it; nothing of the array is read.
@@ -177,7 +182,7 @@ class CheckpointFile:
             KeyError: if there is none of this name.
             CheckpointError: if what the file says of it does not fit.
         """
-        name = self._same_as.get(name, name)
+        name = self._own(name)
         entry, reader = self._entries[name], self._reader
         if entry.mask is None:
             return PlainArray(entry.dtype, entry.shape, lambda: reader.read(name), entry.axes, entry.role)
@@ -247,7 +252,7 @@ class CheckpointFile:
             IndexError: if the array is a scalar.
             KeyError, CheckpointError: as by :meth:`__getitem__`.
         """
-        name = self._same_as.get(name, name)
+        name = self._own(name)
         entry = self._entries[name]
         if not entry.shape:
             raise IndexError(f"a scalar has no rows; {shown(name)} is one: take [name]")
@@ -339,6 +344,7 @@ def save_arrays(
     """
     if values not in get_args(Codec):
         raise ValueError(f"values are one of {', '.join(get_args(Codec))}; got {values!r}")
+    path, metadata = as_path(path), as_metadata(metadata, _KEY)
     tensors: dict[str, Tensor] = {}
     entries: dict[str, Any] = {}
 
@@ -387,11 +393,8 @@ def save_arrays(
             raise ValueError(
                 f"{name!r} is a second name of {entry['same_as']!r}, and that of one of its tensors: rename it"
             )
-    for key, value in (metadata or {}).items():
-        if not isinstance(key, str) or not isinstance(value, str) or key.startswith(_KEY):
-            raise ValueError(f"metadata are strings by name, none of them {_KEY}...; got {key!r}: {value!r}")
     told = {"version": VERSION, "framework": framework, "arrays": entries}
-    write(Path(path), tensors, {**(metadata or {}), _KEY: dumps(told)})
+    write(path, tensors, {**metadata, _KEY: dumps(told)})
 
 
 def _check(name: str, array: MaskedArray) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from maskedlinear._extras import missing_framework
+from maskedlinear.checkpoint._arguments import as_path, check_count
 from maskedlinear.checkpoint._arrays import MaskedArray, PlainArray, by_name, held
 from maskedlinear.checkpoint._dtypes import bits, name_of
 from maskedlinear.checkpoint._errors import CheckpointError
@@ -98,12 +99,15 @@ def read(
     """
     if masks not in ("stored", "zeros", "none"):
         raise ValueError(f"masks must be 'stored', 'zeros' or 'none'; got {masks!r}")
-    if not 0 <= min_sparsity <= 1:
+    if not isinstance(min_sparsity, int | float) or not 0 <= min_sparsity <= 1:
         raise ValueError(f"min_sparsity is a fraction of zeros, in [0, 1]; got {min_sparsity!r}")
+    check_count("max_bytes", max_bytes)
+    if key is not None and not isinstance(key, str):
+        raise TypeError(f"key is the name of a state in a file of several, a string; got {key!r}")
     if isinstance(source, Mapping):
         arrays, where = _read_state(source, key), "the state"
     elif isinstance(source, str | os.PathLike):
-        path = Path(source)
+        path = as_path(source)
         arrays, where = (_read_folder if path.is_dir() else _read_file)(path, key, max_bytes), str(path)
     else:
         raise TypeError(
@@ -112,6 +116,12 @@ def read(
         )
     if masks == "none":
         return arrays
+    if deltas := [name for name in arrays if name.endswith("shira_indices") and f"{name[:-7]}weight" in arrays]:
+        raise CheckpointError(
+            f"{where}: {first_names(deltas)} says where PEFT's SHiRA changes a weight, and an adapter does not say of what "
+            "shape: merge it, PeftModel.from_pretrained(base, folder).merge_and_unload(), and save the model, or "
+            "read(model.state_dict(), masks='zeros'); masks='none' reads all arrays as they stand"
+        )
     try:
         found, sources = stored_masks(arrays)
     except (ValueError, KeyError) as error:

@@ -130,10 +130,10 @@ class Mask:
             return np.arange(first * width, last * width), first * width
         if self.encoding == "recipe":
             assert self.recipe is not None
-            places = np.flatnonzero(self.recipe.make(self.shape, self.axes))
-            if len(places) != self.nnz:
-                raise ValueError(f"{self.nnz} live entries were due; its recipe makes {len(places)}")
-            return _between(places, 0, first * width, last * width)
+            mask = self.recipe.make(self.shape, self.axes)
+            if (made := np.count_nonzero(mask)) != self.nnz:  # before there is an array of the places
+                raise ValueError(f"{self.nnz} live entries were due; its recipe makes {made}")
+            return _between(np.flatnonzero(mask), 0, first * width, last * width)
         # The rows of the coded matrix, then the blocks, in which they lie.
         tall, broad = self.repeat
         line, coded = width // broad, math.prod(self.shape) // (tall * broad)
@@ -150,8 +150,11 @@ class Mask:
             stream = Stream(data[index[1, block] - offset : index[1, block + 1] - offset])
             found = CODES[self.encoding].read(stream, int(nnz), min(self.block, coded - start), line)
             stream.end()
-            found += start
-            for part in [found] if self.repeat == (1, 1) else repeated(found, line, self.repeat):
+            if self.repeat == (1, 1):
+                np.add(found, start, out=places[done : done + len(found)])
+                done += len(found)
+                continue
+            for part in repeated(found + start, line, self.repeat):
                 places[done : done + len(part)] = part
                 done += len(part)
         return _between(places, int(live[0]) * tall * broad, first * width, last * width)

@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
 from typing import Any
 
 import numpy as np
 
 from maskedlinear._extras import missing_framework
+from maskedlinear.checkpoint._arguments import as_metadata, as_path, check_flag, check_names
 from maskedlinear.checkpoint._arrays import MaskedArray, PlainArray, by_name
 from maskedlinear.checkpoint._errors import CheckpointError
 from maskedlinear.checkpoint._file import CheckpointFile, read_arrays, save_arrays
@@ -43,6 +45,9 @@ def save(
 ) -> None:
     """Save a model: of masked weights the live values and the mask, as small as it gets, and all else as it is.
 
+    Processes that share a model, wrapped in ``DistributedDataParallel`` or cut by FSDP2 or tensor parallelism, all call it,
+    with one path: the first writes the file, one weight after the other, and all return, or raise, when it is there.
+
     Args:
         model: a ``torch.nn.Module``; an nnx module, with the state of its random numbers; the variables of a linen one; a
             tree of parameters, of JAX or of NumPy; or arrays by name (NumPy's, or :class:`MaskedArray` and
@@ -57,18 +62,25 @@ def save(
             ``torch.optim.Optimizer``, an ``nnx.Optimizer`` or an optax state.
         metadata: strings by name, to be found again in :attr:`CheckpointFile.metadata`.
 
+    Arrays of JAX's that several processes have parts of are gathered one after the other, into the memory of each host: all
+    of the processes must call this, the first writes, and the others wait for it.
+
     Raises:
-        TypeError: if ``model`` is none of these, or holds what a file cannot; inside ``jit``.
-        ValueError: if ``masks`` do not fit, or an array lies on other processes too.
+        TypeError: if ``model`` is none of these, or holds what a file cannot; inside ``jit``; if another argument is of a
+            type that it cannot be of.
+        ValueError: if ``masks`` do not fit.
         ModuleNotFoundError: if pcodec is asked for and not installed.
         OSError: if the file cannot be written; what it was stays.
     """
+    path, metadata = as_path(path), as_metadata(metadata, "maskedlinear")
+    check_flag("dormant", dormant)
     backend = _backend_of(model, is_tree=masks is not None or optimizer is not None)
     if backend is not None:
         if masks is not None and backend.framework_of(model) != "tree":
             raise ValueError("masks= is for trees of parameters; this model has its own: set them by set_masks")
-        arrays = backend.arrays_of(model, dormant=dormant, **_given(masks=masks, optimizer=optimizer))
-        save_arrays(arrays, path, values=values, framework=backend.framework_of(model), metadata=metadata)
+        make = partial(backend.arrays_of, model, dormant=dormant, **_given(masks=masks, optimizer=optimizer))
+        told = {"values": values, "framework": backend.framework_of(model), "metadata": metadata}
+        backend.save_together(model, path, make, lambda arrays: save_arrays(arrays, path, **told))
         return
     if not isinstance(model, Mapping):
         raise TypeError(
@@ -129,6 +141,7 @@ def load_into(
         CheckpointError: if the file is damaged, or names, shapes, dtypes or kinds differ, which are all named; if it is a
             plain one of others, and the model is pruned, whose masks it would open; the model is as it was.
         ValueError: if no name of the model begins as ``names`` says.
+        TypeError: if an argument is of a type that it cannot be of.
         OSError: if the file cannot be read.
     """
     _refuse_state(model, "load into the model")
@@ -137,6 +150,7 @@ def load_into(
         raise TypeError(
             f"load_into takes a torch.nn.Module, an nnx module, linen's variables or a tree; got {type(model).__name__}"
         )
+    check_names(names)
     with CheckpointFile(path) as file:
         if file.has_masks_beside:  # which a masked model would lose
             raise CheckpointError(

@@ -190,7 +190,12 @@ def _given(expected: Iterable[str], framework: str, names: Names) -> dict[str, s
     if names is None:
         return {}
     if callable(names):
-        return {name: names(name) for name in expected}
+        given = {name: names(name) for name in expected}
+        if wrong := next((name for name, there in given.items() if not isinstance(there, str)), None):
+            raise TypeError(
+                f"a function as names= returns the file's name, a string; got {given[wrong]!r} for {wrong!r}"
+            )
+        return given
     starts = {here.rstrip("."): there.rstrip(".") for here, there in names.items()}
     used: set[str] = set()
     found: dict[str, str] = {}

@@ -77,9 +77,9 @@ def pack_by(values: NDArray[Any], k: int | NDArray[np.int64]) -> list[Bytes]:
     parts = [np.array([len(stream)], "<u4").view(np.uint8), stream]
     if isinstance(k, int):
         narrow = values.astype(np.min_scalar_type((1 << k) - 1))  # only low bits matter
-        return parts + [np.packbits(narrow >> plane & 1, bitorder="little") for plane in range(k)]
+        return parts + [np.packbits(narrow & narrow.dtype.type(1 << plane), bitorder="little") for plane in range(k)]
     for plane in range(int(k.max(initial=0))):
-        parts.append(np.packbits(values[k > plane] >> plane & 1, bitorder="little"))
+        parts.append(np.packbits(values[k > plane] & (1 << plane), bitorder="little"))
     return parts
 
 
@@ -103,7 +103,7 @@ def unpack(stream: Stream, count: int, limit: int) -> tuple[NDArray[np.int64], N
     low = np.zeros(count, np.min_scalar_type((1 << k) - 1))
     for plane in range(k):
         bits = stream.bits(count).astype(low.dtype, copy=False)
-        bits <<= low.dtype.type(plane)
+        bits *= low.dtype.type(1 << plane)  # several times as fast as a shift
         low |= bits
     return ones, low, k
 
@@ -142,14 +142,18 @@ def _ones(stream: Stream, count: int) -> NDArray[np.int64]:
 
 
 def _parameter(values: NDArray[Any]) -> int:
-    """Return the best parameter for numbers, of those up to the logarithm of their mean."""
+    """Return the best parameter for numbers, of those up to the logarithm of their mean.
+
+    Their sum fits their dtype, since they are what lies between entries of one block; a sum in another takes three times as
+    long.
+    """
     if not len(values):
         return 0
-    total = int(values.sum(dtype=np.int64))
+    total = int(values.sum(dtype=values.dtype))
     k = max((total // len(values)).bit_length() - 1, 0)
-    cost = len(values) * k + int((values >> k).sum(dtype=np.int64)) if k else total
+    cost = len(values) * k + int((values >> k).sum(dtype=values.dtype)) if k else total
     while k:
-        less = len(values) * (k - 1) + (int((values >> (k - 1)).sum(dtype=np.int64)) if k > 1 else total)
+        less = len(values) * (k - 1) + (int((values >> (k - 1)).sum(dtype=values.dtype)) if k > 1 else total)
         if less > cost:
             break
         k, cost = k - 1, less

@@ -105,7 +105,10 @@ def _dense(source: Source, out: Path) -> tuple[int, list[str]]:
         first = info.same_as or name
         lazy = PlainArray(info.dtype, info.shape, lambda first=first: raw(first))  # type: ignore[misc]
         arrays[name] = own.setdefault(first, lazy)
-    write_dense(arrays, out, metadata=source.metadata)
+    takes_metadata = out.suffix == ".safetensors"
+    write_dense(arrays, out, metadata=source.metadata if takes_metadata else None)
+    if source.metadata and not takes_metadata:
+        lost["metadata are left out"] = list(source.metadata)
     notes = [f"{what}, of {listed(names)}" for what, names in lost.items() if names]
     if optimizers := len(source.infos) - len(arrays):
         notes.append(f"the state of an optimizer is left out, {counted(optimizers, 'array')}")

@@ -37,7 +37,9 @@ class Difference:
         switched_off: how many are live in A and not in B.
         values_compared: how many entries are live in both.
         values_different: how many of them differ.
-        largest_difference: of their numbers; ``None`` if none differ, or if NaN or infinity do.
+        largest_difference: of their numbers; ``None`` if no numbers differ, or if NaN or infinity do.
+        signs_different: how many of those that differ are 0 in both, and -0 in one.
+        nans_different: how many of them are NaN in both, of other bits.
         has_dormant: whether each has dormant values.
         dormant_different: how many dormant entries differ of those that are masked in both; 0 unless both have them.
     """
@@ -51,6 +53,8 @@ class Difference:
     values_compared: int = 0
     values_different: int = 0
     largest_difference: float | None = None
+    signs_different: int = 0
+    nans_different: int = 0
     has_dormant: tuple[bool, bool] = (False, False)
     dormant_different: int = 0
 
@@ -137,25 +141,43 @@ def _dormant(a: MaskedArray, b: MaskedArray) -> int:
 
 def _values(a: NDArray[Any], b: NDArray[Any], dtype_a: str, dtype_b: str) -> dict[str, Any]:
     """Compare entries: of one dtype by their bits, in which -0 is not +0; of two by their numbers."""
-    different, largest, finite = 0, 0.0, True
+    different, signs, nans, largest, finite = 0, 0, 0, 0.0, True
     for start in range(0, len(a), _CHUNK):
         one, other = a[start : start + _CHUNK], b[start : start + _CHUNK]
         if dtype_a == dtype_b:
             apart = _bits(one) != _bits(other)
             if not apart.any():
                 continue
-            one, other = _numbers(one[apart], dtype_a), _numbers(other[apart], dtype_b)
+            one, other = numbers(one[apart], dtype_a), numbers(other[apart], dtype_b)
             different += len(one)
+            is_zero, is_nan = (one == 0) & (other == 0), np.isnan(one) & np.isnan(other)
+            signs, nans = signs + int(is_zero.sum()), nans + int(is_nan.sum())
+            one, other = one[~(is_zero | is_nan)], other[~(is_zero | is_nan)]
         else:
-            one, other = _numbers(one, dtype_a), _numbers(other, dtype_b)
+            one, other = _wide(numbers(one, dtype_a)), _wide(numbers(other, dtype_b))
             apart = (one != other) & ~(np.isnan(one) & np.isnan(other))
             one, other = one[apart], other[apart]
             different += len(one)
-        with np.errstate(invalid="ignore", over="ignore"):
-            gaps = np.abs(one - other)
+        gaps = _gaps(one, other)
         finite = finite and bool(np.isfinite(gaps).all())
         largest = max(largest, float(gaps.max(initial=0.0)))
-    return {"values_different": different, "largest_difference": largest if different and finite else None}
+    return {
+        "values_different": different,
+        "largest_difference": largest if different > signs + nans and finite else None,
+        "signs_different": signs,
+        "nans_different": nans,
+    }
+
+
+def _gaps(one: NDArray[Any], other: NDArray[Any]) -> NDArray[Any]:
+    """Return how far numbers are from one another; whole ones of one dtype exactly."""
+    found: NDArray[Any]
+    if one.dtype == other.dtype and one.dtype.kind in "iu":
+        found = np.maximum(one, other).astype(np.uint64) - np.minimum(one, other).astype(np.uint64)
+    else:
+        with np.errstate(invalid="ignore", over="ignore"):
+            found = np.abs(_wide(one) - _wide(other))
+    return found
 
 
 def _bits(held: NDArray[Any]) -> NDArray[Any]:
@@ -163,9 +185,8 @@ def _bits(held: NDArray[Any]) -> NDArray[Any]:
     return np.ascontiguousarray(held).view(f"<u{held.dtype.itemsize}")
 
 
-def _numbers(held: NDArray[Any], dtype: str) -> NDArray[Any]:
-    """Return entries as float64 or complex128."""
-    found = numbers(held, dtype)
+def _wide(found: NDArray[Any]) -> NDArray[Any]:
+    """Return numbers as float64 or complex128."""
     return found.astype(np.complex128 if found.dtype.kind == "c" else np.float64)
 
 
@@ -208,7 +229,10 @@ def _said(difference: Difference) -> str:
         parts.append(f"{difference.switched_on} switched on, {difference.switched_off} off")
     if difference.values_different:
         by = "" if difference.largest_difference is None else f" by up to {difference.largest_difference:.3g}"
-        parts.append(f"{difference.values_different} of {difference.values_compared} values differ{by}")
+        signs, nans = difference.signs_different, difference.nans_different
+        told = [f"{signs} in the sign of 0"] * bool(signs) + [f"{nans} in the bits of NaN"] * bool(nans)
+        alone = f", {' and '.join(told)} alone" if told else ""
+        parts.append(f"{difference.values_different} of {difference.values_compared} values differ{by}{alone}")
     if difference.has_dormant[0] != difference.has_dormant[1]:
         parts.append(f"dormant values only in {'AB'[difference.has_dormant[1]]}")
     if difference.dormant_different:

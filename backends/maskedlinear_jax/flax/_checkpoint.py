@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from maskedlinear_jax.flax._checkpoint_nnx import is_nnx, live_of, module_arrays
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen
 
-__all__ = ["arrays_of", "framework_of", "load_into", "masked_names"]
+__all__ = ["arrays_of", "framework_of", "load_into", "masked_names", "save_together"]
 
 
 def framework_of(model: Any) -> str:
@@ -50,17 +51,24 @@ def arrays_of(model: Any, *, dormant: bool = False, masks: Any = None, optimizer
 
     Raises:
         TypeError: if ``model`` is a linen module, or holds what a file cannot.
-        ValueError: if an array is abstract, or lies on other processes too.
+        ValueError: if an array is abstract.
     """
     refuse_linen_module("save", model)
     kind = framework_of(model)
     if kind == "tree":
-        return trees.arrays_of(model, dormant=dormant, masks=masks, optimizer=_state_of(optimizer))
+        return trees.arrays_of(model, dormant=dormant, masks=masks, optimizer=_state_of(optimizer), stacklevel=5)
     if kind == "linen":
         arrays, lives = linen.variables_arrays(model, dormant), linen.lives(model)
     else:
         arrays, lives = module_arrays(model, dormant), live_of(model)
     return {**arrays, **optimizer_arrays(_state_of(optimizer), lives)}
+
+
+def save_together(
+    model: Any, path: Any, make: Callable[[], Mapping[str, Array]], write: Callable[[Mapping[str, Array]], object]
+) -> None:
+    """Write a file: of arrays that several processes share, the first does it, and the others wait."""
+    trees.write_together(nnx.state(model) if is_nnx(model) else model, make(), write)
 
 
 def load_into(model: Any, file: CheckpointFile, *, names: Names = None, optimizer: Any = None) -> Any:
@@ -82,15 +90,15 @@ def load_into(model: Any, file: CheckpointFile, *, names: Names = None, optimize
     arrays, differences = translated(file, expected, kind, names)
     state, more = load_optimizer(template, file)
     differences += more
+    update = partial(nnx.update, optimizer, state) if isinstance(optimizer, nnx.Optimizer) else None
     if kind == "linen":
         loaded: Any = linen.load_variables(model, arrays, differences)
     else:
-        loaded = load_module(model, arrays, differences)
+        loaded = load_module(model, arrays, differences, before=update)
     refuse(differences)
-    if isinstance(optimizer, nnx.Optimizer):
-        nnx.update(optimizer, state)
-        return loaded
-    return loaded if optimizer is None else (loaded, state)
+    if kind == "linen" and update is not None:
+        update()
+    return loaded if optimizer is None or update is not None else (loaded, state)
 
 
 def _state_of(optimizer: Any) -> Any:

@@ -26,11 +26,12 @@ from maskedlinear_jax._checkpoint import (
     masked_array,
     on_host,
     plain_array,
+    warn_of_acting,
 )
 from maskedlinear_jax._tree import named_leaves
 from maskedlinear_jax.flax._checkpoint_load import fitted_mask
 from maskedlinear_jax.flax._kernel import checked_mask, full_kernel
-from maskedlinear_jax.flax._variables import dormant_of, linen_weights, load_masks
+from maskedlinear_jax.flax._variables import dormant_of, has_own_mask, linen_weights, load_masks
 
 __all__ = ["lives", "load_variables", "variables_arrays", "variables_expected"]
 
@@ -69,6 +70,7 @@ def variables_arrays(variables: Mapping[str, Any], dormant: bool) -> dict[str, A
     """
     found = {name: plain_array(name, leaf, *_told(name, leaf)) for name, leaf in _leaves(variables).items()}
     arrays: dict[str, Array] = dict(found)
+    acting = []
     for (path, (kernel, _)), (own, live) in zip(
         linen_weights(variables).items(), lives(variables).items(), strict=True
     ):
@@ -77,6 +79,9 @@ def variables_arrays(variables: Mapping[str, Any], dormant: bool) -> dict[str, A
         name = _PARAMS + own
         axes, role = _told(name, kernel)
         arrays[name] = masked_array(name, full, live, dormant=kept is not None, axes=axes, role=role)
+        if not has_own_mask(variables, path) and bool(((kernel != 0) & ~jnp.asarray(live)).any()):
+            acting.append(own)
+    warn_of_acting(acting)
     return arrays
 
 

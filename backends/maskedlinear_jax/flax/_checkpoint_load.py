@@ -26,7 +26,7 @@ __all__ = ["fitted_mask", "load_module"]
 Change = Callable[[], None]
 
 
-def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str]) -> Any:
+def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str], before: Change | None = None) -> Any:
     """Load arrays of a file into a model, in place, and return it; or add to what differs, and change nothing.
 
     Variables stay the same objects, but for those of a plain ``nnx.Linear`` that the file has in the sparse form.
@@ -35,6 +35,7 @@ def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str])
         model: the model.
         arrays: the file's, by the model's names and in its layouts.
         differences: what differs so far; if anything does, nothing is changed.
+        before: what is changed first, and may refuse.
     """
     weights = {
         id(children_of(weight.users[0].module)[weight.users[0].parameter]): weight for weight in model_weights(model)
@@ -56,7 +57,7 @@ def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str])
             to_sparse += [user.module for user in weights[id(one.value)].users if user.parameter == "kernel"]
     if differences:
         return model
-    for change in changes:
+    for change in (*([] if before is None else [before]), *changes):
         change()
     return become_sparse(model, to_sparse)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +14,7 @@ from maskedlinear.checkpoint import MaskedArray
 from maskedlinear.checkpoint._dtypes import bits
 from maskedlinear.checkpoint._names import Expected
 from maskedlinear.models import ParameterUser, WeightAxes
-from maskedlinear_jax._checkpoint import Array, expected_of, masked_array, on_host, plain_array
+from maskedlinear_jax._checkpoint import Array, expected_of, masked_array, on_host, plain_array, warn_of_acting
 from maskedlinear_jax._compat import children
 from maskedlinear_jax.flax._kernel import full_kernel, recipe_of
 from maskedlinear_jax.flax._modules import at
@@ -177,7 +176,7 @@ def module_arrays(model: Any, dormant: bool) -> dict[str, Array]:
     """Return what a file holds of a model; one object for what is shared.
 
     Raises:
-        ValueError: if modules that share a parameter mask it differently, or one is abstract or on other processes too.
+        ValueError: if modules that share a parameter mask it differently, or one is abstract.
         TypeError: if something is no array, traced, or of a dtype that no file holds.
     """
     made: dict[int, Array] = {}
@@ -189,13 +188,7 @@ def module_arrays(model: Any, dormant: bool) -> dict[str, Array]:
             if _acts_under_mask(one):
                 acting.append(name)
         found[name] = made[id(one.value)]
-    if acting:
-        warnings.warn(
-            f"numbers under the masks of {', '.join(acting[:5])} take part in the model's outputs, and are not in the file, "
-            "whose outputs are those of the masks: train with maskedlinear.jax.freeze_masked, or call set_masks(model, "
-            "get_masks(model)) before",
-            stacklevel=4,
-        )
+    warn_of_acting(acting)
     return found
 
 
