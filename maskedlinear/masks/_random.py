@@ -25,7 +25,7 @@ Shard = tuple[slice, slice]
 Sparsity = float | Fraction | Decimal
 
 _WORDS = 1 << 32  # how many values a word can have
-_CHUNK = 1 << 20  # words held at a time: 4 MiB
+_CHUNK = 1 << 17  # words held at a time: 512 KiB, and about four times as much beside them
 
 
 def random(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["threefry2x32", "words"]
+__all__ = ["threefry2x32", "words", "words_at"]
 
 UInt32 = NDArray[np.uint32]
 
@@ -67,4 +67,19 @@ def words(seed: int, start: int, stop: int) -> UInt32:
         )
         offset = begin & 1
         out[begin - start : end - start] = both.reshape(-1)[offset : offset + end - begin]
+    return out
+
+
+def words_at(seed: int, places: NDArray[np.int64]) -> UInt32:
+    """Return the words of the ``mask_v1`` stream of ``seed`` at places in any order; shape ``(n,)``."""
+    if len(places) and int(places[-1]) - int(places[0]) == len(places) - 1 and (np.diff(places) == 1).all():
+        return words(seed, int(places[0]), int(places[-1]) + 1)
+    out = np.empty(len(places), np.uint32)
+    for begin in range(0, len(places), _CHUNK):
+        part = places[begin : begin + _CHUNK].astype(np.uint64)
+        counters = part >> np.uint64(1)
+        both = threefry2x32(
+            (seed >> 32, seed & 0xFFFFFFFF), (counters >> np.uint64(32)).astype(np.uint32), counters.astype(np.uint32)
+        )
+        out[begin : begin + _CHUNK] = np.where(part & np.uint64(1), both[1], both[0])
     return out

@@ -3,8 +3,9 @@
 from maskedlinear.models._axes import WeightAxes, checked_axes
 from maskedlinear.models._left_out import warn_of_drift, warn_of_left_out, warn_of_lost, warn_of_sparse
 from maskedlinear.models._names import NO_WEIGHT, SHARED, UNKNOWN, axes_by_name, is_norm, why_left_out
-from maskedlinear.models._prune import Of, Prunable, check_of, prune_weights, refuse_unknown, zeros_left
+from maskedlinear.models._prune import Of, Prunable, check_of, count_masked, prune_weights, refuse_unknown, zeros_left
 from maskedlinear.models._regrow import refuse_shared, regrow_weight
+from maskedlinear.models._sharded import AddUp, Shard, ShardedWeight, count_live, prune_shards, regrow_shards
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
 from maskedlinear.models._weights import ModelWeight, ParameterUser, check_one_mask, describe_weight, weights_to_mask
 
@@ -12,12 +13,15 @@ __all__ = [
     "NO_WEIGHT",
     "SHARED",
     "UNKNOWN",
+    "AddUp",
     "MaskCheck",
     "ModelSummary",
     "ModelWeight",
     "Of",
     "ParameterUser",
     "Prunable",
+    "Shard",
+    "ShardedWeight",
     "UnmaskedParameter",
     "WeightAxes",
     "WeightSummary",
@@ -25,12 +29,16 @@ __all__ = [
     "check_of",
     "check_one_mask",
     "checked_axes",
+    "count_live",
+    "count_masked",
     "describe_weight",
     "first_names",
     "is_norm",
+    "prune_shards",
     "prune_weights",
     "refuse_shared",
     "refuse_unknown",
+    "regrow_shards",
     "regrow_weight",
     "warn_of_drift",
     "warn_of_left_out",

@@ -16,7 +16,7 @@ from maskedlinear.models._axes import WeightAxes
 from maskedlinear.models._summary import ModelSummary, first_names
 from maskedlinear.pruning._layers import Scoring, score_layers
 
-__all__ = ["Of", "Prunable", "check_of", "prune_weights", "refuse_unknown", "zeros_left"]
+__all__ = ["Of", "Prunable", "amount_of", "check_of", "count_masked", "prune_weights", "refuse_unknown", "zeros_left"]
 
 Of = Literal["masked", "weights", "model"]
 Mask = NDArray[np.bool_]
@@ -77,18 +77,9 @@ def prune_weights(
         values = _matrices(weights, {name: as_numpy(w.weight) for name, w in weights.items()})
         gradients = {name: as_numpy(w.gradient) for name, w in weights.items() if w.gradient is not None}
         scores = score_layers(score, values, _matrices(weights, gradients), seed)
-    size = sum(w.mask.size for w in weights.values())
-    amount: dict[str, Any] = {"sparsity": sparsity}
-    if num_zeros is not None:
-        if num_zeros > size:
-            raise ValueError(
-                f"{num_zeros} numbers cannot be masked, where {size} are in masked weights: ask for a smaller fraction, or "
-                "mask more of the model"
-            )
-        amount = {"sparsity": num_zeros / size} if scope == "layer" else {"num_zeros": max(num_zeros, 0)}
     pruned = pruning.prune(
         scores,
-        **amount,
+        **amount_of(sparsity, num_zeros, sum(w.mask.size for w in weights.values()), scope),
         masks=_matrices(weights, {name: w.mask for name, w in weights.items()}),
         scope=scope,
         block=block,
@@ -105,20 +96,36 @@ def prune_weights(
     return masks
 
 
+def amount_of(sparsity: float, num_zeros: int | None, size: int, scope: pruning.Scope) -> dict[str, Any]:
+    """Return how :func:`maskedlinear.pruning.prune` is told how many of ``size`` entries are masked afterwards.
+
+    Raises:
+        ValueError: if there are fewer.
+    """
+    if num_zeros is None:
+        return {"sparsity": sparsity}
+    if num_zeros > size:
+        raise ValueError(
+            f"{num_zeros} numbers cannot be masked, where {size} are in masked weights: ask for a smaller fraction, or "
+            "mask more of the model"
+        )
+    return {"sparsity": num_zeros / size} if scope == "layer" else {"num_zeros": max(num_zeros, 0)}
+
+
 def check_of(of: str) -> None:
     """Raise a ``ValueError`` if ``of``, what a sparsity is a fraction of, is none of the three."""
     if of not in get_args(Of):
         raise ValueError(f"of must be 'masked', 'weights' or 'model'; got {of!r}")
 
 
-def zeros_left(table: ModelSummary, sparsity: float, of: Of, pruned: Mapping[str, Prunable]) -> int:
+def zeros_left(table: ModelSummary, sparsity: float, of: Of, masked_here: int) -> int:
     """Return how many entries of the weights to prune are masked when a fraction of all weights, or of the model, is.
 
     Args:
         table: of the model.
         sparsity: the fraction, in [0, 1].
         of: what it is a fraction of: ``"weights"`` or ``"model"``.
-        pruned: the weights to prune, as they are.
+        masked_here: how many entries of the weights to prune are masked so far.
 
     Raises:
         ValueError: if the fraction is out of its range.
@@ -126,8 +133,12 @@ def zeros_left(table: ModelSummary, sparsity: float, of: Of, pruned: Mapping[str
     size = sum(row.size for row in table.rows)
     size += sum(other.size for other in table.unmasked if of == "model" or other.is_weight)
     masked = sum(row.size - row.connections for row in table.rows)
-    elsewhere = masked - sum(int(np.count_nonzero(~weight.mask)) for weight in pruned.values())
-    return checked_zeros(size, sparsity, None) - elsewhere
+    return checked_zeros(size, sparsity, None) - (masked - masked_here)
+
+
+def count_masked(weights: Mapping[str, Prunable]) -> int:
+    """Return how many entries of weights are masked."""
+    return sum(int(np.count_nonzero(~weight.mask)) for weight in weights.values())
 
 
 def refuse_unknown(names: Sequence[str]) -> None:

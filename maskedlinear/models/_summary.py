@@ -59,14 +59,19 @@ class WeightSummary:
         live = np.asarray(mask, bool)
         axes = axes or WeightAxes()
         matrices = axes.matrices(live)
-        stacked, out, in_ = matrices.shape
-        dead_outputs = stacked * out - int(np.count_nonzero(matrices.any(axis=2)))
-        dead_inputs = stacked * in_ - int(np.count_nonzero(matrices.any(axis=1)))
-        if axes == WeightAxes.of_entries(live.ndim):  # nobody knows its nodes
+        outputs, inputs = np.count_nonzero(matrices, axis=2), np.count_nonzero(matrices, axis=1)
+        return cls.of_counts(name, live.shape, outputs, inputs, nbytes, axes)
+
+    @classmethod
+    def of_counts(
+        cls, name: str, shape: tuple[int, ...], outputs: Any, inputs: Any, nbytes: int, axes: WeightAxes | None
+    ) -> WeightSummary:
+        """Return the row of a weight in the dense form, of how many live connections each output and each input has, in each
+        of its matrices: shapes ``(stacked, out)`` and ``(stacked, in)``."""
+        dead_outputs, dead_inputs = int(np.count_nonzero(outputs == 0)), int(np.count_nonzero(inputs == 0))
+        if axes is None or axes == WeightAxes.of_entries(len(shape)):  # nobody knows its nodes
             dead_outputs = dead_inputs = 0
-        return cls(
-            name, "dense", live.shape, int(np.count_nonzero(live)), dead_outputs, dead_inputs, nbytes, 2 * live.size
-        )
+        return cls(name, "dense", shape, int(outputs.sum()), dead_outputs, dead_inputs, nbytes, 2 * math.prod(shape))
 
     @classmethod
     def of_pattern(cls, name: str, pattern: Any, nbytes: int) -> WeightSummary:

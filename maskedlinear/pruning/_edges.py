@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -19,7 +19,22 @@ from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, as_dict, like_input
 from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan, passes
 
-__all__ = ["OnEmpty", "Scope", "n_of_m", "prune", "threshold", "zeros_by_scope"]
+__all__ = [
+    "OnEmpty",
+    "Scope",
+    "are_too_large",
+    "check_empty",
+    "checked_least",
+    "clear_by_scope",
+    "n_of_m",
+    "nan_error",
+    "prune",
+    "refuse_empty",
+    "scores_of_blocks",
+    "threshold",
+    "too_large_error",
+    "zeros_by_scope",
+]
 
 _NAMES = 8  # that a message lists
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
@@ -81,12 +96,12 @@ def prune(
     if scope not in ("global", "layer", "erdos_renyi"):
         raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
     before = masks_so_far(masks, scores, layers)
-    _check_empty(on_empty, layers)
+    check_empty(on_empty, layers)
     if block is not None:
-        layers, before = _of_blocks(layers, before, block)
+        layers, before = scores_of_blocks(layers, before, block)
     tell = progress_callback(progress, "pruning")
     keys = _comparable(layers)
-    least = _checked_least(keep_at_least, on_empty)
+    least = checked_least(keep_at_least, on_empty)
     kept = {name: best_entries(keys[name], before[name], **least) for name in keys} if any(least.values()) else {}
     work = sum(key.size * passes(key) for key in keys.values())
     seen = 0
@@ -97,37 +112,28 @@ def prune(
         tell(min(seen / work, 0.99))
 
     found = {name: mask.copy() for name, mask in before.items()}
-    live = {name: int(np.count_nonzero(mask)) for name, mask in before.items()}
-    shapes = {name: mask.shape for name, mask in before.items()}
-    for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope):
-        masked = sum(found[name].size - live[name] for name in names)
-        if zeros < masked and on_empty == "keep":
-            _logger.info(
-                "%d connections are masked%s, where %d were asked for: none more is", masked, _of(names), zeros
-            )
-            zeros = masked
-        if zeros < masked:
-            raise ValueError(
-                f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
-                "for at least as many, or pass no masks"
-            )
-        count, free = zeros - masked, sum(live[name] - len(kept.get(name, ())) for name in names)
-        if count > free and kept:
-            if on_empty != "keep":
-                raise ValueError(
-                    f"keep_at_least={dict(keep_at_least or {})!r} leaves {free} connections to prune{_of(names)}; got "
-                    f"{count}: prune less, keep fewer, or pass on_empty='keep', which prunes what it can"
-                )
-            _logger.warning("%d connections are pruned%s, and not %d: the others are kept", free, _of(names), count)
-            count = free
-        chosen = [found[name] for name in names]
+
+    def clear(names: Sequence[Any], count: int) -> None:
         for name in names:
             found[name].reshape(-1)[kept.get(name, [])] = False  # which the selection passes over
-        clear_smallest([keys[name] for name in names], chosen, count, look)
+        clear_smallest([keys[name] for name in names], [found[name] for name in names], count, look)
         for name in names:
             found[name].reshape(-1)[kept.get(name, [])] = True
+
+    live = {name: int(np.count_nonzero(mask)) for name, mask in before.items()}
+    clear_by_scope(
+        clear,
+        {name: mask.shape for name, mask in before.items()},
+        live,
+        {name: len(places) for name, places in kept.items()},
+        sparsity=sparsity,
+        num_zeros=num_zeros,
+        scope=scope,
+        on_empty=on_empty,
+        keep_at_least=keep_at_least,
+    )
     if on_empty == "raise":
-        _refuse_empty(before, found)
+        refuse_empty(live, {name: int(np.count_nonzero(mask)) for name, mask in found.items()})
     if block is not None:
         found = {name: of_blocks(mask, block) for name, mask in found.items()}
     tell(1.0)
@@ -153,10 +159,10 @@ def threshold(scores: Scores, least: float, *, masks: Any = None, on_empty: Lite
     for name, array in layers.items():
         _refuse_nan(name, array)
     before = masks_so_far(masks, scores, layers)
-    _check_empty(on_empty, layers, ("raise", "allow"))
+    check_empty(on_empty, layers, ("raise", "allow"))
     found = {name: before[name] & (array >= least) for name, array in layers.items()}
     if on_empty == "raise":
-        _refuse_empty(before, found)
+        refuse_empty(*({name: int(np.count_nonzero(m)) for name, m in masks.items()} for masks in (before, found)))
     return like_input(found, scores)
 
 
@@ -208,11 +214,70 @@ def _comparable(layers: Mapping[Any, NDArray[Any]]) -> dict[Any, NDArray[Any]]:
     dtype = np.result_type(np.float32, *(array.dtype for array in layers.values()))
     found = {}
     for name, array in layers.items():
-        if array.dtype.kind in "iu" and array.size and max(abs(int(array.min())), abs(int(array.max()))) > _WHOLE:
-            raise ValueError(f"scores that are whole numbers must be within 2**53; got one beyond{_of([name])}")
+        if are_too_large(array):
+            raise too_large_error(name)
         found[name] = np.ascontiguousarray(array, dtype)
         _refuse_nan(name, found[name])
     return found
+
+
+def are_too_large(array: NDArray[Any]) -> bool:
+    """Whether float64 does not hold each of the whole numbers of an array."""
+    return array.dtype.kind in "iu" and array.size > 0 and max(abs(int(array.min())), abs(int(array.max()))) > _WHOLE
+
+
+def too_large_error(name: Any) -> ValueError:
+    """Return the error that a layer's scores are whole numbers that no float holds."""
+    return ValueError(f"scores that are whole numbers must be within 2**53; got one beyond{_of([name])}")
+
+
+def clear_by_scope(
+    clear: Callable[[Sequence[Any], int], None],
+    shapes: Mapping[Any, tuple[int, ...]],
+    live: Mapping[Any, int],
+    kept: Mapping[Any, int],
+    *,
+    sparsity: Sparsity | None,
+    num_zeros: int | None,
+    scope: Scope,
+    on_empty: OnEmpty,
+    keep_at_least: Mapping[str, int] | None,
+) -> None:
+    """Have as many entries cleared of each set of layers that are compared with each other as :func:`prune` asks for.
+
+    Args:
+        clear: clears a number of entries of the lowest scores in layers of these names.
+        shapes: of each layer's mask.
+        live: how many connections of each are live so far.
+        kept: how many of these stay whatever is asked for; empty where nothing was to be kept.
+        sparsity: as :func:`prune` takes it, and so the rest.
+        num_zeros: as above.
+        scope: as above.
+        on_empty: as above.
+        keep_at_least: as above; for messages.
+    """
+    for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope):
+        masked = sum(math.prod(shapes[name]) - live[name] for name in names)
+        if zeros < masked and on_empty == "keep":
+            _logger.info(
+                "%d connections are masked%s, where %d were asked for: none more is", masked, _of(names), zeros
+            )
+            zeros = masked
+        if zeros < masked:
+            raise ValueError(
+                f"pruning only removes connections; got {masked} masked ones{_of(names)}, where {zeros} were asked for: ask "
+                "for at least as many, or pass no masks"
+            )
+        count, free = zeros - masked, sum(live[name] - kept.get(name, 0) for name in names)
+        if count > free and kept:
+            if on_empty != "keep":
+                raise ValueError(
+                    f"keep_at_least={dict(keep_at_least or {})!r} leaves {free} connections to prune{_of(names)}; got "
+                    f"{count}: prune less, keep fewer, or pass on_empty='keep', which prunes what it can"
+                )
+            _logger.warning("%d connections are pruned%s, and not %d: the others are kept", free, _of(names), count)
+            count = free
+        clear(names, count)
 
 
 def zeros_by_scope(
@@ -245,7 +310,7 @@ def zeros_by_scope(
     return [([name], sizes[name] - count) for name, count in zip(shapes, kept, strict=True)]
 
 
-def _of_blocks(
+def scores_of_blocks(
     layers: Mapping[Any, NDArray[Any]], before: Mapping[Any, Mask], block: tuple[int, int]
 ) -> tuple[dict[Any, NDArray[Any]], dict[Any, Mask]]:
     """Return the scores and the masks of whole blocks."""
@@ -254,7 +319,8 @@ def _of_blocks(
     for name, array in layers.items():
         height, width = check_blocks(array.shape, block)
         split = (array.shape[0] // height, height, array.shape[1] // width, width)
-        sums[name] = array.reshape(split).sum(axis=(1, 3), dtype=np.float64)
+        # In one order, whatever the order of a weight's axes in memory.
+        sums[name] = np.ascontiguousarray(array).reshape(split).sum(axis=(1, 3), dtype=np.float64)
         live = before[name].reshape(split)
         masks[name] = np.asarray(live.any(axis=(1, 3)))
         if not (masks[name] == live.all(axis=(1, 3))).all():
@@ -272,11 +338,16 @@ def _check_matrix(name: Any, array: NDArray[Any]) -> None:
 def _refuse_nan(name: Any, array: NDArray[Any]) -> None:
     place = first_nan(array)
     if place is not None:
-        where = tuple(int(i) for i in np.unravel_index(place, array.shape))
-        raise ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
+        raise nan_error(name, place, array.shape)
 
 
-def _checked_least(keep_at_least: Mapping[str, int] | None, on_empty: str) -> dict[str, int]:
+def nan_error(name: Any, place: int, shape: tuple[int, ...]) -> ValueError:
+    """Return the error that a layer's scores are NaN at a flat place."""
+    where = tuple(int(i) for i in np.unravel_index(place, shape))
+    return ValueError(f"scores must be numbers; got NaN at {where}{_of([name])}")
+
+
+def checked_least(keep_at_least: Mapping[str, int] | None, on_empty: str) -> dict[str, int]:
     """Return how many connections a row and a layer keep."""
     least = dict(keep_at_least or {})
     if set(least) - {"row", "layer"} or any(not isinstance(n, int) or n < 0 for n in least.values()):
@@ -287,7 +358,8 @@ def _checked_least(keep_at_least: Mapping[str, int] | None, on_empty: str) -> di
     return {"row": least.get("row", 0), "layer": layer}
 
 
-def _check_empty(on_empty: str, layers: Mapping[Any, NDArray[Any]], choices: Sequence[str] = get_args(OnEmpty)) -> None:
+def check_empty(on_empty: str, layers: Mapping[Any, Any], choices: Sequence[str] = get_args(OnEmpty)) -> None:
+    """Raise a ``ValueError`` if ``on_empty`` is no choice, or "raise" where a layer, of a shape and size, is empty."""
     if on_empty not in choices:
         raise ValueError(f"on_empty must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}; got {on_empty!r}")
     for name, array in layers.items():
@@ -298,8 +370,9 @@ def _check_empty(on_empty: str, layers: Mapping[Any, NDArray[Any]], choices: Seq
             )
 
 
-def _refuse_empty(before: Mapping[Any, Mask], found: Mapping[Any, Mask]) -> None:
-    lost = [name for name, mask in found.items() if before[name].any() and not mask.any()]
+def refuse_empty(before: Mapping[Any, int], after: Mapping[Any, int]) -> None:
+    """Raise a ``ValueError`` if a layer that had live connections, by their number, has none any more."""
+    lost = [name for name, live in after.items() if before[name] and not live]
     if lost:
         raise ValueError(
             f"a layer must keep a connection; all would be gone{_of(lost)}: prune less, prune by scope='layer', or pass "

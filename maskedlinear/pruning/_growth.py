@@ -19,7 +19,7 @@ from maskedlinear.masks._threefry import words
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._select import clear_smallest, first_nan
 
-__all__ = ["regrow", "regrow_pattern"]
+__all__ = ["drawn", "draws_free", "number_to_move", "places_at_random", "regrow", "regrow_pattern", "where"]
 
 Places = NDArray[np.int64]  # flat ones, row * in + column, ascending
 
@@ -124,16 +124,21 @@ def _moved(
     """Return which of the live places go (as indices into ``places``) and which places come."""
     nan = first_nan(values)
     if nan is not None:
-        raise ValueError(f"a live weight must be a number; got NaN at {_where(int(places[nan]), shape)}")
+        raise ValueError(f"a live weight must be a number; got NaN at {where(int(places[nan]), shape)}")
     size = math.prod(shape)
-    count = min(math.floor(checked_fraction(fraction) * len(places)), size - len(places))
+    count = number_to_move(fraction, len(places), size)
     stays = np.ones(len(places), bool)
     magnitudes = np.abs(values)
     dtype = np.result_type(np.float32, magnitudes.dtype)
     clear_smallest([np.ascontiguousarray(magnitudes, dtype)], [stays], count)
     seed = checked_seed(seed)
-    come = _at_random(places, size, count, seed) if gradient is None else _largest(places, shape, count, gradient)
+    come = places_at_random(places, size, count, seed) if gradient is None else _largest(places, shape, count, gradient)
     return np.flatnonzero(~stays), come
+
+
+def number_to_move(fraction: Sparsity, live: int, size: int) -> int:
+    """Return how many connections of so many live ones move, in a matrix of so many places."""
+    return min(math.floor(checked_fraction(fraction) * live), size - live)
 
 
 def _largest(places: Places, shape: tuple[int, int], count: int, gradient: Callable[[int, int], Any]) -> Places:
@@ -148,7 +153,7 @@ def _largest(places: Places, shape: tuple[int, int], count: int, gradient: Calla
             raise ValueError(f"the gradient of rows {start} to {stop} must have shape {wanted}; got {block.shape}")
         nan = first_nan(np.ascontiguousarray(block))
         if nan is not None:
-            raise ValueError(f"a gradient must hold numbers; got NaN at {_where(start * shape[1] + nan, shape)}")
+            raise ValueError(f"a gradient must hold numbers; got NaN at {where(start * shape[1] + nan, shape)}")
         scores = np.abs(block).reshape(-1)
         open_ = np.ones(scores.size, bool)
         first, last = np.searchsorted(places, (start * shape[1], stop * shape[1]))
@@ -164,40 +169,69 @@ def _largest(places: Places, shape: tuple[int, int], count: int, gradient: Calla
     return np.sort(at)
 
 
-def _at_random(places: Places, size: int, count: int, seed: int) -> Places:
-    """Return ``count`` places without a connection, ascending: drawn one after the other from ``mask_v1``.
+def places_at_random(places: Places, size: int, count: int, seed: int) -> Places:
+    """Return ``count`` places without a connection, ascending, drawn at random."""
+
+    def are_live(chosen: Places) -> NDArray[np.bool_]:
+        near = np.minimum(np.searchsorted(places, chosen), max(len(places) - 1, 0))
+        return places[near] == chosen if len(places) else np.zeros(len(chosen), bool)
+
+    among_free = draws_free(len(places), size)
+    free = np.setdiff1d(np.arange(size), places, assume_unique=True) if among_free else np.empty(0, np.int64)
+    return drawn(count, len(places), size, seed, are_live, lambda numbers: free[numbers])
+
+
+def draws_free(live: int, size: int) -> bool:
+    """Whether so few of all places are free that it is one of the free ones that is drawn: fewer than a quarter."""
+    return 4 * (size - live) < size
+
+
+def drawn(
+    count: int,
+    live: int,
+    size: int,
+    seed: int,
+    are_live: Callable[[Places], NDArray[np.bool_]],
+    free_places: Callable[[Places], Places],
+) -> Places:
+    """Return ``count`` free places, ascending: drawn one after the other from ``mask_v1``.
 
     Draw i is the place ``floor(u * size)`` of the 64-bit number u / 2⁶⁴ made of words 2i and 2i + 1; one that is taken is
-    drawn again. Where fewer than a quarter of all places are free, it is a place among the free ones that is drawn.
+    drawn again. Where :func:`draws_free` says so, it is the number of a place among the free ones.
+
+    Args:
+        count: how many.
+        live: how many places have a connection.
+        size: of how many.
+        seed: of the stream.
+        are_live: which of places have a connection.
+        free_places: the places of which so many free ones are before.
     """
-    free = size - len(places)
-    listed = np.setdiff1d(np.arange(size), places, assume_unique=True) if 4 * free < size else None
+    among_free = draws_free(live, size)
     found: dict[int, None] = {}
-    for drawn in _draws(seed, size if listed is None else free):
-        if len(found) == count:
-            break
-        chosen = drawn if listed is None else listed[drawn]
-        near = np.minimum(np.searchsorted(places, chosen), max(len(places) - 1, 0))
-        taken = places[near] == chosen if len(places) else np.zeros(len(chosen), bool)
-        for place in chosen[~taken].tolist():
+    draws = min(_DRAWS, 2 * count + 64)  # at a time, which changes none of them
+    for numbers in _draws(seed, size - live if among_free else size, draws) if count else ():
+        chosen = free_places(numbers) if among_free else numbers[~are_live(numbers)]
+        for place in chosen.tolist():
             found.setdefault(place)
             if len(found) == count:
-                break
-    return np.sort(np.fromiter(found, np.int64, len(found)))
+                return np.sort(np.fromiter(found, np.int64, len(found)))
+    return np.empty(0, np.int64)
 
 
-def _draws(seed: int, size: int) -> Iterator[Places]:
+def _draws(seed: int, size: int, draws: int) -> Iterator[Places]:
     start = 0
     while True:
-        pairs = words(seed, start, start + 2 * _DRAWS).reshape(-1, 2).astype(np.uint64)
+        pairs = words(seed, start, start + 2 * draws).reshape(-1, 2).astype(np.uint64)
         high, low = pairs[:, 0], pairs[:, 1]
         # floor((high * 2^32 + low) * size / 2^64) in 64-bit arithmetic, for sizes below 2^62: by the halves of size.
         big, small = np.uint64(size >> 32), np.uint64(size & 0xFFFFFFFF)
         shift, part = np.uint64(32), np.uint64(0xFFFFFFFF)
         middle = (low * small >> shift) + (high * small & part) + (low * big & part)
         yield (high * big + (high * small >> shift) + (low * big >> shift) + (middle >> shift)).astype(np.int64)
-        start += 2 * _DRAWS
+        start += 2 * draws
 
 
-def _where(place: int, shape: tuple[int, int]) -> tuple[int, int]:
+def where(place: int, shape: tuple[int, int]) -> tuple[int, int]:
+    """Return the row and the column of a flat place."""
     return place // shape[1], place % shape[1]

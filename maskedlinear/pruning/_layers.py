@@ -24,6 +24,8 @@ __all__ = [
     "as_dict",
     "asked_by_name",
     "check_known",
+    "check_score",
+    "gradient_error",
     "layer_seed",
     "like_input",
     "matches",
@@ -159,10 +161,7 @@ def score_layers(
         check_known("scores", score, list(weights))
         check_known("scores, which each layer must have,", weights, list(score))
         return _of_shape({name: as_numpy(score[name]) for name in weights}, weights)
-    if not callable(score) and score not in get_args(Score):
-        raise ValueError(
-            f"score must be one of {', '.join(map(repr, get_args(Score)))}, a function, or scores by name; got {score!r}"
-        )
+    check_score(score)
     found = {}
     for place, (name, weight) in enumerate(weights.items()):
         gradient = gradients.get(name)
@@ -173,13 +172,26 @@ def score_layers(
         elif score == "random":
             found[name] = _scores.random_scores(tuple(weight.shape), layer_seed(seed, place))
         elif gradient is None:
-            raise ValueError(
-                f"score={score!r} needs the gradient of each weight; {name or 'the layer'} has none: run a backward pass, "
-                "and prune before the gradients are zeroed; or leave it out with include=..."
-            )
+            raise gradient_error(score, name)
         else:
             found[name] = (_scores.snip if score == "snip" else _scores.taylor)(weight, gradient)
     return _of_shape(found, weights)
+
+
+def check_score(score: Scoring) -> None:
+    """Raise a ``ValueError`` if ``score`` is none of the names, and neither a function nor scores by name."""
+    if not callable(score) and not isinstance(score, Mapping) and score not in get_args(Score):
+        raise ValueError(
+            f"score must be one of {', '.join(map(repr, get_args(Score)))}, a function, or scores by name; got {score!r}"
+        )
+
+
+def gradient_error(score: Scoring, name: str) -> ValueError:
+    """Return the error that a weight, whose score needs its gradient, has none."""
+    return ValueError(
+        f"score={score!r} needs the gradient of each weight; {name or 'the layer'} has none: run a backward pass, "
+        "and prune before the gradients are zeroed; or leave it out with include=..."
+    )
 
 
 def _of_shape(scores: dict[str, NDArray[Any]], weights: Mapping[str, Any]) -> dict[str, NDArray[Any]]:

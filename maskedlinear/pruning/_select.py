@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["best_entries", "clear_smallest", "first_nan", "passes"]
+__all__ = ["AddUp", "best_entries", "boundary", "clear_smallest", "first_nan", "ordered", "passes"]
 
 Array = NDArray[Any]
 Mask = NDArray[np.bool_]
+AddUp = Callable[[NDArray[np.int64]], NDArray[np.int64]]  # the sum over all processes, to each of them
 
 _BLOCK = 1 << 20  # scores looked at at a time
 _DIGIT = 16  # bits that a pass decides
@@ -39,24 +40,42 @@ def clear_smallest(
     if not count or not scores:
         return
     bits = 8 * scores[0].dtype.itemsize
-    prefix, left = 0, count  # the boundary's leading digits; how many of those that share them are below it
+    edge, left, _ = boundary(lambda: (keys for keys, _ in _keys(scores, masks, tell)), bits, count)
+    for keys, live in _keys(scores, masks, tell):
+        kept = keys > edge
+        equal = np.flatnonzero(keys == edge)
+        kept[equal[left:]] = True
+        left = max(0, left - len(equal))
+        live[np.flatnonzero(live)[~kept]] = False
+
+
+def boundary(
+    blocks: Callable[[], Iterator[Array]], bits: int, count: int, add_up: AddUp = lambda numbers: numbers
+) -> tuple[int, int, int]:
+    """Return the ``count``-th smallest of many whole numbers; how many of those equal to it are among the ``count``
+    smallest, at least one; and how many are equal to it.
+
+    Args:
+        blocks: yields them, unsigned, block by block, each time it is called.
+        bits: how many each has, a multiple of 16.
+        count: from 1 to how many there are.
+        add_up: sums over processes, of each of which ``blocks`` has its own; none of them may be left out.
+    """
+    prefix, left, equal = 0, count, 0  # the boundary's leading digits; how many of those that share them are below it
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         histogram = np.zeros(1 << _DIGIT, np.int64)
-        for keys, _ in _keys(scores, masks, tell):
+        for keys in blocks():
             if shift + _DIGIT < bits:
                 keys = keys[keys >> np.asarray(shift + _DIGIT, keys.dtype) == prefix]
             digits = keys >> np.asarray(shift, keys.dtype) & np.asarray((1 << _DIGIT) - 1, keys.dtype)
             histogram += np.bincount(digits.astype(np.int64), minlength=1 << _DIGIT)
+        histogram = add_up(histogram)
         before = np.cumsum(histogram)
         digit = int(np.searchsorted(before, left))
-        left -= int(before[digit] - histogram[digit])
+        equal = int(histogram[digit])
+        left -= int(before[digit]) - equal
         prefix = prefix << _DIGIT | digit
-    for keys, live in _keys(scores, masks, tell):
-        kept = keys > prefix
-        equal = np.flatnonzero(keys == prefix)
-        kept[equal[left:]] = True
-        left = max(0, left - len(equal))
-        live[np.flatnonzero(live)[~kept]] = False
+    return prefix, left, equal
 
 
 def best_entries(scores: Array, mask: Mask, row: int, layer: int) -> NDArray[np.intp]:
@@ -105,19 +124,21 @@ def _keys(
 ) -> Iterator[tuple[Array, Mask]]:
     """Yield whole numbers that are ordered as the live scores are, block by block, and the block's part of the mask."""
     for layer, mask in zip(scores, masks, strict=True):
-        whole = np.dtype(f"u{layer.dtype.itemsize}")
-        sign = np.asarray(1 << 8 * whole.itemsize - 1, whole)
         flat, live = layer.reshape(-1), mask.reshape(-1)
         for start in range(0, flat.size, _BLOCK):
             part = live[start : start + _BLOCK]
             block = flat[start : start + _BLOCK]
-            if not part.all():
-                block = block[part]
-            keys = (block + np.zeros((), layer.dtype)).view(whole)  # -0 + 0 is 0
-            negative = keys & sign != 0
-            if negative.any():
-                keys = np.where(negative, ~keys, keys | sign)
-            else:
-                keys |= sign
-            yield keys, part
+            yield ordered(block if part.all() else block[part]), part
             tell(part.size)
+
+
+def ordered(block: Array) -> Array:
+    """Return whole numbers, unsigned, that are ordered as floats without NaN are; -0 counts as 0."""
+    whole = np.dtype(f"u{block.dtype.itemsize}")
+    sign = np.asarray(1 << 8 * whole.itemsize - 1, whole)
+    keys: Array = (block + np.zeros((), block.dtype)).view(whole)  # -0 + 0 is 0
+    negative = keys & sign != 0
+    if negative.any():
+        return np.where(negative, ~keys, keys | sign)
+    keys |= sign
+    return keys
