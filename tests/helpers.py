@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -17,6 +18,7 @@ import numpy as np
 
 from maskedlinear import masks
 
+_PATIENCE = 240  # seconds that a program in several processes is given
 ROOT = Path(__file__).parent.parent
 OTHER_BACKEND = "from maskedlinear.reference import NumpyBackend\n\nclass Other(NumpyBackend):\n    name = 'other'\n"
 
@@ -131,21 +133,68 @@ def end():
 """
 
 
+IN_JAX_PROCESSES = """
+import os, pathlib, sys, time
+import jax
+
+rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), pathlib.Path(sys.argv[3])
+jax.config.update("jax_cpu_enable_async_dispatch", False)  # of several programs under way some would wait for each other
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize(sys.argv[4], size, rank)
+
+
+def fail(*error):
+    # At once: to take down would wait for the others.
+    sys.__excepthook__(*error)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(1)
+
+
+sys.excepthook = fail
+
+
+def end():
+    # All wait for all, in files. The first, which serves the others, goes last; shutdown() would wait for all of them too,
+    # and takes gloo's threads down, which may abort.
+    (folder / f"ended {rank}").touch()
+    while not all((folder / f"ended {other}").exists() for other in range(size)):
+        time.sleep(0.01)
+    while rank == 0 and not (folder / "others are gone").exists():
+        time.sleep(0.01)
+    sys.stdout.flush(), sys.stderr.flush()
+    os._exit(0)
+"""
+
+
+def in_jax_processes(code: str, path: Path, size: int = 2) -> None:
+    """Run a program in all processes of ``jax.distributed``, a device each, as :func:`in_processes` does."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        address = f"localhost:{free.getsockname()[1]}"
+    _in_processes(IN_JAX_PROCESSES + code, path, size, address)
+
+
 def in_processes(code: str, path: Path, size: int = 2) -> None:
     """Run a program in all processes of a gloo group: it is given ``rank``, ``size``, a ``folder``, and calls ``end()``.
 
     One that fails leaves the others waiting: what all have said is shown, and where one waits that does not end.
     """
-    command = [sys.executable, "-X", "faulthandler", "-c", IN_A_GROUP + code]
+    _in_processes(IN_A_GROUP + code, path, size)
+
+
+def _in_processes(code: str, path: Path, size: int, *more: str) -> None:
+    command = [sys.executable, "-X", "faulthandler", "-c", code]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
     said = [(path / f"said by {rank}").open("w+") for rank in range(size)]
     processes = [
-        subprocess.Popen([*command, str(rank), str(size), str(path)], stdout=file, stderr=file, env=environment)
+        subprocess.Popen([*command, str(rank), str(size), str(path), *more], stdout=file, stderr=file, env=environment)
         for rank, file in enumerate(said)
     ]
     try:
-        deadline = time.monotonic() + 240
+        deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline and all(process.poll() in (None, 0) for process in processes):
+            if all(process.poll() == 0 for process in processes[1:]):
+                (path / "others are gone").touch()
             if all(process.poll() == 0 for process in processes):
                 break
             time.sleep(0.1)

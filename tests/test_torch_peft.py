@@ -18,6 +18,8 @@ with warnings.catch_warnings():
     import transformers
     from peft import LoraConfig, PeftModel, get_peft_model
 
+from maskedlinear import checkpoint
+from maskedlinear.checkpoint import CheckpointError
 from maskedlinear.peft import mask_adapters
 from maskedlinear.torch import (
     SparseLinear,
@@ -333,3 +335,33 @@ def test_a_way_to_begin_that_edits_the_weight_leaves_it_masked() -> None:
     for layer in (merged[0], merged[2]):
         assert not bits_of(layer.weight.detach())[~layer.mask].any()
     torch.testing.assert_close(unmask_model(adapted()).type(torch.float64)(X), adapted()(X))
+
+
+def test_a_sparse_adapter_has_no_shapes_and_its_merged_model_is_read(tmp_path: Path) -> None:
+    masks = get_masks(network(dtype=torch.float32))
+    base = unmask_model(network(dtype=torch.float32))
+    config = peft.ShiraConfig(r=1, target_modules=["0"], mask_type="live", init_weights=False, inference_mode=True)
+
+    def first_live(layer: nn.Linear, r: int, **_: Any) -> Tensor:
+        chosen = torch.zeros_like(layer.weight)
+        chosen[tuple(masks["0"].nonzero()[: r * sum(layer.weight.shape)].T)] = 1
+        return chosen
+
+    config.mask_fn = first_live
+    adapter = get_peft_model(base, config)
+    y = adapter(X.float())
+    adapter.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(
+        CheckpointError, match=r"0\.shira_indices says where .* merge it, .*masks='zeros'.*masks='none' reads"
+    ):
+        checkpoint.read(tmp_path / "adapter")
+    as_they_stand = checkpoint.read(tmp_path / "adapter", masks="none")
+    assert sorted(name.rpartition(".")[2] for name in as_they_stand) == ["shira_indices", "shira_weight"]
+    merged = adapter.merge_and_unload()
+    arrays = checkpoint.read(merged.state_dict(), masks="zeros")
+    for name, mask in masks.items():
+        assert torch.equal(torch.from_numpy(arrays[f"{name}.weight"].mask()), mask)  # type: ignore[union-attr]
+    checkpoint.save(arrays, tmp_path / "merged.safetensors")
+    again = checkpoint.load_into(unmask_model(network(dtype=torch.float32)), tmp_path / "merged.safetensors")
+    torch.testing.assert_close(again(X.float()), y)
+    assert not torch.equal(network(dtype=torch.float32)(X.float()), y)

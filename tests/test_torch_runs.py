@@ -256,18 +256,18 @@ def fully_sharded(mesh, mask):
         torch.testing.assert_close(xs[0].grad, xs[1].grad)
         for m in (loose, twin):
             m[0].set_mask(m[0].mask.roll(1, 0))
-    state, mask_now = loose.state_dict(), loose[0].mask
+    state, mask_now = loose.state_dict(), loose[0].mask.full_tensor()
     assert not state["0.weight"].full_tensor()[~mask_now].any(), "a state holds what acts"
     empty = nn.Sequential(MaskedLinear(6, 4, mask=mask, device="meta"))
     fully_shard(empty, mesh=mesh)
     empty.to_empty(device="cpu")
     empty[0].reset_parameters()
-    assert torch.equal(empty[0].mask, torch.tensor(mask))
+    assert torch.equal(empty[0].mask.full_tensor(), torch.tensor(mask))
     model[0].set_mask(model[0].masked_weight != 0)  # a mask cut as the weight is
-    assert torch.equal(model[0].mask, torch.tensor(mask))
+    assert torch.equal(model[0].mask.full_tensor(), torch.tensor(mask))
 
 
-def parallel(mesh, mask, style):  # which cuts the weight, and makes a DTensor of the mask
+def parallel(mesh, mask, style):  # which cuts the weight, and the mask with it
     torch.manual_seed(0)
     layer = MaskedLinear(6, 4, mask=mask)
     start, x = layer.weight.detach().clone(), torch.ones(5, 6)
@@ -298,6 +298,7 @@ def test_parallel_training_and_distributed_checkpoints(tmp_path: Path) -> None:
     in_processes(PARALLEL, tmp_path)
 
 
+@pytest.mark.slow  # test_torch_sharded.py has more of it
 def test_sharded_and_parallel(tmp_path: Path) -> None:
     in_processes(SHARDED, tmp_path)
 

@@ -9,6 +9,7 @@ if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 6):
     )
 
 from maskedlinear_torch._check_masks import check_masks
+from maskedlinear_torch._distributed_checkpoint import atomic_writer, load_patterns
 from maskedlinear_torch._export import onnx_translations, operator_decompositions
 from maskedlinear_torch._functional import masked_linear
 from maskedlinear_torch._import_masks import import_masks
@@ -20,6 +21,7 @@ from maskedlinear_torch._regrow import dense_gradients, regrow_model
 from maskedlinear_torch._shrink import shrink
 from maskedlinear_torch._sparse import sparse_linear
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._sparse_parallel import SparseColwiseParallel, SparseRowwiseParallel
 from maskedlinear_torch._weights import register_axes
 from maskedlinear_torch._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
@@ -27,7 +29,10 @@ __all__ = [
     "MaskedLinear",
     "ScheduledPruning",
     "ScheduledRegrowth",
+    "SparseColwiseParallel",
     "SparseLinear",
+    "SparseRowwiseParallel",
+    "atomic_writer",
     "check_masks",
     "compress",
     "dense_gradients",
@@ -35,6 +40,7 @@ __all__ = [
     "freeze_masked",
     "get_masks",
     "import_masks",
+    "load_patterns",
     "lottery_rounds",
     "mask_model",
     "masked_linear",

@@ -6,6 +6,7 @@ slower and right under every transform.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -20,13 +21,17 @@ __all__ = [
     "STATE_HOOKS",
     "active_ddp_module",
     "end_pruning",
+    "exchange_fsdp_parameter",
+    "fsdp_parameter",
     "gradient_hooks",
     "in_transform",
     "is_any_autocast_on",
     "is_exporting",
     "is_forward_mode",
+    "is_fsdp_hook",
     "is_grads_batched",
     "is_nested",
+    "is_sending_state",
     "is_tracing",
     "nothing_looks_on",
     "pruning_hooks",
@@ -133,6 +138,54 @@ def active_ddp_module() -> Any:
     """Return the ``DistributedDataParallel`` whose forward pass this is; ``None`` if there is none, or torch cannot say."""
     ask = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     return None if ask is None else ask()
+
+
+def is_sending_state() -> bool:
+    """Whether the caller's caller was called by what sends a state to other processes, as
+    ``set_model_state_dict(..., broadcast_from_rank0=True)`` does; a torch that has it elsewhere is taken not to."""
+    frame = sys._getframe(3)
+    return frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
+
+
+def fsdp_parameter(model: nn.Module, layer: nn.Module, name: str) -> tuple[Any, int] | None:
+    """Return where FSDP2 keeps its part of a layer's parameter: a group of those gathered together, and the place in it.
+
+    ``None`` if no module of ``model`` was given to ``fully_shard`` with it, or torch cannot say.
+    """
+    for module in model.modules():
+        ask = getattr(module, "_get_fsdp_state", None)
+        state = None if ask is None else ask()
+        groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        for group in groups:
+            for place, kept in enumerate(getattr(group, "fsdp_params", ())):
+                info: Any = getattr(kept, "_module_info", None)
+                alone = info is not None and not info.shared_modules and not getattr(kept, "is_dtensor", True)
+                if (
+                    alone
+                    and info.module is layer
+                    and info.param_name == name
+                    and hasattr(kept, "_post_load_hook_handle")
+                ):
+                    return group, place
+    return None
+
+
+def exchange_fsdp_parameter(group: Any, place: int, layer: nn.Module, name: str) -> None:
+    """Have FSDP2 cut a layer's parameter, which is whole, in the place of one that it had cut; see ``fsdp_parameter``."""
+    old, parameter = group.fsdp_params[place], layer._parameters[name]
+    places = (group.mesh_info, group.post_forward_mesh_info, group.device)
+    new = type(old)(
+        parameter, type(old._module_info)(layer, name), *places, None, group.mp_policy, group.offload_policy
+    )
+    old._post_load_hook_handle.remove()
+    group.fsdp_params[place] = new
+    if hasattr(group, "_orig_dtype"):  # after a first forward pass, before which all of them are told
+        group._init_mp_dtypes()
+
+
+def is_fsdp_hook(hook: Any) -> bool:
+    """Whether a hook of a module's state is FSDP2's own."""
+    return str(getattr(getattr(hook, "hook", hook), "__module__", "")).startswith("torch.distributed.fsdp")
 
 
 def takes_load_hooks(optimizer: Any) -> bool:

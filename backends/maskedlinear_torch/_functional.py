@@ -25,7 +25,7 @@ from maskedlinear.masks import Recipe, as_mask
 from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._compat import in_transform, is_forward_mode, is_tracing, nothing_looks_on
-from maskedlinear_torch._dtensors import full_tensor
+from maskedlinear_torch._dtensors import full_tensor, is_sharded, on_parts
 from maskedlinear_torch._storage import OwnWeight, is_plain, keep_bits, new_memory, steps, version_of, zero_masked
 
 __all__ = [
@@ -174,7 +174,7 @@ def mask_tensor(mask: Any, weight: Tensor) -> Tensor:
 
 
 def checked_mask(mask: Any, shape: Sequence[int], axes: WeightAxes | None = None) -> Tensor:
-    """Return a copy of a layer's ``mask`` as a boolean tensor, on the device where it is, checked.
+    """Return a copy of a layer's ``mask`` as a boolean tensor, on the device where it is, checked; of a DTensor, cut as it.
 
     What is made of a recipe, by the weight's axes, has it as its attribute ``recipe``, and so has what is made of that; see
     :func:`recipe_of`.
@@ -186,6 +186,9 @@ def checked_mask(mask: Any, shape: Sequence[int], axes: WeightAxes | None = None
         check_dense(mask)
         if mask.is_meta:
             raise ValueError("a mask must have values; got a tensor on the meta device: pass one on another device")
+        if is_sharded(mask) and mask.shape == tuple(shape):  # what each process has is looked at by it
+            part = on_parts(lambda part: checked_mask(part, part.shape), mask.detach())
+            return _with_recipe(part, mask)
         full: Tensor = full_tensor(mask.detach())
         if full.dtype is torch.bool and full.shape == tuple(shape):
             return _with_recipe(full.clone(), mask)

@@ -16,7 +16,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from maskedlinear_torch._compat import is_any_autocast_on, is_exporting, is_tracing, nothing_looks_on
-from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
+from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_gathered
+from maskedlinear_torch._fsdp import become, type_of
 from maskedlinear_torch._functional import (
     FLOATING,
     apply_mask,
@@ -125,16 +126,27 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         """
         if not torch.compiler.is_compiling():
             own, weight = self._own, self._parameters.get("weight")
-            if weight is not None and own.key == id(weight):
+            if weight is not None and own.key == id(weight) and not own.is_cut:
                 if type(input) is Tensor and nothing_looks_on():
                     return self._apply_own(input, weight, own)
                 if is_tracing() and self.is_clean():
                     return F.linear(input, self.weight, self.bias)
+            elif own.lends(weight) and nothing_looks_on():  # by FSDP2, which has gathered what is +0 under the mask
+                self.see_to_copy()
+                return linear(input, self.weight, self.bias)
+            elif own.key is not None and not self.is_clean() and nothing_looks_on():
+                self.project()
             elif own.key is None and self._pending_mask is not None:
                 self.project()  # someone may have put values in place by hand
         elif is_exporting() and self._own.has_not_stepped():
             return F.linear(input, self.weight, self.bias)
-        return masked_linear(input, self.weight, as_dtensor_like(self.mask, self.weight), self.bias)
+        if torch.compiler.is_compiling() and is_gathered(self.weight, self.mask):
+            return F.linear(input, self.weight, self.bias)
+        return masked_linear(input, self.weight, self._mask_for(self.weight), self.bias)
+
+    def _mask_for(self, weight: Tensor) -> Tensor:
+        """Return the mask as a weight is: whole, if it stands in the own one's place, and that is cut over processes."""
+        return as_dtensor_like(full_tensor(self.mask) if is_gathered(weight, self.mask) else self.mask, weight)
 
     def _apply_own(self, x: Tensor, weight: Tensor, own: OwnWeight) -> Tensor:
         """Apply the layer's own weight, which is projected if need be; read at every call, in the forms that take least."""
@@ -161,7 +173,10 @@ class MaskedLinear(MaskedWeight, nn.Linear):
     @property
     def masked_weight(self) -> Tensor:
         """``where(mask, weight, 0)``, shape ``(out_features, in_features)``; differentiable in the weight."""
-        return apply_mask(self.weight, as_dtensor_like(self.mask, self.weight))
+        if self._own.lends(self.weight) and not torch.compiler.is_compiling():
+            self.see_to_copy()
+            return self.weight.clone()
+        return apply_mask(self.weight, self._mask_for(self.weight))
 
     def reset_parameters(self) -> None:
         """Draw weights, dormant ones too, and bias anew, as ``nn.Linear`` does, scaled to the live inputs of each row.
@@ -184,7 +199,8 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         if self.init_fan_in == "full" or self.mask.is_meta or self.weight.is_meta:
             return
         with torch.no_grad():
-            live = self.mask.sum(dim=1)
+            self._place(self.weight)
+            live = full_tensor(self.mask.sum(dim=1))
             scale = torch.where(live > 0, (self.in_features / live.clamp(min=1)).sqrt(), 1.0).to(self.weight.dtype)
             rows = scale[:, None].expand(self.mask.shape).contiguous()
             self._split(self.full_weight * as_dtensor_like(rows, self.weight))
@@ -246,13 +262,13 @@ class MaskedLinear(MaskedWeight, nn.Linear):
             ValueError: if the mask has another shape, or holds anything but 0 and 1; the layer is left as it was.
             TypeError: if ``linear`` is anything else.
         """
-        if type(linear) is not nn.Linear or "weight" not in linear._parameters:
+        if type_of(linear) is not nn.Linear or "weight" not in linear._parameters:
             raise TypeError(
                 f"adopt takes a plain nn.Linear whose weight is a parameter; got {type(linear).__name__}: a copy is made by "
                 "MaskedLinear.from_linear"
             )
         checked = None if mask is None else checked_mask(mask, linear.weight.shape)
-        linear.__class__ = cls
+        become(linear, cls)
         layer: Self = linear  # type: ignore[assignment]
         layer.__dict__["_own"] = OwnWeight()
         layer.init_fan_in = "live"
@@ -267,7 +283,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         Raises:
             TypeError: if this is a subclass, or the weight is computed.
         """
-        if type(self) is not MaskedLinear or "weight" not in self._parameters:
+        if type_of(self) is not MaskedLinear or "weight" not in self._parameters:
             raise TypeError(
                 f"release turns a plain MaskedLinear into an nn.Linear; got {type(self).__name__}: to_linear makes a copy"
             )
@@ -278,7 +294,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         vars(self).pop("recipe", None)
         forget(self)
         linear: nn.Linear = self
-        linear.__class__ = nn.Linear
+        become(linear, nn.Linear)
         return linear
 
     def to_linear(self) -> nn.Linear:

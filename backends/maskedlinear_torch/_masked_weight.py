@@ -7,19 +7,20 @@ conversions, copies, and a weight that is exchanged for another.
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maskedlinear.masks import Recipe, as_mask
 from maskedlinear.models import WeightAxes
+from maskedlinear_torch._after_steps import forget, watch
 from maskedlinear_torch._compat import take_hooks_along
+from maskedlinear_torch._cut_weight import CutWeight, like_own
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part
 from maskedlinear_torch._functional import as_tensor, checked_mask, recipe_of
+from maskedlinear_torch._masked_state import as_boolean, named_buffers, overlay, save, settle
 from maskedlinear_torch._storage import (
     DormantStore,
     GradientMask,
@@ -37,15 +38,10 @@ from maskedlinear_torch._storage import (
 __all__ = ["KeepDormant", "MaskedWeight", "check_keep_dormant", "forget"]
 
 
-class MaskedWeight(nn.Module):
+class MaskedWeight(CutWeight):
     """The storage of a weight with a mask: what :class:`maskedlinear.torch.MaskedLinear` is beside an ``nn.Linear``."""
 
-    weight: Tensor
-    mask: Tensor
-    keep_dormant: KeepDormant
     recipe: Recipe | None = None  # what the mask was last made of; whoever relies on it sees whether it still is
-    _own: OwnWeight
-    _dormant: DormantStore
     _pending_mask: Tensor | None  # of a layer on the meta device, which has no values
     # nn.Linear's states carry version 1: a missing mask is their nature, and an error in ours. Those of version 2 have
     # their dormant values in the weight, under the mask.
@@ -67,25 +63,28 @@ class MaskedWeight(nn.Module):
         The layer does this by itself before it acts. For code that has edited masked places past everything that counts;
         of values that somebody may have meant it warns, unless it is to be ``quiet``.
         """
-        own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
+        own, weight, mask = self._own, self.stored_weight, self._buffers.get("mask")
         if weight is None or mask is None or weight.is_meta or mask.is_meta:
             return
+        if own.is_cut and self.is_lent() and not self.is_clean():
+            own.stale = True
         if own.key is None and self._pending_mask is not None and type(weight) is nn.Parameter:
             self._pending_mask = None  # of a layer made on the meta device: someone has put values in place by hand
             self._adopt()
         if own.key != id(weight):
-            if is_sharded(weight):  # this process' part of it
-                project(local_part(weight), local_part(as_dtensor_like(mask, weight)))
             return
+        self._place(weight)
+        mask = self._buffers["mask"]
+        assert mask is not None
         # Read before anything is written: another thread's edit must not be taken for projected.
         seen, seen_steps = version_of(weight), steps[0]
-        seen_mask = None if mask.is_inference() else (mask, mask._version)
-        if seen_mask is None or own.mask is None or own.mask[0] is not mask or own.mask[1] != mask._version:
+        seen_mask = None if mask.is_inference() else (mask, version_of(mask))
+        if seen_mask is None or own.mask is None or own.mask[0] is not mask or own.mask[1] != seen_mask[1]:
             mask = self._take_edited_mask(weight, mask)
         elif (
             not quiet
             and own.may_lose_values(weight)
-            and bool((bits_of(weight.detach()) != 0).logical_and_(~mask).any())
+            and bool((bits_of(local_part(weight.detach())) != 0).logical_and_(~local_part(mask)).any())
         ):
             warnings.warn(
                 f"values under the mask of {self} are set back to 0, which no optimizer has left there: if they are an "
@@ -95,8 +94,8 @@ class MaskedWeight(nn.Module):
                 stacklevel=2,
             )
         if own.weight is None or seen is None or own.weight[0] != seen[0]:
-            own.shared = weight.is_shared()
-        project(weight, mask, own.shared)
+            own.shared = local_part(weight).is_shared()
+        project(local_part(weight), local_part(mask), own.shared)
         own.weight, own.mask, own.steps = seen, seen_mask, -1 if seen is None or seen_mask is None else seen_steps
         if own.hook is None:
             self._hook()
@@ -105,31 +104,25 @@ class MaskedWeight(nn.Module):
     def _take_edited_mask(self, weight: Tensor, mask: Tensor) -> Tensor:
         """Keep what an edit of the mask has switched off; what it has switched on stands in the weight. Return the mask."""
         if mask.dtype is not torch.bool or mask.shape != weight.shape or mask.device != weight.device:
-            self._buffers["mask"] = mask = as_tensor(as_mask(mask, weight.shape)).to(weight.device)
+            self._buffers["mask"] = mask = as_tensor(as_boolean(mask, weight.shape)).to(weight.device)
         if self._own.mask is not None:
             old, kept = self.dormant, weight.detach()
             if old is not None:  # what stands in the weight where something is dormant already is drift
-                kept = _overlay(kept, old.to(weight.device))
+                kept = overlay(kept, old.to(weight.device))
             self._set_dormant(torch.where(mask, 0, kept))
         return mask
 
-    def _current(self) -> Tensor | None:
-        """Return the parameter that is the weight now; ``None`` if it is computed."""
-        return self._parameters.get("weight")
-
     def is_clean(self) -> bool:
         """Whether the layer's own weight is known to be +0 under the mask as both stand."""
-        own, weight, mask = self._own, self._parameters.get("weight"), self._buffers.get("mask")
-        return (
-            own.steps == steps[0]
-            and own.mask is not None
-            and mask is own.mask[0]
-            and weight is not None
-            and own.key == id(weight)
-            and not own.shared
-            and own.weight == (weight.data_ptr(), weight._version)
-            and own.mask[1] == mask._version
-        )
+        own, mask = self._own, self._buffers.get("mask")
+        weight = self._parameters.get("weight") if own.lender is None else own.lender
+        if own.steps != steps[0] or own.mask is None or mask is not own.mask[0] or weight is None or own.shared:
+            return False
+        if own.key != id(weight):
+            return False
+        if own.is_cut:
+            return own.weight == version_of(weight) and own.mask[1] == version_of(mask)
+        return own.weight == (weight.data_ptr(), weight._version) and own.mask[1] == (mask.data_ptr(), mask._version)
 
     def has_clean_gradient(self) -> bool:
         """Whether the gradient of the layer's own weight is known to be +0 under the mask."""
@@ -138,9 +131,9 @@ class MaskedWeight(nn.Module):
 
     def note_clean(self) -> None:
         """Note that the weight is +0 under the mask as both stand; for whoever has seen to it."""
-        own, weight, mask = self._own, self._parameters.get("weight"), self.mask
+        own, weight, mask = self._own, self.stored_weight, self.mask
         if weight is not None and own.key == id(weight) and not weight.is_inference() and not mask.is_inference():
-            own.weight, own.mask, own.steps = version_of(weight), (mask, mask._version), steps[0]
+            own.weight, own.mask, own.steps = version_of(weight), (mask, version_of(mask)), steps[0]
 
     def set_mask(self, mask: Any, *, revive: bool = True) -> None:
         """Copy ``mask`` into the layer's own; it holds from the next call on.
@@ -163,15 +156,16 @@ class MaskedWeight(nn.Module):
             self.recipe = recipe_of(checked)
         with torch.no_grad():
             if self._pending_mask is not None:
-                self._pending_mask.copy_(checked)
+                self._pending_mask.copy_(like_own(checked, self._pending_mask))
             if self.weight.is_meta or self.mask.is_meta:
                 if not self.mask.is_meta:
-                    self.mask.copy_(as_dtensor_like(checked, self.mask))
+                    self.mask.copy_(like_own(checked, self.mask))
                 return
-            full = self.full_weight
+            full = self.full_weight  # which cuts the mask as the weight is
+            checked = like_own(checked, self.mask)
             if not revive:
-                full = torch.where(as_dtensor_like(checked & ~full_tensor(self.mask).to(checked.device), full), 0, full)
-            self.mask.copy_(as_dtensor_like(checked, self.mask))
+                full = torch.where(checked.to(self.mask.device) & ~self.mask, 0, full)
+            self.mask.copy_(checked)
             self._split(full)
 
     @torch.no_grad()
@@ -180,10 +174,14 @@ class MaskedWeight(nn.Module):
         if "weight" not in self._parameters:  # computed: whoever computes it decides what is stored
             return
         mask = as_dtensor_like(self.mask, full)
-        self.weight.copy_(torch.where(mask, full, 0))
-        self._set_dormant(full_tensor(torch.where(mask, 0, full)))
+        weight = self.weight if torch.compiler.is_compiling() else self.stored_weight
+        assert weight is not None
+        weight.copy_(torch.where(mask, full, 0))
+        self._set_dormant(torch.where(mask, 0, full))
         if not torch.compiler.is_compiling():
             self.note_clean()
+            if self.is_lent():
+                self.renew_copy()
 
     def _set_dormant(self, values: Tensor) -> None:
         """Keep dormant values, 0 where the weight is live; or let them go."""
@@ -195,14 +193,16 @@ class MaskedWeight(nn.Module):
             return
         with torch.inference_mode(False):
             kept = values.clone() if values.is_inference() else values
-        if not bool(bits_of(kept).any()):
-            self._dormant.values = None
-        else:
-            self._dormant.values = kept.cpu() if self.keep_dormant == "host" else kept
+        # Of a part that is all 0 nobody knows whether the others are: they are not asked.
+        nothing = not is_sharded(kept) and not bool(bits_of(kept).any())
+        self._dormant.values = None if nothing else self._kept(kept)
 
     @property
     def dormant(self) -> Tensor | None:
-        """What is dormant, of the weight's shape, 0 where the weight is live; ``None`` if all is 0."""
+        """What is dormant, of the weight's shape, 0 where the weight is live; ``None`` if all is 0.
+
+        Of a weight that is cut over processes it is cut alike, and may be all 0 too.
+        """
         return self._dormant.values
 
     @dormant.setter
@@ -215,7 +215,7 @@ class MaskedWeight(nn.Module):
         with torch.no_grad():
             if not torch.compiler.is_compiling():
                 self.project()
-            weight = self.weight.detach()
+            weight = (self.weight if self._own.lender is None else self._own.lender).detach()
             mask, dormant = as_dtensor_like(self.mask, weight), self.dormant
             if dormant is None:
                 return torch.where(mask, weight, 0)
@@ -225,7 +225,7 @@ class MaskedWeight(nn.Module):
     def sparsity(self) -> float:
         """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
         size = self.mask.numel()
-        return (size - int(self.mask.sum())) / size if size else 0.0
+        return (size - int(full_tensor(self.mask.sum()))) / size if size else 0.0
 
     @property
     def weight_axes(self) -> WeightAxes | None:
@@ -259,25 +259,40 @@ class MaskedWeight(nn.Module):
         Raises:
             ValueError: if the two layers have different masks: a weight has one.
         """
-        old = self.__dict__.get("_parameters", {}).get("weight") if name == "weight" else None
-        if name == "weight" and param is not None and "mask" in self.__dict__.get("_buffers", {}):
+        if name != "weight" or param is None or "mask" not in self.__dict__.get("_buffers", {}):
+            super().register_parameter(name, param)
+            if name == "weight":
+                self._adopt()
+            return
+        own, stored = self._own, self.stored_weight
+        if param is own.lender:  # back in its place
+            own.forget_copy()
+            super().register_parameter(name, param)
+        elif stored is not None and self._is_copy(param, stored):
+            own.lender, own.stale = stored, not self.is_clean()
+            super().register_parameter(name, param)
+            own.lent = id(param), version_of(param)
+            self.see_to_copy()  # here, since compiled code cannot
+        else:
+            own.forget_copy()
             other = layer_of(param)
             if isinstance(other, MaskedWeight) and other is not self:
                 self._share(other)
-        super().register_parameter(name, param)
-        if name == "weight" and old is not None and is_sharded(old):
-            self._own.key = None  # what FSDP2 gathers, for one call, is not the layer's own
-        elif name == "weight":
+            self._place(param, send=True)
+            super().register_parameter(name, param)
             self._adopt()
+            if is_sharded(param):  # before it is gathered
+                self.project()
 
     def _share(self, other: MaskedWeight) -> None:
         """Take the mask and the dormant values of a layer whose weight this one gets."""
         if other.mask.is_meta or self.mask.is_meta or self.mask.shape != other.mask.shape:
             return
-        if not torch.equal(self.mask.to(other.mask.device), other.mask):
-            if bool(other.mask.all()):
+        mine, its = local_part(as_dtensor_like(self.mask, other.mask)), local_part(other.mask)
+        if not torch.equal(mine.to(its.device), its):
+            if bool(its.all()):
                 other.set_mask(self.mask)
-            elif not bool(self.mask.all()):
+            elif not bool(mine.all()):
                 raise ValueError(
                     "a weight has one mask, whoever shares it; got a weight of a layer with another mask: give both "
                     "layers one mask first, with set_mask"
@@ -288,28 +303,37 @@ class MaskedWeight(nn.Module):
         """Take the registered weight for the layer's own; of its values nothing is known yet."""
         self._unhook()
         own, weight = self._own, self._parameters.get("weight")
-        own.key = id(weight) if type(weight) is nn.Parameter and not weight.is_meta else None
+        own.is_cut = isinstance(weight, nn.Parameter) and is_sharded(weight)
+        is_own = weight is not None and (type(weight) is nn.Parameter or own.is_cut) and not weight.is_meta
+        own.key = id(weight) if is_own else None
+        own.forget_copy()
         own.weight = own.gradient = None
         own.steps = -1
         mask = self._buffers.get("mask")
-        own.mask = None if mask is None or mask.is_meta or mask.is_inference() else (mask, mask._version)
+        own.mask = None if mask is None or mask.is_meta or mask.is_inference() else (mask, version_of(mask))
         if mask is not None:
-            _alive.add(self)
+            watch(self)
         if own.key is not None and weight is not None and mask is not None:
             remember_layer(weight, self)
             self._hook()
 
     def _hook(self) -> None:
         """Mask the gradients that other readers of the weight send; a frozen parameter takes no hook."""
-        own, weight = self._own, self._parameters["weight"]
-        if weight is not None and weight.requires_grad and own.hook is None:
+        own = self._own
+        # As this has it: the module that it is copied with may have nothing yet.
+        weight = self._parameters["weight"] if own.lender is None else own.lender
+        if weight is None or not weight.requires_grad or own.hook is not None:
+            return
+        if own.is_cut:
+            own.hook = weight.register_post_accumulate_grad_hook(GradientMask(self).mask_cut)
+        else:
             take_hooks_along(weight)
             own.hook = weight.register_hook(GradientMask(self))
 
     def watch_gradient(self) -> None:
         """Note from now on whether the own weight's gradient is +0 under the mask; for a guard, that need not mask it."""
         own, weight = self._own, self._parameters["weight"]
-        if own.watch is None and own.hook is not None and weight is not None:
+        if own.watch is None and own.hook is not None and weight is not None and not own.is_cut:
             own.watch = weight.register_post_accumulate_grad_hook(GradientMask(self).watch)
 
     def _unhook(self) -> None:
@@ -323,6 +347,11 @@ class MaskedWeight(nn.Module):
         # ``layer.mask = mask`` is set_mask: a buffer in the old one's place would be lost to DDP
         # (https://github.com/pytorch/pytorch/issues/63916) and go unchecked. Only a meta buffer, which cannot hold
         # values, gives way: load_state_dict(assign=True) relies on it.
+        if name == "weight" and isinstance(value, Tensor) and is_sharded(value) and self._own.lender is None:
+            stored = self.stored_weight
+            if stored is not None and not self._is_copy(value, stored):
+                self.project()  # FSDP2, which cuts the weights of modules that have a __setattr__ by it
+                self._place(value)
         if name != "mask" or "mask" not in self.__dict__.get("_buffers", {}):
             super().__setattr__(name, value)
         elif self.mask.is_meta and isinstance(value, Tensor):
@@ -347,7 +376,7 @@ class MaskedWeight(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.mask.is_meta:
             if not mask.is_meta and self._pending_mask is None:
-                self._pending_mask = full_tensor(mask).cpu()  # as if the layer had been made there
+                self._pending_mask = mask.cpu()  # as if the layer had been made there
         elif not mask.is_meta:
             if self.mask is not mask:  # .to_empty leaves a tensor without values, and .type(dtype) converts every one
                 self._buffers["mask"] = mask.to(self.mask.device)
@@ -359,6 +388,8 @@ class MaskedWeight(nn.Module):
             self._dormant.values = None if weight.is_meta else dormant.to(device=device, dtype=weight.dtype)
         self._adopt()
         self._share_again()
+        if self._own.is_cut:
+            self.project()
         return self
 
     def _take_pending(self) -> None:
@@ -367,7 +398,7 @@ class MaskedWeight(nn.Module):
         assert pending is not None
         self._buffers["mask"] = torch.empty_like(self.mask, dtype=torch.bool, device=self.weight.device)
         with torch.no_grad():
-            self.mask.copy_(as_dtensor_like(pending, self.mask))
+            self.mask.copy_(like_own(pending, self.mask))
         self._pending_mask = None
 
     def _share_again(self) -> None:
@@ -380,14 +411,13 @@ class MaskedWeight(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         self.project()
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        # With 0s if nothing is dormant: averagers go through two states side by side, and distributed checkpoints load
-        # what the state that they load into has. Files of ours, which ask with keep_vars, make no such zeros.
-        has_zeros = self.keep_dormant and not keep_vars and "weight" in self._parameters
-        if self.dormant is not None:
-            destination[prefix + "dormant"] = self.dormant
-        elif has_zeros and not self.mask.is_meta and not self.weight.is_meta:
-            device = "cpu" if self.keep_dormant == "host" else local_part(self.weight).device
-            destination[prefix + "dormant"] = torch.zeros(self.weight.shape, dtype=self.weight.dtype, device=device)
+        save(self, destination, prefix, keep_vars)
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Go through the buffers, as in ``nn.Module``; for what torch sends to other processes, dormant values too."""
+        return named_buffers(self, super().named_buffers(prefix, recurse, remove_duplicate))
 
     def _load_from_state_dict(
         self,
@@ -408,10 +438,11 @@ class MaskedWeight(nn.Module):
             )
             return
         try:
-            mask = None if mask is None else as_mask(mask, self.mask.shape)
+            mask = None if mask is None else as_boolean(mask, self.mask.shape)
         except ValueError as error:
             error_msgs.append(f"{key}: {error}")
             return
+        self._follow()
         brings_weight = prefix + "weight" in state_dict
         assigned = bool(local_metadata.get("assign_to_params_buffers", False))
         full = self.full_weight if mask is not None and not brings_weight and not self.weight.is_meta else None
@@ -432,6 +463,7 @@ class MaskedWeight(nn.Module):
             self._take_pending()
         if not self.mask.is_meta:
             self._pending_mask = None
+        self._place(self.weight)
         self._adopt()
         try:
             self._share_again()
@@ -441,60 +473,10 @@ class MaskedWeight(nn.Module):
         if self.weight.is_meta or self.mask.is_meta or "weight" not in self._parameters:
             return
         if brings_weight:
-            self._settle(dormant, assigned)
+            settle(self, dormant, assigned)
         else:
             if full is not None:
                 self._split(full)
             if dormant is not None:
                 dormant = dormant.detach().to(device=self.weight.device, dtype=self.weight.dtype)
-                self._set_dormant(torch.where(full_tensor(self.mask), 0, dormant))
-
-    @torch.no_grad()
-    def _settle(self, dormant: Tensor | None, assigned: bool) -> None:
-        """Divide a weight that was loaded: what it has under the mask becomes dormant, beside what came as such."""
-        weight = self.weight.detach()
-        mask = as_dtensor_like(self.mask, weight)
-        if dormant is not None:
-            dormant = as_dtensor_like(dormant.detach().to(device=weight.device, dtype=weight.dtype), weight)
-        if is_sharded(weight):
-            self._set_dormant(full_tensor(torch.where(mask, 0, weight) if dormant is None else dormant).clone())
-            self.project()
-            return
-        full = weight if dormant is None else _overlay(dormant, weight)
-        live, hidden = torch.where(mask, weight, 0), torch.where(mask, 0, full)
-        if assigned:
-            # The tensor is the caller's: it is not written to, but exchanged if it does not hold what it should.
-            if not torch.equal(bits_of(live), bits_of(weight)):
-                self.weight = nn.Parameter(live, self.weight.requires_grad)
-        else:
-            self.weight.copy_(live)
-        self._set_dormant(hidden)
-        self.note_clean()
-
-
-def _overlay(below: Tensor, above: Tensor) -> Tensor:
-    """Return the values of ``above``, and those of ``below`` where it is +0."""
-    return torch.where(bits_of(above) != 0, above, below)
-
-
-_alive: weakref.WeakSet[MaskedWeight] = weakref.WeakSet()
-
-
-def forget(mask: MaskedWeight) -> None:
-    """Let go of a masked weight that is none any more."""
-    _alive.discard(mask)
-
-
-@torch.no_grad()
-def _project_after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-    """Set back to +0 what a step has left under the masks of the weights that it has moved, whoever reads them next."""
-    if not _alive:
-        return
-    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    for mask in list(_alive):
-        weight = mask._current()
-        if weight is not None and id(weight) in held and not mask.is_clean():
-            mask.project()
-
-
-register_optimizer_step_post_hook(_project_after_step)
+                self._set_dormant(torch.where(self.mask, 0, as_dtensor_like(dormant, self.mask)))

@@ -11,6 +11,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear.costs import Choice, Costs, Format, Layer, choose_forms, table
+from maskedlinear_torch._fsdp import type_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import (
     copy_hooks_and_attributes,
@@ -21,7 +22,15 @@ from maskedlinear_torch._modules import (
     replace_modules,
 )
 from maskedlinear_torch._optim import EXCHANGED
+from maskedlinear_torch._sharded_forms import (
+    become_dense_in_place,
+    become_sparse_in_place,
+    is_fsdp_managed,
+    share_out_alike,
+    why_not_shared,
+)
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._sparse_shards import settle
 from maskedlinear_torch._trial import measured_seconds
 
 __all__ = ["become_sparse", "compress", "expand"]
@@ -47,9 +56,16 @@ def compress(
     weights are a new parameter, without a gradient: make the optimizer afterwards. Dormant weights are lost where a layer
     becomes sparse.
 
+    Layers that processes share take the other form too: FSDP2 cuts their new weights in the place of the old, and the layers
+    stay the same objects; tensor parallelism shares out the rows or columns that it had. All processes call this, with
+    ``format="sparse"`` or ``"dense"`` or the same ``costs``. Each gathers one layer at a time: of a dense one what is live,
+    where FSDP2 or the column-wise plan has cut it, else the whole weight; of a sparse one its values, and makes the whole
+    weight.
+
     These keep their form, and ``explain`` says why: subclasses, compiled and parametrized layers and those whose
     ``forward`` was replaced, whose state or weight has hooks, or which have parameters, buffers or modules of their own;
-    weights shared between layers, sharded and meta tensors, and layers of modules that read weights past ``forward``
+    weights shared between layers, cut over processes in several ways, or on the meta device, and layers of modules that
+    read weights past ``forward``
     (``nn.MultiheadAttention``, ``nn.TransformerEncoderLayer``).
 
     Args:
@@ -99,13 +115,16 @@ def expand(model: nn.Module) -> nn.Module:
 
 def _masked_layers(model: nn.Module) -> dict[int, tuple[MaskedLinear | SparseLinear, Layer]]:
     """Return the masked layers of a model, and what a choice needs to know of them."""
+    for module in model.modules():
+        if isinstance(module, MaskedLinear | SparseLinear):
+            settle(module)
     held, readers = parameter_users(model), readers_of_weights(model)
     found: dict[int, tuple[MaskedLinear | SparseLinear, Layer]] = {}
     for name, module in model.named_modules():
         if isinstance(module, MaskedLinear | SparseLinear):
             weight = _weight(module)
             shared = any(len(held[id(own)]) > 1 for own in module._parameters.values() if own is not None)
-            fixed = _why_fixed(module, weight, shared, id(module) in readers)
+            fixed = _why_fixed(module, weight, shared, id(module) in readers) or why_not_shared(model, module, weight)
             found[id(module)] = module, _facts(name, module, fixed)
     return found
 
@@ -116,8 +135,8 @@ def _weight(layer: nn.Module) -> Any:
 
 
 def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
-    if type(module) not in (MaskedLinear, SparseLinear) or weight is None:
-        return f"it is a {type(module).__name__} whose weight or forward is its own"
+    if type_of(module) not in (MaskedLinear, SparseLinear) or weight is None:
+        return f"it is a {type_of(module).__name__} whose weight or forward is its own"
     if "forward" in vars(module):
         return "its forward was replaced"
     if module._compiled_call_impl is not None:
@@ -132,8 +151,6 @@ def _why_fixed(module: nn.Module, weight: Any, shared: bool, read: bool) -> str:
         return "the module around it reads its weight"
     if weight.is_meta or isinstance(weight, UninitializedParameter):
         return "it has no values yet"
-    if hasattr(weight, "device_mesh"):
-        return "its weight is sharded"
     return ""
 
 
@@ -163,7 +180,9 @@ def _exchange(
 ) -> nn.Module:
     made: dict[int, nn.Module] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
-        if choice.form != facts.form:
+        if choice.form != facts.form and is_fsdp_managed(layer):
+            _exchange_in_place(model, layer)
+        elif choice.form != facts.form:
             made[key] = _in_other_form(layer)
     return replace_modules(model, made)
 
@@ -176,8 +195,18 @@ def become_sparse(model: nn.Module, keys: Collection[int]) -> nn.Module:
     return replace_modules(model, made) if made else model
 
 
+def _exchange_in_place(model: nn.Module, layer: MaskedLinear | SparseLinear) -> None:
+    old = _weight(layer)
+    if isinstance(layer, SparseLinear):
+        become_dense_in_place(model, layer)
+    else:
+        become_sparse_in_place(model, layer)
+    setattr(old, EXCHANGED, True)
+
+
 def _in_other_form(layer: MaskedLinear | SparseLinear) -> nn.Module:
     new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
+    share_out_alike(new, layer)
     new._parameters["bias"] = layer._parameters["bias"]
     vars(_weight(new)).update(vars(_weight(layer)))  # what a user has written on it
     setattr(_weight(layer), EXCHANGED, True)  # for an optimizer that was made before

@@ -5,12 +5,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from maskedlinear_torch._compat import CALL_HOOKS, STATE_HOOKS, gradient_hooks
+from maskedlinear_torch._compat import CALL_HOOKS, STATE_HOOKS, gradient_hooks, is_fsdp_hook
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._storage import GradientMask
 from maskedlinear_torch._weight_mask import WeightMask
 
 __all__ = [
+    "LAYERS_OWN",
     "copy_hooks_and_attributes",
     "has_call_hooks",
     "has_gradient_hooks",
@@ -21,8 +22,18 @@ __all__ = [
 ]
 
 # What only one of the layers has.
-_LAYERS_OWN = {"init_fan_in", "keep_dormant", "_own", "_dormant", "_pending_mask", "_pattern", "_matrix"}
-_LAYERS_OWN |= set(DevicePattern._fields)
+LAYERS_OWN = {
+    "init_fan_in",
+    "keep_dormant",
+    "_own",
+    "_dormant",
+    "_pending_mask",
+    "_pattern",
+    "_matrix",
+    "_cut",
+    "_output_layouts",
+}
+LAYERS_OWN |= set(DevicePattern._fields)
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
 
 
@@ -47,8 +58,8 @@ def has_call_hooks(module: nn.Module) -> bool:
 
 
 def has_state_hooks(module: nn.Module) -> bool:
-    """Whether something looks on when the module's state is read or loaded."""
-    return any(vars(module)[name] for name in STATE_HOOKS)
+    """Whether something but FSDP2 looks on when the module's state is read or loaded."""
+    return any(not is_fsdp_hook(hook) for name in STATE_HOOKS for hook in vars(module)[name].values())
 
 
 def has_gradient_hooks(parameter: Tensor) -> bool:
@@ -61,7 +72,7 @@ def copy_hooks_and_attributes(new: nn.Module, old: nn.Module) -> nn.Module:
     for name in CALL_HOOKS:
         new.__dict__[name] = old.__dict__[name]  # the same: a handle that removes a hook holds on to it
     for name, value in vars(old).items():
-        if name not in vars(new) and name not in _LAYERS_OWN:
+        if name not in vars(new) and name not in LAYERS_OWN:
             setattr(new, name, value)
     return new
 

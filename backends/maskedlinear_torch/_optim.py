@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
 from typing import Any, TypeVar
 
@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from maskedlinear.models import first_names
 from maskedlinear_torch._compat import takes_load_hooks
-from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
+from maskedlinear_torch._dtensors import as_dtensor_like, local_part
 from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._storage import Version, count_step, version_of, zero_masked
 from maskedlinear_torch._weights import walk_masked
 
-__all__ = ["EXCHANGED", "Guard", "freeze_masked", "holds_masked", "renew"]
+__all__ = ["EXCHANGED", "Guard", "freeze_masked", "holds_masked", "move_state", "renew"]
 
 EXCHANGED = "_maskedlinear_exchanged"  # the attribute of a weight whose layer has been given another form
 
@@ -128,7 +128,8 @@ class Guard:
         for layer in _masked_layers(self._model, self._optimizer):
             if not layer.is_clean():  # an edited mask takes effect
                 layer.project()
-            weight, version = layer.weight, _mask_version(layer)
+            weight, version = layer.stored_weight, version_of(layer.mask)
+            assert weight is not None
             if version is None or self._clean.get(id(weight)) != version:
                 if id(weight) in self._clean and isinstance(self._optimizer, torch.optim.LBFGS):
                     self._optimizer.state.clear()
@@ -148,8 +149,8 @@ class Guard:
         for layer in _masked_layers(self._model, self._optimizer):
             if not layer.is_clean():
                 layer.project()
-            if not known:
-                _clean_state(self._optimizer, layer.weight, layer.mask)
+            if not known and layer.stored_weight is not None:
+                _clean_state(self._optimizer, layer.stored_weight, layer.mask)
 
     def reset(self) -> None:
         """Look at the whole state anew at the next step: another one was loaded."""
@@ -182,7 +183,7 @@ def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[M
     for module in model.modules():
         if not isinstance(module, MaskedWeight):
             continue
-        weight = module._parameters.get("weight")
+        weight = module.stored_weight
         if weight is None:
             raise ValueError(
                 "freeze_masked guards weights that an optimizer holds, and the weight of a masked layer here is computed "
@@ -191,11 +192,6 @@ def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[M
         if id(weight) in held:
             layers.setdefault(id(weight), module)
     return list(layers.values())
-
-
-def _mask_version(layer: MaskedWeight) -> Version | None:
-    """Return what changes when the layer's mask does; ``None`` if nothing tells."""
-    return None if is_sharded(layer.mask) else version_of(layer.mask)
 
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:
@@ -213,27 +209,40 @@ _BY_ENTRY = tuple(
 
 def _clean_state(optimizer: torch.optim.Optimizer, weight: Tensor, mask: Tensor) -> None:
     """Make what an optimizer keeps of a weight new where it is masked."""
-    _renew_entries(optimizer, weight, ~as_dtensor_like(mask, weight), None)
+    _renew_entries(optimizer, weight, ~as_dtensor_like(mask, weight))
 
 
-def renew(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None = None) -> None:
-    """Make what an optimizer keeps of a weight new where it has ``changed``; take the rest from the places ``source``."""
-    _renew_entries(optimizer, weight, changed, source)
+def renew(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor) -> None:
+    """Make what an optimizer keeps of a weight new where it has ``changed``."""
+    _renew_entries(optimizer, weight, changed)
     if isinstance(optimizer, torch.optim.LBFGS):
         optimizer.state.clear()
 
 
-def _renew_entries(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor, source: Tensor | None) -> None:
-    group = next((group for group in optimizer.param_groups if any(one is weight for one in group["params"])), None)
-    if group is None:
-        return
+def move_state(
+    optimizer: torch.optim.Optimizer, weight: Tensor, shape: torch.Size, move: Callable[[Tensor, float], Tensor]
+) -> None:
+    """Exchange what an optimizer keeps of each entry of a weight, which had this shape, for what ``move`` makes of it and
+    of the number that it starts with."""
+    state, group = optimizer.state.get(weight, {}), _group_of(optimizer, weight)
+    for name, kept in state.items():
+        if isinstance(kept, Tensor) and kept.shape == shape:
+            new = move(kept, _fresh(name, group))
+            state[name] = kept.copy_(new) if new.shape == shape else new
+    if isinstance(optimizer, torch.optim.LBFGS):
+        optimizer.state.clear()
+
+
+def _renew_entries(optimizer: torch.optim.Optimizer, weight: Tensor, changed: Tensor) -> None:
+    group = _group_of(optimizer, weight)
     for name, kept in optimizer.state.get(weight, {}).items():
         if isinstance(kept, Tensor) and kept.shape == weight.shape:
-            fresh = _fresh(name, group)
-            if source is None:
-                kept.masked_fill_(changed, fresh)
-            else:
-                kept.copy_(torch.where(changed, fresh, kept[source]))
+            kept.masked_fill_(changed, _fresh(name, group))
+
+
+def _group_of(optimizer: torch.optim.Optimizer, weight: Tensor) -> dict[str, Any]:
+    """Return the options of an optimizer for a weight; none if it does not hold it."""
+    return next((group for group in optimizer.param_groups if any(one is weight for one in group["params"])), {})
 
 
 def _fresh(name: str, group: dict[str, Any]) -> float:

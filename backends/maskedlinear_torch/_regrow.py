@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,20 +16,24 @@ from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
 from maskedlinear.models import WeightAxes, refuse_shared, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
-from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor
+from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part, on_parts
 from maskedlinear_torch._functional import flatten_batch
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._modules import parameter_users
-from maskedlinear_torch._optim import renew
-from maskedlinear_torch._ranks import Group, active_group, are_finite, averaged, check_alike, group_of
+from maskedlinear_torch._optim import move_state, renew
+from maskedlinear_torch._ranks import Group, Ranks, active_group, are_finite, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._sparse_shards import moved, part_of, settle, whole_values
+from maskedlinear_torch._together import checked_masks, cut_like, index_of, places_of, regrown_mask
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import axes_of_mask, masked_weights, walk_masked
 
 __all__ = ["DenseGradients", "dense_gradients", "regrow_model"]
 
 Masked = MaskedWeight | SparseLinear
+
+_BLOCK = 1 << 20  # entries of a gradient that are averaged at a time, where each process keeps its part
 
 
 class DenseGradients:
@@ -40,25 +44,68 @@ class DenseGradients:
     """
 
     def __init__(self) -> None:
-        self.group: Group = None  # of processes, each with its own batch
+        self.ranks: Ranks | None = None  # processes, each with its own batch
         self._pairs: dict[Masked, list[tuple[Tensor, Tensor]]] = {}
         self._whole: dict[WeightMask, NDArray[Any]] = {}
+        self._parts: dict[WeightMask, Tensor] = {}
 
     def add(self, layer: Masked, x: Tensor, g: Tensor) -> None:
         """Take down x and the cotangent of y of one call of a layer."""
-        self._pairs.setdefault(layer, []).append((flatten_batch(x.detach()), flatten_batch(g.detach())))
+        pair = x.detach(), g.detach()
+        if isinstance(layer, SparseLinear):
+            pair = full_tensor(pair[0]), full_tensor(pair[1])
+        self._pairs.setdefault(layer, []).append((flatten_batch(pair[0]), flatten_batch(pair[1])))
 
     def add_whole(self, mask: WeightMask, g: Tensor) -> None:
-        """Take down the gradient of a weight, or add one up to what there was."""
+        """Take down the gradient of a weight, or add one up to what there was; of a weight that is cut over processes this
+        part of what its gradient is so far, which is that of all batches."""
+        if is_sharded(g):
+            self._parts[mask] = local_part(as_dtensor_like(g.detach(), mask.weight)).clone()
+            return
         axes = axes_of_mask(mask) or WeightAxes.of_entries(g.dim())
-        matrices = axes.matrices(as_numpy(full_tensor(g.detach())))
+        matrices = axes.matrices(as_numpy(g.detach()))
         self._whole[mask] = self._whole.get(mask, 0) + np.array(matrices)
 
     def are_finite(self, model: nn.Module, group: Group) -> bool:
         """Whether all numbers are finite, in all processes: where a loss was scaled too much, none of them are of use."""
         _processes_of(model, group, self)
         pairs = [array for pairs in self._pairs.values() for pair in pairs for array in pair]
-        return are_finite([*pairs, *map(torch.from_numpy, self._whole.values())], self.group)
+        others = [*map(torch.from_numpy, self._whole.values()), *self._parts.values()]
+        return are_finite([*pairs, *others], self.ranks)
+
+    def part(self, layer: MaskedWeight, index: Sequence[NDArray[np.int64]]) -> Tensor:
+        """Return this process' part of the gradient of a weight that is cut over processes.
+
+        Args:
+            layer: whose weight it is.
+            index: for each axis of the weight, which of its places this process has.
+
+        Raises:
+            ValueError: if the layer had no backward pass.
+        """
+        if isinstance(layer, WeightMask) and layer in self._parts:
+            return self._parts[layer]
+        if isinstance(layer, WeightMask) and layer in self._whole:
+            axes = axes_of_mask(layer) or WeightAxes.of_entries(layer.weight.dim())
+            whole = torch.from_numpy(axes.from_matrices(self._whole[layer], tuple(layer.weight.shape)).copy())
+            return whole if self.ranks is None else averaged(whole, self.ranks)
+        pairs = self._pairs_of(layer)
+        rows, columns = (torch.from_numpy(places) for places in index)
+        if any(is_sharded(tensor) for pair in pairs for tensor in pair):  # by tensor parallelism, whose sums these are
+            product = _cut_as(_product(pairs), layer.weight)
+            mean = local_part(product) if self.ranks is None else self.ranks.beyond(product).mean(local_part(product))
+            has = [
+                torch.searchsorted(torch.from_numpy(places), own)
+                for places, own in zip(index_of(product), (rows, columns), strict=True)
+            ]
+            return mean[has[0].to(mean.device)][:, has[1].to(mean.device)]
+        out, in_ = layer.weight.shape
+        step, parts = max(1, _BLOCK // max(in_, 1)), []
+        for start in range(0, out, step):
+            block = self.rows(layer, start, min(start + step, out))
+            own = rows[(rows >= start) & (rows < start + step)] - start
+            parts.append(block[own.to(block.device)][:, columns.to(block.device)])
+        return torch.cat(parts) if parts else torch.zeros(len(rows), len(columns))
 
     def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
         """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the
@@ -68,22 +115,29 @@ class DenseGradients:
             ValueError: if the layer had no backward pass.
         """
         part = self._own_rows(layer, start, stop)
-        return part if self.group is None else averaged(part, self.group)
+        return part if self.ranks is None else averaged(part, self.ranks)
 
     def _own_rows(self, layer: Masked, start: int, stop: int) -> Tensor:
         """Return these rows of the gradient of this process' batch."""
-        pairs = self._pairs.get(layer)
         if isinstance(layer, WeightMask) and layer in self._whole:
             matrices = self._whole[layer]
             return torch.from_numpy(matrices.reshape(-1, matrices.shape[2])[start:stop])
-        if pairs is None:
+        return _product([(x, g[:, start:stop]) for x, g in self._pairs_of(layer)])
+
+    def _pairs_of(self, layer: Masked) -> list[tuple[Tensor, Tensor]]:
+        if layer not in self._pairs:
             raise ValueError(
                 "growth by gradient needs a backward pass through each layer inside dense_gradients; there was none "
                 f"through {layer}"
             )
-        wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
-        parts = [g[:, start:stop].mT.to(wide) @ x.to(wide) for x, g in pairs]
-        return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
+        return self._pairs[layer]
+
+
+def _product(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Return ``gᵀ · x``, summed over all calls of a layer."""
+    wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    parts = [g.mT.to(wide) @ x.to(wide) for x, g in pairs]
+    return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
 
 @contextmanager
@@ -95,8 +149,10 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
         regrow_model(model, 0.3, gradients=gradients, optimizer=optimizer)
 
     It holds each masked layer's input and the cotangent of its output, and no gradient of a weight's shape; of masked
-    weights of other modules their gradients. Not inside ``torch.compile``. In a model in ``DistributedDataParallel`` each
-    process sees its own batch: connections grow by the mean of the gradients of all of them.
+    weights of other modules their gradients. Not inside ``torch.compile``. In a model in ``DistributedDataParallel`` or
+    FSDP2 each process sees its own batch: connections grow by the mean of the gradients of all of them. Of weights of other
+    modules that are cut over processes it holds each process' part of ``weight.grad``, as it stands after the backward pass:
+    begin without gradients of earlier ones.
 
     Args:
         model: a module with masked layers of either form.
@@ -106,13 +162,17 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     def look(layer: Any, arguments: tuple[Any, ...], named: dict[str, Any], output: Tensor) -> None:
         if output.requires_grad:
             x = arguments[0] if arguments else named["input"]
-            gradients.group = gradients.group or active_group()
+            gradients.ranks = gradients.ranks or active_group()
             output.register_hook(lambda g: gradients.add(layer, x, g))
 
     layers = [layer for layer in model.modules() if isinstance(layer, MaskedLinear | SparseLinear)]
+    shared_out = [layer for layer in layers if isinstance(layer, SparseLinear) and layer._cut is not None]
     masks = [mask for mask in model.modules() if isinstance(mask, WeightMask)]
-    handles = [layer.register_forward_hook(look, with_kwargs=True) for layer in layers]
+    hooked = [layer for layer in layers if layer not in shared_out]
+    handles = [layer.register_forward_hook(look, with_kwargs=True, prepend=True) for layer in hooked]
     try:
+        for layer in shared_out:  # what goes in and out of all processes' parts, which hooks do not see
+            layer._look = look
         for mask in masks:
             mask.project()  # which renews the hook of a copy
             mask._own.record = partial(gradients.add_whole, mask)
@@ -120,6 +180,8 @@ def dense_gradients(model: nn.Module) -> Iterator[DenseGradients]:
     finally:
         for mask in masks:
             mask._own.record = None
+        for layer in shared_out:
+            layer._look = None
         for handle in handles:
             handle.remove()
 
@@ -137,7 +199,9 @@ def regrow_model(
     """Move a fraction of each masked layer's connections: the weakest go, as many others come, with weight 0.
 
     Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`, whose places these are, the same
-    on both forms of the layer. On the sparse form nothing of the weight's shape is made.
+    on both forms of the layer. On the sparse form nothing of the weight's shape is made. Weights that FSDP2 or tensor
+    parallelism has cut over processes move theirs where they are, to the places of one process with the whole; all of them
+    call this. Where fewer than a quarter of a weight is masked, growth at random puts its mask together, a bit an entry.
 
     Args:
         model: a module with masked weights of either form.
@@ -150,7 +214,8 @@ def regrow_model(
         seed: of the random places; another at each step. Layer i takes ``seed + i``.
         group: the processes that train one model together, as in :func:`maskedlinear.torch.prune_model`: masks and weights
             are compared before connections move. By default those of a model in ``DistributedDataParallel``, whose passes
-            the ``gradients`` may have seen; ``None`` where one process acts alone.
+            the ``gradients`` may have seen, or that FSDP2 or tensor parallelism has cut; ``None`` where one process acts
+            alone.
 
     Returns:
         How many connections moved.
@@ -166,41 +231,75 @@ def regrow_model(
     if not layers:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
-    together = _processes_of(model, group, gradients)
-    if together is not None:
-        check_alike("what is live", {name: _live_values(layer) for name, layer in named.items()}, together)
-    planned: list[Any] = []
-    place = 0
-    for layer in layers:
-        rows, own = None if gradients is None else _rows(gradients, layer), layer_seed(seed, place)
+    ranks = _processes_of(model, group, gradients)
+    is_cut = any(isinstance(layer, MaskedWeight) and is_sharded(layer.weight) for layer in layers)
+    dense = {name: layer for name, layer in named.items() if isinstance(layer, MaskedWeight) and is_cut}
+    places = places_of({name: layer.weight for name, layer in dense.items()}, ranks) if is_cut else {}
+    if ranks is not None:
+        keys = {name: place.key for name, place in places.items()}
+        check_alike("what is live", {name: _live_values(layer) for name, layer in named.items()}, ranks, keys)
+    plans: dict[str, Any] = {}
+    number = 0
+    for name, layer in named.items():
+        rows, own = None if gradients is None else _rows(gradients, layer), layer_seed(seed, number)
         if isinstance(layer, SparseLinear):
-            planned.append(pruning.regrow_pattern(layer.pattern, layer.weight_values, fraction, rows, seed=own))
-            place += 1
+            settle(layer)
+            values = whole_values(layer.weight_values.detach(), layer._cut)
+            plans[name] = pruning.regrow_pattern(layer.pattern, values, fraction, rows, seed=own)
+            number += 1
             continue
-        arrays = full_tensor(layer.mask).cpu().numpy(), as_numpy(full_tensor(layer.weight.detach()))
-        mask, matrices = regrow_weight(axes_of_mask(layer), *arrays, fraction, rows, own)
-        planned.append(mask)
-        place += matrices
-    return sum(_move(layer, plan, optimizer) for layer, plan in zip(layers, planned, strict=True))
+        axes = axes_of_mask(layer)
+        if is_cut:
+            part = None if gradients is None else gradients.part(layer, places[name].places)
+            plans[name], matrices = regrown_mask(layer, axes, places[name], ranks, fraction, part, own)
+        else:
+            arrays = layer.mask.cpu().numpy(), as_numpy(layer.weight.detach())
+            plans[name], matrices = regrow_weight(axes, *arrays, fraction, rows, own)
+        number += matrices
+    if is_cut:
+        plans |= checked_masks({name: (layer.weight, plans[name]) for name, layer in dense.items()}, places, ranks)
+    moved = {name: _move(layer, plans[name], optimizer) for name, layer in named.items()}
+    if not is_cut or ranks is None:
+        return sum(moved.values())
+    elsewhere = sum(moved[name] for name, place in places.items() if not place.counts)
+    alike = sum(moved[name] for name in named if name not in places)  # in every process
+    return int(ranks.add_up(np.array([sum(moved.values()) - elsewhere - alike]))[0]) + alike
 
 
-def _processes_of(model: nn.Module, group: Group, gradients: DenseGradients | None) -> Group:
+def _processes_of(model: nn.Module, group: Group, gradients: DenseGradients | None) -> Ranks | None:
     """Return the processes that move connections together; gradients are averaged over them from now on."""
     together = group_of(model, group)
     if together is None and group is not None and gradients is not None:
-        together = gradients.group
+        together = gradients.ranks
     if gradients is not None:
-        gradients.group = together
+        gradients.ranks = together
     return together
 
 
-def _live_values(layer: Masked) -> Tensor:
-    """Return numbers that are others where connections or weights are."""
+def _live_values(layer: Masked) -> tuple[Tensor, ...]:
+    """Return what is others where connections or weights are; of a weight that is cut over processes this one's part."""
     if isinstance(layer, SparseLinear):
-        return torch.cat([layer.indptr.double(), layer.indices.double(), layer.weight_values.detach().double()])
-    return torch.cat(
-        [full_tensor(layer.mask).double().flatten(), full_tensor(layer.weight.detach()).double().flatten()]
-    )
+        values = layer.weight_values  # of those that processes share, each has its own part
+        return layer.pattern.indptr, layer.pattern.indices, *(() if is_sharded(values) else (values,))
+    return cut_like(layer.mask, layer.weight), layer.weight
+
+
+def _cut_as(product: Tensor, weight: Tensor) -> Tensor:
+    """Return a gradient cut as its weight is along those dimensions of its mesh that the gradient was made on.
+
+    Raises:
+        ValueError: if the weight is on no such mesh.
+    """
+    names, own = product.device_mesh.mesh_dim_names, getattr(weight, "device_mesh", None)  # type: ignore[attr-defined]
+    if own == product.device_mesh:  # type: ignore[attr-defined]
+        return as_dtensor_like(product, weight)
+    if own is None or names is None or own.mesh_dim_names is None or not set(names) <= set(own.mesh_dim_names):
+        raise ValueError(
+            "growth by gradient needs a weight on the device mesh on which its layer computes, or on one that has that "
+            f"mesh's dimensions, by name; got a weight on {own} and a gradient on {product.device_mesh}"  # type: ignore[attr-defined]
+        )
+    cuts = [weight.placements[own.mesh_dim_names.index(name)] for name in names]  # type: ignore[attr-defined]
+    return product.redistribute(placements=cuts)  # type: ignore[attr-defined, no-any-return]
 
 
 def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
@@ -220,18 +319,23 @@ def _rows(gradients: DenseGradients, layer: Masked) -> Any:
 
 
 def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> int:
-    """Carry out what :mod:`maskedlinear.pruning` has planned for a layer; return how many connections moved."""
+    """Carry out what :mod:`maskedlinear.pruning` has planned for a layer; return how many connections moved here."""
     if isinstance(layer, SparseLinear):
         pattern, source = plan
+        shape, before = layer.weight_values.shape, layer._cut
         layer.rewire(pattern, source)
-        places = torch.from_numpy(source).to(layer.weight_values.device)
         if optimizer is not None:
-            renew(optimizer, layer.weight_values, places < 0, places.clamp(min=0))
+            places = torch.from_numpy(source).to(layer.weight_values.device)
+
+            def follow(kept: Tensor, fresh: float) -> Tensor:
+                return part_of(moved(kept, places, fresh, before), kept, layer._cut)
+
+            move_state(optimizer, layer.weight_values, shape, follow)
         return int(np.count_nonzero(source < 0))
-    old = full_tensor(layer.mask)
-    found = torch.from_numpy(np.ascontiguousarray(plan)).to(old.device)
-    new, changed = found & ~old, found != old  # before the mask, which old may be, changes
+    found = plan if isinstance(plan, Tensor) else torch.from_numpy(np.ascontiguousarray(plan)).to(layer.mask.device)
+    old, part = cut_like(layer.mask, layer.weight), local_part(found)
+    new, changed = int((part & ~old).sum()), part != old  # before the mask, which old may be, changes
     layer.set_mask(found, revive=False)
     if optimizer is not None:
-        renew(optimizer, layer.weight, as_dtensor_like(changed, layer.weight))
-    return int(new.sum())
+        renew(optimizer, layer.weight, on_parts(lambda _: changed, layer.weight.detach()))
+    return new

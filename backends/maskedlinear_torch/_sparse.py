@@ -66,7 +66,7 @@ def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int,
     x, values, bias = autocast_arguments(x, values, bias, "values")
     wide = torch.promote_types(x.dtype, torch.float32)
     columns = spmm(values.to(wide), flatten_batch(x).mT.to(wide).contiguous(), pattern)
-    y = columns.mT.contiguous()
+    y = columns.mT.contiguous().reshape(*x.shape[:-1], out)
     if bias is not None:
-        y = y + bias.to(wide)
-    return y.to(x.dtype).reshape(*x.shape[:-1], out)
+        y = y + bias.to(wide)  # last: hooks of FSDP2 get lost where a view is written to in place
+    return y.to(x.dtype)

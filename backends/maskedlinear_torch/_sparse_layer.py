@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -13,12 +14,24 @@ from torch import Tensor, nn
 
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_torch._dtensors import full_tensor
+from maskedlinear_torch._dtensors import full_tensor, is_sharded
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
 from maskedlinear_torch._sparse import check_values, product
+from maskedlinear_torch._sparse_shards import (
+    Cut,
+    check_alike_where_shared,
+    draw,
+    live_weights,
+    moved,
+    part_of,
+    resize_and_copy,
+    settle,
+    whole_values,
+)
+from maskedlinear_torch._sparse_state import named_buffers, pattern_of_state, shared_out_as, take_pattern
 
 __all__ = ["SparseLinear"]
 
@@ -44,7 +57,10 @@ class SparseLinear(nn.Module):
     :class:`maskedlinear.pattern.SparsityPattern`. Loading one brings its own connections along, whatever those of the
     layer were. A state that calls ``weight_values`` by its earlier name, ``values``, loads too.
     The connections are no buffers: averages of a model average values alone, and ``DistributedDataParallel`` sends none of
-    them; give each process the same.
+    them; give each process the same. FSDP2 cuts the values, and every process knows all connections; for tensor parallelism
+    there are :class:`maskedlinear.torch.SparseColwiseParallel` and :class:`maskedlinear.torch.SparseRowwiseParallel`. A
+    distributed checkpoint (DCP) with another number of connections says ``Size mismatch``: give the model its connections
+    first, by :func:`maskedlinear.torch.load_patterns`.
 
     Args:
         in_features: the size of x's last dimension.
@@ -79,6 +95,11 @@ class SparseLinear(nn.Module):
     recipe: Recipe | None = None  # what the connections were made of; whoever relies on it sees whether they still are
     keep_dormant: KeepDormant = True  # of the dense form that this was, and may become again
     _matrix: Matrix
+    _cut: Cut | None = None  # by tensor parallelism
+    _look: Callable[..., None] | None = None  # of dense_gradients
+    _output_layouts: tuple[
+        Any, ...
+    ] = ()  # of its outputs, where its inputs are shared out; all of them everywhere if none
 
     def __init__(
         self,
@@ -115,6 +136,8 @@ class SparseLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return y: shape ``(..., in)`` to ``(..., out)``."""
+        if self._cut is not None:
+            return self._parallel(input, self._cut)
         if not torch.is_grad_enabled() and may_be_one_row(input, self.in_features):
             y = self._matrix.times(input, self.weight_values, self.indptr, self.indices, self.bias)
             if y is not None:
@@ -124,6 +147,19 @@ class SparseLinear(nn.Module):
             self._place()  # FSDP2 moves parameters by itself
         pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
         return _forward(input, self.weight_values, pattern, self.in_features, self.bias)
+
+    def _parallel(self, input: Tensor, cut: Cut) -> Tensor:
+        """Return y of this process' part of the layer, a DTensor."""
+        x = cut.own_inputs(input)
+        indices = (self.indptr, self.indices, self.starts, self.outputs, self.order)
+        bias = None if self.bias is None or cut.dim else self.bias.to_local()  # type: ignore[attr-defined]
+        y: Tensor = cut.outputs(
+            _forward(x, cut.own(self.weight_values), indices, x.shape[-1], bias), self._output_layouts
+        )
+        y = y if self.bias is None or not cut.dim else y + self.bias
+        if self._look is not None:
+            self._look(self, (input,), {}, y)
+        return y
 
     @property
     def pattern(self) -> SparsityPattern:
@@ -136,16 +172,17 @@ class SparseLinear(nn.Module):
 
         Made anew each time; differentiable in ``weight_values``. What is written to it is lost.
         """
-        rows, columns = DevicePattern(*(getattr(self, name) for name in DevicePattern._fields)).ends()
+        values = whole_values(self.weight_values, self._cut)
+        rows, columns = DevicePattern.of(self._pattern, values.device).ends()
         places = rows.long() * self.in_features + columns
-        flat = self.weight_values.new_zeros(self.out_features * self.in_features)
-        return flat.index_copy(0, places, self.weight_values).view(self.out_features, self.in_features)
+        flat = values.new_zeros(self.out_features * self.in_features)
+        return flat.index_copy(0, places, values).view(self.out_features, self.in_features)
 
     @property
     def sparsity(self) -> float:
         """The fraction of connections that are not there, in [0, 1]; 0 for a layer of no size."""
         size = self.in_features * self.out_features
-        return (size - self.weight_values.numel()) / size if size else 0.0
+        return (size - self._pattern.nnz) / size if size else 0.0
 
     def reset_parameters(self) -> None:
         """Draw values and bias anew: from U(-1/√n, 1/√n), n a row's live inputs, or all with ``init_fan_in="full"``.
@@ -156,19 +193,21 @@ class SparseLinear(nn.Module):
         if self.weight_values.is_meta:
             return
         with torch.no_grad():
-            live = self.indptr.diff()
+            settle(self)
+            live = DevicePattern.of(self._pattern, self.weight_values.device).indptr.diff()
             counts = live if self.init_fan_in == "live" else torch.full_like(live, self.in_features)
             counts = torch.where(live > 0, counts, self.in_features).clamp(min=1)
             bound = counts.double().rsqrt().to(self.weight_values.dtype)
-            self.weight_values.uniform_(-1, 1).mul_(bound.repeat_interleave(live))
+            draw(self.weight_values, bound.repeat_interleave(live), self._cut)
             if self.bias is not None:
-                self.bias.uniform_(-1, 1).mul_(bound)
+                draw(self.bias, bound)
 
     @classmethod
     def from_masked(cls, layer: MaskedLinear) -> Self:
         """Return the sparse form of a ``MaskedLinear``: its live weights and its bias, copied; what is dormant is left out.
 
-        A layer on the meta device gives one there, with the connections of the mask that it waits with.
+        A layer on the meta device gives one there, with the connections of the mask that it waits with. Of a layer that
+        processes share, each gets a whole one; all call it, and gather live weights alone.
 
         Raises:
             TypeError: if ``layer`` is no ``MaskedLinear``.
@@ -179,9 +218,8 @@ class SparseLinear(nn.Module):
                 "MaskedLinear.from_linear(layer, mask)"
             )
         with torch.no_grad():
-            pattern, weight = SparsityPattern.from_mask(full_tensor(layer.known_mask).cpu().numpy()), layer.weight
-            live = weight.new_empty(pattern.nnz) if weight.is_meta else weight[layer.mask]
-            made = cls._made(pattern, live, layer.bias)
+            pattern, live = live_weights(layer)
+            made = cls._made(pattern, live, None if layer.bias is None else full_tensor(layer.bias))
         made.init_fan_in, made.keep_dormant = layer.init_fan_in, layer.keep_dormant
         if layer.recipe is not None:
             made.recipe = layer.recipe
@@ -258,11 +296,15 @@ class SparseLinear(nn.Module):
         Raises:
             ModuleNotFoundError: if scipy is not installed.
         """
-        values = self.weight_values.detach().cpu()
+        # Memory that NumPy has seen cannot be freed by FSDP2.
+        values = whole_values(self.weight_values.detach(), self._cut).to("cpu", copy=True)
         return self.pattern.to_scipy((values.float() if values.itemsize < 4 else values).numpy())
 
     def to_masked(self) -> MaskedLinear:
-        """Return the dense form with the same outputs: a copy, whose dormant weights are 0; on the meta device one there."""
+        """Return the dense form with the same outputs: a copy, whose dormant weights are 0; on the meta device one there.
+
+        Of a layer that processes share, each gets a whole one, and all call it.
+        """
         layer: MaskedLinear = nn.utils.skip_init(  # draws nothing from the random generator
             MaskedLinear,
             self.in_features,
@@ -279,9 +321,9 @@ class SparseLinear(nn.Module):
             if self.recipe is not None:
                 layer.recipe = self.recipe
             if not self.weight_values.is_meta:
-                layer.weight[layer.mask] = self.weight_values
+                layer.weight[layer.mask] = whole_values(self.weight_values, self._cut)
             if self.bias is not None:
-                layer.bias.copy_(self.bias)
+                layer.bias.copy_(full_tensor(self.bias))
         for name, parameter in self.named_parameters():
             getattr(layer, "weight" if name == "weight_values" else name).requires_grad_(parameter.requires_grad)
         return layer.train(self.training)
@@ -289,7 +331,8 @@ class SparseLinear(nn.Module):
     def rewire(self, pattern: SparsityPattern, source: ArrayLike) -> None:
         """Exchange connections for as many others, in place: the parameters stay the same objects.
 
-        What an optimizer keeps of the values is not touched; :func:`maskedlinear.torch.regrow_model` moves it along.
+        What an optimizer keeps of the values is not touched; :func:`maskedlinear.torch.regrow_model` moves it along. Where
+        processes share the values, all of them call this, and each gathers this layer's values while they move.
 
         Args:
             pattern: the new connections, as many as before and of the same shape.
@@ -297,27 +340,32 @@ class SparseLinear(nn.Module):
                 gradient become 0; as :func:`maskedlinear.pruning.regrow_pattern` returns it.
 
         Raises:
-            ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit.
+            ValueError: if ``pattern`` has another shape or number of connections, or ``source`` does not fit; or if
+                processes that share the values (FSDP2, tensor parallelism) are given different ones.
         """
+        settle(self)
         places = torch.as_tensor(np.asarray(source), device=self.weight_values.device)
-        if pattern.shape != (self.out_features, self.in_features) or places.shape != self.weight_values.shape:
+        old, new = self._pattern, pattern
+        if new.shape != old.shape or places.shape != (old.nnz,):
             raise ValueError(
-                f"a layer is rewired to as many connections, {self.weight_values.numel()}, of shape (out, in) = "
-                f"{(self.out_features, self.in_features)}; got {pattern} and a source of shape {tuple(places.shape)}"
+                f"a layer is rewired to as many connections, {old.nnz}, of shape (out, in) = {old.shape}; got {new} and a "
+                f"source of shape {tuple(places.shape)}"
             )
-        if pattern.nnz != self.weight_values.numel() or bool((places >= self.weight_values.numel()).any()):
-            raise ValueError(f"source must say where each of the {self.weight_values.numel()} connections was, or -1")
+        if new.nnz != old.nnz or bool((places >= old.nnz).any()):
+            raise ValueError(f"source must say where each of the {old.nnz} connections was, or -1")
+        check_alike_where_shared(self.weight_values, {"connections": new.places, "places": np.asarray(source)})
         with torch.no_grad():
-            for tensor in (self.weight_values, self.weight_values.grad):
-                if tensor is not None:
-                    tensor.copy_(torch.where(places >= 0, tensor[places.clamp(min=0)], 0))
-        self._pattern = pattern
+            cut = None if self._cut is None else replace(self._cut, pattern=new)
+            resize_and_copy(
+                self.weight_values, lambda tensor: part_of(moved(tensor, places, 0.0, self._cut), tensor, cut)
+            )
+        self._pattern, self._cut = new, cut
         self._place()
 
     def extra_repr(self) -> str:
         """Say the sizes, the number of connections and the sparsity."""
         return (
-            f"in_features={self.in_features}, out_features={self.out_features}, connections={self.weight_values.numel()}, "
+            f"in_features={self.in_features}, out_features={self.out_features}, connections={self._pattern.nnz}, "
             f"sparsity={self.sparsity:.4g}, bias={self.bias is not None}"
         )
 
@@ -341,7 +389,8 @@ class SparseLinear(nn.Module):
 
     def _place(self) -> None:
         """Put the indices of the pattern where the values are."""
-        indices = DevicePattern.of(self._pattern, self.weight_values.device)
+        pattern = self._pattern if self._cut is None else self._cut.local
+        indices = DevicePattern.of(pattern, self.weight_values.device)
         self.__dict__.update(indices._asdict(), _matrix=Matrix())  # the old one holds on to the values' old memory
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -358,7 +407,18 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: getattr(self, name) for name in _KEPT})
+        if self._cut is not None:
+            values = self.weight_values if keep_vars else self.weight_values.detach()
+            destination[prefix + "weight_values"] = self._cut.evenly(values)
+        indices = DevicePattern.of(self._pattern, self.weight_values.device)
+        # Copies: a distributed checkpoint is loaded into them, and layers and copies of models may share the layer's own.
+        destination.update({prefix + name: getattr(indices, name).clone() for name in _KEPT})
+
+    def named_buffers(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Go through the buffers, as in ``nn.Module``; for what torch sends to other processes, the connections too."""
+        return named_buffers(self, super().named_buffers(prefix, recurse, remove_duplicate))
 
     def _load_from_state_dict(
         self,
@@ -370,43 +430,27 @@ class SparseLinear(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
+        settle(self)
         earlier, now = prefix + "values", prefix + "weight_values"
         if earlier in state_dict and now not in state_dict:
             state_dict = {now if key == earlier else key: kept for key, kept in state_dict.items()}
         keys = [prefix + name for name in _KEPT]
         if any(key in state_dict for key in keys):
             try:
-                self._take(state_dict.get(keys[0]), state_dict.get(keys[1]), state_dict.get(now, self.weight_values))
+                indptr, indices = (state_dict.get(key) for key in keys)
+                values = state_dict.get(now, self.weight_values)
+                take_pattern(self, pattern_of_state(self, indptr, indices, values))
             except (ValueError, TypeError) as error:
                 error_msgs.append(f"{prefix}indices: {error}")
                 return
         elif strict:
             missing_keys.extend(keys)
         rest = {key: kept for key, kept in state_dict.items() if key not in keys}
+        for key, own in ((now, self.weight_values), (prefix + "bias", self.bias)):
+            if isinstance(given := rest.get(key), Tensor) and own is not None and is_sharded(own):
+                rest[key] = shared_out_as(given, own, self)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._place()
-
-    def _take(self, indptr: Any, indices: Any, values: Any) -> None:
-        """Take the connections of a state before its values are copied, if they are a pattern of this layer's shape."""
-        given = {"indptr": indptr, "indices": indices, "weight_values": values}
-        if not all(isinstance(part, Tensor) for part in given.values()):
-            kinds = ", ".join(f"{name}: {type(part).__name__}" for name, part in given.items())
-            raise TypeError(
-                f"a state must have both indptr and indices, tensors as the values are; got {kinds}: pass the state of a "
-                "whole layer, or one without connections"
-            )
-        if indices.is_meta or indptr.is_meta:
-            return
-        pattern = SparsityPattern(indptr.cpu().numpy(), indices.cpu().numpy(), self.in_features)
-        if pattern.shape[0] != self.out_features or values.shape != indices.shape:
-            raise ValueError(
-                f"a state must have {self.out_features} outputs, as the layer, and as many values as connections; got "
-                f"{pattern.shape[0]} outputs, {tuple(values.shape)} values and {pattern.nnz} connections"
-            )
-        if self.weight_values.shape != values.shape:
-            self.weight_values.data = self.weight_values.new_empty(values.shape)
-            self.weight_values.grad = None
-        self._pattern = pattern
 
 
 def _real(name: str, numbers: Any) -> Tensor:

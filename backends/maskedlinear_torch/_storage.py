@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from maskedlinear_torch._compat import in_transform, is_forward_mode, is_grads_batched
-from maskedlinear_torch._dtensors import as_dtensor_like
+from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 
 __all__ = [
     "DormantStore",
@@ -80,8 +80,13 @@ class OwnWeight:
 
     Attributes:
         key: the parameter's identity, or ``None`` where the weight is not the layer's own.
+        is_cut: whether the parameter is cut over processes.
+        lender: what FSDP2 has gathered the tensor from that is in the weight's place now; or ``None``.
+        copy: that tensor, by its identity, once it was seen to be one.
+        lent: that tensor, by its identity, and its state when it was put there.
+        stale: whether it may have been gathered before the parameter was made +0 under the mask.
         weight: the state of the weight, by :func:`version_of`, in which it was last +0 under the mask.
-        mask: the mask which that was, and its version.
+        mask: the mask which that was, and its state.
         steps: how many steps optimizers had made then.
         shared: whether processes share the weight's memory.
         copied: whether the layer is a copy of another to which no gradient has come yet, as an average is.
@@ -98,13 +103,18 @@ class OwnWeight:
     __slots__ = (
         "adds_up",
         "copied",
+        "copy",
         "gradient",
         "hook",
+        "is_cut",
         "key",
+        "lender",
+        "lent",
         "made",
         "mask",
         "record",
         "shared",
+        "stale",
         "steps",
         "watch",
         "weight",
@@ -113,7 +123,7 @@ class OwnWeight:
     def __init__(self) -> None:
         self.key: int | None = None
         self.weight: Version | None = None
-        self.mask: tuple[Tensor, int] | None = None
+        self.mask: tuple[Tensor, Version | None] | None = None
         self.steps = -1
         self.made: tuple[Callable[[], Tensor | None], int] | None = None
         self.gradient: tuple[Tensor, Version | None, Tensor, Version | None] | None = None
@@ -121,7 +131,19 @@ class OwnWeight:
         self.hook: Any = None
         self.record: Callable[[Tensor], object] | None = None
         self.watch: Any = None
-        self.shared = self.copied = False
+        self.lender: Tensor | None = None
+        self.copy: int | None = None
+        self.lent: tuple[int, Version | None] | None = None
+        self.shared = self.copied = self.is_cut = self.stale = False
+
+    def lends(self, weight: Tensor | None) -> bool:
+        """Whether this is the copy that FSDP2 has gathered, as it has gathered it."""
+        return self.lent is not None and weight is not None and self.lent == (id(weight), version_of(weight))
+
+    def forget_copy(self) -> None:
+        """Note that nothing is lent: the parameter is in its place."""
+        self.lender = self.lent = None
+        self.stale = False
 
     def may_lose_values(self, weight: Tensor) -> bool:
         """Whether something else than an optimizer or a counted edit may have left values under the mask: those of a merge
@@ -186,6 +208,17 @@ class GradientMask:
         zero = _ZERO if g.is_cpu else g.new_zeros(())
         return torch.where(mask if type(g) is Tensor else as_dtensor_like(mask, g), g, zero)
 
+    @torch.no_grad()
+    def mask_cut(self, weight: Tensor) -> None:
+        """Mask the gradient that a parameter has got which is cut over processes: no other hook of it is called by FSDP2."""
+        layer: Any = self._layer()
+        gradient = weight.grad
+        if layer is None or layer._own.key != id(weight) or gradient is None or gradient.requires_grad:
+            return
+        if layer._own.record is not None:
+            layer._own.record(gradient)
+        zero_masked(local_part(gradient), local_part(as_dtensor_like(layer._buffers["mask"], gradient)))
+
     def watch(self, weight: Tensor) -> None:
         """Note the gradient when it has been added to what there was: the other hook of a guarded weight."""
         layer: Any = self._layer()
@@ -216,7 +249,12 @@ def layer_of(weight: Tensor) -> nn.Module | None:
 
 def version_of(tensor: Tensor) -> Version | None:
     """Return what changes when a tensor's values do, as far as anything counts; ``None`` if nothing does."""
-    return None if tensor.is_inference() else (tensor.data_ptr(), tensor._version)
+    if tensor.is_inference():
+        return None
+    if is_sharded(tensor):  # edits of it, and of this process' part, are counted apart
+        part = local_part(tensor)
+        return None if part.is_inference() else (part.data_ptr(), tensor._version + part._version)
+    return tensor.data_ptr(), tensor._version
 
 
 def is_plain(tensor: Tensor) -> bool:

@@ -66,7 +66,7 @@ class WeightMask(MaskedWeight):
     def release(self) -> None:
         """Let go of mask and dormant values: the module has its weight as it acts."""
         module, name = self.owner
-        if self._current() is not None:
+        if self.stored_weight is not None:
             self.project()
         self._unhook()
         del module._modules[child_name(name)]
@@ -81,8 +81,7 @@ class WeightMask(MaskedWeight):
 
     def is_clean(self) -> bool:
         """Whether the weight that the module has now is known to be +0 under the mask."""
-        module, name = self.owner
-        return module._parameters.get(name) is self._parameters.get("weight") and super().is_clean()
+        return self.stored_weight is self._parameters.get("weight") and super().is_clean()
 
     def extra_repr(self) -> str:
         """Say whose it is, and how sparse."""
@@ -93,10 +92,22 @@ class WeightMask(MaskedWeight):
         """Go through no parameters: the weight is the module's, for whoever asks modules one by one too."""
         return iter(())
 
-    def _current(self) -> Tensor | None:
-        """Return the parameter that the module has now; ``None`` if it is computed."""
+    @property
+    def stored_weight(self) -> Tensor | None:
+        """The parameter that the module has now, ``None`` if it is computed; or what FSDP2 has gathered that from."""
+        module, name = self.owner
+        weight, stored = module._parameters.get(name), self._parameters.get("weight")
+        return stored if weight is not None and stored is not None and self._is_copy(weight, stored) else weight
+
+    def _in_place(self) -> Tensor | None:
+        """Return what the module has in the weight's place now."""
         module, name = self.owner
         return module._parameters.get(name)
+
+    def is_lent(self) -> bool:
+        """Whether a copy that FSDP2 has gathered is in the weight's place."""
+        module, name = self.owner
+        return self.stored_weight is not module._parameters.get(name)
 
     def _require(self) -> Tensor:
         """Return the parameter that the module has now.
@@ -104,9 +115,9 @@ class WeightMask(MaskedWeight):
         Raises:
             ValueError: if it has none any more.
         """
-        weight = self._current()
+        module, name = self.owner
+        weight = module._parameters.get(name)
         if weight is None:
-            module, name = self.owner
             raise ValueError(
                 f"the masked parameter {name!r} of a {type(module).__name__} is computed now (by parametrize, weight_norm "
                 "or prune), so that its mask does not act: call unmask_model before, or compute it from a masked one"
@@ -122,6 +133,8 @@ class WeightMask(MaskedWeight):
             self._follow()
             self._unhook()
         if self._require() is not self._parameters.get("weight"):
+            if self.is_lent():
+                self.see_to_copy()
             return
         if self.weight.requires_grad and self._own.hook is None:
             self._hook()
@@ -134,11 +147,14 @@ class WeightMask(MaskedWeight):
 
     def _follow(self) -> None:
         """Take the parameter that the module has now for the weight."""
-        weight = self._require()
-        if weight is not self._parameters.get("weight") and isinstance(weight, nn.Parameter):
+        weight, stored = self._require(), self._parameters.get("weight")
+        if weight is stored or not isinstance(weight, nn.Parameter):
+            return
+        if stored is None or not self._is_copy(weight, stored):
             other = layer_of(weight)
             if isinstance(other, MaskedWeight) and other is not self:
                 self._share(other)
+            self._place(weight)
             self._parameters["weight"] = weight
             self._adopt()
 

@@ -19,6 +19,7 @@ from maskedlinear.models import (
     is_norm,
     why_left_out,
 )
+from maskedlinear_torch._fsdp import reshard, type_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -125,7 +126,8 @@ def walk_masked(
 
 
 def masked_weights(model: nn.Module) -> dict[str, MaskedWeight]:
-    """Return the masked weights of a model in the dense form, by name, projected."""
+    """Return the masked weights of a model in the dense form, by name, projected; cut, if FSDP2 has cut the model."""
+    reshard(model)
     masks = {name: mask for name, mask in walk_masked(model) if isinstance(mask, MaskedWeight)}
     for mask in masks.values():
         if not torch.compiler.is_compiling() and not mask.is_clean():
@@ -151,12 +153,15 @@ def axes_of_mask(mask: MaskedWeight) -> WeightAxes | None:
 def release(mask: MaskedWeight) -> None:
     """Give a masked weight back to its module as it acts, without its dormant values; subclasses, and one that is computed,
     stay as they are."""
-    if isinstance(mask, WeightMask) or (type(mask) is MaskedLinear and "weight" in mask._parameters):
+    if isinstance(mask, MaskedLinear) and (type_of(mask) is not MaskedLinear or "weight" not in mask._parameters):
+        return
+    if isinstance(mask, MaskedLinear | WeightMask):
         mask.release()
 
 
 def model_weights(model: nn.Module) -> list[ModelWeight]:
     """Return the parameters of a model, each once, and what can be said of them."""
+    reshard(model)
     weights: dict[int, ModelWeight] = {}
     for path, module in model.named_modules():
         for name, value in module._parameters.items():

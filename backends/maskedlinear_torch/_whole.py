@@ -31,13 +31,15 @@ from maskedlinear.models import (
 )
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, pattern_of
-from maskedlinear_torch._dtensors import full_tensor
+from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
+from maskedlinear_torch._fsdp import type_of
 from maskedlinear_torch._functional import checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_keep_dormant
 from maskedlinear_torch._products import DevicePattern
-from maskedlinear_torch._ranks import Group, averaged, check_alike, group_of
+from maskedlinear_torch._ranks import Group, Ranks, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._together import count_nodes, cut_like, new_masks, places_of
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
     axes_of_mask,
@@ -103,7 +105,7 @@ def mask_model(
 def mask_weight(weight: ModelWeight, mask: Tensor | None, keep_dormant: KeepDormant) -> None:
     """Give a weight its mask, in every module that holds it: plain linear layers become masked, others get a child."""
     for user in weight.users:
-        if type(user.module) is nn.Linear and user.parameter == "weight":
+        if type_of(user.module) is nn.Linear and user.parameter == "weight":
             made: MaskedWeight = MaskedLinear.adopt(user.module, mask, keep_dormant=keep_dormant)
         else:
             made = WeightMask(user.module, user.parameter, mask, keep_dormant=keep_dormant)
@@ -174,14 +176,16 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
         name: _checked(mask, layers[name].weight, axes_of_mask(layers[name]), name) for name, mask in masks.items()
     }
     check_one_mask(checked, {name: id(layers[name].weight) for name in checked}, _are_equal)
-    group = group_of(model, group)
-    if group is not None:
-        check_alike("the mask", checked, group)
-        full = {
-            name: torch.where(mask.to(layers[name].weight.device), full_tensor(layers[name].full_weight), 0)
-            for name, mask in checked.items()
-        }
-        check_alike("the weight under the new mask", full, group)
+    ranks = group_of(model, group)
+    if ranks is not None:
+        keys, parts = {}, {name: mask.to(layers[name].weight.device) for name, mask in checked.items()}
+        if ranks.is_cut:
+            places = places_of({name: layers[name].weight for name in checked}, ranks)
+            keys = {name: place.key for name, place in places.items()}
+            parts = {name: cut_like(mask, layers[name].weight) for name, mask in parts.items()}
+        check_alike("the mask", parts | {name: pattern.places for name, pattern in moved.items()}, ranks, keys)
+        full = {name: torch.where(mask, local_part(layers[name].full_weight), 0) for name, mask in parts.items()}
+        check_alike("the weight under the new mask", full, ranks, keys)
     for name, mask in checked.items():
         layers[name].set_mask(mask)
     for name, pattern in moved.items():
@@ -206,12 +210,16 @@ def prune_model(
 ) -> dict[str, Tensor]:
     """Prune the masked weights of a model to a sparsity, beyond what is masked already.
 
+    Weights that FSDP2 or tensor parallelism has cut over processes are pruned where they are, with the masks that one
+    process would make of the whole; all of them call this. No weight is put together, but the scores of one after the other
+    are for blocks, and for ``keep_at_least`` of rows that are cut.
+
     Args:
         model: a module with masked weights; :func:`mask_model` makes them.
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``); a function of
-            weight and gradient that returns scores of their shape; or the scores of each weight by name, as those that
-            :func:`maskedlinear.pruning.movement` adds up over steps.
+            weight and gradient (DTensors, where they are cut) that returns scores of their shape; or the scores of each
+            weight by name, as those that :func:`maskedlinear.pruning.movement` adds up over steps.
         scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack (an expert) is a layer.
         of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
             model, those without a mask included, or all numbers of the ``"model"``.
@@ -222,7 +230,8 @@ def prune_model(
         keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
         group: the processes that prune one model together, a group of ``torch.distributed``: scores are of the gradients of
             all of them, averaged, and the masks are compared before they are set. By default those of a model in
-            ``DistributedDataParallel``; ``None`` where one process acts alone (``if rank == 0:``).
+            ``DistributedDataParallel``, or that FSDP2 or tensor parallelism has cut; ``None`` where one process acts alone
+            (``if rank == 0:``).
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -235,37 +244,36 @@ def prune_model(
     check_of(of)
     layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, module_of(layer), include)}
     if not layers:
-        raise ValueError("prune_model prunes masked weights, and there is none: make them with mask_model(model)")
+        sparse = any(isinstance(layer, SparseLinear) for _, layer in walk_masked(model))
+        remedy = (
+            "those in the sparse form are pruned after expand(model)" if sparse else "make them with mask_model(model)"
+        )
+        raise ValueError(f"prune_model prunes masked weights, and there is none: {remedy}")
     frozen = [name for name, layer in layers.items() if not layer.weight.requires_grad and layer.weight.grad is None]
     if frozen and score in ("snip", "taylor"):
         raise ValueError(
             f"score={score!r} needs the gradient of each weight; frozen ones (requires_grad=False) get none: "
             f"{first_names(frozen)}: let them have one for the backward pass, or leave them out with include=..."
         )
-    group = group_of(model, group)
-    weights = {
-        name: Prunable(
-            axes_of_mask(layer),
-            full_tensor(layer.weight.detach()),
-            _gradient(layer, group, score),
-            full_tensor(layer.mask).cpu().numpy(),
-        )
-        for name, layer in layers.items()
-    }
-    masks = prune_weights(
-        weights,
-        sparsity,
-        score=score,
-        scope=scope,
-        block=block,
-        seed=seed,
-        on_empty=on_empty,
-        keep_at_least=keep_at_least,
-        num_zeros=None if of == "masked" else zeros_left(summary(model), sparsity, of, weights),
-        progress=progress,
-    )
-    if group is not None:
-        check_alike("the new mask", masks, group)
+    ranks = group_of(model, group)
+    how: dict[str, Any] = {"scope": scope, "block": block, "seed": seed, "on_empty": on_empty}
+    how |= {"keep_at_least": keep_at_least, "progress": progress}
+    if any(is_sharded(layer.weight) for layer in layers.values()):
+        places = places_of({name: layer.weight for name, layer in layers.items()}, ranks)
+        zeros = None if of == "masked" else _zeros_left(model, sparsity, of, layers)
+        known = {name: (layer, axes_of_mask(layer)) for name, layer in layers.items()}
+        masks: Masks = new_masks(known, places, ranks, sparsity, score=score, num_zeros=zeros, **how)
+    else:
+        weights = {
+            name: Prunable(
+                axes_of_mask(layer), layer.weight.detach(), _gradient(layer, ranks, score), layer.mask.cpu().numpy()
+            )
+            for name, layer in layers.items()
+        }
+        zeros = None if of == "masked" else _zeros_left(model, sparsity, of, layers)
+        masks = prune_weights(weights, sparsity, score=score, num_zeros=zeros, **how)
+        if ranks is not None:
+            check_alike("the new mask", masks, ranks)
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_mask(masks[name])
@@ -276,23 +284,34 @@ def prune_model(
     return before
 
 
-def _gradient(mask: MaskedWeight, group: Group, score: Scoring) -> Tensor | None:
+def _gradient(mask: MaskedWeight, ranks: Ranks | None, score: Scoring) -> Tensor | None:
     """Return a weight's gradient, averaged over the processes that prune together, if a score may read it."""
-    if mask.weight.grad is None:
-        return None
-    gradient = full_tensor(mask.weight.grad)
-    return (
-        averaged(gradient, group)
-        if group is not None and (callable(score) or score in ("snip", "taylor"))
-        else gradient
-    )
+    gradient: Tensor | None = mask.weight.grad
+    if gradient is None or ranks is None or not (callable(score) or score in ("snip", "taylor")):
+        return gradient
+    return averaged(gradient, ranks)
+
+
+def _zeros_left(model: nn.Module, sparsity: float, of: Of, pruned: Mapping[str, MaskedWeight]) -> int:
+    """Return how many entries of the weights to prune are masked when a fraction of the weights, or of the model, is."""
+    table, own = summary(model), {id(layer.weight) for layer in pruned.values()}
+    names = {weight.name for weight in model_weights(model) if id(weight.value) in own}
+    masked = sum(row.size - row.connections for row in table.rows if row.name in names)
+    return zeros_left(table, sparsity, of, masked)
 
 
 def summary(model: nn.Module) -> ModelSummary:
     """Return a table of a model's parameters: of the masked weights, of both forms, shape, sparsity, dead nodes, bytes and
-    FLOPs; of the others, what could be masked, and why the rest is left out."""
-    rows, unmasked = [], []
-    for weight in model_weights(model):
+    FLOPs; of the others, what could be masked, and why the rest is left out.
+
+    Of a model that is cut over processes all of them call this, and get the table of the whole.
+    """
+    rows, unmasked, weights = [], [], model_weights(model)
+    masked = {weight.name: weight.value for weight in weights if weight.mask is not None}
+    cut = {name: value for name, value in masked.items() if is_sharded(value) and not value.is_meta}
+    ranks = group_of(model, "model") if cut else None
+    places = places_of(cut, ranks) if cut else {}
+    for weight in weights:
         mask = weight.mask
         if weight.sparse is not None:
             tensors = [*weight.sparse.parameters(recurse=False), *weight.sparse.buffers(recurse=False)]
@@ -306,11 +325,14 @@ def summary(model: nn.Module) -> ModelSummary:
                 else [mask.weight, mask.mask]
             )
             tensors += [] if mask.dormant is None else [mask.dormant]
-            live = full_tensor(mask.known_mask).cpu().numpy()
-            nbytes = sum(tensor.nbytes for tensor in tensors)
-            rows.append(
-                WeightSummary.of_mask(weight.name, live, nbytes, axes_of_mask(mask) or WeightAxes.of_entries(live.ndim))
-            )
+            nbytes, axes = sum(tensor.nbytes for tensor in tensors), axes_of_mask(mask)
+            if weight.name in places:
+                counts = count_nodes(mask, axes, places[weight.name], ranks)
+                rows.append(WeightSummary.of_counts(weight.name, tuple(mask.weight.shape), *counts, nbytes, axes))
+            else:
+                live = mask.known_mask.cpu().numpy()
+                axes = axes or WeightAxes.of_entries(live.ndim)
+                rows.append(WeightSummary.of_mask(weight.name, live, nbytes, axes))
         else:
             uninitialized = isinstance(weight.value, UninitializedParameter)
             shape = () if uninitialized else tuple(weight.value.shape)
@@ -339,7 +361,9 @@ def _one_a_weight(model: nn.Module) -> dict[str, MaskedWeight]:
 
 
 def _are_equal(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one, other.to(one.device))
+    like = one if is_sharded(one) else other  # of two that are cut alike each process compares its parts
+    first, second = (local_part(as_dtensor_like(mask, like)) for mask in (one, other))
+    return torch.equal(first, second.to(first.device))
 
 
 def _checked(mask: Any, weight: Tensor, axes: WeightAxes | None, name: str) -> Tensor:
