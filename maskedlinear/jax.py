@@ -15,6 +15,7 @@ try:
         scheduled_regrowth,
         set_optimizer_masks,
         sparse_linear,
+        stack_patterns,
         trace_axes,
     )
 except ModuleNotFoundError as error:
@@ -32,5 +33,6 @@ __all__ = [
     "scheduled_regrowth",
     "set_optimizer_masks",
     "sparse_linear",
+    "stack_patterns",
     "trace_axes",
 ]

@@ -10,6 +10,7 @@ import math
 import operator
 from collections.abc import Callable, Hashable
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, Self
 
 import numpy as np
@@ -192,6 +193,35 @@ class SparsityPattern:
             )
         pattern, order = cls.from_edges(entries.row, entries.col, entries.shape)
         return pattern, np.asarray(entries.data)[order]
+
+    def split_rows(self, parts: int) -> list[Self]:
+        """Return the patterns of as many equal parts of the outputs, in their order: those of layers side by side.
+
+        The connections of a part are consecutive, so that its values are ``np.split(values, cuts)[part]`` with
+        ``cuts = np.cumsum([part.nnz for part in parts])[:-1]``; where all parts have as many, ``values.reshape(parts, -1)``.
+
+        Args:
+            parts: how many; a divisor of the number of outputs.
+
+        Raises:
+            ValueError: if the outputs cannot be divided so.
+            TypeError: if ``parts`` is no whole number.
+
+        Example:
+            >>> pattern = SparsityPattern.full((6, 2))
+            >>> [part.shape for part in pattern.split_rows(3)]
+            [(2, 2), (2, 2), (2, 2)]
+        """
+        parts = _check_size("parts", parts)
+        out, in_ = self.shape
+        if not parts or out % parts:
+            raise ValueError(f"{out} outputs cannot be split into {parts} equal parts: take a divisor of {out}")
+        height = out // parts
+        cuts = [int(self.indptr[part * height]) for part in range(parts + 1)]
+        return [
+            type(self)(self.indptr[part * height : (part + 1) * height + 1] - first, self.indices[first:end], in_)
+            for part, (first, end) in enumerate(pairwise(cuts))
+        ]
 
     def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Return what ``make`` gave when it was first called with ``key``: what a framework derives of the pattern."""

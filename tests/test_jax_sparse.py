@@ -17,9 +17,9 @@ from jax.test_util import check_grads
 
 from maskedlinear import masks
 from maskedlinear.flax import MaskedLinear, PatternIndex, SparseLinear, load_state
-from maskedlinear.jax import masked_linear, sparse_linear
+from maskedlinear.jax import masked_linear, sparse_linear, stack_patterns
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _products
+from maskedlinear_jax import _primitives, _products
 
 MASK = masks.random((6, 5), sparsity=0.5, seed=7)
 PATTERN = SparsityPattern.from_mask(MASK)
@@ -62,9 +62,38 @@ def test_maps_over_everything_but_the_pattern(rng: np.random.Generator) -> None:
         np.testing.assert_allclose(jax.vmap(sparse, axes)(*mixed), jax.vmap(dense, axes)(*mixed))
         by = [jax.vmap(jax.grad(lambda *a, f=f: (f(*a) ** 2).sum(), i), axes)(*mixed) for f in (sparse, dense)]
         np.testing.assert_allclose(*by)
-    stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), PATTERN)
-    with pytest.raises(ValueError, match=r"a pattern cannot be mapped over by jax\.vmap"):
-        jax.vmap(lambda pattern: sparse_linear(once[0], once[1], pattern))(stacked)
+
+
+@X64
+@pytest.mark.parametrize("kernel", ["cpu", "gathered"])
+def test_a_stack_of_patterns_is_that_of_layers_side_by_side(kernel: str, rng: np.random.Generator) -> None:
+    whole = SparsityPattern.from_mask(masks.constant_fan_in((6, 5), 2, seed=0))
+    stack = stack_patterns(whole.split_rows(3))
+    left, right, values = (jnp.asarray(rng.standard_normal(shape)) for shape in ((3, 2, 4), (3, 5, 4), (3, 4)))
+    matrices = jnp.zeros((6, 5)).at[whole.rows, whole.indices].set(values.reshape(-1)).reshape(3, 2, 5)
+    rest = _products.DevicePattern.of(stack)
+    got = _primitives._spmm(values, right, *rest, transposed=False, kernel=kernel)
+    np.testing.assert_allclose(got, matrices @ right)
+    got = _primitives._spmm(values, left, *rest, transposed=True, kernel=kernel)
+    np.testing.assert_allclose(got, jnp.swapaxes(matrices, 1, 2) @ left)
+    got = _primitives._sddmm(left, right, *rest, lead=1, kernel=kernel)
+    full = (left @ jnp.swapaxes(right, 1, 2)).reshape(6, 5)
+    np.testing.assert_allclose(got.reshape(-1), full[whole.rows, whole.indices])
+
+
+def test_patterns_that_cannot_be_stacked_or_split() -> None:
+    other = SparsityPattern.from_mask(~MASK[:, ::-1] | MASK)
+    with pytest.raises(ValueError, match=r"same shape and number of connections.*; got 15 of shape"):
+        stack_patterns([PATTERN, other])
+    with pytest.raises(ValueError, match="got no pattern"):
+        stack_patterns([])
+    with pytest.raises(TypeError, match="takes patterns; got ndarray"):
+        stack_patterns([MASK])  # type: ignore[list-item]
+    with pytest.raises(ValueError, match="must be one, not stacked"):
+        sparse_linear(jnp.ones((2, 5)), jnp.ones((2, 15)), stack_patterns([PATTERN, PATTERN]))
+    with pytest.raises(ValueError, match="6 outputs cannot be split into 4 equal parts"):
+        PATTERN.split_rows(4)
+    assert [part.shape for part in SparsityPattern.full((0, 3)).split_rows(2)] == [(0, 3), (0, 3)]
 
 
 def test_maps_over_layers_without_inputs() -> None:
@@ -120,13 +149,13 @@ def test_each_way_to_a_product_gives_it(
     matrix = np.zeros(mask.shape)
     matrix[mask] = values
     for transposed, side in ((False, right), (True, left)):
-        got = _products._spmm(values, side, *device_pattern, transposed=transposed, cpu=way == "rows")
+        got = _products.spmm(values, side, *device_pattern, transposed=transposed, cpu=way == "rows")
         np.testing.assert_allclose(got, (matrix.T if transposed else matrix) @ side, atol=1e-4)
     wanted = (left @ right.T)[mask]
     if way == "in blocks":
         got = jax.jit(_products._sddmm_in_blocks)(left, right, device_pattern)
     else:
-        got = _products._sddmm(left, right, *device_pattern, cpu=way == "in parts")
+        got = _products.sddmm(left, right, *device_pattern, cpu=way == "in parts")
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
@@ -404,16 +433,16 @@ def test_indices_are_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_primitives_the_products_are_jaxs_own(
     name: str, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
 ) -> None:
-    monkeypatch.setattr(_products, "Primitive", None)
-    assert _products._primitive("none", *(None,) * 5) is None
-    for part in ("_spmm_p", "_sddmm_p"):
-        monkeypatch.setattr(_products, part, None)
+    monkeypatch.setattr(_primitives, "Primitive", None)
+    assert _primitives._primitive("none", *(None,) * 6) is None
+    for part in ("_spmm_p", "_sddmm_p", "_turn_p"):
+        monkeypatch.setattr(_primitives, part, None)
     given = arguments(rng)
     product = {"_spmm_p": sparse, "_sddmm_p": lambda *given: sampled(*given)}[name]
 
     def sampled(x: Array, values: Array, bias: Array) -> Array:
         left = jnp.outer(bias, values[:4])
-        return _products.sddmm(left, x.reshape(-1, 5)[:4].T, _products.DevicePattern.of(PATTERN))
+        return _primitives.sddmm(left, x.reshape(-1, 5)[:4].T, _products.DevicePattern.of(PATTERN))
 
     if name == "_spmm_p":
         np.testing.assert_allclose(product(*given), dense(*given))

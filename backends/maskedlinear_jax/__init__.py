@@ -12,7 +12,7 @@ from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked, set_optimizer_masks
 from maskedlinear_jax._schedule import PruningState, scheduled_pruning
 from maskedlinear_jax._scheduled_regrowth import RegrowthState, scheduled_regrowth
-from maskedlinear_jax._sparse import sparse_linear
+from maskedlinear_jax._sparse import sparse_linear, stack_patterns
 from maskedlinear_jax._trace_axes import trace_axes
 from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
 
@@ -28,5 +28,6 @@ __all__ = [
     "scheduled_regrowth",
     "set_optimizer_masks",
     "sparse_linear",
+    "stack_patterns",
     "trace_axes",
 ]

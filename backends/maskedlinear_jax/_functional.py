@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
@@ -23,6 +22,7 @@ from maskedlinear.masks import Recipe, as_mask
 from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._compat import is_traced
+from maskedlinear_jax._placement import to_host
 
 __all__ = ["as_array", "boolean_mask", "check_devices", "expression", "masked_linear", "rule"]
 
@@ -37,6 +37,7 @@ def masked_linear(
     *,
     precision: Precision = None,
     forward_mode: bool = False,
+    out_sharding: Any = None,
 ) -> Array:
     """Return ``y = x · where(mask, weight, 0)ᵀ + bias``, as :func:`maskedlinear.spec.forward` defines it.
 
@@ -55,6 +56,9 @@ def masked_linear(
         forward_mode: whether to use the plain expression, which ``jax.jvp``, ``jax.jacfwd`` and ``jax.linearize`` can
             differentiate, and whose reverse mode keeps a masked copy of the weight. By default a reverse rule is used
             that keeps no such copy, and which these three refuse.
+        out_sharding: where y goes on a mesh with explicit axes, as in ``jax.numpy.einsum``: a ``NamedSharding``, or a
+            ``PartitionSpec`` of the mesh in use. JAX needs it where the sharding of the arguments does not say, as where
+            ``in`` is sharded. Gradients are sharded as the arguments are.
 
     Returns:
         Shape ``(..., out)``, in the arguments' common dtype.
@@ -62,6 +66,7 @@ def masked_linear(
     Raises:
         ValueError: if shapes or devices do not belong together, or the mask holds anything but 0 and 1.
         TypeError: if an argument is not an array, or its dtype is not real floating-point.
+        ShardingTypeError: if explicit axes of a mesh leave open where y goes, and ``out_sharding`` does not say.
     """
     x, weight = as_array("x", x), as_array("weight", weight)
     bias = None if bias is None else as_array("bias", bias)
@@ -73,7 +78,7 @@ def masked_linear(
         check_floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
     dtype = jnp.result_type(*named.values())
     x, weight, bias = x.astype(dtype), weight.astype(dtype), None if bias is None else bias.astype(dtype)
-    return (expression if forward_mode else rule)(x, weight, mask, bias, 1, precision)
+    return (expression if forward_mode else rule)(x, weight, mask, bias, 1, precision, out_sharding)
 
 
 def as_array(name: str, value: Any) -> Array:
@@ -102,7 +107,7 @@ def boolean_mask(
     if is_traced(mask) or getattr(mask, "dtype", None) == jnp.bool_:
         return jnp.asarray(as_mask(mask, shape, parameter))
     # By NumPy: inside a transform JAX would not look at the values of its own arrays either.
-    return jnp.asarray(as_mask(np.asarray(mask) if isinstance(mask, jax.Array) else mask, shape, parameter))
+    return jnp.asarray(as_mask(to_host(mask) if isinstance(mask, jax.Array) else mask, shape, parameter))
 
 
 def check_devices(mask: Array, weight: Array) -> None:
@@ -130,9 +135,12 @@ def _apply_mask(mask: Array, array: Array) -> Array:
     return jnp.where(mask, array, jnp.zeros((), array.dtype))
 
 
-def _dot(a: Array, b: Array, axes: tuple[Any, Any], precision: Precision) -> Array:
-    """Contract ``axes`` of a and b, accumulated in at least float32 and not yet rounded to the arguments' dtype."""
-    return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=_wide(a.dtype))
+def _dot(
+    a: Array, b: Array, axes: tuple[Any, Any], precision: Precision, out_sharding: Any, dtype: Any = None
+) -> Array:
+    """Contract ``axes`` of a and b; the result is of ``dtype``, or of the arguments'."""
+    where = {} if out_sharding is None else {"out_sharding": out_sharding}  # older releases of JAX do not take it
+    return lax.dot_general(a, b, (axes, ((), ())), precision=precision, preferred_element_type=dtype, **where)
 
 
 def _wide(dtype: Any) -> Any:
@@ -146,36 +154,57 @@ def _row(bias: Array, y: Array) -> Array:
 
 
 def expression(
-    x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision = None
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Array | None,
+    in_axis: int,
+    precision: Precision = None,
+    out_sharding: Any = None,
 ) -> Array:
     """The forward pass, for trusted arguments of one dtype; ``in_axis`` is the weight's axis of inputs.
 
     ``in_axis`` is 1 for a weight ``(out, in)`` and 0 for a Flax kernel ``(in, out)``; a mask has its weight's shape.
     """
-    y = _dot(x, _apply_mask(mask, weight), ((x.ndim - 1,), (in_axis,)), precision)
+    # Accumulated in at least float32, and not yet rounded to the arguments' dtype.
+    y = _dot(x, _apply_mask(mask, weight), ((x.ndim - 1,), (in_axis,)), precision, out_sharding, _wide(x.dtype))
     if bias is not None:
         y = y + _row(bias, y).astype(y.dtype)
     return y.astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def rule(x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision = None) -> Array:
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def rule(
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Array | None,
+    in_axis: int,
+    precision: Precision = None,
+    out_sharding: Any = None,
+) -> Array:
     """:func:`expression`, with the backward pass of the spec as its reverse rule."""
-    return expression(x, weight, mask, bias, in_axis, precision)
+    return expression(x, weight, mask, bias, in_axis, precision, out_sharding)
 
 
 Residuals = tuple[Array, Array, Array, Array | None]
 
 
 def _forward(
-    x: Array, weight: Array, mask: Array, bias: Array | None, in_axis: int, precision: Precision
+    x: Array,
+    weight: Array,
+    mask: Array,
+    bias: Array | None,
+    in_axis: int,
+    precision: Precision,
+    out_sharding: Any,
 ) -> tuple[Array, Residuals]:
     # The bias is kept for its presence alone; it is as small as a residual can be.
-    return expression(x, weight, mask, bias, in_axis, precision), (x, weight, mask, bias)
+    return expression(x, weight, mask, bias, in_axis, precision, out_sharding), (x, weight, mask, bias)
 
 
 def _backward(
-    in_axis: int, precision: Precision, residuals: Residuals, g: Array
+    in_axis: int, precision: Precision, out_sharding: Any, residuals: Residuals, g: Array
 ) -> tuple[Array, Array, None, Array | None]:
     x, weight, mask, bias = residuals
     wide = _wide(x.dtype)
@@ -189,8 +218,8 @@ def _backward(
     alone = 1 in (math.prod(x.shape[:-1]), *weight.shape)
 
     def layer(x: Array, weight: Array, bias: Array | None) -> Array:
-        axes, kind = (((x.ndim - 1,), (in_axis,)), ((), ())), wide if alone else None
-        y = lax.dot_general(x, _apply_mask(mask, weight), axes, precision, preferred_element_type=kind).astype(wide)
+        axes, kind = ((x.ndim - 1,), (in_axis,)), wide if alone else None
+        y = _dot(x, _apply_mask(mask, weight), axes, precision, out_sharding, kind).astype(wide)
         return y if bias is None else y + _row(bias, y).astype(wide)
 
     _, pull = jax.vjp(layer, x, weight, bias)

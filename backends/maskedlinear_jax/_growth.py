@@ -16,8 +16,10 @@ from jax import Array, lax
 from numpy.typing import NDArray
 
 from maskedlinear.masks._random import Sparsity, checked_fraction
+from maskedlinear.models import WeightAxes
 from maskedlinear_jax._compat import threefry_2x32
-from maskedlinear_jax._select import bound, clear_smallest, number
+from maskedlinear_jax._placement import replicated
+from maskedlinear_jax._select import bound, clear_smallest, number, reduced
 
 __all__ = ["key_words", "portion", "regrow_stack", "share_words"]
 
@@ -58,33 +60,41 @@ def portion(share: Array, live: Array) -> Array:
     return carry.astype(jnp.int32)
 
 
-def regrow_stack(weights: Array, masks: Array, gradients: Array | None, share: Array, key: Array, first: int) -> Array:
-    """Return the masks of matrices, each of which moves a share of its connections.
+def regrow_stack(
+    axes: WeightAxes,
+    weight: Array,
+    mask: Array,
+    gradient: Array | None,
+    share: Array,
+    key: Array,
+    first: int,
+) -> Array:
+    """Return the mask of a weight, each of whose matrices moves a share of its connections.
 
     Args:
-        weights: shape ``(stacked, out, in)``, of a dtype that :func:`check_comparable` lets pass. NaN counts as the largest.
-        masks: booleans of this shape.
-        gradients: of this shape; ``None`` grows at random.
+        axes: of the weight.
+        weight: of any shape, of a dtype that :func:`check_comparable` lets pass. NaN counts as the largest.
+        mask: booleans of this shape.
+        gradient: of this shape; ``None`` grows at random.
         share: what :func:`share_words` returns, shape ``(4,)``.
         key: what :func:`key_words` returns of the seed, shape ``(2,)``.
         first: matrix i takes ``seed + first + i``.
     """
-    places = jnp.arange(weights.shape[0], dtype=jnp.uint32) + jnp.uint32(first)
-
-    def moved(weight: Array, mask: Array, gradient: Array | None, place: Array) -> Array:
-        low = key[1] + place
-        return _moved(weight, mask, gradient, share, jnp.stack([key[0] + (low < place).astype(jnp.uint32), low]))
-
-    found: Array = jax.vmap(moved)(weights, masks, gradients, places)
-    return found
-
-
-def _moved(weight: Array, mask: Array, gradient: Array | None, share: Array, key: Array) -> Array:
-    live = number([mask])
-    free = jnp.int32(mask.size) - live
+    over = reduced(axes, weight.ndim)
+    live = number([mask], over)
+    free = jnp.int32(math.prod(weight.shape[axis] for axis in over)) - live
     count = jnp.minimum(portion(share, live), free)
-    (kept,) = clear_smallest([weight], [mask], count)
-    come = _at_random(~mask, count, key) if gradient is None else clear_smallest([gradient], [~mask], free - count)[0]
+    (kept,) = clear_smallest([weight], [mask], count, [axes], by_matrix=True)
+    if gradient is not None:
+        (come,) = clear_smallest([gradient], [~mask], free - count, [axes], by_matrix=True)
+    else:
+        laid: list[Any] = [replicated(part) for part in (~mask, count)]
+        matrices, counts = (axes.matrices(part) for part in laid)
+        places = jnp.arange(len(matrices), dtype=jnp.uint32) + jnp.uint32(first)
+        low = key[1] + places
+        keys = jnp.stack([key[0] + (low < places).astype(jnp.uint32), low], 1)
+        grown: Any = jax.vmap(_at_random)(jnp.asarray(matrices), jnp.asarray(counts).reshape(-1), keys)
+        come = jnp.asarray(axes.from_matrices(grown, weight.shape))
     moved: Array = kept | come
     return moved
 

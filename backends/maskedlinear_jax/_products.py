@@ -1,11 +1,7 @@
-"""The three products of the sparse form, as JAX primitives: a closed set, each made of the other two when differentiated.
+"""A pattern as JAX's arrays, and how the products with it are formed on one device: by JAX's kernel, or by gathering.
 
-As primitives they have every mode of differentiation, of any order, and vmap; a custom rule would refuse forward mode, and
-JAX's own sparse products are differentiated through a dense matrix (https://github.com/jax-ml/jax/issues/14623). They work
-on matrices of features by batch, (in, batch) and (out, batch).
-
-For ``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
-program that is kept, and a batch may have a name for a size there. ``_primitive`` decides it, when they are lowered.
+They work on matrices of features by batch, (in, batch) and (out, batch); ``_primitives`` makes the products of any number of
+axes of them, which may lie on several devices.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -15,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,14 +19,14 @@ from jax import Array, export, lax
 from jax.experimental import sparse
 
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._compat import Primitive, ad, batching, is_for_export, mlir
 
-__all__ = ["DevicePattern", "sddmm", "spmm"]
+__all__ = ["DevicePattern", "sddmm", "spmm", "to_columns", "to_rows"]
 
 _CHUNK = 1 << 20  # numbers that a product gathers at once
 _SYMBOLIC = 32  # what a batch that has no size yet is taken for there
 _BLOCK = 128  # rows that a product in blocks multiplies at once
 _LANES = 8  # columns that the product of compressed rows takes at a time
+_ROWS = 16  # rows that a transposition moves at a time
 _SLICES = 8  # parts of a batch that the sampled product adds up while it gathers
 _WIDE = 32  # columns that such a part has at least
 
@@ -108,24 +103,7 @@ export.register_pytree_node_serialization(
 )
 
 
-def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
-    """Return W · right, shape (out, batch) for right (in, batch); or Wᵀ · right, the other way round.
-
-    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64.
-    """
-    if _spmm_p is None:
-        return _spmm(values, right, *pattern, transposed=transposed, cpu=False)
-    return _spmm_p.bind(values, right, *pattern, transposed=transposed)
-
-
-def sddmm(left: Array, right: Array, pattern: DevicePattern) -> Array:
-    """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
-    if _sddmm_p is None:
-        return _sddmm(left, right, *pattern, cpu=False)
-    return _sddmm_p.bind(left, right, *pattern)
-
-
-def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool) -> Array:
+def spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool) -> Array:
     """The product, on the CPU by JAX's kernel for compressed rows, elsewhere by gathering."""
     pattern = DevicePattern(*rest)
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
@@ -148,7 +126,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool
     )
 
 
-def _sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
+def sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
     """The sampled product, by gathering, or on the CPU block by block where that takes less time."""
     pattern = DevicePattern(*rest)
     size, batch = pattern.indices.size, right.shape[1]
@@ -235,107 +213,22 @@ def _at_once(width: Any) -> int:
     return max(1, _CHUNK // (width if isinstance(width, int) else _SYMBOLIC))
 
 
-def _spmm_shape(values: Any, right: Any, *rest: Any, transposed: bool) -> Any:
-    starts = DevicePattern(*rest).starts if transposed else DevicePattern(*rest).indptr
-    return right.update(shape=(starts.shape[0] - 1, right.shape[1]), weak_type=False)
+# x.T and back, by way of blocks: XLA takes a plain transpose for a matter of layout, and copies once for each reader.
 
 
-def _sddmm_shape(left: Any, right: Any, *rest: Any) -> Any:
-    return right.update(shape=DevicePattern(*rest).indices.shape, weak_type=False)
+def to_columns(rows: Array) -> Array:
+    """Return the transpose of a matrix of batch by features."""
+    batch, features = rows.shape
+    lanes = math.gcd(batch, _ROWS) if isinstance(batch, int) else 1
+    if lanes < 2 or not rows.size:
+        return rows.T
+    return rows.reshape(batch // lanes, lanes, features).transpose(2, 0, 1).reshape(features, batch)
 
 
-def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
-    return _bilinear_jvp(
-        lambda one, other: spmm(one, other, DevicePattern(*primals[2:]), transposed), primals[:2], tangents[:2]
-    )
-
-
-def _sddmm_jvp(primals: Any, tangents: Any) -> tuple[Array, Any]:
-    return _bilinear_jvp(lambda one, other: sddmm(one, other, DevicePattern(*primals[2:])), primals[:2], tangents[:2])
-
-
-def _bilinear_jvp(product: Any, sides: Any, tangents: Any) -> tuple[Array, Any]:
-    """Return a product of two and its derivative along ``tangents``, one of which may be zero."""
-    moved = [
-        product(*(tangent if i == k else side for k, side in enumerate(sides)))
-        for i, tangent in enumerate(tangents)
-        if not isinstance(tangent, ad.Zero)
-    ]
-    return product(*sides), sum(moved[1:], moved[0])
-
-
-def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: bool) -> list[Any]:
-    pattern = DevicePattern(*rest)
-    if ad.is_undefined_primal(values):
-        if isinstance(g, ad.Zero):
-            return [ad.Zero(values.aval), None, *(None,) * 6]
-        return [sddmm(right, g, pattern) if transposed else sddmm(g, right, pattern), None, *(None,) * 6]
-    if isinstance(g, ad.Zero):
-        return [None, ad.Zero(right.aval), *(None,) * 6]
-    return [None, spmm(values, g, pattern, not transposed), *(None,) * 6]
-
-
-def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any) -> list[Any]:
-    pattern = DevicePattern(*rest)
-    if ad.is_undefined_primal(left):
-        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 6]
-    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 6]
-
-
-def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, int]:
-    values, right, *rest = arguments
-    _refuse_mapped(dims[2:])
-    pattern = DevicePattern(*rest)
-    if dims[0] is None:  # one product, of all batches side by side
-        right = jnp.moveaxis(right, dims[1], 1)
-        side_by_side = right.reshape(right.shape[0], math.prod(right.shape[1:]))
-        product = spmm(values, side_by_side, pattern, transposed)
-        return product.reshape(product.shape[0], *right.shape[1:]), 1
-    return _one_by_one(lambda one, other: spmm(one, other, pattern, transposed), arguments[:2], dims[:2])
-
-
-def _sddmm_batch(arguments: Any, dims: Any) -> tuple[Array, int]:
-    _refuse_mapped(dims[2:])
-    return _one_by_one(lambda one, other: sddmm(one, other, DevicePattern(*arguments[2:])), arguments[:2], dims[:2])
-
-
-def _one_by_one(function: Any, arguments: Any, dims: Any) -> tuple[Array, int]:
-    mapped = {i: jnp.moveaxis(arguments[i], dim, 0) for i, dim in enumerate(dims) if dim is not None}
-    return lax.map(lambda parts: function(*(parts.get(i, arguments[i]) for i in range(2))), mapped), 0
-
-
-def _refuse_mapped(dims: Any) -> None:
-    if any(dim is not None for dim in dims):
-        raise ValueError("a pattern cannot be mapped over by jax.vmap: its size is the size of the values")
-
-
-def _primitive(
-    name: str, body: Any, shape: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...] = ()
-) -> Any:
-    """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface.
-
-    A program that is exported has the body for the rest on the CPU too.
-    """
-    try:
-        primitive = Primitive(name)
-        primitive.def_abstract_eval(shape)
-        primitive.def_impl(
-            jax.jit(primitive.bind, static_argnames=static)
-        )  # outside of transforms: compiled on its own
-        ad.primitive_jvps[primitive] = jvp
-        ad.primitive_transposes[primitive] = transpose
-        batching.primitive_batchers[primitive] = batch
-        on_cpu, elsewhere = (mlir.lower_fun(partial(body, cpu=cpu), multiple_results=False) for cpu in (True, False))
-
-        def lower_on_cpu(ctx: Any, *arguments: Any, **options: Any) -> Any:
-            return (elsewhere if is_for_export(ctx) else on_cpu)(ctx, *arguments, **options)
-
-        mlir.register_lowering(primitive, elsewhere)
-        mlir.register_lowering(primitive, lower_on_cpu, platform="cpu")
-    except (AttributeError, TypeError):
-        return None
-    return primitive
-
-
-_spmm_p = _primitive("masked_spmm", _spmm, _spmm_shape, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
-_sddmm_p = _primitive("masked_sddmm", _sddmm, _sddmm_shape, _sddmm_jvp, _sddmm_transpose, _sddmm_batch)
+def to_rows(columns: Array) -> Array:
+    """Return the transpose of a matrix of features by batch."""
+    features, batch = columns.shape
+    lanes = math.gcd(batch, _ROWS) if isinstance(batch, int) else 1
+    if lanes < 2 or not columns.size:
+        return columns.T
+    return columns.reshape(features, batch // lanes, lanes).transpose(1, 2, 0).reshape(batch, features)

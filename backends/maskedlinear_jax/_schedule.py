@@ -16,6 +16,7 @@ from maskedlinear.models import refuse_unknown
 from maskedlinear.pruning._layers import Include
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._optim import freeze_masked, frozen_state, to_zero
+from maskedlinear_jax._placement import counter, full_like, to_host, to_like
 from maskedlinear_jax._select import check_comparable
 from maskedlinear_jax._stacks import (
     Counts,
@@ -138,9 +139,9 @@ def scheduled_pruning(
         live: list[Any] = [None] * len(jax.tree.leaves(params))
         dormant = list(live)
         for name, (place, leaf) in chosen.items():
-            live[place], dormant[place] = jnp.array(given[name]), jnp.zeros(leaf.shape, leaf.dtype)
+            live[place], dormant[place] = jnp.copy(to_like(given[name], leaf)), full_like(leaf, 0)
         trees = [jax.tree.unflatten(structure, part) for part in (live, dormant)]
-        return PruningState(jnp.zeros((), jnp.int32), trees[0], trees[1], frozen_state(inner, params, trees[0]))
+        return PruningState(counter(params), trees[0], trees[1], frozen_state(inner, params, trees[0]))
 
     def update(updates: Any, state: PruningState, params: Any = None, **extra: Any) -> tuple[Any, PruningState]:
         if params is None:
@@ -205,7 +206,7 @@ def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]
     return {
         name: np.ones(leaf.shape, bool)
         if is_unmasked(so_far.get(name))
-        else np.asarray(boolean_mask(so_far[name], leaf.shape, name))
+        else to_host(boolean_mask(so_far[name], leaf.shape, name))
         for name, leaf in chosen.items()
     }
 
@@ -218,10 +219,9 @@ def _pruned(
     leaves: list[Any] = list(leaves_like(structure, masks, "masks") or [])
     for names, zeros in groups:
         stacks = [stack_axes(name, chosen[name][1].ndim, axes) for name in names]
-        weights: list[Any] = [known.matrices(chosen[name][1]) for name, known in zip(names, stacks, strict=True)]
-        before = [known.matrices(leaves[chosen[name][0]]) for name, known in zip(names, stacks, strict=True)]
-        after = clear_group(jnp.asarray(zeros.astype(np.int32))[place], weights, before, keep)
-        for name, known, mask in zip(names, stacks, after, strict=True):
-            at, leaf = chosen[name]
-            leaves[at] = known.from_matrices(mask, leaf.shape)
+        at = [chosen[name][0] for name in names]
+        weights, before = [chosen[name][1] for name in names], [leaves[one] for one in at]
+        after = clear_group(jnp.asarray(zeros.astype(np.int32))[place], weights, before, keep, stacks)
+        for one, mask in zip(at, after, strict=True):
+            leaves[one] = mask
     return jax.tree.unflatten(structure, leaves)

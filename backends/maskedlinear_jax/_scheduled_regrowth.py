@@ -18,6 +18,7 @@ from maskedlinear.pruning._over_time import check_regrowth, regrowth_seed
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._growth import key_words, share_words
 from maskedlinear_jax._optim import freeze_masked, frozen_state, masks_like, to_zero
+from maskedlinear_jax._placement import counter, to_like
 from maskedlinear_jax._select import check_comparable
 from maskedlinear_jax._stacks import regrow_parameter
 from maskedlinear_jax._tree import Axes, is_unmasked, leaves_like, named_leaves, stack_axes
@@ -119,12 +120,12 @@ def scheduled_regrowth(
         structure: Any = jax.tree.structure(params)
         given = structure.flatten_up_to(masks_like(params, masks))
         live = [
-            None if is_unmasked(mask) else jnp.array(boolean_mask(mask, leaf.shape, name))
+            None if is_unmasked(mask) else jnp.copy(to_like(boolean_mask(mask, leaf.shape, name), leaf, name))
             for (name, leaf), mask in zip(named_leaves(params).items(), given, strict=True)
         ]
         _moving(params, live, include, axes)
         tree = jax.tree.unflatten(structure, live)
-        return RegrowthState(jnp.zeros((), jnp.int32), tree, frozen_state(inner, params, tree))
+        return RegrowthState(counter(params), tree, frozen_state(inner, params, tree))
 
     def update(updates: Any, state: RegrowthState, params: Any = None, **extra: Any) -> tuple[Any, RegrowthState]:
         if params is None:

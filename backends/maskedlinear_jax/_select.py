@@ -1,6 +1,9 @@
 """The k smallest magnitudes of many weights, exactly and with ties broken by place, inside ``jit``.
 
 Bits are compared, not floats: subnormal numbers, which XLA takes for 0 on the CPU, count as what they are.
+
+Weights stay in their own shape, however their axes lie: all that is done is entry by entry, or a sum, so that of weights
+spread over devices no device ever gets more than its part.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 from jax import Array, lax
 
-__all__ = ["bound", "check_comparable", "clear_smallest", "largest", "number"]
+from maskedlinear.models import WeightAxes
+
+__all__ = ["bound", "check_comparable", "clear_smallest", "largest", "number", "reduced"]
 
 _MOST = (1 << 31) - 1  # entries that int32 can count
 
@@ -39,61 +44,85 @@ def check_comparable(weights: Sequence[Array]) -> None:
         )
 
 
-def clear_smallest(weights: Sequence[Array], masks: Sequence[Array], count: Array) -> list[Array]:
+def clear_smallest(
+    weights: Sequence[Array],
+    masks: Sequence[Array],
+    count: Array,
+    axes: Sequence[WeightAxes] | None = None,
+    *,
+    by_matrix: bool = False,
+) -> list[Array]:
     """Return masks without the ``count`` live entries of smallest ``(|weight|, layer, place)``.
 
     The masks that :func:`maskedlinear.pruning.prune` gives for magnitudes, found by counting, a pass a bit, which needs no
     other array of the weights' size. NaN counts as the largest magnitude.
 
     Args:
-        weights: matrices (out, in) that :func:`check_comparable` lets pass.
+        weights: of any shapes, which :func:`check_comparable` lets pass.
         masks: the masks so far, booleans of their shapes.
         count: how many, int32; at most as many as are live.
+        axes: what the weights' axes mean; ``None`` of matrices (out, in).
+        by_matrix: whether each matrix of one weight is looked at by itself: ``count`` is as :func:`number` returns it then.
     """
+    axes = axes or [WeightAxes()] * len(weights)
+    over = reduced(axes[0], weights[0].ndim) if by_matrix else None
     keys = [_magnitude(weight) for weight in weights]
     starts = [sum(math.prod(weight.shape) for weight in weights[:place]) for place in range(len(weights))]
-    places = [_places(weight.shape, start) for weight, start in zip(weights, starts, strict=True)]
-    least = bound(keys, masks, count)
+    numbered = zip(weights, starts, axes, strict=True)
+    places = [_places(weight.shape, start, known) for weight, start, known in numbered]
+    least = bound(keys, masks, count, over)
     below = [mask & (key < least) for key, mask in zip(keys, masks, strict=True)]
     equal = [mask & (key == least) for key, mask in zip(keys, masks, strict=True)]
-    first = bound(places, equal, count - number(below))
+    first = bound(places, equal, count - number(below, over), over)
     return [
         mask & ~gone & ~(tie & (place < first))
         for mask, gone, tie, place in zip(masks, below, equal, places, strict=True)
     ]
 
 
-def largest(weight: Array, mask: Array) -> Array:
-    """Return a mask of the live entry of a matrix that has the largest magnitude; of equal ones the last."""
-    key, places = _magnitude(weight), _places(weight.shape, 1)  # 0 stands for what is not live
-    best = mask & (key == jnp.max(key, where=mask, initial=0))
-    found: Array = best & (places == jnp.max(places, where=best, initial=0))
+def largest(weight: Array, mask: Array, axes: WeightAxes) -> Array:
+    """Return a mask of the live entry of each matrix that has the largest magnitude; of equal ones the last."""
+    over = reduced(axes, weight.ndim)
+    key, places = _magnitude(weight), _places(weight.shape, 1, axes)  # 0 stands for what is not live
+    best = mask & (key == jnp.max(key, over, where=mask, initial=0, keepdims=True))
+    found: Array = best & (places == jnp.max(places, over, where=best, initial=0, keepdims=True))
     return found
 
 
-def bound(arrays: Sequence[Array], where: Sequence[Array], count: Array) -> Array:
-    """Return the largest whole number that at most ``count`` of the entries chosen are below."""
+def bound(arrays: Sequence[Array], where: Sequence[Array], count: Array, over: tuple[int, ...] | None = None) -> Array:
+    """Return the largest whole number that at most ``count`` of the entries chosen are below; as :func:`number` counts."""
     dtype = arrays[0].dtype
     bits = 8 * dtype.itemsize
 
     def decide(step: Array, least: Array) -> Array:
         higher = least | jnp.left_shift(jnp.ones((), dtype), (bits - 1 - step).astype(dtype))
-        few = number([chosen & (array < higher) for array, chosen in zip(arrays, where, strict=True)]) <= count
+        few = number([chosen & (array < higher) for array, chosen in zip(arrays, where, strict=True)], over) <= count
         return jnp.where(few, higher, least)
 
-    found: Array = lax.fori_loop(0, bits, decide, jnp.zeros((), dtype))
+    found: Array = lax.fori_loop(0, bits, decide, jnp.zeros_like(count, dtype))
     return found
 
 
-def number(masks: Sequence[Array]) -> Array:
-    """Return how many entries of all masks are set, int32."""
+def number(masks: Sequence[Array], over: tuple[int, ...] | None = None) -> Array:
+    """Return how many entries are set, int32: of all masks together; or along the axes ``over`` of one, which become 1."""
+    if over is not None:
+        (mask,) = masks
+        return jnp.sum(mask, over, dtype=jnp.int32, keepdims=True)
     return sum((jnp.sum(mask, dtype=jnp.int32) for mask in masks), jnp.zeros((), jnp.int32))
 
 
-def _places(shape: tuple[int, ...], start: int) -> Array:
-    """Return the number of each entry, row by row, from ``start`` on."""
-    row, column = (lax.broadcasted_iota(jnp.uint32, shape, axis) for axis in (0, 1))
-    places: Array = row * jnp.uint32(shape[1]) + column + jnp.uint32(start)
+def reduced(axes: WeightAxes, ndim: int) -> tuple[int, ...]:
+    """Return the axes of a weight within its matrices: all but those of the stack."""
+    _, out, in_ = axes.order(ndim)
+    return (*out, *in_)
+
+
+def _places(shape: tuple[int, ...], start: int, axes: WeightAxes) -> Array:
+    """Return the number of each entry, matrix by matrix and row by row, from ``start`` on."""
+    places, step = jnp.full(shape, start, jnp.uint32), 1
+    for axis in reversed([axis for group in axes.order(len(shape)) for axis in group]):
+        places += lax.broadcasted_iota(jnp.uint32, shape, axis) * jnp.uint32(step)
+        step *= shape[axis]
     return places
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,19 +13,22 @@ from jax.typing import ArrayLike
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._products import DevicePattern, spmm
+from maskedlinear_jax._primitives import spmm, turn
+from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["product", "sparse_linear"]
-
-_LANES = 16
+__all__ = ["product", "sparse_linear", "stack_patterns"]
 
 
 def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bias: ArrayLike | None = None) -> Array:
     """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
 
-    Works under ``jit``, ``vmap`` (but not over the pattern), ``checkpoint`` and ``scan``, and in every mode of
-    differentiation, of any order. Time and memory grow with the connections and the batch. Half types are computed in
-    float32 and rounded once. NaN or infinity in x reaches only what it is connected to.
+    Works under ``jit``, ``vmap``, ``checkpoint`` and ``scan``, and in every mode of differentiation, of any order. Time and
+    memory grow with the connections and the batch. Half types are computed in float32 and rounded once. NaN or infinity in
+    x reaches only what it is connected to. :func:`stack_patterns` makes of several patterns one to map over.
+
+    On a mesh any axis of the batch may be sharded, and the one that patterns are mapped over: each device forms its part,
+    x is not gathered, and a gradient is summed between devices once. Values and pattern are whole on each; with explicit
+    axes (``jax.sharding.AxisType.Explicit``) anything else is an error.
 
     A pattern is a tree of arrays: pass it to a jitted function as an argument. One that the function closes over becomes
     a constant of the program, which XLA takes long to compile. ``jax.device_put(pattern)`` moves it to a device once.
@@ -42,6 +45,7 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bia
     Raises:
         ValueError: if shapes, or the number of values, do not belong together.
         TypeError: if ``pattern`` is none, an argument is not an array, or its dtype is not real floating-point.
+        ShardingTypeError: if an axis of an explicit mesh is over features or connections.
     """
     if not isinstance(pattern, SparsityPattern):
         raise TypeError(
@@ -69,6 +73,11 @@ def product(
     named = {"x": x, "values": values} | ({} if bias is None else {"bias": bias})
     for name, array in named.items():
         check_floating(name, array.dtype, jnp.issubdtype(array.dtype, jnp.floating))
+    if pattern.indices.ndim != 1:
+        raise ValueError(
+            f"a pattern must be one, not stacked; got indices of shape {pattern.indices.shape}: map over it, as in "
+            "jax.vmap(sparse_linear, (None, 0, 0))(x, values, patterns)"
+        )
     if values.shape != pattern.indices.shape:
         raise ValueError(
             f"values must have one entry for each of the pattern's {pattern.indices.size} connections; got shape "
@@ -78,18 +87,50 @@ def product(
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     dtype = jnp.result_type(*named.values())
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    rows = x.reshape(math.prod(x.shape[:-1]), in_features).astype(dtype).astype(wide)
-    columns, values = _to_columns(rows), values.astype(dtype).astype(wide)
+    columns, values = turn(x.astype(dtype).astype(wide)), values.astype(dtype).astype(wide)
     offset = None if bias is None else bias.astype(dtype).astype(wide)
     if check:
         by_rows = pattern.is_valid_by_rows(in_features)
         one = jnp.where(by_rows, 1, jnp.nan).astype(wide)
         columns, values = _poison_tangent(columns, by_rows & pattern.is_valid_by_columns()), values * one
         offset = (jnp.zeros(out, wide) if offset is None else offset) * one
-    y = _from_columns(spmm(values, columns, pattern))
+    y = turn(spmm(values, columns, pattern), to_columns=False)
     if offset is not None:
-        y = y + offset[None]
-    return y.astype(dtype).reshape(*x.shape[:-1], out)
+        y = y + offset.reshape((1,) * (y.ndim - 1) + (-1,))
+    return y.astype(dtype)
+
+
+def stack_patterns(patterns: Sequence[SparsityPattern]) -> SparsityPattern:
+    """Return a pattern whose arrays are those of several, stacked: ``jax.vmap`` maps over it, as over their values.
+
+    Args:
+        patterns: at least one, all of one shape and with as many connections.
+
+    Raises:
+        ValueError: if there is none, or shapes or numbers of connections differ.
+        TypeError: if one is no pattern.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from maskedlinear import masks
+        >>> from maskedlinear.jax import sparse_linear, stack_patterns
+        >>> from maskedlinear.pattern import SparsityPattern
+        >>> patterns = [SparsityPattern.from_mask(masks.random((4, 6), sparsity=0.5, seed=i)) for i in range(3)]
+        >>> x, values = jnp.ones((2, 6)), jnp.ones((3, 12))  # an ensemble of three, of 12 connections each
+        >>> jax.vmap(sparse_linear, (None, 0, 0))(x, values, stack_patterns(patterns)).shape
+        (3, 2, 4)
+    """
+    for pattern in patterns:
+        if not isinstance(pattern, SparsityPattern):
+            raise TypeError(f"stack_patterns takes patterns; got {type(pattern).__name__}")
+    if len({(pattern.shape, pattern.indices.shape) for pattern in patterns}) != 1:
+        got = ", ".join(f"{pattern.indices.size} of shape {pattern.shape}" for pattern in patterns) or "no pattern"
+        raise ValueError(
+            "patterns that are mapped over must have the same shape and number of connections, since arrays are stacked "
+            f"that have no other size; got {got}: draw them with as many connections, or call them one after the other"
+        )
+    stacked: SparsityPattern = jax.tree.map(lambda *arrays: jnp.stack(arrays), *patterns)
+    return stacked
 
 
 @jax.custom_jvp
@@ -102,22 +143,3 @@ def _poison_tangent(array: Array, valid: Array) -> Array:
 def _poison_tangent_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Any]) -> tuple[Array, Array]:
     # By a branch: a product would be one with the transposition next to it, which takes several times as long then.
     return primals[0], lax.cond(primals[1], lambda tangent: tangent, lambda tangent: tangent * jnp.nan, tangents[0])
-
-
-# x.T and back, by way of blocks: XLA takes a plain transpose for a matter of layout, and copies once for each reader.
-
-
-def _to_columns(rows: Array) -> Array:
-    batch, features = rows.shape
-    lanes = math.gcd(batch, _LANES) if isinstance(batch, int) else 1
-    if lanes < 2 or not rows.size:
-        return rows.T
-    return rows.reshape(batch // lanes, lanes, features).transpose(2, 0, 1).reshape(features, batch)
-
-
-def _from_columns(columns: Array) -> Array:
-    features, batch = columns.shape
-    lanes = math.gcd(batch, _LANES) if isinstance(batch, int) else 1
-    if lanes < 2 or not columns.size:
-        return columns.T
-    return columns.reshape(features, batch // lanes, lanes).transpose(1, 2, 0).reshape(batch, features)

@@ -10,7 +10,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, get_args
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -22,7 +21,7 @@ from maskedlinear.models import Prunable, WeightAxes, refuse_unknown
 from maskedlinear.pruning._edges import zeros_by_scope
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._growth import key_words, regrow_stack, share_words
-from maskedlinear_jax._select import check_comparable, clear_smallest, largest, number
+from maskedlinear_jax._select import check_comparable, clear_smallest, largest, number, reduced
 
 __all__ = [
     "Counts",
@@ -32,8 +31,10 @@ __all__ = [
     "clear_group",
     "grouped",
     "masked_so_far",
+    "of_matrices",
     "prune_traced",
     "refuse_empty",
+    "refuse_lost",
     "refuse_more",
     "regrow_parameter",
     "regrow_traced",
@@ -50,11 +51,13 @@ class Group(NamedTuple):
     zeros: NDArray[np.int64]
 
 
-def grouped(shapes: Shapes, live: Counts, sparsity: Any, scope: pruning.Scope) -> list[Group]:
+def grouped(
+    shapes: Shapes, live: Counts, sparsity: Any, scope: pruning.Scope, num_zeros: int | None = None
+) -> list[Group]:
     """Return the parameters that are compared with each other, as :func:`zeros_by_scope` does for their matrices."""
     matrices = {(name, place): shape[1:] for name, shape in shapes.items() for place in range(shape[0])}
     counts = {(name, place): int(live[name][place]) for name, place in matrices}
-    parts = zeros_by_scope(matrices, counts, sparsity, None, scope)
+    parts = zeros_by_scope(matrices, counts, sparsity, num_zeros, scope)
     if scope == "global" or len(parts) < len(matrices):
         return [Group(tuple(shapes), np.asarray(parts[0][1], np.int64))]
     zeros = iter([zeros for _, zeros in parts])
@@ -99,34 +102,48 @@ def refuse_empty(group: Group, shapes: Shapes, live: Counts) -> None:
             )
 
 
-def clear_group(zeros: Array, weights: Sequence[Any], masks: Sequence[Any], keep: bool) -> list[Any]:
+def refuse_lost(before: Counts, after: Counts) -> None:
+    """Raise a ``ValueError`` if a matrix that had connections has none any more."""
+    for name, left in after.items():
+        lost = (before[name] > 0) & (left == 0)
+        if lost.any():
+            raise ValueError(
+                f"a layer must keep a connection; all would be gone of {_named(name, lost)}: prune less, prune by "
+                "scope='layer', or pass on_empty='keep' or 'allow'"
+            )
+
+
+def clear_group(
+    zeros: Array, weights: Sequence[Any], masks: Sequence[Any], keep: bool, axes: Sequence[WeightAxes]
+) -> list[Array]:
     """Return the masks of a group with as many zeros, or more where more are masked already.
 
     Args:
         zeros: of a :class:`Group`, int32.
-        weights: of each of its parameters, ``(stacked, out, in)``.
+        weights: of each of its parameters.
         masks: booleans of their shapes.
         keep: whether each matrix keeps its best connection; there are fewer zeros, if need be.
+        axes: of each of the parameters.
     """
-    best: Any = jax.vmap(largest)
-    kept = [best(*pair) if keep else jnp.zeros_like(pair[1]) for pair in zip(weights, masks, strict=True)]
-    if zeros.ndim:
-
-        def each(weight: Any, mask: Any, stays: Any, zeros: Any) -> Any:
-            return _cleared([weight], [mask], [stays], zeros)[0]
-
-        return [jax.vmap(each)(weights[0], masks[0], kept[0], zeros)]
-    flat: list[Any] = [[part.reshape(-1, part.shape[2]) for part in parts] for parts in (weights, masks, kept)]
-    cleared = _cleared(flat[0], flat[1], flat[2], zeros)
-    return [part.reshape(mask.shape) for part, mask in zip(cleared, masks, strict=True)]
-
-
-def _cleared(weights: Any, masks: Any, kept: Any, zeros: Array) -> list[Array]:
-    """Return the masks of matrices that are compared with each other, with as many zeros together, but where ``kept`` is."""
+    parts = list(zip(weights, masks, axes, strict=True))
+    kept = [largest(*part) if keep else jnp.zeros_like(part[1]) for part in parts]
     free = [mask & ~stays for mask, stays in zip(masks, kept, strict=True)]
-    masked = jnp.int32(sum(mask.size for mask in masks)) - number(masks)
-    count = jnp.minimum(jnp.maximum(zeros - masked, 0), number(free))
-    return [mask | stays for mask, stays in zip(clear_smallest(weights, free, count), kept, strict=True)]
+    by_matrix = bool(zeros.ndim)
+    over, size = None, sum(mask.size for mask in masks)
+    if by_matrix:
+        over, shape = reduced(axes[0], weights[0].ndim), weights[0].shape
+        size = math.prod(shape[axis] for axis in over)
+        zeros = of_matrices(axes[0], zeros, shape)
+    masked = jnp.int32(size) - number(masks, over)
+    count = jnp.minimum(jnp.maximum(zeros - masked, 0), number(free, over))
+    cleared = clear_smallest(weights, free, count, axes, by_matrix=by_matrix)
+    return [mask | stays for mask, stays in zip(cleared, kept, strict=True)]
+
+
+def of_matrices(axes: WeightAxes, numbers: Any, shape: tuple[int, ...]) -> Any:
+    """Return a number of each matrix of a weight of this shape, ``(stacked,)``, as :func:`number` counts by matrix."""
+    over = reduced(axes, len(shape))
+    return axes.from_matrices(numbers, tuple(1 if axis in over else size for axis, size in enumerate(shape)))
 
 
 def prune_traced(
@@ -159,9 +176,12 @@ def prune_traced(
             "scope='erdos_renyi' shares out what is masked already, which traced masks do not tell while they are "
             "compiled: close over the masks so far, or prune by scope='layer' or 'global'"
         )
-    full = {name: np.ones(shape, bool) for name, shape in shapes.items()}
-    so_far = {name: axes[name].matrices(weight.mask) for name, weight in weights.items()}
-    live = {name: np.count_nonzero(mask, axis=(1, 2)) for name, mask in (so_far if known else full).items()}
+    live = {
+        name: np.count_nonzero(axes[name].matrices(weight.mask), axis=(1, 2))
+        if known
+        else np.full(shapes[name][0], math.prod(shapes[name][1:]))
+        for name, weight in weights.items()
+    }
     made: dict[str, Any] = {}
     for group in grouped(shapes, live, sparsity, scope):
         if known and on_empty != "keep":
@@ -174,11 +194,10 @@ def prune_traced(
         if on_empty == "raise":
             refuse_empty(group, shapes, live)
         check_comparable([weights[name].weight for name in group.names])
-        values = [jnp.asarray(axes[name].matrices(weights[name].weight)) for name in group.names]
-        before = [jnp.asarray(so_far[name]) for name in group.names]
-        cleared = clear_group(jnp.asarray(group.zeros, jnp.int32), values, before, on_empty == "keep")
-        for name, mask in zip(group.names, cleared, strict=True):
-            made[name] = axes[name].from_matrices(mask, weights[name].mask.shape)
+        values = [jnp.asarray(weights[name].weight) for name in group.names]
+        before, zeros = [jnp.asarray(weights[name].mask) for name in group.names], jnp.asarray(group.zeros, jnp.int32)
+        cleared = clear_group(zeros, values, before, on_empty == "keep", [axes[name] for name in group.names])
+        made |= zip(group.names, cleared, strict=True)
     return made
 
 
@@ -235,9 +254,8 @@ def regrow_parameter(
     for array in (weight,) if gradient is None else (weight, gradient):
         check_comparable([array])
     parts: list[Any] = [None if part is None else jnp.asarray(part) for part in (weight, mask, gradient)]
-    stacks: list[Any] = [part if part is None else axes.matrices(part) for part in parts]
-    moved: Any = regrow_stack(stacks[0], stacks[1], stacks[2], share, key, first)
-    return axes.from_matrices(moved, weight.shape), len(moved)
+    moved = regrow_stack(axes, parts[0], parts[1], parts[2], share, key, first)
+    return moved, axes.matrix_shape(weight.shape)[0]
 
 
 def _check_traced(sparsity: Any, score: Any, scope: str, block: Any, on_empty: str, keep_at_least: Any) -> None:

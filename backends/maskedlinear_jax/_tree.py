@@ -15,7 +15,6 @@ import numpy as np
 from jax import Array
 
 from maskedlinear import pruning
-from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import Progress
 from maskedlinear.models import (
     UNKNOWN,
@@ -27,15 +26,16 @@ from maskedlinear.models import (
     WeightSummary,
     axes_by_name,
     check_of,
+    count_masked,
     first_names,
-    prune_weights,
-    regrow_weight,
     why_left_out,
     zeros_left,
 )
-from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, layer_seed, matches
+from maskedlinear.pruning._layers import Include, Scoring, asked_by_name, check_known, matches
 from maskedlinear_jax._compat import is_traced
+from maskedlinear_jax._concrete import masks_on_host, prune_known, regrow_known
 from maskedlinear_jax._functional import as_array, boolean_mask
+from maskedlinear_jax._placement import to_host, to_like
 from maskedlinear_jax._stacks import prune_traced, regrow_traced
 
 __all__ = [
@@ -46,11 +46,8 @@ __all__ = [
     "is_unmasked",
     "leaves_like",
     "named_leaves",
-    "prunable",
     "prune_tree",
-    "regrow_known",
     "regrow_tree",
-    "restored",
     "stack_axes",
 ]
 
@@ -85,6 +82,10 @@ def prune_tree(
     Inside ``jit`` the masks are the same, by ``score="magnitude"``, without blocks, and with an ``on_empty`` that can be
     kept there: ``"keep"``, ``"allow"``, or ``"raise"`` by layer. What depends on numbers cannot be refused there: a weight
     that is NaN counts as the largest, and where traced masks have more zeros than are asked for none more is masked.
+
+    Masks lie on the devices as their parameters do. By magnitude, without blocks, parameters that are spread over devices
+    are compared where they lie; for anything else the host gathers them, one after the other. Processes that have parts
+    of them all call this.
 
     Args:
         params: the tree.
@@ -126,30 +127,26 @@ def prune_tree(
         if before is not None and not is_unmasked(before[place]):
             live = boolean_mask(before[place], leaf.shape, name)
         gradient = None if moved is None else moved[place]
-        weights[name] = prunable(
-            axes_of(name, leaf.ndim, axes), leaf, gradient, live if is_traced(live) else np.asarray(live)
-        )
+        weights[name] = Prunable(axes_of(name, leaf.ndim, axes), leaf, gradient, live)
     traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, sparsity))))
     check_of(of)
     if traced and of != "masked":
         raise ValueError(
             f"inside a transform the sparsity is of the parameters to prune; got of={of!r}: prune outside of it"
         )
-    made = (prune_traced if traced else prune_weights)(
-        weights,
-        sparsity,
-        score=score,
-        scope=scope,
-        block=block,
-        seed=seed,
-        on_empty=on_empty,
-        keep_at_least=keep_at_least,
-        progress=progress,
-        **({} if of == "masked" else {"num_zeros": zeros_left(_table(params, before, chosen), sparsity, of, weights)}),
-    )
+    how: dict[str, Any] = {"score": score, "scope": scope, "block": block, "seed": seed, "on_empty": on_empty}
+    how |= {"keep_at_least": keep_at_least, "progress": progress}
+    if traced:  # what is known of masks is of the program
+        made = prune_traced(masks_on_host(weights), sparsity, **how)
+    else:
+        if of != "masked":
+            how["num_zeros"] = zeros_left(
+                _table(params, before, chosen), sparsity, of, count_masked(masks_on_host(weights))
+            )
+        made = prune_known(weights, sparsity, **how)
     leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, leaf) in chosen.items():
-        leaves[place] = jnp.asarray(restored(axes_of(name, leaf.ndim, axes), made[name], leaf.shape))
+        leaves[place] = to_like(made[name], leaf)
     return jax.tree.unflatten(structure, leaves)
 
 
@@ -161,7 +158,7 @@ def _table(params: Any, masks: list[Any] | None, chosen: Mapping[str, Any]) -> M
         if is_unmasked(mask) and name not in chosen:
             unmasked.append(UnmaskedParameter(name, leaf.shape, why_left_out(name, leaf.ndim)))
         else:
-            live = np.ones(leaf.shape, bool) if is_unmasked(mask) else np.asarray(boolean_mask(mask, leaf.shape, name))
+            live = np.ones(leaf.shape, bool) if is_unmasked(mask) else to_host(boolean_mask(mask, leaf.shape, name))
             rows.append(WeightSummary.of_mask(name, live, leaf.nbytes, WeightAxes.of_entries(leaf.ndim)))
     return ModelSummary(rows, unmasked)
 
@@ -236,12 +233,13 @@ def regrow_tree(
         raise ValueError("connections move in parameters with masks, and there is none: make masks with prune_tree")
     number = 0
     for name, (place, leaf) in chosen.items():
-        old, gradient = boolean_mask(before[place], leaf.shape, name), None if moved is None else moved[place]
+        gradient = None if moved is None else moved[place]
+        old = to_like(boolean_mask(before[place], leaf.shape, name), leaf, f"the mask of {name}")
         parts = (axes_of(name, leaf.ndim, axes), old, leaf, fraction, gradient, seed, number)
         new, matrices = (regrow_traced if traced else regrow_known)(*parts)
         number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
-        found[place] = jnp.asarray(new)
+        found[place] = new
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, found)
 
 
@@ -277,36 +275,6 @@ def chosen_parameters(
             stacklevel=3,
         )
     return found
-
-
-def prunable(known: WeightAxes | None, leaf: Any, gradient: Any, live: Any) -> Prunable:
-    """Return a parameter as its matrix (out, in), a stack of them, or, if nobody knows its axes, as it is."""
-    if known is None:
-        return Prunable(None, leaf, gradient, live)
-    alone = known.matrix_shape(leaf.shape)[0] == 1
-    parts: list[Any] = [None if array is None else known.matrices(array) for array in (leaf, gradient, live)]
-    parts = [part if part is None or not alone else part[0] for part in parts]
-    return Prunable(WeightAxes() if alone else WeightAxes(1, 2, 0), *parts)
-
-
-def restored(known: WeightAxes | None, mask: Any, shape: tuple[int, ...]) -> Any:
-    """Return a mask of what :func:`prunable` made as one of the parameter."""
-    return mask if known is None else known.from_matrices(mask, shape)
-
-
-def regrow_known(
-    axes: WeightAxes | None, mask: Any, weight: Any, fraction: float, gradient: Any, seed: int, first: int
-) -> tuple[Any, int]:
-    """Return what :func:`regrow_traced` does, of arrays whose numbers are known."""
-    rows: Any = None
-    if gradient is not None:
-        matrices = np.asarray((axes or WeightAxes.of_entries(gradient.ndim)).matrices(gradient))
-        whole = matrices.reshape(-1, matrices.shape[2])
-
-        def rows(start: int, stop: int) -> Any:
-            return whole[start:stop]
-
-    return regrow_weight(axes, np.asarray(mask), as_numpy(weight), fraction, rows, layer_seed(seed, first))
 
 
 def axes_of(name: str, ndim: int, axes: Axes) -> WeightAxes | None:

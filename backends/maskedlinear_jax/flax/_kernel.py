@@ -186,13 +186,14 @@ def apply_kernel(
     """Apply a layer to arguments of one dtype.
 
     The default product goes through the JAX backend's rule. A product of the user's own (quantized, with another output
-    type or an output sharding) is called as Flax's dense layers call it, on the masked kernel.
+    type) is called as Flax's dense layers call it, on the masked kernel.
     """
     check_floating("inputs", inputs.dtype, jnp.issubdtype(inputs.dtype, jnp.floating))
     check_shapes(inputs.shape, kernel.shape[::-1])
     check_devices(mask, kernel)
-    if dot_general is lax.dot_general and not dot_options:
-        return (expression if forward_mode else rule)(inputs, kernel, mask, bias, 0, precision)
+    if dot_general is lax.dot_general and not dot_options.keys() - {"out_sharding"}:
+        layer = expression if forward_mode else rule
+        return layer(inputs, kernel, mask, bias, 0, precision, dot_options.get("out_sharding"))
     contract = (((inputs.ndim - 1,), (0,)), ((), ()))
     y: Array = dot_general(inputs, masked_kernel(kernel, mask), contract, precision=precision, **dot_options)
     return y if bias is None else y + jnp.reshape(bias, (1,) * (y.ndim - 1) + (-1,))

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array, boolean_mask
+from maskedlinear_jax._placement import full_like, to_like
 from maskedlinear_jax.flax._kernel import (
     KERNEL,
     PARAMETER,
@@ -129,8 +129,7 @@ class MaskedLinear(nnx.Linear):
         """
         old = self.mask.get_value()
         new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER, KERNEL))
-        if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new):
-            new = jax.device_put(new, old.sharding)
+        new = to_like(new, self.kernel.get_value() if new.shape == self.kernel.shape else old)
         set_variables(self.kernel, self.mask, self.dormant, new)
         remember_recipe(self.mask, mask)
 
@@ -238,8 +237,9 @@ class MaskedLinear(nnx.Linear):
         """Mask a layer that has its kernel: ``mask`` is its own; of a stack of layers, too."""
         self.init_fan_in, self.forward_mode, self._full_at_first = init_fan_in, forward_mode, mask is None
         kernel, sharding = self.kernel.get_value(), sharding_of(self.kernel)
-        self.mask = Mask(jnp.ones(kernel.shape, bool) if mask is None else mask, **sharding)
-        dormant = jnp.zeros_like(kernel) if mask is None else masked_kernel(kernel, ~mask)
+        mask = None if mask is None else to_like(mask, kernel)
+        self.mask = Mask(full_like(kernel, True, bool) if mask is None else mask, **sharding)
+        dormant = full_like(kernel, 0) if mask is None else masked_kernel(kernel, ~mask)
         self.dormant = Dormant(dormant, **sharding) if keep_dormant else None
         if mask is not None:
             self.kernel.set_value(masked_kernel(kernel, mask))

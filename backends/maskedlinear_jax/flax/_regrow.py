@@ -12,8 +12,10 @@ from flax import nnx
 
 from maskedlinear import pruning
 from maskedlinear.pruning._layers import Include, layer_seed, matches
+from maskedlinear_jax._concrete import regrow_known
 from maskedlinear_jax._optim import renewed_state
-from maskedlinear_jax._tree import Axes, named_leaves, regrow_known
+from maskedlinear_jax._placement import to_host, to_like
+from maskedlinear_jax._tree import Axes, named_leaves
 from maskedlinear_jax.flax._adapter import masked_of, refuse_linen, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import check_alone, pure
@@ -90,12 +92,12 @@ def regrow_model(
             plans[name], matrices = regrow_known(one.axes, live, one.value, fraction, gradient, seed, place)
         place += matrices
     if is_linen(model):
-        masks = {one.key: (jnp.asarray(plans[name]), None) for name, one in weights.items()}
+        masks = {one.key: (plans[name], None) for name, one in weights.items()}
         return set_linen_masks(model, masks, revive=False)
     moved = [_move(weights[name], name, plan) for name, plan in plans.items()]
     if optimizer is not None:
         _renew(optimizer, model, moved)
-    return sum(int(np.count_nonzero(new)) for _, new, _ in moved)
+    return sum(int(new.sum()) for _, new, _ in moved)
 
 
 def _variable(one: Any) -> Any:
@@ -105,10 +107,11 @@ def _variable(one: Any) -> Any:
 def _planned_sparse(layer: SparseLinear, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
     """Return the new patterns of a layer in the sparse form, or of each of a stack, where each connection was, and their
     number."""
-    values = np.asarray(layer.weight_values[...])
+    rows_on_host = None if gradient is None else lambda start, stop: to_host(gradient(start, stop))
+    values = to_host(layer.weight_values[...])
     rows = values.reshape(-1, values.shape[-1])
     moved = [
-        pruning.regrow_pattern(pattern, row, fraction, gradient, seed=layer_seed(seed, place))
+        pruning.regrow_pattern(pattern, row, fraction, rows_on_host, seed=layer_seed(seed, place))
         for place, (pattern, row) in enumerate(zip(layer.patterns, rows, strict=True))
     ]
     patterns, sources = zip(*moved, strict=True)
@@ -121,9 +124,9 @@ def _move(weight: Any, name: str, plan: Any) -> Moved:
         patterns, source = plan
         weight.rewire(patterns, source)
         return f"{name}.weight_values" if name else "weight_values", source < 0, np.maximum(source, 0)
-    new = plan & ~np.asarray(weight.mask)
-    weight.set_mask(jnp.asarray(plan))
-    weight.kernel.set_value(masked_kernel(weight.value, jnp.asarray(~new)))
+    new = plan & ~weight.live
+    weight.set_mask(plan)
+    weight.kernel.set_value(masked_kernel(weight.value, ~new))
     return weight.full_name, new, None
 
 
@@ -134,7 +137,8 @@ def _renew(optimizer: nnx.Optimizer[Any], model: Any, moved: list[Moved]) -> Non
 
     def of(new: Any, source: Any) -> Any:
         def renewal(kept: Any, fresh: Any) -> Any:
-            return jnp.where(new, fresh, kept if source is None else jnp.take_along_axis(kept, source, axis=-1))
+            own = kept if source is None else jnp.take_along_axis(kept, source, axis=-1)
+            return to_like(jnp.where(new, fresh, own), kept)
 
         return new.shape, renewal
 

@@ -13,12 +13,14 @@ import numpy as np
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
+from maskedlinear_jax._placement import laid, to_host, to_like
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
 from maskedlinear_jax.flax._kernel import recipe_of, remember_recipe
@@ -132,7 +134,7 @@ class SparseLinear(nnx.Module):
         Raises:
             ValueError: if a state brought indices that are none of a layer of this shape, or do not belong together.
         """
-        here = {name: np.asarray(array) for name, array in self._device_pattern()._asdict().items()}
+        here = {name: to_host(array) for name, array in self._device_pattern()._asdict().items()}
         pattern = SparsityPattern(here["indptr"], here["indices"], self.in_features)
         found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.csc, strict=True))
         for name, expected in found.items():
@@ -146,7 +148,7 @@ class SparseLinear(nnx.Module):
     @property
     def patterns(self) -> list[SparsityPattern]:
         """The connections of each layer of a stack of layers, by ``nnx.vmap``; of a layer alone in a list of one."""
-        starts, inputs = np.asarray(self.indptr.get_value()), np.asarray(self.indices.get_value())
+        starts, inputs = to_host(self.indptr.get_value()), to_host(self.indices.get_value())
         starts = starts.reshape(-1, starts.shape[-1])
         pairs = zip(starts, inputs.reshape(len(starts), -1), strict=True)
         return [SparsityPattern(*pair, self.in_features) for pair in pairs]
@@ -169,11 +171,12 @@ class SparseLinear(nnx.Module):
                 f"from_masked takes a MaskedLinear; got {type(layer).__name__}: make one with "
                 "MaskedLinear.from_linear(layer, mask)"
             )
-        pattern = SparsityPattern.from_mask(np.asarray(layer.mask[...]).T)
+        pattern = SparsityPattern.from_mask(to_host(layer.mask[...]).T)
         kernel = layer.kernel[...]
         with jax.default_device(device_of(kernel)):
             values = kernel[pattern.indices, pattern.rows]
             made = cls._made(pattern, values, None if layer.bias is None else layer.bias[...])
+        _lay_whole(made, kernel)
         made.dtype, made.init_fan_in = layer.dtype, layer.init_fan_in
         made.keep_dormant = layer.dormant is not None
         remember_recipe(made.indices, recipe_of(layer.mask))
@@ -241,7 +244,7 @@ class SparseLinear(nnx.Module):
         Raises:
             ModuleNotFoundError: if scipy is not installed.
         """
-        return self.pattern.to_scipy(np.asarray(self.weight_values[...]))
+        return self.pattern.to_scipy(to_host(self.weight_values[...]))
 
     def to_masked(self) -> MaskedLinear:
         """Return the dense form with the same outputs: a copy, whose dormant weights are 0."""
@@ -261,6 +264,7 @@ class SparseLinear(nnx.Module):
                 rngs=nnx.Rngs(0),
             )
             layer.kernel.set_value(layer.kernel[...].at[pattern.indices, pattern.rows].set(values))
+        _lay_whole(layer, values)
         if layer.bias is not None and bias is not None:
             layer.bias.set_value(jnp.array(bias))
         remember_recipe(layer.mask, recipe_of(self.indices))
@@ -290,7 +294,8 @@ class SparseLinear(nnx.Module):
         if any(one.nnz != nnz for one in patterns) or nnz * len(patterns) != values.size or (places >= nnz).any():
             raise ValueError(f"source must say where each of the {nnz} connections was, or -1")
         moved = jnp.take_along_axis(values, jnp.asarray(np.maximum(places, 0)), axis=-1)
-        self.weight_values[...] = jnp.where(places >= 0, moved, jnp.zeros((), values.dtype))
+        new = jnp.where(places >= 0, moved, jnp.zeros((), values.dtype))
+        self.weight_values.set_value(to_like(new, values))
         self._set_arrays(patterns, values.shape[:-1])
 
     def take_patterns(self, patterns: Sequence[SparsityPattern]) -> None:
@@ -337,11 +342,12 @@ class SparseLinear(nnx.Module):
 
     def _set_arrays(self, patterns: Sequence[SparsityPattern], stack: tuple[int, ...]) -> None:
         """Set the indices to those of patterns, stacked as the layers are."""
-        every = [DevicePattern.of(pattern) for pattern in patterns]
+        every = [DevicePattern(*jax.tree.leaves(pattern)) for pattern in patterns]
         for name in DevicePattern._fields:
-            arrays = jnp.stack([getattr(one, name) for one in every])
+            arrays = np.stack([getattr(one, name) for one in every])
             array = arrays.reshape(*stack, arrays.shape[-1])
-            getattr(self, name).set_value(jax.device_put(array, self.indices.get_value().sharding))
+            variable = getattr(self, name)
+            variable.set_value(to_like(array, variable.get_value(), name))
 
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
@@ -349,8 +355,8 @@ class SparseLinear(nnx.Module):
         each = self.weight_values[...].shape
         if len(each) != 1:
             raise ValueError(
-                f"a stack of layers has a pattern for each of them; got values of shape {each}: call them one after the "
-                "other, with nnx.scan"
+                f"a stack of layers has a pattern for each of them; got values of shape {each}: call them side by side "
+                "with nnx.vmap, or one after the other with nnx.scan"
             )
         expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each)
         for name, array, shape in zip(DevicePattern._fields, found, expected, strict=True):
@@ -374,6 +380,15 @@ def _remember(pattern: DevicePattern) -> None:
     if all(isinstance(array, jax.Array) for array in pattern):  # nobody can write to it
         key = id(pattern.indptr)
         _known[key] = (weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)), *map(weakref.ref, pattern[1:]))
+
+
+def _lay_whole(layer: Any, weights: Any) -> None:
+    """Lay all that a layer has on the devices of the weights that it was made of, whole on each, if these are several."""
+    if device_of(weights) is None and not is_traced(weights) and isinstance(weights.sharding, NamedSharding):
+        sharding = NamedSharding(weights.sharding.mesh, PartitionSpec())  # type: ignore[no-untyped-call]
+        for name, part in vars(layer).items():
+            if isinstance(part, nnx.Variable):
+                part.set_value(laid(part.get_value(), sharding, name))
 
 
 def _check_real(name: str, array: Any) -> None:

@@ -18,11 +18,13 @@ from flax.core import FrozenDict, freeze, meta
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax import Array
 
+from maskedlinear_jax._placement import full_like, to_like
 from maskedlinear_jax.flax._kernel import checked_mask, exchange, masked_kernel
 
 __all__ = [
     "Path",
     "dormant_of",
+    "has_own_mask",
     "is_linen",
     "linen_parameters",
     "linen_weights",
@@ -87,6 +89,7 @@ def set_linen_masks(
         boxes = {name: flat[name][place] for name, place in places.items() if place in flat.get(name, {})}
         kernel, mask, dormant = (meta.unbox(boxes.get(name)) for name in _COLLECTIONS)
         old = checked_mask(kernel, mask)
+        new = to_like(new, kernel if new.shape == kernel.shape else old, f"the mask of {'.'.join(path)}")
         kernel, dormant = exchange(kernel, old, dormant, new, pruned)
         if not revive:
             kernel = masked_kernel(kernel, old)
@@ -104,7 +107,7 @@ def mask_variables(
     for path, mask in masks.items():
         boxed = flat["params"][path]
         kernel = meta.unbox(boxed)
-        new = jnp.ones(kernel.shape, bool) if mask is None else mask
+        new = full_like(kernel, True, bool) if mask is None else to_like(mask, kernel, ".".join(path))
         values = masked_kernel(kernel, new), new, masked_kernel(kernel, ~new)
         places = _places(path, flat)
         for name, value in zip(_COLLECTIONS, values, strict=True):

@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import Array
@@ -27,7 +26,7 @@ from maskedlinear.models import (
     is_norm,
     why_left_out,
 )
-from maskedlinear_jax._compat import is_traced
+from maskedlinear_jax._placement import full_like, to_like
 from maskedlinear_jax.flax._kernel import (
     Dormant,
     Mask,
@@ -127,8 +126,7 @@ class MaskedParameter(NamedTuple):
     def set_mask(self, new: Array, pruned: Array | None = None) -> None:
         """Give the weight another mask, checked and its own; weights move."""
         old = self.mask_variable.get_value()
-        if isinstance(old, jax.Array) and not is_traced(old) and not is_traced(new) and old.shape == new.shape:
-            new = jax.device_put(new, old.sharding)
+        new = to_like(new, self.value if new.shape == self.value.shape else old, f"the mask of {self.full_name}")
         set_variables(self.kernel, self.mask_variable, self.dormant, new, pruned)
 
     def release(self) -> None:
@@ -317,8 +315,10 @@ def mask_weight(weight: ModelWeight, mask: Array | None, keep_dormant: bool, giv
     """
     variable = children_of(weight.users[0].module)[weight.users[0].parameter]
     kernel, sharding = variable.get_value(), sharding_of(variable)
-    live = Mask(jnp.ones(kernel.shape, bool) if mask is None else mask, **sharding)
-    pruned = jnp.zeros_like(kernel) if mask is None else masked_kernel(kernel, ~mask)
+    if mask is not None:
+        mask = to_like(mask, kernel, f"the mask of {weight.full_name}")
+    live = Mask(full_like(kernel, True, bool) if mask is None else mask, **sharding)
+    pruned = full_like(kernel, 0) if mask is None else masked_kernel(kernel, ~mask)
     remember_recipe(live, given)
     dormant = Dormant(pruned, **sharding) if keep_dormant else None
     for user in weight.users:

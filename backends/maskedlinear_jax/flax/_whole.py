@@ -19,12 +19,13 @@ from maskedlinear.masks import Recipe
 from maskedlinear.models import (
     ModelSummary,
     Of,
+    Prunable,
     UnmaskedParameter,
     WeightAxes,
     WeightSummary,
     check_of,
     check_one_mask,
-    prune_weights,
+    count_masked,
     warn_of_drift,
     warn_of_left_out,
     warn_of_sparse,
@@ -34,8 +35,10 @@ from maskedlinear.models import (
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, pattern_of
 from maskedlinear_jax._compat import is_traced
+from maskedlinear_jax._concrete import masks_on_host, prune_known
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax._tree import Axes, named_leaves, prunable, restored
+from maskedlinear_jax._placement import to_host
+from maskedlinear_jax._tree import Axes, named_leaves
 from maskedlinear_jax.flax._adapter import masked_of, parameters_of, refuse_linen, refuse_linen_module, refuse_unfit
 from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel, remember_recipe
 from maskedlinear_jax.flax._modules import layers_of, pure
@@ -255,8 +258,8 @@ def prune_model(
     for name in first.values():
         one = chosen[name]
         gradient = by_name.get(one.full_name)
-        weights[name] = prunable(one.axes, one.value, gradient, np.asarray(one.mask))
-    pruned = prune_weights(
+        weights[name] = Prunable(one.axes, one.value, gradient, one.mask)
+    pruned = prune_known(
         weights,
         sparsity,
         score=score,
@@ -265,10 +268,12 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        num_zeros=None if of == "masked" else zeros_left(summary(model, axes=axes), sparsity, of, weights),
+        num_zeros=None
+        if of == "masked"
+        else zeros_left(summary(model, axes=axes), sparsity, of, count_masked(masks_on_host(weights))),
         progress=progress,
     )
-    masks = {name: restored(one.axes, pruned[first[one.key]], one.value.shape) for name, one in chosen.items()}
+    masks = {name: pruned[first[one.key]] for name, one in chosen.items()}
     warn_of_drift([name for name in weights if _has_drifted(chosen[name])], stacklevel=3)
     if of == "masked" and include is None and not is_linen(model):
         warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
@@ -312,7 +317,7 @@ def _has_drifted(one: Any) -> bool:
 
 def _dense_rows(name: str, one: Any) -> list[WeightSummary]:
     """Return the row of a weight in the dense form, or of each layer of a stack of linear ones; those are (out, in)."""
-    live = np.broadcast_to(np.asarray(one.mask), one.value.shape)
+    live = np.broadcast_to(to_host(one.mask), one.value.shape)
     axes = one.axes or WeightAxes.of_entries(live.ndim)
     if not one.is_ours and live.ndim > 2:
         return [WeightSummary.of_mask(name, live, one.nbytes, axes)]
@@ -342,7 +347,7 @@ def _patterns(layer: SparseLinear) -> SparsityPattern | list[SparsityPattern]:
 def _given_patterns(name: str, layer: SparseLinear, given: Any) -> list[SparsityPattern]:
     """Return the connections that a layer in the sparse form, or each of a stack, is given."""
     if layer.indptr.get_value().ndim == 1:
-        given = [given if isinstance(given, SparsityPattern | Recipe) else np.asarray(given).T]
+        given = [given if isinstance(given, SparsityPattern | Recipe) else to_host(given).T]
     if not isinstance(given, list) or len(given) != len(layer.patterns):
         raise ValueError(
             f"a stack in the sparse form takes a list of {len(layer.patterns)} patterns; got other for {name}"

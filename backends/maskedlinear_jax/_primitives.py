@@ -1,0 +1,325 @@
+"""The three products of the sparse form, as JAX primitives: a closed set, each made of the other two when differentiated.
+
+As primitives they have every mode of differentiation, of any order, and vmap, over patterns too; a custom rule would refuse
+forward mode, and JAX's own sparse products are differentiated through a dense matrix
+(https://github.com/jax-ml/jax/issues/14623). Batches have any number of axes, and so have stacks of patterns, so that
+nothing is reshaped that lies on several devices: ``_partition`` says which axes may. A fourth primitive turns x around.
+
+For ``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
+program that is kept, and a batch may have a name for a size there. ``_compat.placement`` says so, when they are lowered.
+"""
+
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from maskedlinear_jax import _products
+from maskedlinear_jax._compat import (
+    Primitive,
+    ad,
+    automatic_axes,
+    batching,
+    make_varying,
+    mlir,
+    on_its_mesh,
+    placement,
+    sharding_of,
+    without_mesh,
+)
+from maskedlinear_jax._partition import Axes, partitioned, result_type
+from maskedlinear_jax._products import DevicePattern
+
+__all__ = ["sddmm", "spmm", "turn"]
+
+_LIMIT = (1 << 31) - 1  # of an index
+
+
+def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
+    """Return W · right, shape (out, \\*batch) for right (in, \\*batch); or Wᵀ · right, the other way round.
+
+    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64. Values and right may have axes
+    in front, the same; the pattern has them too, or is one for all.
+    """
+    values, right, *rest = make_varying([values, right, *pattern])
+    if _spmm_p is None:
+        return _spmm(values, right, *rest, transposed=transposed, kernel="gathered")
+    return _spmm_p.bind(values, right, *rest, transposed=transposed)
+
+
+def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> Array:
+    """Return left · rightᵀ at the connections, shape (nnz,), for left (out, \\*batch) and right (in, \\*batch).
+
+    ``lead`` is how many axes both have in front, as in :func:`spmm`.
+    """
+    left, right, *rest = make_varying([left, right, *pattern])
+    if _sddmm_p is None:
+        return _sddmm(left, right, *rest, lead=lead, kernel="gathered")
+    return _sddmm_p.bind(left, right, *rest, lead=lead)
+
+
+def turn(array: Array, to_columns: bool = True) -> Array:
+    """Return ``array (*batch, features)`` as (features, \\*batch), or the other way round."""
+    if _turn_p is None:
+        return _turn(array, to_columns=to_columns, kernel="gathered")
+    return _turn_p.bind(array, to_columns=to_columns)
+
+
+# How they are formed. ``kernel`` is "cpu", "gathered", or "any": gathered, and of a program whose arrays lie anywhere.
+
+
+def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: str) -> Array:
+    lead, pattern = values.ndim - 1, DevicePattern(*rest)
+    shape, batch = right.shape[: lead + 1], right.shape[lead + 1 :]
+
+    def product(values: Array, right: Array, pattern: DevicePattern) -> Array:
+        return _products.spmm(values, right, *pattern, transposed=transposed, cpu=kernel == "cpu")
+
+    found = _each(product, values, right.reshape(*shape, math.prod(batch)), pattern, lead, kernel)
+    return found.reshape(*found.shape[:-1], *batch)
+
+
+def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> Array:
+    left, right = (side.reshape(*side.shape[: lead + 1], math.prod(side.shape[lead + 1 :])) for side in (left, right))
+
+    def product(left: Array, right: Array, pattern: DevicePattern) -> Array:
+        return _products.sddmm(left, right, *pattern, cpu=kernel == "cpu")
+
+    return _each(product, left, right, DevicePattern(*rest), lead, kernel)
+
+
+def _turn(array: Array, *, to_columns: bool, kernel: str) -> Array:
+    *others, features = array.shape if to_columns else (*array.shape[1:], array.shape[0])
+    if kernel == "any":  # by way of blocks it would have to be gathered from all devices
+        return jnp.moveaxis(array, -1, 0) if to_columns else jnp.moveaxis(array, 0, -1)
+    if to_columns:
+        return _products.to_columns(array.reshape(math.prod(others), features)).reshape(features, *others)
+    return _products.to_rows(array.reshape(features, math.prod(others))).reshape(*others, features)
+
+
+def _each(
+    product: Callable[[Array, Array, DevicePattern], Array],
+    one: Array,
+    other: Array,
+    pattern: DevicePattern,
+    lead: int,
+    kernel: str,
+) -> Array:
+    """Return the product of each of a stack: on the CPU one after the other, each in its own best way; elsewhere in one."""
+    if not lead:
+        return product(one, other, pattern)
+    stack = one.shape[:lead]
+    one, other = (side.reshape(math.prod(stack), *side.shape[lead:]) for side in (one, other))
+    shared = pattern.indices.ndim == 1
+    if not shared:
+        pattern = DevicePattern(*(index.reshape(math.prod(stack), index.shape[-1]) for index in pattern))
+    count, largest = one.shape[0], max(*(index.shape[-1] for index in pattern))
+    if kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT:
+        parts = (one, other) if shared else (one, other, pattern)
+        found = lax.map(lambda part: product(part[0], part[1], pattern if shared else part[2]), parts)
+    else:
+        joined = product(_joined(one), _joined(other), _side_by_side(pattern, count))
+        found = joined.reshape(count, joined.shape[0] // max(count, 1), *joined.shape[1:])
+    return found.reshape(*stack, *found.shape[1:])
+
+
+def _joined(stacked: Array) -> Array:
+    return stacked.reshape(stacked.shape[0] * stacked.shape[1], *stacked.shape[2:])
+
+
+def _side_by_side(pattern: DevicePattern, count: int) -> DevicePattern:
+    """Return the pattern of a stack as one, each layer's connections between inputs and outputs of its own."""
+    pattern = DevicePattern(*(jnp.broadcast_to(index, (count, index.shape[-1])) for index in pattern))
+    size, out, in_ = (array.shape[1] for array in (pattern.indices, pattern.indptr[:, 1:], pattern.starts[:, 1:]))
+    place = jnp.arange(count, dtype=jnp.int32)[:, None]
+    end = jnp.full(1, count * size, jnp.int32)
+    return DevicePattern(
+        indptr=jnp.concatenate([_joined(pattern.indptr[:, :-1] + size * place), end]),
+        rows=_joined(pattern.rows + out * place),
+        indices=_joined(pattern.indices + in_ * place),
+        starts=jnp.concatenate([_joined(pattern.starts[:, :-1] + size * place), end]),
+        outputs=_joined(pattern.outputs + out * place),
+        order=_joined(pattern.order + size * place),
+    )
+
+
+# What their axes are: "n0", "n1" of a stack, "b0", "b1" of a batch, "k" the connections, "o" and "i" the layer's sizes.
+
+
+def _pattern_axes(indices: Any, stack: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    front = stack if indices.ndim > 1 else ()
+    return tuple((*front, name) for name in ("p", "k", "k", "q", "k", "k"))
+
+
+def _spmm_axes(values: Any, right: Any, *rest: Any, transposed: bool) -> Axes:
+    stack = tuple(f"n{place}" for place in range(values.ndim - 1))
+    batch = tuple(f"b{place}" for place in range(right.ndim - len(stack) - 1))
+    source, target = "oi" if transposed else "io"
+    pattern = _pattern_axes(DevicePattern(*rest).indices, stack)
+    return Axes(((*stack, "k"), (*stack, source, *batch), *pattern), (*stack, target, *batch), 2 + transposed)
+
+
+def _sddmm_axes(left: Any, right: Any, *rest: Any, lead: int) -> Axes:
+    stack = tuple(f"n{place}" for place in range(lead))
+    batch = tuple(f"b{place}" for place in range(right.ndim - lead - 1))
+    pattern = _pattern_axes(DevicePattern(*rest).indices, stack)
+    return Axes(((*stack, "o", *batch), (*stack, "i", *batch), *pattern), (*stack, "k"), 1)
+
+
+def _turn_axes(array: Any, *, to_columns: bool) -> Axes:
+    batch = tuple(f"b{place}" for place in range(array.ndim - 1))
+    rows, columns = (*batch, "f"), ("f", *batch)
+    return Axes((rows,), columns, 4) if to_columns else Axes((columns,), rows, 5)
+
+
+# How they are differentiated.
+
+
+def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
+    return _bilinear_jvp(
+        lambda one, other: spmm(one, other, DevicePattern(*primals[2:]), transposed), primals[:2], tangents[:2]
+    )
+
+
+def _sddmm_jvp(primals: Any, tangents: Any, *, lead: int) -> tuple[Array, Any]:
+    return _bilinear_jvp(
+        lambda one, other: sddmm(one, other, DevicePattern(*primals[2:]), lead), primals[:2], tangents[:2]
+    )
+
+
+def _bilinear_jvp(product: Any, sides: Any, tangents: Any) -> tuple[Array, Any]:
+    """Return a product of two and its derivative along ``tangents``, one of which may be zero."""
+    moved = [
+        product(*(tangent if i == k else side for k, side in enumerate(sides)))
+        for i, tangent in enumerate(tangents)
+        if not isinstance(tangent, ad.Zero)
+    ]
+    return product(*sides), sum(moved[1:], moved[0])
+
+
+def _turn_jvp(primals: Any, tangents: Any, *, to_columns: bool) -> tuple[Array, Any]:
+    return turn(primals[0], to_columns), turn(tangents[0], to_columns)
+
+
+def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: bool) -> list[Any]:
+    pattern = DevicePattern(*rest)
+    if ad.is_undefined_primal(values):
+        if isinstance(g, ad.Zero):
+            return [ad.Zero(values.aval), None, *(None,) * 6]
+        left, right = (right, g) if transposed else (g, right)
+        return [sddmm(left, right, pattern, values.aval.ndim - 1), None, *(None,) * 6]
+    if isinstance(g, ad.Zero):
+        return [None, ad.Zero(right.aval), *(None,) * 6]
+    return [None, spmm(values, g, pattern, not transposed), *(None,) * 6]
+
+
+def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any, lead: int) -> list[Any]:
+    pattern = DevicePattern(*rest)
+    if ad.is_undefined_primal(left):
+        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 6]
+    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 6]
+
+
+def _turn_transpose(g: Any, array: Any, *, to_columns: bool) -> list[Any]:
+    return [ad.Zero(array.aval) if isinstance(g, ad.Zero) else turn(g, not to_columns)]
+
+
+# How they are mapped over. Batches get an axis more; where values or patterns differ, all have one more in front.
+
+
+def _spmm_batch(arguments: Any, dims: Any, *, transposed: bool) -> tuple[Array, int]:
+    if all(dim is None for dim in (dims[0], *dims[2:])):
+        values, right, *rest = arguments
+        return spmm(values, jnp.moveaxis(right, dims[1], values.ndim), DevicePattern(*rest), transposed), values.ndim
+    values, right, *rest = _in_front(arguments, dims)
+    return spmm(values, right, DevicePattern(*rest), transposed), 0
+
+
+def _sddmm_batch(arguments: Any, dims: Any, *, lead: int) -> tuple[Array, int]:
+    left, right, *rest = _in_front(arguments, dims)
+    return sddmm(left, right, DevicePattern(*rest), lead + 1), 0
+
+
+def _turn_batch(arguments: Any, dims: Any, *, to_columns: bool) -> tuple[Array, int]:
+    place = 0 if to_columns else 1
+    return turn(jnp.moveaxis(arguments[0], dims[0], place), to_columns), 1 - place
+
+
+def _in_front(arguments: Any, dims: Any) -> list[Array]:
+    """Return arrays that have the mapped axis in front; of one pattern for all the indices as they are."""
+    size, mesh_axis = next(
+        (array.shape[dim], _mesh_axis(array, dim))
+        for array, dim in zip(arguments, dims, strict=True)
+        if dim is not None
+    )
+    indices = DevicePattern(*arguments[2:]).indices
+    shared = all(dim is None for dim in dims[2:]) and indices.ndim == 1
+
+    def moved(array: Array, dim: int | None) -> Array:
+        if dim is not None:
+            return jnp.moveaxis(array, dim, 0)
+        where = {}
+        if mesh_axis is not None:
+            sharding = sharding_of(array)
+            spec = jax.sharding.PartitionSpec(mesh_axis, *sharding.spec)
+            where = {"out_sharding": jax.sharding.NamedSharding(sharding.mesh, spec)}
+        return lax.broadcast_in_dim(array, (size, *array.shape), tuple(range(1, array.ndim + 1)), **where)
+
+    sides = [moved(*pair) for pair in zip(arguments[:2], dims[:2], strict=True)]
+    rest = arguments[2:] if shared else [moved(*pair) for pair in zip(arguments[2:], dims[2:], strict=True)]
+    return [*sides, *rest]
+
+
+def _mesh_axis(array: Array, dim: int) -> Any:
+    """Return the explicit mesh axis that an array is sharded over along ``dim``."""
+    spec = () if sharding_of(array) is None else sharding_of(array).spec
+    return spec[dim] if dim < len(spec) else None
+
+
+def _primitive(
+    name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...]
+) -> Any:
+    """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface."""
+    try:
+        primitive = Primitive(name)
+        primitive.def_abstract_eval(lambda *avals, **options: result_type(axes_of(*avals, **options), avals))
+        primitive.def_impl(
+            jax.jit(primitive.bind, static_argnames=static)
+        )  # outside of transforms: compiled on its own
+        ad.primitive_jvps[primitive] = jvp
+        ad.primitive_transposes[primitive] = transpose
+        batching.primitive_batchers[primitive] = batch
+
+        def lowering(local: str) -> Any:
+            def lower(ctx: Any, *arguments: Any, **options: Any) -> Any:
+                where = placement(ctx)
+                kernel = "any" if where == "anywhere" else local
+
+                def form(*arrays: Array) -> Array:
+                    with automatic_axes():
+                        return body(*arrays, **options, kernel=kernel)
+
+                if where == "sharded":
+                    product = partitioned(form, axes_of(*ctx.avals_in, **options))
+                    return mlir.lower_fun(product, multiple_results=False)(on_its_mesh(ctx), *arguments)
+                return mlir.lower_fun(form, multiple_results=False)(without_mesh(ctx), *arguments)
+
+            return lower
+
+        mlir.register_lowering(primitive, lowering("gathered"))
+        mlir.register_lowering(primitive, lowering("cpu"), platform="cpu")
+    except (AttributeError, TypeError):
+        return None
+    return primitive
+
+
+_spmm_p = _primitive("masked_spmm", _spmm, _spmm_axes, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
+_sddmm_p = _primitive("masked_sddmm", _sddmm, _sddmm_axes, _sddmm_jvp, _sddmm_transpose, _sddmm_batch, ("lead",))
+_turn_p = _primitive("masked_turn", _turn, _turn_axes, _turn_jvp, _turn_transpose, _turn_batch, ("to_columns",))
