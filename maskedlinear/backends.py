@@ -20,15 +20,22 @@ from typing import Any, Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
+from maskedlinear._distributed import DISTRIBUTED, DIVISIONS, DistributedLayer, DistributedMethods, Shard
+
 __all__ = [
     "CAPABILITIES",
+    "DISTRIBUTED",
+    "DIVISIONS",
     "GROUP",
     "LAYERS",
     "LAYOUTS",
     "Backend",
     "BackendNotAvailableError",
+    "DistributedLayer",
+    "DistributedMethods",
     "Layer",
     "OptionalMethods",
+    "Shard",
     "available",
     "checked",
     "lacking",
@@ -72,6 +79,7 @@ CAPABILITIES: Mapping[str, str | None] = {
     "projection": "layer",
     "masks": "random_mask",
     "bernoulli masks": "bernoulli_mask",
+    **dict.fromkeys(DISTRIBUTED, "distributed_layer"),
 }
 """What a backend may declare that it lacks, and the method that it must have otherwise (``None``: no method of its own)."""
 
@@ -163,7 +171,7 @@ class Backend(Protocol):
         """
 
 
-class OptionalMethods(Protocol):
+class OptionalMethods(DistributedMethods, Protocol):
     """What a backend has besides, unless it declares in ``unsupported`` that it does not. Shapes as in :class:`Backend`.
 
     A result may be ``None`` only if it is the gradient of a bias that is not there.

@@ -341,7 +341,7 @@ def test_a_law_that_did_not_run_is_named() -> None:
     outcomes += [Outcome("6", ("a",), "test", "declared", "why")]
     record = Record()
     record.outcomes = outcomes
-    run: Any = SimpleNamespace(faults=False, partial=False, command=True, backends=["a", "b"], record=record)
+    run: Any = SimpleNamespace(faults=False, partial=False, command=True, backends=["a", "b"], record=record, laws=LAWS)
     assert report.silent(run) == ["b: law 6", "a: law pairs", "b: law pairs"], "12x ran, by the first line"
     run.partial = True
     assert report.silent(run) == [], "it was left out on purpose"

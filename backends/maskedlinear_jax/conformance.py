@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,9 +18,10 @@ from jax import Array
 from numpy.typing import NDArray
 
 from maskedlinear import masks
-from maskedlinear.backends import LAYERS
+from maskedlinear.backends import DISTRIBUTED, LAYERS
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.reference import laid_out
+from maskedlinear_jax import _conformance_distributed as distribution
 from maskedlinear_jax import masked_linear, sparse_linear
 from maskedlinear_jax._compat import enable_x64
 
@@ -82,6 +84,11 @@ class JaxBackend:
         none = dict.fromkeys(LAYERS, functions)
         if self.format == "sparse":
             none |= {"vmap over the mask": "a pattern decides how many values there are"}
+            sparse = ("distributed masks", "distributed pruning", "distributed optimizers", "distributed checkpoints")
+            none |= dict.fromkeys(sparse, "these are functions of values: there is nothing masked, and no state")
+        none |= {"processes": "the processes of JAX share devices, which are what is divided"}
+        if distribution.why_not():
+            none |= dict.fromkeys(DISTRIBUTED, distribution.why_not())
         return none | {"autocast": "JAX has no automatic casts"}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:
@@ -221,6 +228,21 @@ class JaxBackend:
         op = ops.get(transform, self.op)
         function = partial(_value_and_gradients, op)
         return function if transform == "eager" else jax.jit(function)
+
+    def join(self, rank: int, size: int, devices: int, folder: Path) -> None:
+        """Give this process so many devices."""
+        distribution.join(devices)
+
+    def placements(self, kind: str) -> Sequence[str]:
+        """Return the kinds of mesh, and ``shard_map``, with each axis that can be divided."""
+        return distribution.PLACEMENTS if self.format == "dense" else distribution.BATCH
+
+    def distributed_layer(self, placement: str, weight: Array, mask: Array, bias: Bias) -> Any:
+        """Return the function with its arrays on a mesh."""
+        kind: Any = (
+            distribution.DistributedFunction if self.format == "dense" else distribution.DistributedSparseFunction
+        )
+        return kind(self.asnumpy, placement, weight, self._prepared(mask), bias)
 
     def random_mask(
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str

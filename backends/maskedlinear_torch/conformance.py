@@ -9,6 +9,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache, cached_property, partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,10 @@ from torch.nn import functional as F  # noqa: N812 - torch's own idiom
 from torch.utils.checkpoint import checkpoint
 
 from maskedlinear import masks
-from maskedlinear.backends import LAYERS
+from maskedlinear.backends import DISTRIBUTED, LAYERS
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_torch import masked_linear, sparse_linear
+from maskedlinear_torch import _conformance_distributed, masked_linear, sparse_linear
+from maskedlinear_torch._conformance_distributed import DistributedTorchLayer
 from maskedlinear_torch._conformance_layers import Placed, TorchLayer, as_numpy, made, values_of
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse import product
@@ -64,11 +66,17 @@ class TorchBackend:
     def unsupported(self) -> Mapping[str, str]:
         """Return what torch does not have."""
         unsupported = {"scan": "torch has no stable scan", "read-only": "torch has no read-only tensors"}
+        unsupported["devices"] = "of torch each device has a process of its own"
+        unsupported["compiled program"] = "torch has no program of all processes to count in"
+        if not torch.distributed.is_available():
+            unsupported |= dict.fromkeys(DISTRIBUTED, "this torch is built without torch.distributed")
         if not shutil.which("g++"):
             for name in ("compile", "compile of derivatives", "compile of the hessian"):
                 unsupported[name] = "torch.compile needs a C++ compiler, and there is none here"
         if self.format == "sparse":
             unsupported["vmap over the mask"] = "a pattern decides how many values there are"
+            for name in ("distributed masks", "distributed pruning"):
+                unsupported[name] = "the sparse form has live connections only"
             dense_only = (name for name in LAYERS if name not in _OF_SPARSE_LAYERS)
             unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
         return unsupported
@@ -310,6 +318,18 @@ class TorchBackend:
     def layer(self, weight: Tensor, mask: Tensor, bias: Bias) -> TorchLayer:
         """Return a ``MaskedLinear`` or a ``SparseLinear``."""
         return made(weight, self._prepared(mask), bias)
+
+    def join(self, rank: int, size: int, devices: int, folder: Path) -> None:
+        """Make this process one of a gloo group."""
+        _conformance_distributed.join(rank, size, folder)
+
+    def placements(self, kind: str) -> Sequence[str]:
+        """Return data parallelism, FSDP2 and the two plans of tensor parallelism."""
+        return _conformance_distributed.PLACEMENTS
+
+    def distributed_layer(self, placement: str, weight: Tensor, mask: Tensor, bias: Bias) -> DistributedTorchLayer:
+        """Return a ``MaskedLinear`` or a ``SparseLinear`` that all processes share."""
+        return _conformance_distributed.distributed_layer(placement, weight, self._prepared(mask), bias)
 
     def random_mask(
         self, shape: tuple[int, int], num_zeros: int, seed: int, shard: tuple[slice, slice] | None, device: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
@@ -16,6 +17,7 @@ from maskedlinear.backends import lacking
 from maskedlinear_conformance.bounds import FIRST, QUANTITIES, SECOND, Expected, expected
 from maskedlinear_conformance.cases import Case, Data, round_to
 from maskedlinear_conformance.record import Record
+from maskedlinear_conformance.team import SharedLayer, Team
 
 __all__ = [
     "FIRST",
@@ -57,6 +59,7 @@ class BackendUnderTest:
         profile: one of ``quick``, ``default`` and ``full``.
         record: where the fractions of the bounds are noted.
         seeded: whether Hypothesis draws anew, from ``--hypothesis-seed``, and not the same at every run.
+        team: who shares layers, for the laws that distribution can break.
     """
 
     backend: Any
@@ -66,6 +69,7 @@ class BackendUnderTest:
     profile: str = "default"
     record: Record = field(default_factory=Record)
     seeded: bool = False
+    team: Team | None = None
 
     def __str__(self) -> str:
         """Name the subject, for pytest."""
@@ -91,6 +95,13 @@ class BackendUnderTest:
             sent = [self.to_backend(a) if isinstance(a, np.ndarray) else a for a in arguments]
             found = getattr(self.backend, method)(*sent, **options)
             return [self.to_numpy(a) for a in found] if isinstance(found, tuple | list) else self.to_numpy(found)
+
+    def shared(self, placement: str, data: Data, team: Team | None = None) -> AbstractContextManager[SharedLayer]:
+        """Return a layer with the values of ``data`` that a team shares, this subject's if none is given."""
+        team = team or self.team
+        assert team is not None, "no team was asked for"
+        made = (type(self.backend), self.backend.format)
+        return team.shared(made, self.dtype, self.device, placement, data.weight, data.mask, data.bias)
 
     def value(self, data: Data) -> Float:
         """Return y."""

@@ -3,155 +3,36 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import combinations
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from maskedlinear.backends import LAYOUTS, Backend, BackendNotAvailableError, available, checked, lacking, load
+from maskedlinear.backends import (
+    DIVISIONS,
+    LAYOUTS,
+    available,
+    checked,
+    lacking,
+)
 from maskedlinear_conformance import report
 from maskedlinear_conformance.backend_under_test import MODES, BackendUnderTest
-from maskedlinear_conformance.bounds import DTYPES
 from maskedlinear_conformance.cases import CASES, PROFILES, Case, among
-from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
+from maskedlinear_conformance.faults import ReferenceBackend
 from maskedlinear_conformance.golden import goldens
 from maskedlinear_conformance.laws import Law
 from maskedlinear_conformance.laws.compositions import COMPILED, DERIVATIVES
 from maskedlinear_conformance.laws.derivatives import FULL
-from maskedlinear_conformance.record import Outcome, Record
+from maskedlinear_conformance.record import Outcome
+from maskedlinear_conformance.run import Run, reason_and_exception
 
 __all__: list[str] = []
 
-_RUN = pytest.StashKey["Run"]()
+_RUN = pytest.StashKey[Run]()
 _LARGE = 1 << 10  # products of a case from which rounding shows in half types
 _DECLARED = "declared: "  # how the reason of every skip begins that the suite itself asks for
-
-
-class Run:
-    """One run of the suite: its settings, its backends, and what it found."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.device: str = config.getoption("--device")
-        self.faults: bool = config.getoption("--faults")
-        self.profile: str = config.getoption("--profile") or ("quick" if self.faults else "default")
-        self.seeded = config.getoption("--hypothesis-seed", None) is not None
-        self.command: bool = config.getoption("--command")
-        self.record = Record()
-        path: Path | None = config.getoption("--report")
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise pytest.UsageError(f"--report must be a file in a folder that exists; got {path}")
-        self.left_out: list[str] = []  # further formats than a backend's first, which only full runs unasked
-        self.backends: dict[str, Backend] = {}
-        self.stale: dict[str, set[str]] = {}  # expected failures of each that match no test of any profile
-        self.chosen: set[str] = set()  # those of the backends that a test was selected for
-        self.partial = False  # whether the caller chose among the tests, so that a law may be left out
-        names = list(dict.fromkeys(config.getoption("--backend")))
-        if self.faults:
-            if names:
-                raise pytest.UsageError("--faults brings its own backends: leave out --backend")
-            for made in (ReferenceBackend(), *(fault() for fault in FAULTS.values())):
-                self.add(made)
-        elif self.command and not names:
-            raise pytest.UsageError(f"name at least one backend with --backend; registered: {', '.join(available())}")
-        chosen: list[str] = config.getoption("--format")
-        for name in names:
-            try:
-                loaded = load(name)
-                missing = set(chosen) - {backend.format for backend in loaded}
-                if missing == set(chosen) != set():
-                    raise pytest.UsageError(
-                        f"backend {name!r} has none of the formats {', '.join(sorted(missing))}; it has: "
-                        f"{', '.join(backend.format for backend in loaded)}"
-                    )
-                for backend in loaded:
-                    if chosen and backend.format not in chosen:
-                        continue
-                    if not chosen and backend is not loaded[0] and self.profile != "full":
-                        self.left_out.append(f"{backend.name} {backend.format}")
-                    else:
-                        self.add(backend)
-            except (BackendNotAvailableError, TypeError) as error:
-                raise pytest.UsageError(str(error)) from error
-
-    def add(self, backend: Any) -> str:
-        """Take a backend into the run; return its label."""
-        label = backend.name if self.faults else f"{backend.name} {backend.format}"
-        if label in self.backends and self.backends[label] is not backend:
-            raise pytest.UsageError(
-                f"two backends of this run are called {label!r}, and only one would be proven: give each class its own name"
-            )
-        if label not in self.backends:
-            self._heed(backend)
-            self.backends[label] = backend
-            self.stale[label] = set(backend.expected_failures(self.device))
-        return label
-
-    def _heed(self, backend: Backend) -> None:
-        """Refuse a backend that cannot say what the run needs to know of it."""
-        called = f"backend {backend.name!r}"
-        try:
-            devices = backend.devices()
-            if self.device not in devices:
-                raise pytest.UsageError(f"{called} has no device {self.device!r} here; it has: {', '.join(devices)}")
-            dtypes = backend.dtypes(self.device)
-            backend.versions().items()
-            backend.device_name(self.device)
-            expected = backend.expected_failures(self.device)
-        except Exception as error:
-            if isinstance(error, pytest.UsageError):
-                raise
-            raise pytest.UsageError(f"{called} cannot be described: {type(error).__name__}: {error}") from error
-        if not isinstance(expected, Mapping):
-            raise pytest.UsageError(
-                f"{called}: expected_failures must return a dictionary of patterns and reasons; got {expected!r}: "
-                "return {} if there are none"
-            )
-        for pattern, why in expected.items():
-            reason, raised = _reason_and_exception(why)
-            if not isinstance(reason, str) or not reason.strip() or not _is_exception(raised):
-                raise pytest.UsageError(
-                    f"{called}: expected_failures must give a reason in words, or a reason and an exception; "
-                    f"got {why!r} for {pattern!r}"
-                )
-        try:
-            checked(backend, called, self.device)
-        except TypeError as error:
-            raise pytest.UsageError(f"{error} (device {self.device!r})") from error
-        if not dtypes or not set(dtypes) <= set(DTYPES):
-            raise pytest.UsageError(
-                f"{called}: dtypes must return one or more of {', '.join(DTYPES)}; got {list(dtypes)}: leave out the others"
-            )
-
-    def dtypeless(self, labels: Sequence[str], says: Law) -> bool:
-        """Whether a test cannot run because these backends, together, have none of the dtypes that it is about."""
-        if self.faults:
-            return False
-        kinds = [set(self.backends[label].dtypes(self.device)) for label in labels]
-        return not set.intersection(*kinds, set(says.dtypes or DTYPES))
-
-    def includes(self, since: str, profile: str) -> bool:
-        """Whether what belongs to ``since`` runs in ``profile``; on faults what the default one has always does."""
-        return among(since, "default" if self.faults and profile == "quick" else profile)
-
-    def subjects(self, labels: Sequence[str], says: Law, profile: str) -> list[BackendUnderTest]:
-        """Return the backends of ``labels``, in each dtype that a test of ``profile`` runs in and that all of them have.
-
-        Of a faulty one, nothing for a law that it need not break.
-        """
-        if self.faults and not all(
-            label == ReferenceBackend.name or says.number in FAULTS[label].laws for label in labels
-        ):
-            return []
-        dtypes = [dtype for dtype in DTYPES if all(dtype in self.backends[n].dtypes(self.device) for n in labels)]
-        if not self.includes(says.since, profile):
-            return []
-        return [
-            BackendUnderTest(self.backends[label], label, dtype, self.device, profile, self.record, self.seeded)
-            for dtype in says.kinds(dtypes, "full" if self.faults else profile)
-            for label in labels
-        ]
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -175,6 +56,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--device", default="cpu", metavar="NAME", help="where to run, as the backends call it (default: cpu)"
     )
     group.addoption("--profile", choices=PROFILES, help="how much to run (default: default; with --faults: quick)")
+    for kind, what in (("processes", "processes on the CPU"), ("devices", "devices of one process")):
+        group.addoption(
+            f"--{kind}",
+            action="append",
+            type=int,
+            default=[],
+            metavar="N",
+            help=f"run the laws that distribution can break, and them alone, in N {what}; once for each N",
+        )
+    group.addoption(
+        "--rank-timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="how long a process of --processes or --devices may take for one answer (default: 300)",
+    )
     group.addoption("--report", type=Path, metavar="FILE.json", help="write what was found to this file as well")
     group.addoption("--faults", action="store_true", help="prove the suite itself: run it on faulty backends instead")
     group.addoption(
@@ -200,7 +97,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if says is None:
         return
     run = metafunc.config.stash[_RUN]
-    own = [run.add(checked(b, f"backend {b.name!r}")) for b in getattr(metafunc.cls, "backends", ())]
+    own = [label for b in getattr(metafunc.cls, "backends", ()) for label in run.add(checked(b, f"backend {b.name!r}"))]
     labels = own or list(run.backends)
     if not labels:
         raise pytest.UsageError(
@@ -223,6 +120,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         "compiled": lambda _: list(COMPILED),
         "layout": lambda _: LAYOUTS,
         "transform": _transforms,
+        "placement": _placements,
         "golden": lambda subject: [
             golden for golden in goldens() if among(golden.since, subject.profile) and golden.exact_in(subject.dtype)
         ],
@@ -292,6 +190,22 @@ def _transforms(subject: BackendUnderTest) -> Sequence[str]:
     return list(dict.fromkeys((*musts, *own)))
 
 
+def _placements(subject: BackendUnderTest) -> Sequence[str]:
+    """Return the ways to share a layer; one that stands for all where there is none, which is declared."""
+    assert subject.team is not None
+    kind = subject.team.kind
+    if not subject.has(kind):
+        return ["no placement"]
+    placements = list(subject.backend.placements(kind))
+    for placement in placements:
+        if placement.partition(": ")[0] not in DIVISIONS:
+            raise pytest.UsageError(
+                f"backend {subject.backend.name!r}: a placement is one of {', '.join(DIVISIONS)}, a colon and a name; "
+                f"got {placement!r}"
+            )
+    return placements
+
+
 def _product(
     subject: BackendUnderTest, used: Sequence[str], axes: dict[str, Callable[[BackendUnderTest], Sequence[Any]]]
 ) -> list[tuple[Any, ...]]:
@@ -303,6 +217,7 @@ def _product(
 
 def _param(says: Law, subjects: tuple[BackendUnderTest, ...], values: tuple[Any, ...]) -> Any:
     needs = [*says.needs, *(value for value in values if isinstance(value, str))]
+    needs += [subjects[0].team.kind] if subjects[0].team else []
     declared = set()
     for subject in subjects:
         unsupported = lacking(subject.backend, subject.device)
@@ -311,6 +226,8 @@ def _param(says: Law, subjects: tuple[BackendUnderTest, ...], values: tuple[Any,
             if all(way in unsupported for way in ways):
                 declared |= {f"{subject.label} lacks {way}: {unsupported[way]}" for way in ways}
     names = " - ".join(subject.label for subject in subjects) + f" {subjects[0].dtype}"
+    if subjects[0].team and str(subjects[0].team) not in names:  # of a fault, which all teams share
+        names += f" {subjects[0].team}"
     marks = [pytest.mark.skip(reason=_DECLARED + "; ".join(sorted(declared)))] if declared else []
     what = subjects if len(subjects) > 1 else subjects[0]
     return pytest.param(what, *values, id=", ".join([names, *map(str, values)]), marks=marks)
@@ -324,17 +241,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for subject in _subjects(item):
             for pattern, why in subject.backend.expected_failures(run.device).items():
                 if fnmatch.fnmatchcase(item.name, pattern):
-                    reason, raised = _reason_and_exception(why)
+                    reason, raised = reason_and_exception(why)
                     item.add_marker(pytest.mark.xfail(reason=reason, raises=raised, strict=True))
-
-
-def _reason_and_exception(why: Any) -> tuple[Any, Any]:
-    """Return the reason of an expected failure, and the exception that it must raise."""
-    return why if isinstance(why, tuple) and len(why) == 2 else (why, AssertionError)
-
-
-def _is_exception(raised: Any) -> bool:
-    return isinstance(raised, type) and issubclass(raised, Exception)
 
 
 def pytest_deselected(items: Sequence[pytest.Item]) -> None:
@@ -410,6 +318,12 @@ def _status(result: pytest.TestReport) -> tuple[str, str]:
         return "declared", _reason(result).removeprefix(_DECLARED)
     crash = getattr(result.longrepr, "reprcrash", None)
     return "failed", str(crash.message if crash else result.longrepr).partition("\n")[0]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End the processes of the run."""
+    if _RUN in config.stash:
+        config.stash[_RUN].teams.stop()
 
 
 @pytest.hookimpl(trylast=True)

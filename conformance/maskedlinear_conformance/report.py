@@ -12,11 +12,11 @@ from maskedlinear import __version__
 from maskedlinear.backends import CAPABILITIES, lacking
 from maskedlinear_conformance import golden
 from maskedlinear_conformance.faults import FAULTS, ReferenceBackend
-from maskedlinear_conformance.laws import LAWS, OF_PAIRS
+from maskedlinear_conformance.laws import LAWS, OF_DISTRIBUTION, OF_PAIRS
 from maskedlinear_conformance.record import pivot, table
 
 if TYPE_CHECKING:
-    from maskedlinear_conformance.plugin import Run
+    from maskedlinear_conformance.run import Run
 
 __all__ = ["header", "header_lines", "sections", "silent", "uncaught", "unproven", "write"]
 
@@ -30,6 +30,7 @@ def header(run: Run) -> dict[str, Any]:
         "python": platform.python_version(),
         "device": run.device,
         "profile": run.profile,
+        "shared by": [str(team) for team in run.asked],
         "golden vectors": golden.SHA256,
         "left out": run.left_out,
         "backends": {
@@ -101,9 +102,13 @@ def silent(run: Run) -> list[str]:
     if run.faults or run.partial or not run.command:
         return []
     excused = set(OF_PAIRS if len(run.backends) == 1 else ())
-    cells = run.record.law_table(LAWS, run.backends)
+    cells = run.record.law_table(run.laws, run.backends)
     return [
-        f"{label}: law {law}" for law in LAWS if law not in excused for label in run.backends if not cells[law][label]
+        f"{label}: law {law}"
+        for law in run.laws
+        if law not in excused
+        for label in run.backends
+        if not cells[law][label]
     ]
 
 
@@ -120,7 +125,8 @@ def write(run: Run, path: Path, status: int) -> None:
         "header": header(run),
         "exit_status": status,
         "laws": {
-            law: {"title": LAWS[law], "backends": cells} for law, cells in record.law_table(LAWS, run.backends).items()
+            law: {"title": LAWS[law], "backends": cells}
+            for law, cells in record.law_table(run.laws, run.backends).items()
         },
         "bounds": {
             name: [{"result": r, "dtype": d, "of": o, "largest": _finite(v)} for (r, d, o), v in cells.items()]
@@ -152,10 +158,15 @@ def _left_out(formats: list[str]) -> str:
 def _law_table(run: Run) -> list[str]:
     labels = list(run.backends)
     body = []
-    for law, cells in run.record.law_table(LAWS, labels).items():
+    for law, cells in run.record.law_table(run.laws, labels).items():
         row = [_cell(cells.get(label, {})) for label in labels]
         if law in OF_PAIRS and len(labels) == 1:
             row = ["not run: one backend"]
+        if law in OF_DISTRIBUTION:
+            row = [
+                f"not run: {cell}" if set(cells.get(label, {})) == {"declared"} else cell
+                for label, cell in zip(labels, row, strict=True)
+            ]
         body.append([law, LAWS[law], *row])
     return table(["law", "", *labels], body)
 

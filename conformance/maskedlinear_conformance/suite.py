@@ -10,6 +10,7 @@ from maskedlinear_conformance.laws.checkpoints import Checkpoints
 from maskedlinear_conformance.laws.comparison import Comparison
 from maskedlinear_conformance.laws.compositions import Compositions
 from maskedlinear_conformance.laws.derivatives import Derivatives
+from maskedlinear_conformance.laws.distribution import Distribution
 from maskedlinear_conformance.laws.generation import Generation
 from maskedlinear_conformance.laws.layers import Layers
 from maskedlinear_conformance.laws.masking import Masking
@@ -32,6 +33,7 @@ class BackendConformance(
     Optimizers,
     Generation,
     Comparison,
+    Distribution,
 ):
     """The laws as tests.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ from maskedlinear import checkpoint
 from maskedlinear.backends import LAYERS
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import freeze_masked
+from maskedlinear_jax._conformance_distributed import PLACEMENTS
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax.conformance import JaxBackend
 from maskedlinear_jax.flax import (
@@ -34,6 +35,7 @@ from maskedlinear_jax.flax import (
     param_masks,
     set_masks,
 )
+from maskedlinear_jax.flax._conformance_distributed import DistributedLinen, DistributedNnx, DistributedSparseNnx
 
 __all__ = ["LinenBackend", "NnxBackend"]
 
@@ -59,8 +61,11 @@ class _FlaxBackend(JaxBackend):
             "projection": "nobody counts the edits of an array: the layer selects, and the guard keeps the kernel clean",
         }
         if self.format == "sparse":
-            dense_only = (name for name in LAYERS if name not in ("layer", "save", "files", "conversion"))
+            dense_only = [name for name in LAYERS if name not in ("layer", "save", "files", "conversion")]
+            dense_only += ["distributed masks", "distributed pruning"]
             unsupported |= dict.fromkeys(dense_only, "the sparse form has live connections only")
+            for name in ("distributed optimizers", "distributed checkpoints"):
+                unsupported.pop(name, None)
         return unsupported
 
 
@@ -86,6 +91,11 @@ class NnxBackend(_FlaxBackend):
             return SparseNnxLayer(self, _nnx_sparse(weight, self._prepared(mask), bias))
         return NnxLayer(self, MaskedLinear.from_linear(_nnx_fill(nnx.Linear, weight, bias), mask.T))
 
+    def distributed_layer(self, placement: str, weight: Array, mask: Array, bias: Bias) -> DistributedNnx:
+        """Return a ``MaskedLinear`` or a ``SparseLinear`` on a mesh."""
+        kind = DistributedSparseNnx if self.format == "sparse" else DistributedNnx
+        return kind(self.asnumpy, placement, self.layer(weight, mask, bias), weight.shape)  # type: ignore[arg-type]
+
 
 class NnxLayer:
     """A ``MaskedLinear`` as :class:`maskedlinear.backends.Layer`."""
@@ -95,6 +105,7 @@ class NnxLayer:
 
     def __init__(self, backend: NnxBackend, module: Any) -> None:
         self._backend, self._module = backend, module
+        self.options: Mapping[str, Any] = {}  # of a call that trains
 
     def __call__(self, x: Array) -> Array:
         """Return ``y``, by a call that was compiled before the mask changed."""
@@ -191,7 +202,7 @@ class NnxLayer:
 
         @nnx.jit
         def update(module: MaskedLinear, made: nnx.Optimizer[MaskedLinear], x: Array, g: Array) -> None:
-            gradients = nnx.grad(lambda module: jnp.vdot(g, module(x)))(module)
+            gradients = nnx.grad(lambda module: (g * module(x, **self.options)).sum())(module)
             made.update(module, gradients, **more(module))
 
         return lambda x, g: update(self._module, made, x, g)
@@ -265,6 +276,15 @@ class LinenBackend(_FlaxBackend):
         dense = _linen_variables(weight, jnp.ones(weight.shape, bool), bias)
         dense["dormant"] = {"dormant": jnp.zeros_like(weight.T)}
         return LinenLayer(self, set_masks(dense, {"": mask.T}))
+
+    def placements(self, kind: str) -> Sequence[str]:
+        """Return those of arrays but for two: a linen module takes no ``out_sharding``, and knows its number of outputs."""
+        others = ("inputs: explicit mesh", "outputs: gradient of shard_map")
+        return [placement for placement in PLACEMENTS if placement not in others]
+
+    def distributed_layer(self, placement: str, weight: Array, mask: Array, bias: Bias) -> DistributedLinen:
+        """Return a ``MaskedDense`` with its variables on a mesh."""
+        return DistributedLinen(self.asnumpy, placement, self.layer(weight, mask, bias), weight.shape)  # type: ignore[arg-type]
 
 
 class LinenLayer:
@@ -365,7 +385,7 @@ class LinenLayer:
         def update(variables: Any, state: Any, x: Array, g: Array) -> Any:
             def loss(params: Any) -> Any:
                 y: Any = self._model.apply({**variables, "params": params}, x)
-                return jnp.vdot(g, y)
+                return (g * y).sum()
 
             params = variables["params"]
             updates, state = transformation.update(jax.grad(loss)(params), state, params, **more(variables))

@@ -8,6 +8,7 @@ from maskedlinear_conformance.faults import (
     _arithmetic,
     _checkpoints,
     _derivatives,
+    _distribution,
     _dtypes,
     _generation,
     _large,
@@ -39,6 +40,7 @@ FAULTS: dict[str, type[Mutant]] = {
         _large,
         _optimizers,
         _generation,
+        _distribution,
     )
     for fault in vars(module).values()
     if isinstance(fault, type) and issubclass(fault, Mutant) and fault.name != ReferenceBackend.name

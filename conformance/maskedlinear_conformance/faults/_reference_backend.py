@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from maskedlinear import masks
 from maskedlinear.reference import NumpyBackend
+from maskedlinear_conformance.faults._reference_distributed import PLACEMENTS, Ranks, ReferenceShared
 from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
 __all__ = ["Array", "Mutant", "ReferenceBackend", "ReferenceLayer", "flat", "in_memory"]
@@ -233,6 +235,18 @@ class ReferenceBackend(NumpyBackend):
     def layer(self, weight: Array, mask: Array, bias: Array | None) -> ReferenceLayer:
         """Return a layer."""
         return ReferenceLayer(self, weight, mask, bias)
+
+    def join(self, rank: int, size: int, devices: int, folder: Path) -> None:
+        """Meet in the folder."""
+        self.ranks = Ranks(type(self).__name__, rank, size, devices, folder)
+
+    def placements(self, kind: str) -> Sequence[str]:
+        """Return one for each division."""
+        return PLACEMENTS
+
+    def distributed_layer(self, placement: str, weight: Array, mask: Array, bias: Array | None) -> ReferenceShared:
+        """Return a layer that ranks share."""
+        return ReferenceShared(self, placement, weight, mask, bias)
 
     def random_mask(self, shape: tuple[int, int], num_zeros: int, seed: int, shard: Shard, device: str) -> Array:
         """Return the mask, made by its definition."""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from maskedlinear_conformance.cases import Case
 
-__all__ = ["LAWS", "OF_PAIRS", "Law", "law"]
+__all__ = ["LAWS", "OF_DISTRIBUTION", "OF_PAIRS", "Law", "law"]
 
 LAWS = {
     "1": "value and derivatives equal the spec",
@@ -31,11 +31,20 @@ LAWS = {
     "16": "every edit shows; drift does not act",
     "golden": "golden vectors, bit for bit",
     "pairs": "backends equal each other",
+    "distributed values": "ranks have the outputs of one",
+    "distributed gradients": "ranks have the gradients of the whole batch",
+    "distributed masks": "one mask on all ranks, which acts",
+    "distributed guards": "nothing masked moves on any rank",
+    "distributed checkpoints": "checkpoints go to another number of ranks",
+    "distributed work": "no work is done twice",
 }
-"""The laws of the design by number, and the two that are not numbered there."""
+"""The laws of the design by number, and those that are not numbered there."""
 
 OF_PAIRS = ("12x", "pairs")
 """Those that two backends are needed for."""
+
+OF_DISTRIBUTION = tuple(number for number in LAWS if number.startswith("distributed"))
+"""Those that several processes or devices are needed for: ``--processes`` and ``--devices`` run them, and them alone."""
 
 F = TypeVar("F", bound=Callable[..., None])
 Need = str | tuple[str, ...]
