@@ -28,13 +28,16 @@ conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax --backend nnx --backend linen
 	$(BIN)/python -m maskedlinear_conformance --backend torch --backend jax --backend nnx --format sparse
 	$(BIN)/python -m maskedlinear_conformance --backend torch-nn --format dense --format sparse
+	$(BIN)/python -m maskedlinear_conformance --backend torch --format dense --format sparse --processes 2 --processes 4
+	$(BIN)/python -m maskedlinear_conformance --backend jax --backend nnx --backend linen --format dense --format sparse --devices 8
 	$(BIN)/python -m maskedlinear_conformance --faults --tb=no
 
+# Packages are not compiled ahead: few of their files are ever imported.
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes, the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[all]" --group dev
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[all]" --group dev
 	@touch $@
 
 clean:

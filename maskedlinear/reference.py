@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear import masks, spec
-from maskedlinear.backends import LAYERS
+from maskedlinear.backends import DISTRIBUTED, LAYERS
 
 __all__ = ["NumpyBackend", "laid_out"]
 
@@ -50,6 +50,7 @@ class NumpyBackend:
         compiled = ("compile of derivatives", "compile of the hessian")
         none |= dict.fromkeys((*transforms, *compiled), "NumPy has no function transforms")
         none |= dict.fromkeys(("dense", *LAYERS), "NumPy has no layers")
+        none |= dict.fromkeys(DISTRIBUTED, "NumPy has one process, and one device")
         return none | {"autocast": "NumPy has no automatic casts"}
 
     def expected_failures(self, device: str) -> Mapping[str, str]:

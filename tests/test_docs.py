@@ -9,7 +9,7 @@ import pytest
 
 from helpers import ROOT, python
 
-PAGES = ["exporting.md", "saving.md"]
+PAGES = ["exporting.md", "many-processes.md", "saving.md"]
 DEAR = {"AOTInductor"}  # sections apart, which compile C++
 # Warnings are errors, but for torch's own while it exports and compiles.
 PRELUDE = """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -58,3 +59,12 @@ def test_a_model_goes_from_torch_to_flax_and_back(
     out = capsys.readouterr().out
     assert out.count(" 948\n") == 4, "a tenth of the weights live at each step"
     assert "Flax, trained on" in out
+
+
+def test_many_processes_and_devices_have_the_losses_of_one(tmp_path: Path) -> None:
+    code = (ROOT / "examples" / "many_processes.py").read_text(encoding="utf-8")
+    (tmp_path / "many.py").write_text(code.replace("= 60, 64, 8, 2", "= 12, 64, 8, 2"), encoding="utf-8")
+    result = subprocess.run([sys.executable, "many.py"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "The losses of 12 steps differ by at most" in result.stdout
+    assert "the step of JAX gathers 0 arrays" in result.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -257,3 +258,11 @@ def test_as_mask_stays_in_its_framework(send: Any) -> None:
 def test_as_mask_refuses(mask: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         masks.as_mask(mask, (3, 4))
+
+
+def test_a_mask_takes_little_more_than_itself() -> None:
+    tracemalloc.start()
+    mask = masks.random((3, 1 << 20), sparsity=0.9)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak - mask.nbytes < 4 << 20
