@@ -11,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 
 from maskedlinear import masks
 
@@ -112,6 +114,8 @@ def distribution(path: Path, code: str) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: other\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
 
+
+needs_fsdp = pytest.mark.skipif(version("torch").startswith("2.6."), reason="torch 2.6 has no fully_shard on the CPU")
 
 IN_A_GROUP = """
 import os, pathlib, sys, time

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from helpers import in_processes
+from helpers import in_processes, needs_fsdp
 from maskedlinear.torch import load_patterns
 
 NETWORK = """
@@ -225,7 +225,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:torch.distributed is disabled"),
     pytest.mark.filterwarnings("ignore:Detected an existing checkpoint"),
 ]
-needs_fsdp = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6 has no fully_shard on the CPU")
 
 
 @needs_fsdp

@@ -10,12 +10,11 @@ import torch
 from torch import nn
 from torch.distributed import checkpoint as dcp
 
-from helpers import in_processes
+from helpers import in_processes, needs_fsdp
 from maskedlinear import masks
 from maskedlinear.torch import mask_model
 
-if torch.__version__.startswith("2.6."):
-    pytest.skip("this torch has no fully_shard on the CPU", allow_module_level=True)
+pytestmark = needs_fsdp
 
 COMMON = '''
 import os, warnings

@@ -240,7 +240,24 @@ class DistributedArrays:
         ]
 
 
-class DistributedFunction(DistributedArrays):
+class HeldArrays(DistributedArrays):
+    """Arrays that functions take, and no layer holds: these are kept here."""
+
+    _params: Any
+    _rest: Any
+
+    @property
+    def params(self) -> Any:
+        """Weight or values, and the bias."""
+        return self._params
+
+    @property
+    def rest(self) -> Any:
+        """The mask or the pattern."""
+        return self._rest
+
+
+class DistributedFunction(HeldArrays):
     """``masked_linear`` with its weight and mask, as users of functions alone have them: in a tree."""
 
     def __init__(
@@ -249,16 +266,6 @@ class DistributedFunction(DistributedArrays):
         super().__init__(asnumpy, placement, weight.shape)  # type: ignore[arg-type]
         self._params = self.placed({"weight": weight} | ({} if bias is None else {"bias": bias}))
         self._rest = self.placed({"mask": mask})
-
-    @property
-    def params(self) -> Any:
-        """Weight and bias."""
-        return self._params
-
-    @property
-    def rest(self) -> Any:
-        """The mask."""
-        return self._rest
 
     def apply(self, params: Any, rest: Any, x: Array, **options: Any) -> Array:
         """Return ``y``."""
@@ -324,7 +331,7 @@ class DistributedFunction(DistributedArrays):
         self._params, self._rest = tree["params"], tree["rest"]
 
 
-class DistributedSparseFunction(DistributedArrays):
+class DistributedSparseFunction(HeldArrays):
     """``sparse_linear`` with its values and pattern, which lie on every device."""
 
     def __init__(
@@ -340,16 +347,6 @@ class DistributedSparseFunction(DistributedArrays):
         self.pattern = pattern
         self._params = self.placed({"values": values} | ({} if bias is None else {"bias": bias}))
         self._rest = self.placed(pattern)
-
-    @property
-    def params(self) -> Any:
-        """Values and bias."""
-        return self._params
-
-    @property
-    def rest(self) -> Any:
-        """The pattern."""
-        return self._rest
 
     def apply(self, params: Any, rest: Any, x: Array, **options: Any) -> Array:
         """Return ``y``."""
