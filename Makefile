@@ -32,12 +32,14 @@ conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --backend jax --backend nnx --backend linen --format dense --format sparse --devices 8
 	$(BIN)/python -m maskedlinear_conformance --faults --tb=no
 
-# Packages are not compiled ahead: few of their files are ever imported.
+# Packages are not compiled ahead: few of their files are ever imported. But torchao is: a string of it has an escape that is none,
+# which is a warning while it is compiled, and so an error in tests whose processes import transformers or peft.
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes, the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[all]" --group dev
+	$(BIN)/python -W ignore -m compileall -q .venv/lib/python*/site-packages/torchao
 	@touch $@
 
 clean:

@@ -3,14 +3,18 @@
 A random mask of 4096 x 4096 float32 weights: at most 1.02 of that bound at 1 %, and 1.02 and a KiB at 0.1, 10 and 50 %. A
 structured mask: at most 1.00 of the bound of a random one of its density. A mask from a recipe: 200 bytes. bfloat16 at 10 %,
 pruned by magnitude, through pcodec: 14 bits a live weight. To save arrays, and to load them, at 1 and at 10 %: each at most
-twice numpy.save or numpy.load of the dense matrix; times are those of the process on a processor, the least of several.
+twice numpy.save or numpy.load of the dense matrix. Times are those of the process on a processor, so that neither waits for
+the disk (numpy.save does not wait, a checkpoint is flushed). NumPy's call and ours take turns, and each of ours is compared
+with NumPy's of the same turn. What NumPy takes for the parts that no way of saving and loading can do without comes last.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +23,11 @@ from numpy.typing import NDArray
 
 from maskedlinear import masks
 from maskedlinear.checkpoint import CheckpointFile, MaskedArray
+from maskedlinear.checkpoint._arrays import mask_digest
 from maskedlinear.checkpoint._file import save_arrays
+from maskedlinear.checkpoint._masks import encode
 
-ROUNDS = 7
+ROUNDS = 15
 WIDTH = 4096
 
 
@@ -93,45 +99,72 @@ def show(name: str, size: int, bound: float) -> None:
 
 
 def times(path: Path) -> None:
-    """Print the times of saving and loading, and their ratios to NumPy's of the dense matrix."""
+    """Print the times of saving and loading, their ratios to NumPy's of the dense matrix, and those of the parts."""
     weight = np.random.default_rng(0).standard_normal((WIDTH, WIDTH), np.float32)
     dense = path.with_suffix(".npy")
+    np.save(dense, weight)
 
-    def load(whole: bool) -> None:
-        with CheckpointFile(path) as file:
-            if whole:
-                file["weight"]
-            else:
-                file.array("weight")
+    def load(*, whole: bool, mmap: bool = False) -> Any:
+        with CheckpointFile(path, mmap=mmap) as file:
+            return file["weight"] if whole else file.array("weight")
 
-    base = least(lambda: np.save(dense, weight)), least(lambda: np.load(dense))
     for percent in (1, 10):
         mask = masks.random((WIDTH, WIDTH), sparsity=1 - percent / 100)
         array = MaskedArray.of(weight, mask)
-        calls: dict[str, tuple[Callable[[], Any], float]] = {
-            "save arrays": (lambda array=array: save_arrays({"weight": array}, path), base[0]),
-            "save, from dense": (
-                lambda mask=mask: save_arrays({"weight": MaskedArray.of(weight, mask)}, path),
-                base[0],
-            ),
-            "load arrays": (lambda: load(whole=False), base[1]),
-            "load, to dense": (lambda: load(whole=True), base[1]),
+        save_arrays({"weight": array}, path)
+        compare(
+            f"at {percent} %",
+            ("numpy.save", lambda: np.save(dense, weight)),
+            {
+                "save arrays": lambda array=array: save_arrays({"weight": replace(array)}, path),
+                "save, from dense": lambda mask=mask: save_arrays({"weight": MaskedArray.of(weight, mask)}, path),
+            },
+        )
+        compare(
+            f"at {percent} %",
+            ("numpy.load", lambda: np.load(dense)),
+            {
+                "load arrays": lambda: load(whole=False),
+                "load arrays, mapped": lambda: load(whole=False, mmap=True),
+                "load, to dense": lambda: load(whole=True),
+                "load, to dense, mapped": lambda: load(whole=True, mmap=True),
+            },
+        )
+        flat, places, values = weight.reshape(-1), array.places, array.values
+        floors = {
+            "places of a mask": lambda mask=mask: np.flatnonzero(mask),
+            "values at places": lambda flat=flat, places=places: flat[places],
+            "SHA-256 of places": lambda places=places: mask_digest((WIDTH, WIDTH), places),
+            "CRC-32 of values": lambda values=values: zlib.crc32(values.data),
+            "places, coded": lambda array=array: encode(array),
+            "to dense": lambda array=array: array.raw(),
         }
-        for name, (call, other) in calls.items():
-            took = least(call)
-            print(
-                f"{name:16} at {percent:2} %: {took:7.1f} ms, {took / other:.2f} of NumPy's {other:.1f} ms", flush=True
-            )
+        for name, call in floors.items():
+            print(f"{name:22} at {percent} %: {1000 * float(np.median([took(call) for _ in range(ROUNDS)])):7.1f} ms")
 
 
-def least(call: Callable[[], Any]) -> float:
-    """Return the least time of several calls, in ms of the processor."""
-    found = []
+def compare(case: str, base: tuple[str, Callable[[], Any]], calls: dict[str, Callable[[], Any]]) -> None:
+    """Print the times of calls, and their ratios to those of a call of NumPy's, with which they take turns."""
+    other, reference = base
+    found: dict[str, list[float]] = {name: [] for name in (other, *calls)}
     for _ in range(ROUNDS):
-        start = time.process_time()
-        call()
-        found.append(time.process_time() - start)
-    return 1000 * min(found)
+        for name, call in ((other, reference), *calls.items()):
+            found[name].append(took(call))
+    for name in calls:
+        ratios = np.array(found[name]) / found[other]
+        low, middle, high = np.quantile(ratios, (0.25, 0.5, 0.75))
+        print(
+            f"{name:22} {case}: {1000 * np.median(found[name]):7.1f} ms, {middle:.2f} ({low:.2f} to {high:.2f}) of "
+            f"{other}'s {1000 * np.median(found[other]):.1f} ms",
+            flush=True,
+        )
+
+
+def took(call: Callable[[], Any]) -> float:
+    """Return the time of a call, in seconds of the processor."""
+    start = time.process_time()
+    call()
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

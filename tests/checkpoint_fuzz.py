@@ -225,15 +225,15 @@ def other_value(random: Random, old: Any) -> Any:
     return random.choice([*NUMBERS, *STRINGS, None, True, False, [], {}, [[]], 0.5, {"codec": "pcodec"}, [1, 1]])
 
 
-def read(path: Path, claims: list[int]) -> dict[str, Any]:
-    """Return all arrays of a file, read in every way; add to ``claims`` how many bytes it claims to hold.
+def read(path: Path, claims: list[int], *, mmap: bool = False) -> dict[str, Any]:
+    """Return all arrays of a file, mapped or not, read in every way; add to ``claims`` how many bytes it claims to hold.
 
     Raises:
         CheckpointError: if it is not right.
         AssertionError: if arrays contradict themselves, or the ways to read them each other.
     """
     found: dict[str, Any] = {}
-    with CheckpointFile(path) as file:
+    with CheckpointFile(path, mmap=mmap) as file:
         for name in file:
             entry = file.entry(name)
             size, each = int(np.prod(entry.shape, dtype=object)), ITEMSIZE[entry.dtype]
@@ -301,7 +301,7 @@ def fuzz(count: int, seed: int, folder: Path, *, watch: bool = True) -> Counter[
             tracemalloc.start()
         claims = [len(file)]
         try:
-            found = read(path, claims)
+            found = read(path, claims, mmap=number % 2 == 1)
         except CheckpointError as error:
             str(error).encode()  # it can be shown
             found = None

@@ -18,6 +18,7 @@ from maskedlinear.checkpoint import CheckpointError, CheckpointFile, MaskedArray
 from maskedlinear.checkpoint import _file as file_module
 from maskedlinear.checkpoint._container import Reader
 from maskedlinear.checkpoint._file import save_arrays
+from maskedlinear.checkpoint._repeats import repeats
 from maskedlinear.models import WeightAxes
 
 FLAX = WeightAxes(out_axis=1, in_axis=0)
@@ -367,6 +368,7 @@ import numpy as np
 from pathlib import Path
 from maskedlinear.checkpoint import CheckpointFile, MaskedArray, PlainArray
 from maskedlinear.checkpoint._file import save_arrays
+from maskedlinear.checkpoint._repeats import repeats
 
 path, count = Path(sys.argv[1]), int(sys.argv[2])
 mask = np.random.default_rng(0).random((200, 1000)) < 0.3
@@ -421,3 +423,12 @@ def test_a_kill_at_any_instant_leaves_a_whole_file(tmp_path, count):
 def test_two_keys_of_one_name_lose_nothing(tmp_path, call):
     with pytest.raises(ValueError, match="got two keys that are '1': rename one"):
         call({1: np.ones(2), "1": np.zeros(2)}, tmp_path / "a")
+
+
+@pytest.mark.parametrize(("breaks", "tall"), [((), 4), ((400,), 4), ((402,), 2), ((401,), 1), ((3,), 1)])
+def test_rows_that_repeat_are_found_wherever_they_cease_to(breaks, tall):
+    mask = np.repeat(np.random.default_rng(0).random((128, 40)) < 0.3, 4, axis=0)
+    for row in breaks:
+        mask[row:, :7] ^= True
+    mask[:, 0] = np.arange(512) // 4 % 2 if tall == 4 else mask[:, 0]
+    assert repeats(np.flatnonzero(mask), mask.shape)[0] == tall

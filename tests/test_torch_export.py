@@ -285,7 +285,6 @@ def pruned() -> Any:
 
 @torch.no_grad()
 def test_torchao_takes_an_unmasked_model_and_keeps_zeros() -> None:
-    pytest.importorskip("torchao")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of the package, when it is imported
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

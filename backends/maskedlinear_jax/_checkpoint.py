@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,7 +20,8 @@ from numpy.typing import NDArray
 from maskedlinear.checkpoint import CheckpointFile, MaskedArray, PlainArray
 from maskedlinear.checkpoint._arrays import OPTIMIZER_ROLE
 from maskedlinear.checkpoint._dtypes import bits, name_of
-from maskedlinear.checkpoint._names import OPTIMIZER, Expected, Names, refuse, translated
+from maskedlinear.checkpoint._names import OPTIMIZER, Expected, Names, refuse, translated, warn_of_dropped
+from maskedlinear.constraints import Constraints
 from maskedlinear.models import WeightAxes, first_names
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import boolean_mask
@@ -31,6 +33,7 @@ __all__ = [
     "arrays_of",
     "axes_and_role",
     "expected_of",
+    "for_writer",
     "framework_of",
     "like",
     "load_into",
@@ -113,7 +116,7 @@ def save_together(
     Args:
         model: a tree of arrays.
         path: of the file.
-        make: returns what it holds, gathered, in all processes.
+        make: returns what it holds, in all processes: what is masked gathered, in the first.
         write: writes it.
 
     Raises:
@@ -123,21 +126,40 @@ def save_together(
 
 
 def write_together(tree: Any, arrays: Mapping[str, Array], write: Callable[[Mapping[str, Array]], object]) -> None:
-    """Write what was made of a tree: of arrays that several processes share, the first does it, and the others wait."""
+    """Write what was made of a tree: of arrays that several processes share, the first does it, and the others wait.
+
+    They gather with it what it reads, one array after the other, as it names them.
+    """
     if not any(map(is_shared, jax.tree.leaves(tree))):
         write(arrays)
         return
-    error: BaseException | None = None
-    if jax.process_index() == 0:
-        try:
-            write(arrays)
-        except Exception as raised:
-            error = raised
-    failed = np.asarray(multihost_utils.process_allgather(np.array(error is not None)))
-    if error is not None:
-        raise error
-    if failed.any():
-        raise OSError("the file was not written: the process that writes it, the first, says why")
+    every = list({id(array): array for array in arrays.values() if isinstance(array, PlainArray)}.values())
+    if jax.process_index():
+        while (number := _told(0)) >= 0:
+            every[number].data()
+        if number == _FAILED:
+            raise OSError("the file was not written: the process that writes it, the first, says why")
+        return
+
+    def read(number: int) -> NDArray[Any]:
+        _told(number)
+        return every[number].data()
+
+    asking = {id(array): replace(array, data=partial(read, number)) for number, array in enumerate(every)}
+    end = _FAILED
+    try:
+        write({name: asking.get(id(array), array) for name, array in arrays.items()})
+        end = _WRITTEN
+    finally:
+        _told(end)
+
+
+_WRITTEN, _FAILED = -1, -2
+
+
+def _told(number: int) -> int:
+    """Return in all processes what the first says."""
+    return int(multihost_utils.broadcast_one_to_all(np.int32(number)))
 
 
 def load_into(tree: Any, file: CheckpointFile, *, names: Names = None, optimizer: Any = None) -> tuple[Any, ...]:
@@ -151,9 +173,11 @@ def load_into(tree: Any, file: CheckpointFile, *, names: Names = None, optimizer
     file.verify()
     leaves = _named(tree)
     expected = {name: expected_of(name, leaf, *axes_and_role(name, leaf)) for name, leaf in leaves.items()}
-    arrays, differences = translated(file, expected, "tree", names)
+    constraints: dict[str, Constraints] = {}
+    arrays, differences = translated(file, expected, "tree", names, constraints=constraints)
     state, more = load_optimizer(optimizer, file)
     refuse(differences + more)
+    warn_of_dropped(constraints, "a tree", stacklevel=4)
     structure = jax.tree.structure(tree)
     values, masks = [], []
     for name, leaf in leaves.items():
@@ -254,14 +278,22 @@ def plain_array(name: str, value: Any, axes: WeightAxes | None = None, role: str
     """
     _check(name, value)
     told = expected_of(name, value, axes, role)
-    if is_shared(value):  # which all processes gather now, in one order, and only one of them writes
-        value = on_host(name, value)
     return PlainArray(told.dtype, told.shape, lambda: bits(on_host(name, value)), told.axes, told.role)
 
 
 def masked_array(name: str, value: Any, live: NDArray[np.bool_], **more: Any) -> MaskedArray:
-    """Return an array and its mask to be saved, as :meth:`MaskedArray.of` does; errors as of :func:`plain_array`."""
-    return MaskedArray.of(on_host(name, value), live, **more)
+    """Return an array and its mask to be saved, as :meth:`MaskedArray.of` does; errors as of :func:`plain_array`.
+
+    In processes that others write for it has nothing in it.
+    """
+    return for_writer(MaskedArray.of(on_host(name, value), live, **more), value)
+
+
+def for_writer(made: MaskedArray, value: Any) -> MaskedArray:
+    """Return a masked array as it is in the process that writes; in the others, of what they share, with nothing in it."""
+    if is_shared(value) and jax.process_index():
+        return replace(made, values=made.values[:0].copy(), places=made.places[:0].copy(), dormant=None)
+    return made
 
 
 def array_of(array: Array, leaf: Any) -> NDArray[Any]:
@@ -279,7 +311,8 @@ def like(array: NDArray[Any], leaf: Any, dtype: Any = None) -> Any:
         made = jnp.array(array)
         if dtype is None and is_key(leaf):
             made = jax.random.wrap_key_data(made, impl=_implementation(leaf))
-        return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) else made
+        # What was put nowhere by choice stays so: a jitted call takes it along to where the others are.
+        return jax.device_put(made, leaf.sharding) if isinstance(leaf, jax.Array) and leaf.committed else made
     if dtype is None and isinstance(leaf, bool | int | float) and not isinstance(leaf, np.generic):
         return type(leaf)(array.item())
     return np.array(array)
@@ -300,7 +333,7 @@ def optimizer_arrays(state: Any, lives: Mapping[str, NDArray[np.bool_]]) -> dict
         plain = plain_array(f"{OPTIMIZER}{name}", leaf)
         live = _live_of(name, plain, lives)
         if plain.dtype == "BOOL" and plain.shape:
-            arrays[OPTIMIZER + name] = masked_array(name, leaf, plain.data())
+            arrays[OPTIMIZER + name] = masked_array(name, leaf, on_host(name, leaf))
         elif live is not None and not plain.data()[~live].view(np.uint8).any():
             arrays[OPTIMIZER + name] = masked_array(name, leaf, live)
         else:

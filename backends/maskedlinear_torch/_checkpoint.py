@@ -15,7 +15,7 @@ from maskedlinear_torch._checkpoint_load import load_into
 from maskedlinear_torch._checkpoint_optimizer import arrays_of_optimizer
 from maskedlinear_torch._checkpoint_ranks import save_together
 from maskedlinear_torch._checkpoint_roles import axes_and_role
-from maskedlinear_torch._checkpoint_state import StateArray, dtype_name, on_host, state_arrays, why_not_saved
+from maskedlinear_torch._checkpoint_state import StateArray, cut_of, dtype_name, on_host, state_arrays, why_not_saved
 from maskedlinear_torch._import_masks import warn_of_foreign_masks
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._weights import walk_masked
@@ -139,7 +139,7 @@ class _TorchArray(MaskedArray):
 
     @property
     def values(self) -> NDArray[Any]:
-        held = on_host(self._array.value)
+        held = on_host(self._array.value, cut_of(self._array.sparse))
         return held if self._array.sparse is not None else held.reshape(-1)[self.places]
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,11 +13,13 @@ from torch.nn.parameter import UninitializedParameter
 from maskedlinear.checkpoint import CheckpointError, CheckpointFile, MaskedArray, PlainArray
 from maskedlinear.checkpoint._arrays import are_same, raw
 from maskedlinear.checkpoint._names import OPTIMIZER, ArraysFile, Expected, Names, refuse, translated
+from maskedlinear.constraints import Constraints
 from maskedlinear.models import ModelWeight, first_names
 from maskedlinear_torch._checkpoint_optimizer import OptimizerState
 from maskedlinear_torch._checkpoint_roles import axes_and_role
 from maskedlinear_torch._checkpoint_state import DTYPES, StateArray, dtype_name, from_host, on_host, state_arrays
-from maskedlinear_torch._dtensors import as_dtensor_like
+from maskedlinear_torch._constraints import is_constraint, load_constraints
+from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._models import become_sparse
 from maskedlinear_torch._sparse_layer import SparseLinear
@@ -27,6 +30,7 @@ from maskedlinear_torch._whole import mask_weight
 __all__ = ["load_into"]
 
 Array = PlainArray | MaskedArray
+_PART = 1 << 24  # bytes
 Tied = dict[str, StateArray]  # one array of the model, under all its names
 
 
@@ -44,6 +48,7 @@ def load_into(
         CheckpointError: if the file is damaged or does not fit; all names and shapes that differ are named, and nothing was
             changed.
     """
+    constraints: dict[str, Constraints] = {}
     state, weights = state_arrays(model), {id(weight.value): weight for weight in model_weights(model)}
     source: CheckpointFile | ArraysFile = file
     is_foreign = file.framework not in ("torch", "numpy", "") or (
@@ -51,7 +56,10 @@ def load_into(
     )
     if names is not None or is_foreign:
         file.verify()
-        source = _translated(state, file, names)
+        source = _translated(
+            {name: array for name, array in state.items() if not is_constraint(name)}, file, names, constraints
+        )
+    state = {name: array for name, array in state.items() if not is_constraint(name)}
     groups: dict[int, Tied] = {}
     for name, array in state.items():
         groups.setdefault(id(array.value), {})[name] = array
@@ -78,7 +86,38 @@ def load_into(
             if saved.form == "sparse":
                 sparse.update(id(module) for module, _ in array.users)
         _copy(array, saved)
-    return become_sparse(model, sparse)
+    model = become_sparse(model, sparse)
+    _load_constraints(model, source)
+    for name, made in constraints.items():
+        _constrain(model, name, made)
+    return model
+
+
+def _load_constraints(model: nn.Module, source: CheckpointFile | ArraysFile) -> None:
+    """Give layers the constraints that a file has for them, when they have their connections."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for name in source:
+        if is_constraint(name):
+            path, _, key = name.rpartition(".")
+            layers.setdefault(path, {})[key] = from_host(source.array(name).data(), source.told(name).dtype)  # type: ignore[union-attr]
+    for path, arrays in layers.items():
+        model.get_submodule(path).load_state_dict(arrays, strict=False)
+
+
+def _constrain(model: nn.Module, weight: str, made: Constraints) -> None:
+    """Give a masked weight the constraints that a file of another framework, or with other names, has for it."""
+    path, _, parameter = weight.rpartition(".")
+    module = model.get_submodule(path)
+    layer: Any = (
+        module if isinstance(module, SparseLinear | MaskedWeight) else module.get_submodule(child_name(parameter))
+    )
+    own = (
+        made.for_pattern(layer.pattern) if isinstance(layer, SparseLinear) else made.for_weight(tuple(layer.mask.shape))
+    )
+    errors: list[str] = []
+    load_constraints(layer, own.arrays(), f"{path}.", errors)
+    if errors:
+        raise CheckpointError("; ".join(errors))
 
 
 def _load_refusable(extra: Sequence[tuple[StateArray, Array]], training: OptimizerState | None) -> None:
@@ -116,7 +155,9 @@ def _is_renewed(name: str, array: StateArray, file: CheckpointFile | ArraysFile)
     return array.value.is_meta or (becomes_sparse and not array.holds_mask)
 
 
-def _translated(state: Mapping[str, StateArray], file: CheckpointFile, names: Names) -> ArraysFile:
+def _translated(
+    state: Mapping[str, StateArray], file: CheckpointFile, names: Names, constraints: dict[str, Constraints]
+) -> ArraysFile:
     """Return what stands in for a file, with its arrays under the names and in the layouts of a model."""
     expected: dict[int, Expected] = {}
     for array in state.values():
@@ -124,7 +165,11 @@ def _translated(state: Mapping[str, StateArray], file: CheckpointFile, names: Na
         dtype = dtype_name(array.value.dtype)
         expected.setdefault(id(array.value), Expected(array.shape, dtype, axes, role))
     arrays, differences = translated(
-        file, {name: expected[id(array.value)] for name, array in state.items()}, "torch", names
+        file,
+        {name: expected[id(array.value)] for name, array in state.items()},
+        "torch",
+        names,
+        constraints=constraints,
     )
     refuse(differences)
     for name, array in state.items():
@@ -142,7 +187,7 @@ def _misfits(
     """Return what keeps a file from being loaded, a line a name."""
     missing = [name for tied in groups.values() if not any(name in file for name in tied) for name in tied]
     found = [f"not in the file: {name}" for name in missing]
-    found += [f"not in the model: {name}" for name in file if name not in state and not name.startswith(OPTIMIZER)]
+    found += [f"not in the model: {name}" for name in file if _is_unknown(name, state, file)]
     for tied in groups.values():
         names = [name for name in tied if name in file]
         for name in names:
@@ -152,6 +197,17 @@ def _misfits(
         if any(not are_same(file.array(stored[0]), file.array(other)) for other in stored[1:]):
             found.append(f"one array in the model, different ones in the file: {', '.join(names)}")
     return found
+
+
+def _is_unknown(name: str, state: Mapping[str, StateArray], file: CheckpointFile | ArraysFile) -> bool:
+    """Whether a file has something by a name that belongs nowhere in a model: no constraint of what has a mask."""
+    if name in state or name.startswith(OPTIMIZER):
+        return False
+    path, (parent, _, child) = name.rpartition(".")[0], name.rpartition(".")[0].rpartition(".")
+    own = f"{path}.weight" if path else "weight"
+    of_child = f"{parent}.{child.removeprefix(child_name(''))}".lstrip(".")
+    weight = own if own in state else of_child
+    return not is_constraint(name) or weight not in state or weight not in file or file.told(weight).form is None
 
 
 def _why_not_loaded(name: str, array: StateArray, weight: ModelWeight | None, file: CheckpointFile | ArraysFile) -> str:
@@ -206,7 +262,14 @@ def _copy(array: StateArray, source: PlainArray | MaskedArray) -> None:
     if array.sparse is not None:
         _copy_sparse(array.sparse, source)
         return
-    full = from_host(source.raw(dormant=True) if isinstance(source, MaskedArray) else source.data(), source.dtype)
+    held = source.raw(dormant=True) if isinstance(source, MaskedArray) else source.data()
+    is_plain = array.mask_of is None and not any(masks) and not array.value.is_meta and not is_sharded(array.value)
+    if is_plain and held.ndim and not held.flags.writeable:  # of a mapped file: no more than some rows are copied twice
+        step = max(1, _PART * len(held) // max(held.nbytes, 1))
+        for start in range(0, len(held), step):
+            array.value[start : start + step].copy_(from_host(held[start : start + step], source.dtype))
+        return
+    full = from_host(held, source.dtype)
     if array.mask_of is not None:
         array.mask_of.set_mask(full)
         return

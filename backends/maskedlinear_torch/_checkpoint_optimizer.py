@@ -17,7 +17,8 @@ from maskedlinear.checkpoint._arrays import OPTIMIZER_ROLE
 from maskedlinear.checkpoint._json import dumps, loads
 from maskedlinear.checkpoint._names import OPTIMIZER
 from maskedlinear.checkpoint._structure import Path, decode, encode
-from maskedlinear_torch._checkpoint_state import DTYPES, StateArray, dtype_name, from_host, on_host
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear_torch._checkpoint_state import DTYPES, StateArray, cut_of, dtype_name, from_host, on_host
 from maskedlinear_torch._dtensors import as_dtensor_like
 
 __all__ = ["OptimizerState", "arrays_of_optimizer"]
@@ -55,6 +56,8 @@ def arrays_of_optimizer(optimizer: Optimizer, state: Mapping[str, StateArray]) -
         if array is None or parameter is None or value.shape != parameter.shape or not array.holds_mask:
             return {"tensor": name}
         if array.mask is None:
+            if (cut := cut_of(array.sparse)) is not None:
+                arrays[name] = PlainArray(dtype, (cut.pattern.nnz,), lambda: on_host(value, cut))
             return {"tensor": name, "at": weight}
         mask = array.mask.mask
         live, held = on_host(mask).reshape(-1), on_host(value).reshape(-1)
@@ -187,6 +190,13 @@ class OptimizerState:
                 raise ValueError(f"{name} belongs to {str(weight)[:100]}, and not to {own!r}")
             held = self._of_weight(held, told, weight, array)
         tensor = from_host(held, dtype)
+        if weight is not None and array is not None and (cut := cut_of(array.sparse)) is not None:
+            assert self._weight is not None  # it has the connections that the layer will have
+            source, shape = self._weight[1], array.shape
+            pattern = (
+                source.pattern() if isinstance(source, MaskedArray) else SparsityPattern.full((shape[0], shape[1]))
+            )
+            return replace(cut, pattern=pattern).shared_out(tensor.to(array.value.device))
         if parameter is not None and tensor.shape == parameter.shape:
             return as_dtensor_like(tensor, parameter)
         return tensor

@@ -155,10 +155,11 @@ def _portable(error: BaseException | None) -> BaseException | None:
 def _announced(arrays: Arrays, say: Callable[[tuple[str, str]], Any]) -> Arrays:
     """Return arrays of which it is said, before a part is read, which one it is, so that all processes read it."""
     made: dict[int, Array] = {}
+    last: dict[str, Any] = {}
     for name, array in arrays.items():
         if id(array) not in made:
             made[id(array)] = (
-                _Announced(array, name, say) if isinstance(array, MaskedArray) else _plain(array, name, say)
+                _Announced(array, name, say, last) if isinstance(array, MaskedArray) else _plain(array, name, say)
             )
     return {name: made[id(array)] for name, array in arrays.items()}
 
@@ -172,19 +173,34 @@ def _plain(array: PlainArray, name: str, say: Callable[[tuple[str, str]], Any]) 
 
 
 class _Announced(MaskedArray):
-    """A masked weight whose parts are read in all processes at once."""
+    """A masked weight whose parts are read in all processes at once, and kept here until another weight's are.
+
+    Args:
+        whole: the weight.
+        name: its name.
+        say: tells all processes which part of which weight they shall read.
+        last: of all weights of a model, where the last one that was read has its parts.
+    """
 
     _whole: MaskedArray
     _name: str
     _say: Callable[[tuple[str, str]], Any]
+    _last: dict[str, Any]
 
-    def __init__(self, whole: MaskedArray, name: str, say: Callable[[tuple[str, str]], Any]) -> None:
+    def __init__(
+        self, whole: MaskedArray, name: str, say: Callable[[tuple[str, str]], Any], last: dict[str, Any]
+    ) -> None:
         told = {key: getattr(whole, key) for key in ("shape", "dtype", "axes", "form", "role", "recipe")}
-        vars(self).update(told, _whole=whole, _name=name, _say=say)  # past what keeps it frozen
+        vars(self).update(told, _whole=whole, _name=name, _say=say, _last=last)  # past what keeps it frozen
 
     def _read(self, part: str) -> Any:
-        self._say((part, self._name))
-        return getattr(self._whole, part)
+        if self._last.get("of") is not self:
+            self._last.clear()
+            self._last["of"] = self
+        if part not in self._last:
+            self._say((part, self._name))
+            self._last[part] = getattr(self._whole, part)
+        return self._last[part]
 
     @property
     def places(self) -> NDArray[np.int64]:

@@ -12,12 +12,22 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from maskedlinear_torch._dtensors import full_tensor, is_sharded
+from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._sparse_shards import Cut, whole_values
 from maskedlinear_torch._weight_mask import WeightMask, child_name
 
-__all__ = ["DTYPES", "StateArray", "dtype_name", "from_host", "on_host", "state_arrays", "why_not_saved"]
+__all__ = [
+    "DTYPES",
+    "StateArray",
+    "cut_of",
+    "dtype_name",
+    "from_host",
+    "on_host",
+    "state_arrays",
+    "why_not_saved",
+]
 
 #: torch's dtypes by the names that safetensors has for them.
 DTYPES: dict[str, torch.dtype] = {
@@ -83,6 +93,11 @@ class StateArray:
         return tuple(self.value.shape) if sparse is None else (sparse.out_features, sparse.in_features)
 
 
+def cut_of(module: nn.Module | None) -> Cut | None:
+    """Return how tensor parallelism has shared out a layer in the sparse form; ``None`` of all other modules."""
+    return module._cut if isinstance(module, SparseLinear) else None
+
+
 def state_arrays(model: nn.Module) -> dict[str, StateArray]:
     """Return what a model's state is made of, by the names that files have.
 
@@ -106,6 +121,8 @@ def state_arrays(model: nn.Module) -> dict[str, StateArray]:
             array = arrays.get(_under(path, attribute))
             if value is not None and (module, attribute) not in users.setdefault(id(value), []):
                 users[id(value)].append((module, attribute))
+            if array is not None and attribute == "weight_values" and cut_of(module) is not None:
+                array.value = value  # the state has the values in another order, as no parameter
             if value is not None and array is not None and array.value is value:
                 array.module, array.attribute = module, attribute
                 array.parent = modules.get(path.rpartition(".")[0]) if path else None
@@ -190,9 +207,11 @@ def dtype_name(dtype: torch.dtype) -> str:
     return _NAMES[dtype]
 
 
-def on_host(tensor: Tensor) -> NDArray[Any]:
-    """Return a tensor as NumPy holds it in files: whole, bfloat16 and float8 as their bits."""
-    held = full_tensor(tensor.detach()).resolve_conj().resolve_neg().cpu().contiguous()
+def on_host(tensor: Tensor, cut: Cut | None = None) -> NDArray[Any]:
+    """Return a tensor as NumPy holds it in files: whole, bfloat16 and float8 as their bits; of what a layer in the sparse
+    form has of each connection, in the order of the whole layer, however tensor parallelism has ``cut`` it.
+    """
+    held = whole_values(tensor.detach(), cut).resolve_conj().resolve_neg().cpu().contiguous()
     array: NDArray[Any] = held.view(_BITS.get(held.dtype, held.dtype)).numpy()
     return array
 

@@ -19,6 +19,7 @@ from maskedlinear.checkpoint._errors import CheckpointError
 from maskedlinear.checkpoint._file import CheckpointFile, open
 from maskedlinear.checkpoint._foreign import ReadArrays, read
 from maskedlinear.checkpoint._models import load, load_into, save
+from maskedlinear.checkpoint._wirings import wirings
 
 __all__ = [
     "CheckpointError",
@@ -33,5 +34,6 @@ __all__ = [
     "read",
     "save",
     "to_scipy",
+    "wirings",
     "write_dense",
 ]

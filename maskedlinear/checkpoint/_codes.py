@@ -151,7 +151,7 @@ class Deflate:
             raise ValueError(f"a gap takes 1, 2, 4 or 8 bytes; got {itemsize}")
         inflate = zlib.decompressobj()
         try:
-            data = inflate.decompress(stream.rest(), nnz * itemsize + 1)
+            data = inflate.decompress(stream.rest().data, nnz * itemsize + 1)
         except zlib.error as error:
             raise ValueError(f"zlib cannot read it: {error}") from error
         if len(data) != nnz * itemsize or not inflate.eof or inflate.unused_data:
@@ -225,9 +225,10 @@ CODES: dict[str, Code] = {
 
 def _gaps(places: Places, size: int) -> NDArray[Any]:
     """Return how many dead entries are before each live one; in 32 bits if they fit, which is faster."""
-    gaps: NDArray[Any] = np.empty(len(places), np.int32 if size < 1 << 31 else np.int64)
-    gaps[:1] = places[:1]
-    np.subtract(places[1:], places[:-1], out=gaps[1:], casting="same_kind")
+    narrow: NDArray[Any] = places.astype(np.int32 if size < 1 << 31 else np.int64)
+    gaps = np.empty_like(narrow)
+    gaps[:1] = narrow[:1]
+    np.subtract(narrow[1:], narrow[:-1], out=gaps[1:])
     gaps[1:] -= 1
     return gaps
 
@@ -237,12 +238,14 @@ def _ends(stream: Stream, count: int, limit: int) -> Places:
     ones, low, k = unpack(stream, count, limit)
     # One i (from 0) lies behind i other ones and the quotients up to its own; so many low parts, and i, are to be added.
     most = (1 << k) - 1
-    lows: NDArray[Any] = low.astype(np.int32 if k < 31 else np.int64)
+    lows: NDArray[Any] = low.astype(
+        np.int32 if k < 31 and limit < 1 << 30 else np.int64
+    )  # count << k is 2 limits at most
     lows[1:] -= lows.dtype.type(most)
-    ends: Places = np.cumsum(lows, dtype=np.int64)
+    np.cumsum(lows, dtype=lows.dtype, out=lows)
     ones *= 1 << k
-    ends += ones
-    return ends
+    ones += lows
+    return ones
 
 
 def _checked(places: Places, nnz: int, size: int) -> Places:

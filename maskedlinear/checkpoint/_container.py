@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import math
+import mmap
 import os
 import secrets
 import stat
@@ -156,6 +157,7 @@ class Reader:
 
     Args:
         path: the file.
+        mapped: whether what is read are read-only views of the file, mapped into memory, and not copies.
 
     Attributes:
         metadata: what its metadata says, strings by name.
@@ -167,27 +169,31 @@ class Reader:
         OSError: if it cannot be read.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, mapped: bool = False) -> None:
         if path.is_dir():
             raise IsADirectoryError(f"{path} is a folder; checkpoint.read reads those of Hugging Face")
         self.path = path
         self._file: BinaryIO = path.open("rb")
+        self._map: NDArray[np.uint8] | None = None
         try:
             self._read_header()
+            if mapped:
+                self._map = self._mapped()
         except BaseException:
             self._file.close()
             raise
 
     def close(self) -> None:
-        """Close the file."""
+        """Close the file. What is mapped stays so for as long as there are arrays that are views of it."""
         self._file.close()
+        self._map = None
 
     def fail(self, message: str) -> NoReturn:
         """Raise a :class:`CheckpointError` that names the file."""
         raise CheckpointError(f"{self.path}: {message}")
 
     def _read_header(self) -> None:
-        size = os.fstat(self._file.fileno()).st_size
+        self._size = size = os.fstat(self._file.fileno()).st_size
         first = self._file.read(8)
         length = int.from_bytes(first, "little")
         if size < 8:
@@ -290,7 +296,11 @@ class Reader:
         dtype = self.tensors[name][0]
         if dtype == "BOOL" and data.max() > 1:
             self.fail(f"{shown(name)} is of booleans, which are bytes of 0 and 1; it has others")
-        return data.view(BITS[dtype])
+        viewed = data.view(BITS[dtype])
+        if not viewed.flags.aligned:  # a header of others that does not end at a multiple of 8 bytes
+            viewed = viewed.copy()
+            viewed.flags.writeable = False
+        return viewed
 
     def check(self, name: str) -> None:
         """Raise a :class:`CheckpointError` if a tensor is not as it was written; it is looked at a MiB at a time."""
@@ -302,8 +312,24 @@ class Reader:
     def _bytes(self, start: int, stop: int) -> NDArray[np.uint8]:
         if self._file.closed:
             raise ValueError(f"{self.path} was closed: read its arrays before that")
+        if self._map is not None:
+            self._check_size()
+            return self._map[self._start + start : self._start + stop]
         data = np.empty(stop - start, np.uint8)
         self._file.seek(self._start + start)
         if self._file.readinto(data.data) != data.size:  # type: ignore[attr-defined]
             self.fail("it became shorter while it was read")
         return data
+
+    def _mapped(self) -> NDArray[np.uint8]:
+        """Return the whole file as bytes that nobody can write, which its views keep mapped."""
+        self._check_size()
+        try:
+            return np.frombuffer(mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ), np.uint8)
+        except ValueError as error:  # it was cut off since
+            self.fail(f"it cannot be mapped: {error}")
+
+    def _check_size(self) -> None:
+        """Raise unless the file is as long as its header says: behind its end, pages cannot be touched (SIGBUS)."""
+        if os.fstat(self._file.fileno()).st_size < self._size:
+            self.fail("it became shorter while it was read")

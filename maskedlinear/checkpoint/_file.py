@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from maskedlinear.checkpoint._arguments import as_metadata, as_path
+from maskedlinear.checkpoint._arguments import as_metadata, as_path, check_flag
 from maskedlinear.checkpoint._arrays import Form, MaskedArray, PlainArray, held
 from maskedlinear.checkpoint._container import METADATA, Reader, Tensor, write
 from maskedlinear.checkpoint._dtypes import BITS, ITEMSIZE, as_numpy
@@ -26,6 +26,7 @@ __all__ = ["MASKS_BESIDE", "VERSION", "Arrays", "CheckpointFile", "open", "read_
 
 VERSION = 1
 _KEY = "maskedlinear"
+_WIRING = "maskedlinear.wiring:"  # before a layer's name: what its nodes are called
 MASKS_BESIDE = "maskedlinear.masks"  # in the metadata of plain weights: which masks, in a file beside them, are theirs
 
 Arrays = Mapping[str, PlainArray | MaskedArray]
@@ -52,14 +53,17 @@ class CheckpointFile:
 
     Args:
         path: a file that :func:`save` wrote, or any safetensors file, whose arrays are plain.
+        mmap: as of :func:`open`.
 
     Raises:
         CheckpointError: if the file is damaged, or of a later version.
         OSError: if it cannot be read.
+        TypeError: if an argument is of a type that it cannot be of.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._reader = Reader(as_path(path))
+    def __init__(self, path: str | os.PathLike[str], *, mmap: bool = False) -> None:
+        check_flag("mmap", mmap)
+        self._reader = Reader(as_path(path), mapped=mmap)
         try:
             self._read_entries()
         except BaseException:
@@ -94,6 +98,10 @@ class CheckpointFile:
         self.framework: str = framework
         #: Whether its masks are in a file beside it, as in folders of Hugging Face.
         self.has_masks_beside = MASKS_BESIDE in reader.metadata
+        #: What the nodes of layers are called, as text, by the layers' names; see ``checkpoint.wirings``.
+        self.wiring_texts = {
+            key.removeprefix(_WIRING): value for key, value in reader.metadata.items() if key.startswith(_WIRING)
+        }
         #: The user's metadata, strings by name.
         self.metadata = {key: value for key, value in reader.metadata.items() if not key.startswith(_KEY)}
         self._entries: dict[str, Entry] = {}
@@ -137,7 +145,7 @@ class CheckpointFile:
         self.close()
 
     def close(self) -> None:
-        """Close the file; what was read stays."""
+        """Close the file; what was read stays, and views of a mapped file keep it mapped."""
         self._reader.close()
 
     def __iter__(self) -> Iterator[str]:
@@ -299,18 +307,27 @@ class CheckpointFile:
                 self.array(name)
 
 
-def open(path: str | os.PathLike[str]) -> CheckpointFile:
+def open(path: str | os.PathLike[str], *, mmap: bool = False) -> CheckpointFile:
     """Open a checkpoint to read some arrays of it, or some rows of one::
 
-        with checkpoint.open("model.safetensors") as file:
-            file["encoder.weight"]
+        with checkpoint.open("model.safetensors", mmap=True) as file:
+            file["embedding.weight"]  # a view of the file
             file.rows("encoder.weight", 0, 128)
+
+    Args:
+        path: a file that :func:`save` wrote, or any safetensors file.
+        mmap: whether the file is mapped into memory, for large ones. Then plain arrays, and the live ``values`` of masked
+            ones that are not compressed, are read-only views of the file, which take no memory of their own, and masks are
+            decoded from it; all is compared with its CRC-32 before, as ever. Views stay good when the file is closed, or
+            replaced as :func:`save` does it. But the file must not be written over or cut off in place while they are used:
+            they would show what is written; where it is cut off, the system ends the process (SIGBUS).
 
     Raises:
         CheckpointError: if the file is damaged, or of a later version.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or not be mapped.
+        TypeError: if an argument is of a type that it cannot be of.
     """
-    return CheckpointFile(path)
+    return CheckpointFile(path, mmap=mmap)
 
 
 def read_arrays(file: CheckpointFile) -> dict[str, PlainArray | MaskedArray]:
@@ -327,6 +344,7 @@ def save_arrays(
     values: Codec = "raw",
     framework: str = "numpy",
     metadata: Mapping[str, str] | None = None,
+    wirings: Mapping[str, str] | None = None,
 ) -> None:
     """Write arrays into one file, whole or not at all; what has several names, and is one object, once.
 
@@ -336,6 +354,7 @@ def save_arrays(
         values: ``"raw"``, or ``"pcodec"`` for live (and dormant) values through pcodec where that makes them smaller.
         framework: what the arrays are from.
         metadata: strings by name.
+        wirings: what the nodes of layers are called, as text, by the layers' names.
 
     Raises:
         ValueError: if two tensors would have one name, an array contradicts itself, or metadata are no strings.
@@ -394,7 +413,8 @@ def save_arrays(
                 f"{name!r} is a second name of {entry['same_as']!r}, and that of one of its tensors: rename it"
             )
     told = {"version": VERSION, "framework": framework, "arrays": entries}
-    write(path, tensors, {**metadata, _KEY: dumps(told)})
+    nodes = {_WIRING + layer: text for layer, text in (wirings or {}).items()}
+    write(path, tensors, {**metadata, **nodes, _KEY: dumps(told)})
 
 
 def _check(name: str, array: MaskedArray) -> None:

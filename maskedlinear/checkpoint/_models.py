@@ -20,6 +20,7 @@ from maskedlinear.checkpoint._arrays import MaskedArray, PlainArray, by_name
 from maskedlinear.checkpoint._errors import CheckpointError
 from maskedlinear.checkpoint._file import CheckpointFile, read_arrays, save_arrays
 from maskedlinear.checkpoint._values import Codec
+from maskedlinear.checkpoint._wirings import as_texts
 from maskedlinear.models import first_names
 
 __all__ = ["load", "load_into", "save"]
@@ -42,6 +43,7 @@ def save(
     masks: Any = None,
     optimizer: Any = None,
     metadata: Mapping[str, str] | None = None,
+    wirings: Mapping[str, Any] | None = None,
 ) -> None:
     """Save a model: of masked weights the live values and the mask, as small as it gets, and all else as it is.
 
@@ -61,14 +63,16 @@ def save(
         optimizer: of the model, whose state is saved too, for training to go on as if it had not stopped: a
             ``torch.optim.Optimizer``, an ``nnx.Optimizer`` or an optax state.
         metadata: strings by name, to be found again in :attr:`CheckpointFile.metadata`.
+        wirings: what the nodes of layers are called, a :class:`maskedlinear.masks.Wiring` each, by the names of the layers
+            (as ``get_masks`` calls their weights); :func:`wirings` returns them.
 
-    Arrays of JAX's that several processes have parts of are gathered one after the other, into the memory of each host: all
-    of the processes must call this, the first writes, and the others wait for it.
+    Arrays of JAX's that several processes have parts of are gathered one after the other: all of the processes must call
+    this, the first writes, and the others wait for it, and keep none.
 
     Raises:
         TypeError: if ``model`` is none of these, or holds what a file cannot; inside ``jit``; if another argument is of a
             type that it cannot be of.
-        ValueError: if ``masks`` do not fit.
+        ValueError: if ``masks`` or ``wirings`` do not fit.
         ModuleNotFoundError: if pcodec is asked for and not installed.
         OSError: if the file cannot be written; what it was stays.
     """
@@ -79,7 +83,9 @@ def save(
         if masks is not None and backend.framework_of(model) != "tree":
             raise ValueError("masks= is for trees of parameters; this model has its own: set them by set_masks")
         make = partial(backend.arrays_of, model, dormant=dormant, **_given(masks=masks, optimizer=optimizer))
-        told = {"values": values, "framework": backend.framework_of(model), "metadata": metadata}
+        framework = backend.framework_of(model)
+        names = as_texts(model, wirings, framework)
+        told = {"values": values, "framework": framework, "metadata": metadata, "wirings": names}
         backend.save_together(model, path, make, lambda arrays: save_arrays(arrays, path, **told))
         return
     if not isinstance(model, Mapping):
@@ -92,19 +98,25 @@ def save(
         name: array if isinstance(array, PlainArray | MaskedArray) else PlainArray.of(np.asarray(array))
         for name, array in by_name(model).items()
     }
-    save_arrays(arrays, path, values=values, metadata=metadata)
+    save_arrays(arrays, path, values=values, metadata=metadata, wirings=as_texts(arrays, wirings, ""))
 
 
-def load(path: str | os.PathLike[str]) -> dict[str, PlainArray | MaskedArray]:
+def load(path: str | os.PathLike[str], *, mmap: bool = False) -> dict[str, PlainArray | MaskedArray]:
     """Return all arrays of a checkpoint, whatever framework wrote it; ``.numpy()`` is an array of NumPy's.
 
     What has several names is one object under all of them, as :func:`save` takes it.
 
+    Args:
+        path: a file that :func:`save` wrote, or any safetensors file.
+        mmap: whether plain arrays and live values are read-only views of the file, mapped into memory; what this asks of the
+            file is said at :func:`open`.
+
     Raises:
         CheckpointError: if the file is damaged, or of a later version.
-        OSError: if it cannot be read.
+        OSError: if it cannot be read, or not be mapped.
+        TypeError: if an argument is of a type that it cannot be of.
     """
-    with CheckpointFile(path) as file:
+    with CheckpointFile(path, mmap=mmap) as file:
         return read_arrays(file)
 
 
@@ -114,6 +126,7 @@ def load_into(
     *,
     names: Mapping[str, str] | Callable[[str], str] | None = None,
     optimizer: Any = None,
+    mmap: bool = False,
 ) -> Any:
     """Load a checkpoint into a model, whose masks become the file's; return the model.
 
@@ -132,6 +145,8 @@ def load_into(
             model's name to the file's.
         optimizer: to load its state too: a ``torch.optim.Optimizer`` or an ``nnx.Optimizer``, which changes in place; or
             an optax state, such as ``tx.init(params)``, in whose structure the file's is returned.
+        mmap: whether the file is mapped while it is read, as by :func:`open`, so that large arrays without a mask are not in
+            memory twice. The model holds copies, as ever, and nothing of the file.
 
     Returns:
         The model; new variables of linen; of a tree the parameters and their masks, ``None`` where there is none. With an
@@ -151,7 +166,7 @@ def load_into(
             f"load_into takes a torch.nn.Module, an nnx module, linen's variables or a tree; got {type(model).__name__}"
         )
     check_names(names)
-    with CheckpointFile(path) as file:
+    with CheckpointFile(path, mmap=mmap) as file:
         if file.has_masks_beside:  # which a masked model would lose
             raise CheckpointError(
                 f"{path} has its masks in a file beside it: load the folder by from_pretrained, or a file of "

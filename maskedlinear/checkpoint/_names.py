@@ -6,16 +6,20 @@ Names are brought to one spelling: ``encoder.layers.0.kernel`` of Flax and ``enc
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
 from maskedlinear.checkpoint._arrays import MaskedArray, PlainArray, are_same
+from maskedlinear.checkpoint._constraints import constraint_names, constraints_of
 from maskedlinear.checkpoint._errors import CheckpointError
 from maskedlinear.checkpoint._file import CheckpointFile, Told
 from maskedlinear.checkpoint._layouts import Expected, as_it_is, laid_out
+from maskedlinear.constraints import Constraints
+from maskedlinear.models import first_names
 
-__all__ = ["OPTIMIZER", "ArraysFile", "Expected", "Names", "is_optional", "refuse", "translated"]
+__all__ = ["OPTIMIZER", "ArraysFile", "Expected", "Names", "is_optional", "refuse", "translated", "warn_of_dropped"]
 
 Array = PlainArray | MaskedArray
 Names = Mapping[str, str] | Callable[[str], str] | None
@@ -50,7 +54,12 @@ def is_optional(name: str, role: str) -> bool:
 
 
 def translated(
-    file: CheckpointFile, expected: Mapping[str, Expected], framework: str, names: Names = None
+    file: CheckpointFile,
+    expected: Mapping[str, Expected],
+    framework: str,
+    names: Names = None,
+    *,
+    constraints: dict[str, Constraints] | None = None,
 ) -> tuple[dict[str, Array], list[str]]:
     """Return the arrays of a file by the names of a model and in its layouts, and what differs, a sentence each.
 
@@ -65,6 +74,8 @@ def translated(
         framework: what a file calls the model's framework.
         names: what the file calls what the model calls otherwise: the beginnings of names, by the model's
             (``{"encoder.": "enc."}``); or a function from the model's name to the file's.
+        constraints: gets what the file says that training keeps of the model's weights, in their layouts; dropped if
+            ``None``.
 
     Returns:
         The arrays; what is optional and not in the file is left out, as is what differs. The differences, none if all fits.
@@ -72,7 +83,8 @@ def translated(
     Raises:
         ValueError: if no name of the model begins as ``names`` says.
     """
-    own = {name: file.told(name).stored_as for name in file if not name.startswith(OPTIMIZER)}
+    kept = {name for own_kinds in constraint_names(file).values() for name in own_kinds.values()}
+    own = {name: file.told(name).stored_as for name in file if not name.startswith(OPTIMIZER) and name not in kept}
     once = {name: file.array(name) for name in dict.fromkeys(own.values())}
     there = {name: once[first] for name, first in own.items()}
     given = _given(expected, framework, names)
@@ -83,6 +95,7 @@ def translated(
     of_expected: dict[int, str] = {}
     taken: dict[_Source, tuple[str, Expected]] = {}
     differences: list[str] = []
+    of_weights: dict[str, _Source] = {}
     for name, wanted in expected.items():
         asked = given.get(name, name)
         sources = [_Source((asked,))] if asked in there else []
@@ -114,6 +127,13 @@ def translated(
         if first in found and not are_same(found[first], array):
             differences.append(f"{first} and {name} are one array here, and two in the file, which differ")
         found[name] = found.get(first, array)
+        if first == name:
+            of_weights[name] = sources[0]
+    if constraints is not None and kept and not differences:
+        try:
+            constraints.update(constraints_of(file, of_weights, expected, framework))
+        except ValueError as error:
+            differences.append(f"constraints in the file: {error}")
     differences += _left_over(there, taken, expected, of_expected)
     for name, wanted in expected.items():  # what the file has under another name of the same array
         if of_expected.get(id(wanted)) in found:
@@ -147,6 +167,17 @@ class ArraysFile:
     def array(self, name: str) -> Array:
         """Return an array."""
         return self._arrays[name]
+
+
+def warn_of_dropped(constraints: Mapping[str, Constraints], model: str, stacklevel: int) -> None:
+    """Warn of constraints in a file, for a model that cannot hold them."""
+    if constraints:
+        warnings.warn(
+            f"{first_names(list(constraints))} have constraints in the file, which {model} cannot hold, and which are "
+            "dropped: load the file into an nnx or PyTorch model, or give them to "
+            "maskedlinear.jax.freeze_masked(constraints=...) yourself",
+            stacklevel=stacklevel,
+        )
 
 
 def refuse(differences: Sequence[str], model: str = "model") -> None:

@@ -13,6 +13,7 @@ __all__ = ["repeated", "repeats"]
 Places = NDArray[np.int64]
 
 _FEW = 4096  # places that are looked at before all are
+_ROWS = 64  # rows, likewise
 _PART = 1 << 18  # entries made at a time
 
 
@@ -44,11 +45,13 @@ def _breadth(places: Places, width: int) -> int:
 def _height(places: Places, shape: tuple[int, int]) -> int:
     """Return the greatest common divisor of where a row differs from the one above it, and of the number of rows."""
     height, width = shape
-    starts = np.searchsorted(places, np.arange(height + 1) * width)
-    counts = np.diff(starts)
-    tall = math.gcd(height, int(np.gcd.reduce(np.flatnonzero(np.diff(counts)) + 1)))
-    if tall == 1:
-        return 1
+    tall = height
+    for some in (min(_ROWS, height), height):
+        starts = np.searchsorted(places, np.arange(some + 1) * width)
+        counts = np.diff(starts)
+        tall = math.gcd(tall, int(np.gcd.reduce(np.flatnonzero(np.diff(counts)) + 1)))
+        if tall == 1:
+            return 1
     # Rows of equal numbers: those of equal sums of a hash of their columns are compared.
     columns = places - np.repeat(np.arange(height) * width, counts)
     hashed = (columns.astype(np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)

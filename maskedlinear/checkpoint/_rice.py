@@ -49,9 +49,9 @@ class Stream:
             raise ValueError("bits that only fill a byte are 0; got others")
         return np.unpackbits(data, count=count, bitorder="little")
 
-    def rest(self) -> bytes:
+    def rest(self) -> Bytes:
         """Return all bytes that are left."""
-        return self.take(len(self._data)).tobytes()
+        return self.take(len(self._data))
 
     def end(self) -> None:
         """Raise a ValueError if something is left."""

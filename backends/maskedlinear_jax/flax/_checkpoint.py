@@ -10,7 +10,8 @@ import jax
 from flax import nnx
 
 from maskedlinear.checkpoint import CheckpointFile
-from maskedlinear.checkpoint._names import Names, refuse, translated
+from maskedlinear.checkpoint._names import Names, refuse, translated, warn_of_dropped
+from maskedlinear.constraints import Constraints
 from maskedlinear_jax import _checkpoint as trees
 from maskedlinear_jax._checkpoint import Array, load_optimizer, optimizer_arrays
 from maskedlinear_jax.flax import _checkpoint_linen as linen
@@ -57,10 +58,10 @@ def arrays_of(model: Any, *, dormant: bool = False, masks: Any = None, optimizer
     kind = framework_of(model)
     if kind == "tree":
         return trees.arrays_of(model, dormant=dormant, masks=masks, optimizer=_state_of(optimizer), stacklevel=5)
-    if kind == "linen":
-        arrays, lives = linen.variables_arrays(model, dormant), linen.lives(model)
-    else:
-        arrays, lives = module_arrays(model, dormant), live_of(model)
+    arrays = linen.variables_arrays(model, dormant) if kind == "linen" else module_arrays(model, dormant)
+    if optimizer is None:
+        return arrays
+    lives = linen.lives(model) if kind == "linen" else live_of(model)
     return {**arrays, **optimizer_arrays(_state_of(optimizer), lives)}
 
 
@@ -87,15 +88,18 @@ def load_into(model: Any, file: CheckpointFile, *, names: Names = None, optimize
         return trees.load_into(model, file, names=names, optimizer=template)
     file.verify()
     expected = linen.variables_expected(model) if kind == "linen" else module_expected(model)
-    arrays, differences = translated(file, expected, kind, names)
+    constraints: dict[str, Constraints] = {}
+    arrays, differences = translated(file, expected, kind, names, constraints=constraints)
     state, more = load_optimizer(template, file)
     differences += more
     update = partial(nnx.update, optimizer, state) if isinstance(optimizer, nnx.Optimizer) else None
     if kind == "linen":
         loaded: Any = linen.load_variables(model, arrays, differences)
     else:
-        loaded = load_module(model, arrays, differences, before=update)
+        loaded = load_module(model, arrays, differences, update, None if update is None else optimizer, constraints)
     refuse(differences)
+    if kind == "linen":
+        warn_of_dropped(constraints, "linen's variables", stacklevel=4)
     if kind == "linen" and update is not None:
         update()
     return loaded if optimizer is None or update is not None else (loaded, state)

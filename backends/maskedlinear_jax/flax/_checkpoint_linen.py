@@ -40,10 +40,12 @@ _PARAMS = "params."
 
 def lives(variables: Mapping[str, Any]) -> dict[str, NDArray[np.bool_]]:
     """Return the masks of masked parameters, of their shapes, by their paths in ``params``."""
-    return {
-        ".".join(path): on_host("a mask", jnp.broadcast_to(checked_mask(kernel, mask), kernel.shape))
-        for path, (kernel, mask) in linen_weights(variables).items()
-    }
+    return {".".join(path): on_host("a mask", _live(*parts)) for path, parts in linen_weights(variables).items()}
+
+
+def _live(kernel: Any, mask: Any) -> Any:
+    """Return the mask of a parameter in its shape."""
+    return jnp.broadcast_to(checked_mask(kernel, mask), kernel.shape)
 
 
 def _leaves(variables: Mapping[str, Any]) -> dict[str, Any]:
@@ -71,15 +73,14 @@ def variables_arrays(variables: Mapping[str, Any], dormant: bool) -> dict[str, A
     found = {name: plain_array(name, leaf, *_told(name, leaf)) for name, leaf in _leaves(variables).items()}
     arrays: dict[str, Array] = dict(found)
     acting = []
-    for (path, (kernel, _)), (own, live) in zip(
-        linen_weights(variables).items(), lives(variables).items(), strict=True
-    ):
+    for path, (kernel, mask) in linen_weights(variables).items():
+        own, live = ".".join(path), _live(kernel, mask)
         kept = dormant_of(variables, path) if dormant else None
-        full = kernel if kept is None else full_kernel(kernel, jnp.asarray(live), kept)
+        full = kernel if kept is None else full_kernel(kernel, live, kept)
         name = _PARAMS + own
         axes, role = _told(name, kernel)
-        arrays[name] = masked_array(name, full, live, dormant=kept is not None, axes=axes, role=role)
-        if not has_own_mask(variables, path) and bool(((kernel != 0) & ~jnp.asarray(live)).any()):
+        arrays[name] = masked_array(name, full, on_host("a mask", live), dormant=kept is not None, axes=axes, role=role)
+        if not has_own_mask(variables, path) and bool(((kernel != 0) & ~live).any()):
             acting.append(own)
     warn_of_acting(acting)
     return arrays

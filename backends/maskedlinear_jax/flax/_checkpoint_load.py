@@ -12,21 +12,31 @@ from numpy.typing import NDArray
 
 from maskedlinear.checkpoint import MaskedArray
 from maskedlinear.checkpoint._dtypes import as_numpy
+from maskedlinear.constraints import Constraints
 from maskedlinear.models import ModelWeight
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._checkpoint import Array, array_of, like
 from maskedlinear_jax.flax._checkpoint_nnx import StateArray, state_arrays
+from maskedlinear_jax.flax._constrain import constrain
 from maskedlinear_jax.flax._kernel import mask_shape, remember_recipe
 from maskedlinear_jax.flax._models import become_sparse
 from maskedlinear_jax.flax._modules import children_of
-from maskedlinear_jax.flax._weights import mask_weight, model_weights
+from maskedlinear_jax.flax._sparse_nnx import SparseLinear
+from maskedlinear_jax.flax._weights import mask_weight, masked_weights, model_weights
 
 __all__ = ["fitted_mask", "load_module"]
 
 Change = Callable[[], None]
 
 
-def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str], before: Change | None = None) -> Any:
+def load_module(
+    model: Any,
+    arrays: Mapping[str, Array],
+    differences: list[str],
+    before: Change | None = None,
+    optimizer: nnx.Optimizer[Any] | None = None,
+    constraints: Mapping[str, Constraints] | None = None,
+) -> Any:
     """Load arrays of a file into a model, in place, and return it; or add to what differs, and change nothing.
 
     Variables stay the same objects, but for those of a plain ``nnx.Linear`` that the file has in the sparse form.
@@ -36,6 +46,8 @@ def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str],
         arrays: the file's, by the model's names and in its layouts.
         differences: what differs so far; if anything does, nothing is changed.
         before: what is changed first, and may refuse.
+        optimizer: what that changes. Where something refuses, a hook of a Variable for one, both are as they were.
+        constraints: of weights by the names of their arrays, which they have afterwards.
     """
     weights = {
         id(children_of(weight.users[0].module)[weight.users[0].parameter]): weight for weight in model_weights(model)
@@ -57,9 +69,53 @@ def load_module(model: Any, arrays: Mapping[str, Array], differences: list[str],
             to_sparse += [user.module for user in weights[id(one.value)].users if user.parameter == "kernel"]
     if differences:
         return model
-    for change in (*([] if before is None else [before]), *changes):
-        change()
-    return become_sparse(model, to_sparse)
+    put_back = _kept([model, optimizer])
+    try:
+        for change in (*([] if before is None else [before]), *changes):
+            change()
+        model = become_sparse(model, to_sparse)
+        if constraints:
+            constrain(model, _by_weights(model, constraints))
+        return model
+    except BaseException:
+        put_back()
+        raise
+
+
+def _by_weights(model: Any, constraints: Mapping[str, Constraints]) -> dict[str, Constraints]:
+    """Return constraints by what :func:`get_masks` calls the weights."""
+    names: dict[str, str] = {}
+    for name, one in masked_weights(model, sparse=True).items():
+        full = f"{name}.kernel".lstrip(".") if isinstance(one, SparseLinear) else one.full_name
+        names.setdefault(full, name)
+    return {names[full]: made for full, made in constraints.items()}
+
+
+def _kept(models: list[Any]) -> Change:
+    """Return what makes models as they are now: their modules' kinds and attributes, and what is in their Variables."""
+    nodes = list({id(node): node for _, node in nnx.iter_graph(models)}.values())
+    values = [(node, node.get_raw_value()) for node in nodes if isinstance(node, nnx.Variable)]
+    held: list[tuple[Any, Any, dict[str, Any]]] = []
+    parts: list[tuple[Any, Any]] = []
+    for node in nodes:
+        if isinstance(node, list | dict):
+            parts.append((node, node.copy()))
+        elif isinstance(node, nnx.Pytree) and not isinstance(node, nnx.Variable):
+            own = {name: part.copy() if type(part) is dict else part for name, part in vars(node).items()}
+            held.append((node, type(node), own))
+
+    def put_back() -> None:
+        for node, kind, attributes in held:
+            node.__class__ = kind
+            vars(node).clear()
+            vars(node).update(attributes)
+        for node, own in parts:
+            node.clear()
+            node.extend(own) if isinstance(node, list) else node.update(own)
+        for variable, value in values:
+            variable.set_raw_value(value)  # past its hooks
+
+    return put_back
 
 
 def _change(name: str, one: StateArray, array: Array, weight: ModelWeight | None) -> Change:

@@ -5,17 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from numpy.typing import NDArray
 
 from maskedlinear.checkpoint import MaskedArray
+from maskedlinear.checkpoint._constraints import name_in_file
 from maskedlinear.checkpoint._dtypes import bits
 from maskedlinear.checkpoint._names import Expected
 from maskedlinear.models import ParameterUser, WeightAxes
-from maskedlinear_jax._checkpoint import Array, expected_of, masked_array, on_host, plain_array, warn_of_acting
+from maskedlinear_jax._checkpoint import (
+    Array,
+    expected_of,
+    for_writer,
+    masked_array,
+    on_host,
+    plain_array,
+    warn_of_acting,
+)
 from maskedlinear_jax._compat import children
+from maskedlinear_jax.flax._constraint_variables import Constraint, constraint_variables
 from maskedlinear_jax.flax._kernel import full_kernel, recipe_of
 from maskedlinear_jax.flax._modules import at
 from maskedlinear_jax.flax._nnx import MaskedLinear
@@ -128,7 +137,7 @@ def state_arrays(model: Any) -> dict[str, StateArray]:
     found = {}
     for path, value, holder, parent in _walk(model, (), ()):
         is_held = id(value) in held if isinstance(value, nnx.Variable) else path in paths
-        if is_held and id(value) not in hidden and not isinstance(value, PatternIndex):
+        if is_held and id(value) not in hidden and not isinstance(value, PatternIndex | Constraint):
             array = StateArray(path, value, holder, parent, masks.get(id(value), []), sparse.get(id(value)))
             if array.name in found:
                 raise ValueError(
@@ -180,16 +189,29 @@ def module_arrays(model: Any, dormant: bool) -> dict[str, Array]:
         TypeError: if something is no array, traced, or of a dtype that no file holds.
     """
     made: dict[int, Array] = {}
-    found = {}
+    found: dict[str, Array] = {}
     acting = []
     for name, one in state_arrays(model).items():
         if id(one.value) not in made:
             made[id(one.value)] = _array_of(name, one, dormant)
             if _acts_under_mask(one):
                 acting.append(name)
+            found |= _constraint_arrays(name, one)
         found[name] = made[id(one.value)]
     warn_of_acting(acting)
     return found
+
+
+def _constraint_arrays(name: str, one: StateArray) -> dict[str, Array]:
+    """Return what a file holds of a weight's constraints."""
+    is_layer = one.sparse is not None or any(weight.is_ours for weight in one.masked)
+    if one.sparse is not None:
+        variables = constraint_variables(one.sparse, "weight_values")
+    else:
+        owner = next(iter(one.masked), None)
+        variables = {} if owner is None else constraint_variables(owner.owner, owner.parameter)
+    held = {name_in_file(name, kind, is_layer=is_layer): variable for kind, variable in variables.items()}
+    return {own: plain_array(own, variable.get_value()) for own, variable in held.items()}
 
 
 def _acts_under_mask(one: StateArray) -> bool:
@@ -203,14 +225,14 @@ def _array_of(name: str, one: StateArray, dormant: bool) -> Array:
         return _sparse_array(name, one)
     if not one.masked:
         return plain_array(name, one.array, one.axes, one.role)
-    on_host(name, one.array)  # or an error
+    plain_array(name, one.array)  # or an error
     lives = [on_host(f"the mask of {name}", weight.live) for weight in one.masked]
     if any(not np.array_equal(live, lives[0]) for live in lives):
         raise ValueError(f"a weight has one mask, whoever shares it; {name} has different ones: set them by set_masks")
     told = {"axes": one.axes, "role": one.role, "recipe": recipe_of(one.masked[0].mask_variable)}
     kept = next((weight.dormant for weight in one.masked if weight.dormant is not None), None)
     if dormant and kept is not None:
-        full = full_kernel(one.array, jnp.asarray(lives[0]), kept.get_value())
+        full = full_kernel(one.array, one.masked[0].live, kept.get_value())
         return masked_array(name, full, lives[0], dormant=True, **told)
     return masked_array(name, one.array, lives[0], **told)
 
@@ -230,4 +252,5 @@ def _sparse_array(name: str, one: StateArray) -> MaskedArray:
     order = np.argsort(places)
     recipe = recipe_of(layer.indices)
     told = expected_of(name, one.array)
-    return MaskedArray(one.shape, told.dtype, held[order], places[order], None, one.axes, "sparse", one.role, recipe)
+    made = MaskedArray(one.shape, told.dtype, held[order], places[order], None, one.axes, "sparse", one.role, recipe)
+    return for_writer(made, one.array)
