@@ -60,11 +60,11 @@ def main() -> int:
         )
     print(summary(wired))
     print("The ten strongest connections:")
-    strongest = sorted(wiring.edges(wired.weight_values), key=lambda edge: -abs(edge[2]))
-    for feature, node, weight in strongest[:10]:
+    strongest = list(wiring.edges(wired, top=10))
+    for feature, node, weight in strongest:
         print(f"  {feature:24} -> {node:20} {weight:+.3f}")
     feature, node, weight = strongest[0]
-    assert wiring.weight(wired.weight_values, feature, node) == weight
+    assert wiring.weight(wired, feature, node) == weight
     return 0 if accuracy["wired"] >= accuracy["dense"] - 0.03 else 1
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tracemalloc
 from decimal import Decimal
 from fractions import Fraction
@@ -16,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from maskedlinear import masks
-from maskedlinear.masks import _random
+from maskedlinear.masks import _random, words
 from maskedlinear_conformance.laws.generation import FROZEN, digest
 
 # Random123's kat_vectors, threefry2x32 with 20 rounds: counter, key, result.
@@ -210,16 +211,41 @@ def test_shapes_are_refused(make: Any, shape: Any, error: type[Exception], messa
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({}, ValueError, r"exactly one of sparsity and threshold"),
-        ({"sparsity": 0.5, "threshold": 1}, ValueError, r"exactly one of sparsity and threshold"),
+        ({}, ValueError, r"exactly one of sparsity, threshold and probabilities"),
+        ({"sparsity": 0.5, "threshold": 1}, ValueError, r"exactly one of sparsity, threshold and probabilities"),
         ({"threshold": 2**32 + 1}, ValueError, r"threshold must be in \[0, 2\*\*32\]; got 4294967297"),
         ({"threshold": -1}, ValueError, r"got -1"),
         ({"sparsity": 2}, ValueError, r"got 2"),
+        ({"sparsity": 0.5, "probabilities": np.ones((3, 4))}, ValueError, "threshold=None and probabilities"),
+        ({"probabilities": np.full((3, 4), 1.5)}, ValueError, r"probabilities must be in \[0, 1\]; got 1.5"),
+        ({"probabilities": [0.5, 0.5, np.nan, 0.5]}, ValueError, "got nan"),
+        ({"probabilities": np.ones((4, 3))}, ValueError, r"\(out, in\) = \(3, 4\).*the transpose"),
+        ({"probabilities": np.ones((3, 4), complex)}, TypeError, "real numbers"),
     ],
 )
 def test_bernoulli_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         masks.bernoulli((3, 4), **arguments)
+
+
+def test_bernoulli_of_a_matrix_of_probabilities_is_that_of_each_entry() -> None:
+    probabilities = np.linspace(0, 1, 12).reshape(3, 4) ** 2
+    drawn = words(7, 0, 12).reshape(3, 4).astype(object)
+    want = [
+        [drawn[i, j] < math.floor(Fraction(float(probabilities[i, j])) * 2**32) for j in range(4)] for i in range(3)
+    ]
+    assert np.array_equal(masks.bernoulli((3, 4), probabilities=probabilities, seed=7), want)
+    many = np.broadcast_to(np.array([0.0, 0.1, 0.5, 1.0])[:, None], (4, 300_000))  # across blocks of rows
+    found = masks.bernoulli(many.shape, probabilities=many, seed=7)
+    assert not found[0].any()
+    assert found[3].all()
+    np.testing.assert_allclose(found.mean(1), [0, 0.1, 0.5, 1], atol=0.005)
+    assert np.array_equal(found, masks.bernoulli(many.shape, probabilities=many[:, :1], seed=7))
+    part = (slice(1, 3), slice(70_000, 200_001))
+    assert np.array_equal(masks.bernoulli(many.shape, probabilities=many, seed=7, shard=part), found[part])
+    assert np.array_equal(
+        masks.bernoulli((5, 9), probabilities=0.25, seed=1), masks.bernoulli((5, 9), sparsity=0.75, seed=1)
+    )
 
 
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.int64, np.float16, np.float64])

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import zuko
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
 from maskedlinear import masks
+from maskedlinear.pattern import SparsityPattern
 
 sizes = st.integers(0, 12)
 
@@ -123,6 +125,48 @@ def test_the_stacks_of_zuko_and_nflows_are_reproduced() -> None:
     assert digest(masks.autoregressive(5, (12,) * 5, multiplier=3)) == NFLOWS
     adjacency = np.random.default_rng(0).random((6, 7)) < 0.4
     assert digest(masks.from_adjacency(adjacency, (12, 9))) == ZUKO
+
+
+@pytest.mark.parametrize("context", [0, 2])
+def test_random_degrees_are_the_papers(context: int) -> None:
+    stacks = [masks.autoregressive(6, (40, 40), degrees="random", seed=seed, context=context) for seed in (0, 1, 0)]
+    assert all(np.array_equal(a, b) for a, b in zip(stacks[0], stacks[2], strict=True))
+    assert not np.array_equal(stacks[0][0], stacks[1][0])
+    for found in stacks:
+        reached = depends(found)
+        assert np.array_equal(reached[:, :6], np.tri(6, k=-1, dtype=bool)), (
+            "wide enough for every dependency, and no more"
+        )
+        degrees = found[0][:, :6].sum(1)  # a node of degree d sees the first d features
+        assert degrees.min() >= (0 if context else 1)
+        assert degrees.max() == 5
+        assert len(set(degrees[:6])) < 6 or list(degrees[:5]) != sorted(degrees[:5]), "not cyclic"
+        own = np.array([degrees[row].max(initial=0) for row in found[1]])
+        assert np.array_equal(found[1], own[:, None] >= degrees)
+    with pytest.raises(ValueError, match="degrees must be 'cyclic' or 'random'; got 'any'"):
+        masks.autoregressive(6, (4,), degrees="any")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("hidden", [(9,), (8, 8, 8), (3, 7, 7, 5), (7, 2, 2)])
+def test_residual_stacks_are_those_of_zuko(hidden: tuple[int, ...]) -> None:
+    for seed in range(5):
+        adjacency = np.random.default_rng(seed).random((5, 7)) < 0.5
+        net = zuko.nn.MaskedMLP(torch.tensor(adjacency), hidden, residual=True)
+        want = [layer.mask.numpy() for layer in net.modules() if isinstance(layer, zuko.nn.MaskedLinear)]
+        found = masks.from_adjacency(adjacency, hidden, residual=True)
+        assert len(found) == len(want)
+        assert all(np.array_equal(a, b) for a, b in zip(found, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"stride": 2, "padding": 1}, {"dilation": 2, "channels": (2, 3)}, {"padding": "same", "channels": (3, 1)}],
+)
+def test_receptive_fields_are_the_same_without_a_matrix(options: dict[str, Any]) -> None:
+    dense = masks.receptive_field((7, 9), 3, **options)
+    sparse = masks.receptive_field((7, 9), 3, sparse=True, **options)
+    assert sparse == SparsityPattern.from_mask(dense)
+    assert masks.receptive_field((224, 224), 3, padding="same", sparse=True).nnz == (3 * 224 - 2) ** 2
 
 
 NFLOWS, ZUKO = "212b561db18f63d8", "f83da472e71030a5"

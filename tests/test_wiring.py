@@ -97,10 +97,10 @@ def test_trained_weights_are_found_by_name() -> None:
     assert SparseLinear(4, 2, pattern=wiring.pattern).weight_values.shape == (4,)
     wanted = dense.weight[1, 2].item()
     kernel = jnp.asarray(dense.weight.detach().numpy()).T
-    for values in (dense.weight, sparse.weight_values, kernel.T, dense.weight.detach().numpy()):
+    for values in (dense, sparse, dense.weight, kernel.T, dense.weight.detach().numpy()):
         assert wiring.weight(values, "tp53", "repair") == pytest.approx(wanted)
     assert wiring.weight(dense.weight.bfloat16(), "tp53", "repair") == pytest.approx(wanted, rel=0.01)
-    by_name = {(gene, of): weight for gene, of, weight in wiring.edges(sparse.weight_values)}
+    by_name = {(gene, of): weight for gene, of, weight in wiring.edges(sparse)}
     assert by_name[("tp53", "repair")] == pytest.approx(wanted)
     assert set(by_name) == set(EDGES)
     with pytest.raises(KeyError, match="there is no connection from 'mdm2' to 'repair'"):

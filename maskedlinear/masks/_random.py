@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from decimal import Decimal
 from fractions import Fraction
 from numbers import Integral, Rational, Real
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from maskedlinear.masks._threefry import words
 
@@ -98,19 +99,27 @@ def bernoulli(
     *,
     sparsity: Sparsity | None = None,
     threshold: int | None = None,
+    probabilities: ArrayLike | None = None,
     seed: int = 0,
     shard: Shard | None = None,
 ) -> Mask:
     """Return a random mask whose connections are kept independently of each other.
 
     Connection i is kept iff ``word(i) < threshold``, so it is kept with probability ``threshold / 2³²``, and any shard
-    costs only its own size.
+    costs only its own size. With ``probabilities`` each connection has a threshold of its own: a matrix that falls with
+    the distance between nodes, blocks of communities, a connectome's counts::
+
+        distance = np.abs(np.arange(100)[:, None] - np.arange(100))
+        mask = bernoulli((100, 100), probabilities=np.exp(-distance / 5), seed=1)
 
     Args:
         shape: ``(out, in)``.
         sparsity: the expected fraction of zeros, in [0, 1], taken as the decimal that it prints as; then
             ``threshold = floor((1 - sparsity) * 2³²)``.
-        threshold: the threshold itself, an integer in [0, 2³²]. Give exactly one of the two.
+        threshold: the threshold itself, an integer in [0, 2³²].
+        probabilities: the probability that each connection is kept, each in [0, 1], of ``shape`` or one that broadcasts to
+            it: ``(out, 1)`` is one for each output. Thresholds are ``floor(probability * 2³²)``, exact in float64. Give
+            exactly one of the three.
         seed: an integer in [0, 2⁶⁴).
         shard: two slices (rows, columns) of step 1: return only that part of the whole mask.
 
@@ -118,13 +127,21 @@ def bernoulli(
         A boolean array of shape ``(out, in)``, or of the shard's shape; ``True`` is a live connection.
 
     Raises:
-        ValueError: if a value is out of its range, or both or neither of ``sparsity`` and ``threshold`` are given.
-        TypeError: if a size, the threshold or the seed is not an integer.
+        ValueError: if a value is out of its range, or not exactly one of ``sparsity``, ``threshold`` and ``probabilities``
+            is given.
+        TypeError: if a size, the threshold or the seed is not an integer, or probabilities are no real numbers.
     """
     shape = checked_shape(shape)
     seed = checked_seed(seed)
-    if (sparsity is None) == (threshold is None):
-        raise ValueError(f"give exactly one of sparsity and threshold; got sparsity={sparsity}, threshold={threshold}")
+    if [sparsity, threshold].count(None) + (probabilities is None) != 2:
+        raise ValueError(
+            f"give exactly one of sparsity, threshold and probabilities; got sparsity={sparsity}, threshold={threshold}"
+            + (" and probabilities" if probabilities is not None else "")
+        )
+    if probabilities is not None:
+        return _of_probabilities(
+            shape, _checked_probabilities(shape, probabilities), seed, _checked_shard(shape, shard)
+        )
     if sparsity is not None:
         keep = math.floor((1 - checked_fraction(sparsity)) * _WORDS)
     else:
@@ -137,6 +154,38 @@ def bernoulli(
         kept = chunk < np.uint32(keep) if keep < _WORDS else np.ones(chunk.size, np.bool_)
         _write(mask, kept, start, shape[1], rows, columns)
     return mask
+
+
+def _of_probabilities(shape: tuple[int, int], probabilities: NDArray[np.float64], seed: int, shard: Shard) -> Mask:
+    """Return a mask made by blocks of whole rows."""
+    rows, columns = shard
+    mask = np.empty(_size(rows, columns), np.bool_)
+    step = max(1, _CHUNK // max(1, shape[1]))
+    for first in range(rows.start, rows.stop, step):
+        last = min(first + step, rows.stop)
+        drawn = words(seed, first * shape[1], last * shape[1]).reshape(last - first, shape[1])[:, columns]
+        least = np.floor(probabilities[first:last, columns] * _WORDS)  # exact, as words are, below 2⁵³
+        mask[first - rows.start : last - rows.start] = drawn < least
+    return mask
+
+
+def _checked_probabilities(shape: tuple[int, int], probabilities: ArrayLike) -> NDArray[np.float64]:
+    given: Any = probabilities
+    given = np.asarray(given.detach().cpu() if hasattr(given, "detach") else given)  # PyTorch's
+    if given.dtype.kind not in "fiub":
+        raise TypeError(f"probabilities must be real numbers in [0, 1]; got dtype {given.dtype}")
+    numbers = given.astype(np.float64, copy=False)
+    if not ((numbers >= 0) & (numbers <= 1)).all():  # a NaN is neither
+        first = numbers[~((numbers >= 0) & (numbers <= 1))][0]
+        raise ValueError(f"probabilities must be in [0, 1]; got {first}")
+    try:
+        return np.broadcast_to(numbers, shape)
+    except ValueError:
+        hint = ", which is the transpose: pass its .T" if numbers.shape == shape[::-1] else ""
+        raise ValueError(
+            f"probabilities must have the mask's shape (out, in) = {shape}, or one that broadcasts to it; "
+            f"got {numbers.shape}{hint}"
+        ) from None
 
 
 def _stream(seed: int, start: int, stop: int) -> Iterator[tuple[int, NDArray[np.uint32]]]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear.masks._random import Sparsity, checked_seed, checked_shape, integer, random
 from maskedlinear.masks._threefry import words
+from maskedlinear.pattern import SparsityPattern
 
 __all__ = ["blocks", "constant_fan_in", "n_of_m", "receptive_field"]
 
@@ -124,6 +125,7 @@ def check_blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, i
     return height, width
 
 
+@overload
 def receptive_field(
     grid: Sequence[int],
     size: int | Sequence[int],
@@ -132,8 +134,33 @@ def receptive_field(
     padding: int | Sequence[int] | Literal["same"] = 0,
     dilation: int | Sequence[int] = 1,
     channels: tuple[int, int] = (1, 1),
-) -> Mask:
+    sparse: Literal[False] = False,
+) -> Mask: ...
+@overload
+def receptive_field(
+    grid: Sequence[int],
+    size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same"] = 0,
+    dilation: int | Sequence[int] = 1,
+    channels: tuple[int, int] = (1, 1),
+    sparse: Literal[True],
+) -> SparsityPattern: ...
+def receptive_field(
+    grid: Sequence[int],
+    size: int | Sequence[int],
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same"] = 0,
+    dilation: int | Sequence[int] = 1,
+    channels: tuple[int, int] = (1, 1),
+    sparse: bool = False,
+) -> Mask | SparsityPattern:
     """Return the mask of local receptive fields: the connections of a convolution, without its weight sharing.
+
+    A large grid's matrix is mostly zeros: for 224 x 224 places it has 2.5 billion entries, of which windows of 5 x 5 keep
+    1.2 million. ``sparse=True`` makes the connections alone, for ``SparseLinear(..., pattern=...)``.
 
     Args:
         grid: the sizes of the input grid, ``(height, width)`` for a picture; any number of dimensions.
@@ -143,11 +170,13 @@ def receptive_field(
             stride 1 gives as many outputs as inputs, and needs that to be a whole number.
         dilation: the distance between neighbours in a window.
         channels: ``(inputs, outputs)``: how many features there are at each place; all see one another.
+        sparse: whether to return a :class:`maskedlinear.pattern.SparsityPattern` in place of an array.
 
     Returns:
-        A boolean array of shape ``(out, in)``. Both are flattened with the channels first and the last dimension of the grid
-        last: as of a picture ``(channels, height, width)``. An output's window starts at ``stride * place - padding``, and
-        there are ``floor((n + 2 * padding - dilation * (size - 1) - 1) / stride) + 1`` places, as for a convolution.
+        A boolean array of shape ``(out, in)``, or the pattern of the same connections. Both axes are flattened with the
+        channels first and the last dimension of the grid last: as of a picture ``(channels, height, width)``. An output's
+        window starts at ``stride * place - padding``, and there are
+        ``floor((n + 2 * padding - dilation * (size - 1) - 1) / stride) + 1`` places, as for a convolution.
 
     Raises:
         ValueError: if a value is out of its range, there is none for each dimension, or no window fits.
@@ -170,7 +199,20 @@ def receptive_field(
     if min(in_channels, out_channels) < 1:
         raise ValueError(f"channels must be (inputs, outputs), each from 1 on; got {channels}")
     lines = [_line(*parts) for parts in zip(sizes, window, steps, beyond, apart, strict=True)]
-    return reduce(np.kron, lines, np.ones((out_channels, in_channels), bool))
+    lines.insert(0, np.ones((out_channels, in_channels), bool))
+    return _kron_pattern(lines) if sparse else reduce(np.kron, lines)
+
+
+def _kron_pattern(factors: Sequence[Mask]) -> SparsityPattern:
+    """Return the pattern of the Kronecker product of ``factors``, without the product."""
+    rows = columns = np.zeros(1, np.int64)
+    shape = (1, 1)
+    for factor in factors:
+        own_rows, own_columns = np.nonzero(factor)
+        rows = (rows[:, None] * factor.shape[0] + own_rows).reshape(-1)
+        columns = (columns[:, None] * factor.shape[1] + own_columns).reshape(-1)
+        shape = (shape[0] * factor.shape[0], shape[1] * factor.shape[1])
+    return SparsityPattern.from_edges(rows, columns, shape)[0]
 
 
 def _line(inputs: int, size: int, stride: int, padding: int, dilation: int) -> Mask:
