@@ -89,6 +89,7 @@ def test_the_jitted_step_makes_the_masks_of_regrow_tree(dtype: str, growth: Any,
         params, masks = masked(dtype)
         goals = [parameters(dtype, seed) for seed in range(1, 31)]
         options: Any = {"growth": growth, "seed": SEED, "include": include, "axes": AXES}
+        options["exclude_dropped"] = dtype == "float32"
         tx = scheduled_regrowth(INNER[inner](), masks=masks, every=EVERY, end=END, initial=INITIAL, **options)
 
         def step(carry: Any, goal: Any) -> Any:
@@ -109,6 +110,7 @@ def test_the_jitted_step_makes_the_masks_of_regrow_tree(dtype: str, growth: Any,
                     gradients=grads if growth == "gradient" else None,
                     include=include,
                     axes=AXES,
+                    exclude_dropped=options["exclude_dropped"],
                     seed=(SEED + (number << 20)) % 2**64,
                 )
                 pairs = zip(*map(jax.tree.leaves, (state.masks, before)), strict=True)
@@ -179,19 +181,20 @@ def test_a_train_state_needs_no_masks() -> None:
 def test_regrow_tree_inside_jit(sparsity: float) -> None:
     params = {"stack": parameters()["stack"]}
     masks, grads = prune_tree(params, sparsity, axes=AXES, scope="layer"), {"stack": parameters(seed=5)["stack"]}
-    for gradients in (grads, None):
+    for gradients, exclude in ((grads, False), (None, False), (grads, True), (None, True)):
+        how: Any = {"axes": AXES, "seed": 2**64 - 2, "exclude_dropped": exclude}
 
         @jax.jit
         def moved(params: Any, masks: Any, gradients: Any) -> Any:
-            return regrow_tree(params, masks, 0.35, gradients=gradients, axes=AXES, seed=2**64 - 2)
+            return regrow_tree(params, masks, 0.35, gradients=gradients, **how)  # noqa: B023
 
-        wanted = regrow_tree(params, masks, 0.35, gradients=gradients, axes=AXES, seed=2**64 - 2)
+        wanted = regrow_tree(params, masks, 0.35, gradients=gradients, **how)
         assert_same(moved(params, masks, gradients), wanted)
 
 
 def test_what_depends_on_numbers_is_left_to_right_inside_jit() -> None:
     params, masks = {"w": jnp.asarray([[jnp.nan, 1.0, 2.0, 0.0]])}, {"w": jnp.asarray([[True, True, True, False]])}
-    _, new = jax.jit(lambda *trees: regrow_tree(*trees, 0.34, gradients=params))(params, masks)
+    _, new = jax.jit(lambda *trees: regrow_tree(*trees, 0.34, gradients=params, exclude_dropped=True))(params, masks)
     assert new["w"].tolist() == [[True, False, True, True]]
     with pytest.raises(TypeError, match="fraction and the seed of regrow_tree must be known"):
         jax.jit(lambda fraction: regrow_tree(params, masks, fraction))(0.3)

@@ -17,7 +17,7 @@ from hypothesis.extra import numpy as nps
 from helpers import python
 from maskedlinear import masks, pruning
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear.pruning import _growth, _select
+from maskedlinear.pruning import CubicSchedule, LinearSchedule, PolynomialSchedule, _growth, _select
 
 values = st.one_of(st.sampled_from([0.0, -0.0, 1.0, math.inf, -math.inf, 5e-324, 1e-45]), st.floats(-3, 3, width=32))
 layers = st.lists(
@@ -163,6 +163,48 @@ def test_blocks_and_groups() -> None:
     assert pruning.prune(scores, num_zeros=1, block=(2, 2), masks=before).tolist() == before.tolist()
 
 
+def test_rows_are_pruned_alike_as_by_wanda(rng: np.random.Generator) -> None:
+    scores = rng.integers(0, 6, (40, 30)).astype(np.float32)
+    found = pruning.prune(scores, sparsity=0.55, scope="row")
+    theirs = torch.ones(40, 30, dtype=torch.bool)  # Wanda: the first of a stable sort of each row
+    gone = torch.sort(torch.from_numpy(scores), dim=-1, stable=True)[1][:, : int(30 * 0.55)]
+    theirs.scatter_(1, gone, False)
+    assert (found == theirs.numpy()).all()
+    more = pruning.prune([scores, scores[:, :20]], sparsity=0.7, masks=[found, np.ones((40, 20), bool)], scope="row")
+    assert [(30 - more[0].sum(1)).tolist(), (20 - more[1].sum(1)).tolist()] == [[21] * 40, [14] * 40]
+    assert not (more[0] & ~found).any()
+    few = pruning.prune(scores, num_zeros=29, scope="row", keep_at_least={"row": 2}, on_empty="keep")
+    assert (few.sum(1) == 2).all()
+    with pytest.raises(ValueError, match="got 16 masked ones of row 0, where 3 were asked for"):
+        pruning.prune(scores, num_zeros=3, masks=found, scope="row")
+    with pytest.raises(ValueError, match="leaves 28 connections to prune of row 0; got 29"):
+        pruning.prune(scores, num_zeros=29, scope="row", keep_at_least={"row": 2})
+    with pytest.raises(ValueError, match="scope must be 'global', 'layer', 'row', 'erdos_renyi' or 'uniform_plus'"):
+        pruning.prune(scores, sparsity=0.5, scope="column")  # type: ignore[arg-type]
+
+
+def test_uniform_plus_keeps_the_first_layer_and_a_fifth_of_the_last(rng: np.random.Generator) -> None:
+    layers = [rng.standard_normal(shape) for shape in ((10, 10), (20, 10), (5, 20))]
+    zeros = [int((~mask).sum()) for mask in pruning.prune(layers, sparsity=0.3, scope="uniform_plus")]
+    assert zeros == masks.uniform_plus_num_zeros([(10, 10), (20, 10), (5, 20)], 0.3) == [0, 80, 40]
+    assert masks.uniform_plus_num_zeros([(10, 10), (20, 10), (5, 20)], 0.675) == [0, 190, 80]
+    with pytest.raises(ValueError, match="at most 280 of 400 connections can go; got 300"):
+        pruning.prune(layers, sparsity=0.75, scope="uniform_plus")
+
+
+def test_schedules_of_every_power() -> None:
+    how: Any = {"final": 0.8, "begin": 10, "end": 30, "every": 5, "initial": 0.2}
+    cubic, linear, square = CubicSchedule(**how), LinearSchedule(**how), PolynomialSchedule(**how, power=2)
+    for step in range(40):
+        assert PolynomialSchedule(**how)(step) == cubic(step)
+    assert [round(linear(step), 12) for step in (0, 10, 15, 19, 20, 30, 50)] == [0.2, 0.2, 0.35, 0.35, 0.5, 0.8, 0.8]
+    assert square(20) == pytest.approx(0.8 - 0.6 * 0.5**2)
+    assert linear.steps() == square.steps() == cubic.steps() == [10, 15, 20, 25, 30]
+    for power in (0, -1, math.inf, math.nan):
+        with pytest.raises(ValueError, match="power must be above 0 and finite"):
+            PolynomialSchedule(**how, power=power)
+
+
 def test_nodes() -> None:
     kept = pruning.prune_nodes([3.0, 1.0, 1.0, 2.0], num_zeros=1)
     assert kept.tolist() == [True, False, True, True]
@@ -178,9 +220,10 @@ def test_connections_move_and_stay_as_many(seed: int, fraction: float) -> None:
     weight, gradient = generator.standard_normal((2, 9, 11))
     mask = generator.random((9, 11)) < generator.random()
     live = int(mask.sum())
-    moved = min(math.floor(Fraction(str(fraction)) * live), 99 - live)  # the decimal that it prints as
+    dropped = math.floor(Fraction(str(fraction)) * live) if live < 99 else 0  # the decimal that it prints as
+    moved = min(dropped, 99 - live)
     for given_ in (gradient, None):
-        found = pruning.regrow(mask, weight, fraction, given_, seed=seed)
+        found = pruning.regrow(mask, weight, fraction, given_, seed=seed, exclude_dropped=True)
         assert int(found.sum()) == live
         gone, come = mask & ~found, found & ~mask
         assert int(gone.sum()) == int(come.sum()) == moved
@@ -188,6 +231,35 @@ def test_connections_move_and_stay_as_many(seed: int, fraction: float) -> None:
             assert np.abs(weight[gone]).max() <= np.abs(weight[mask & found]).min(initial=np.inf)
         if moved and given_ is not None:
             assert np.abs(gradient[come]).min() >= np.abs(gradient[~mask & ~found]).max(initial=0)
+        found = pruning.regrow(mask, weight, fraction, given_, seed=seed)
+        assert (found == by_the_authors_rule(mask, weight, dropped, given_, found)).all()
+
+
+def by_the_authors_rule(mask: Any, weight: Any, dropped: int, gradient: Any, found: Any) -> Any:
+    """Return the mask as google-research/rigl words the rule: the first of all by |w|, then of all others by growth scores.
+
+    Growth at random has no scores to compare with: whatever was ``found`` counts as the largest.
+    """
+    kept = np.zeros(mask.size, bool)
+    kept[np.argsort(-np.abs(mask * weight).reshape(-1))[: int(mask.sum()) - dropped]] = True
+    scores = (found if gradient is None else np.abs(gradient)).reshape(-1).astype(float)
+    grown = np.argsort(-np.where(kept, scores.min() - 1, scores))[:dropped]
+    kept[grown] = True
+    return kept.reshape(mask.shape)
+
+
+def test_what_is_dropped_may_come_back_as_in_rigl_and_set() -> None:
+    mask, weight, gradient = [[1, 1, 0, 0]], [[0.1, 5, 0, 0]], [[9.0, 0, 1, 2]]
+    assert pruning.regrow(mask, weight, 0.5, gradient).tolist() == [[True, True, False, False]]
+    assert pruning.regrow(mask, weight, 0.5, gradient, exclude_dropped=True).tolist() == [[False, True, False, True]]
+    pattern = SparsityPattern.from_mask(np.array(mask, bool))
+    found, source = pruning.regrow_pattern(pattern, [0.1, 5], 0.5, lambda start, stop: np.array(gradient)[start:stop])
+    assert (found == pattern, source.tolist()) == (True, [0, 1]), "what is back keeps its value"
+    grown = sum(pruning.regrow(mask, weight, 0.5, seed=seed) for seed in range(90))[0]
+    assert grown[1] == 90
+    assert min(grown[[0, 2, 3]]) > 15, "the place that was just dropped is one of the three"
+    full = np.ones((2, 3), bool)
+    assert pruning.regrow(full, full * 1.0, 0.5).all()
 
 
 @given(st.integers(0, 2**32), st.floats(0, 1))
@@ -209,8 +281,17 @@ def test_a_pattern_moves_as_its_mask_does(seed: int, fraction: float) -> None:
 def test_growth_in_blocks_is_the_same(monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator) -> None:
     mask, weight, gradient = rng.random((40, 50)) < 0.2, rng.standard_normal((40, 50)), rng.integers(0, 9, (40, 50))
     whole = pruning.regrow(mask, weight, 0.4, gradient.astype(float))
+    scores = np.where(whole & mask, -1, gradient).reshape(-1)  # of equal ones, the larger places come
     monkeypatch.setattr(_growth, "_BLOCK", 170)
     assert (pruning.regrow(mask, weight, 0.4, gradient.astype(float)) == whole).all()
+    come = np.flatnonzero(whole & ~mask)
+    assert (come == np.sort(np.lexsort((np.arange(2000), scores))[2000 - len(come) :])).all()
+    for dtype in (np.float16, np.float32, np.int64):
+        assert (pruning.regrow(mask, weight, 0.4, gradient.astype(dtype)) == whole).all()
+    gradient = gradient.astype(float)
+    gradient[3, 7] = gradient[30, 1] = np.nan
+    with pytest.raises(ValueError, match=r"a gradient must hold numbers; got NaN at \(3, 7\)"):
+        pruning.regrow(mask, weight, 0.4, gradient)
     monkeypatch.setattr(_growth, "_DRAWS", 3)
     grown = pruning.regrow(mask, weight, 0.4, seed=5)
     assert int(grown.sum()) == int(mask.sum())

@@ -68,6 +68,7 @@ def regrow_stack(
     share: Array,
     key: Array,
     first: int,
+    exclude_dropped: bool,
 ) -> Array:
     """Return the mask of a weight, each of whose matrices moves a share of its connections.
 
@@ -79,16 +80,20 @@ def regrow_stack(
         share: what :func:`share_words` returns, shape ``(4,)``.
         key: what :func:`key_words` returns of the seed, shape ``(2,)``.
         first: matrix i takes ``seed + first + i``.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
     """
     over = reduced(axes, weight.ndim)
     live = number([mask], over)
     free = jnp.int32(math.prod(weight.shape[axis] for axis in over)) - live
-    count = jnp.minimum(portion(share, live), free)
+    count = jnp.where(free > 0, portion(share, live), 0)
+    if exclude_dropped:
+        count = jnp.minimum(count, free)
     (kept,) = clear_smallest([weight], [mask], count, [axes], by_matrix=True)
+    candidates, others = (~mask, free - count) if exclude_dropped else (~kept, free)
     if gradient is not None:
-        (come,) = clear_smallest([gradient], [~mask], free - count, [axes], by_matrix=True)
+        (come,) = clear_smallest([gradient], [candidates], others, [axes], by_matrix=True)
     else:
-        laid: list[Any] = [replicated(part) for part in (~mask, count)]
+        laid: list[Any] = [replicated(part) for part in (candidates, count)]
         matrices, counts = (axes.matrices(part) for part in laid)
         places = jnp.arange(len(matrices), dtype=jnp.uint32) + jnp.uint32(first)
         low = key[1] + places

@@ -21,7 +21,7 @@ from maskedlinear_jax._optim import freeze_masked, frozen_state, masks_like, to_
 from maskedlinear_jax._placement import counter, to_like
 from maskedlinear_jax._select import check_comparable
 from maskedlinear_jax._stacks import regrow_parameter
-from maskedlinear_jax._tree import Axes, is_unmasked, leaves_like, named_leaves, stack_axes
+from maskedlinear_jax._tree import Axes, is_unmasked, leaves_like, named_leaves, refuse_constrained, stack_axes
 
 __all__ = ["RegrowthState", "scheduled_regrowth"]
 
@@ -52,6 +52,7 @@ def scheduled_regrowth(
     seed: int = 0,
     include: Include = None,
     axes: Axes = None,
+    exclude_dropped: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that connections move every few steps, ever fewer, inside the jitted step::
 
@@ -99,6 +100,7 @@ def scheduled_regrowth(
         seed: of the random places, an integer in [0, 2⁶⁴).
         include: in which of the parameters with masks connections move, as in :func:`prune_tree`; the other masks stay.
         axes: as in :func:`prune_tree`. Each matrix of a stack keeps the number of its connections.
+        exclude_dropped: as in :func:`regrow_tree`.
 
     Returns:
         A transformation whose ``update`` needs ``params``, and whose state is a :class:`RegrowthState`.
@@ -118,6 +120,7 @@ def scheduled_regrowth(
 
     def init(params: Any) -> RegrowthState:
         structure: Any = jax.tree.structure(params)
+        refuse_constrained("scheduled_regrowth", masks)
         given = structure.flatten_up_to(masks_like(params, masks))
         live = [
             None if is_unmasked(mask) else jnp.copy(to_like(boolean_mask(mask, leaf.shape, name), leaf, name))
@@ -150,7 +153,7 @@ def scheduled_regrowth(
             for at, known in moving.items():
                 gradient = dense[at] if growth == "gradient" else None
                 words = (jnp.asarray(shares)[place], jnp.asarray(keys)[place])
-                new, matrices = regrow_parameter(known, live[at], leaves[at], gradient, *words, number)
+                new, matrices = regrow_parameter(known, live[at], leaves[at], gradient, *words, number, exclude_dropped)
                 number += matrices
                 found[at] = jnp.where(finite, new, live[at])
                 gone = live[at] & ~found[at]

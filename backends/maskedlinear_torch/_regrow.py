@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -14,8 +15,9 @@ from torch import Tensor, nn
 
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
-from maskedlinear.models import WeightAxes, refuse_shared, regrow_weight
+from maskedlinear.models import WeightAxes, refuse_fixed, refuse_shared, regrow_weight
 from maskedlinear.pruning._layers import Include, layer_seed, matches
+from maskedlinear_torch._constraints import fixed_entries, refuse_fixed_and_cut
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part, on_parts
 from maskedlinear_torch._functional import flatten_batch
 from maskedlinear_torch._layer import MaskedLinear
@@ -24,7 +26,7 @@ from maskedlinear_torch._modules import parameter_users
 from maskedlinear_torch._optim import move_state, renew
 from maskedlinear_torch._ranks import Group, Ranks, active_group, are_finite, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
-from maskedlinear_torch._sparse_shards import moved, part_of, settle, whole_values
+from maskedlinear_torch._sparse_shards import moved, part_of, refuse_cut_twice, settle, whole_values
 from maskedlinear_torch._together import checked_masks, cut_like, index_of, places_of, regrown_mask
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import axes_of_mask, masked_weights, walk_masked
@@ -107,22 +109,34 @@ class DenseGradients:
             parts.append(block[own.to(block.device)][:, columns.to(block.device)])
         return torch.cat(parts) if parts else torch.zeros(len(rows), len(columns))
 
-    def rows(self, layer: Masked, start: int, stop: int) -> Tensor:
-        """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the
-        matrices of a stack follow each other.
+    def of(self, layer: MaskedWeight) -> Tensor:
+        """Return the gradient of a whole weight, of its own shape.
 
         Raises:
             ValueError: if the layer had no backward pass.
         """
-        part = self._own_rows(layer, start, stop)
+        shape = tuple(layer.weight.shape)
+        axes = axes_of_mask(layer) or WeightAxes.of_entries(len(shape))
+        stacked, out, in_ = axes.matrix_shape(shape)
+        rows = self.rows(layer, 0, stacked * out).detach().cpu().numpy()
+        return torch.from_numpy(np.ascontiguousarray(axes.from_matrices(rows.reshape(stacked, out, in_), shape)))
+
+    def rows(self, layer: Masked, start: int, stop: int, out: Tensor | None = None) -> Tensor:
+        """Return the rows ``start`` to ``stop`` of the gradient of a weight, shape ``(stop - start, in)``; those of the
+        matrices of a stack follow each other. They may be in ``out``, a matrix of as many rows or more, which was given.
+
+        Raises:
+            ValueError: if the layer had no backward pass.
+        """
+        part = self._own_rows(layer, start, stop, out)
         return part if self.ranks is None else averaged(part, self.ranks)
 
-    def _own_rows(self, layer: Masked, start: int, stop: int) -> Tensor:
+    def _own_rows(self, layer: Masked, start: int, stop: int, out: Tensor | None) -> Tensor:
         """Return these rows of the gradient of this process' batch."""
         if isinstance(layer, WeightMask) and layer in self._whole:
             matrices = self._whole[layer]
             return torch.from_numpy(matrices.reshape(-1, matrices.shape[2])[start:stop])
-        return _product([(x, g[:, start:stop]) for x, g in self._pairs_of(layer)])
+        return _product([(x, g[:, start:stop]) for x, g in self._pairs_of(layer)], out)
 
     def _pairs_of(self, layer: Masked) -> list[tuple[Tensor, Tensor]]:
         if layer not in self._pairs:
@@ -133,9 +147,12 @@ class DenseGradients:
         return self._pairs[layer]
 
 
-def _product(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-    """Return ``gᵀ · x``, summed over all calls of a layer."""
+def _product(pairs: Sequence[tuple[Tensor, Tensor]], out: Tensor | None = None) -> Tensor:
+    """Return ``gᵀ · x``, summed over all calls of a layer; in ``out``, if it can be."""
     wide = torch.promote_types(pairs[0][0].dtype, torch.float32)
+    if out is not None and len(pairs) == 1 and {t.dtype for t in (*pairs[0], out)} == {wide}:
+        x, g = pairs[0]
+        return torch.mm(g.mT, x, out=out[: g.shape[1]])
     parts = [g.mT.to(wide) @ x.to(wide) for x, g in pairs]
     return torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
 
@@ -194,14 +211,18 @@ def regrow_model(
     optimizer: torch.optim.Optimizer | None = None,
     include: Include = None,
     seed: int = 0,
+    exclude_dropped: bool = False,
     group: Group = "model",
 ) -> int:
-    """Move a fraction of each masked layer's connections: the weakest go, as many others come, with weight 0.
+    """Move a fraction of each masked layer's connections: the weakest are dropped, as many others come, with weight 0.
+
+    What is dropped may come back at once, and then has not moved: it keeps its weight and the optimizer's state.
 
     Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`, whose places these are, the same
     on both forms of the layer. On the sparse form nothing of the weight's shape is made. Weights that FSDP2 or tensor
     parallelism has cut over processes move theirs where they are, to the places of one process with the whole; all of them
-    call this. Where fewer than a quarter of a weight is masked, growth at random puts its mask together, a bit an entry.
+    call this. Where fewer than a quarter of a weight are candidates, growth at random puts its mask together, a bit an
+    entry.
 
     Args:
         model: a module with masked weights of either form.
@@ -212,6 +233,7 @@ def regrow_model(
             Those in the dense form need :func:`freeze_masked` too.
         include: which layers, as in :func:`mask_model`.
         seed: of the random places; another at each step. Layer i takes ``seed + i``.
+        exclude_dropped: whether what is dropped stays away until the next time, so that the whole fraction moves.
         group: the processes that train one model together, as in :func:`maskedlinear.torch.prune_model`: masks and weights
             are compared before connections move. By default those of a model in ``DistributedDataParallel``, whose passes
             the ``gradients`` may have seen, or that FSDP2 or tensor parallelism has cut; ``None`` where one process acts
@@ -223,7 +245,8 @@ def regrow_model(
     Raises:
         ValueError: if there is no masked layer; if a layer's weight is computed, or shared with another module, which a
             weight that becomes 0 would change; if the fraction is out of its range, a weight or gradient is NaN,
-            ``gradients`` lack a layer, or processes have different masks. The model is left as it was.
+            ``gradients`` lack a layer, processes have different masks, or fixed connections would move.
+            The model is left as it was.
     """
     masked_weights(model)  # which projects them
     named = {name: layer for name, layer in walk_masked(model) if matches(name, layer, include)}
@@ -231,9 +254,14 @@ def regrow_model(
     if not layers:
         raise ValueError("connections move in masked weights, and there is none: make them with mask_model(model)")
     _refuse_shared(model, layers)
+    for layer in layers:
+        if isinstance(layer, SparseLinear):
+            refuse_cut_twice(layer)
     ranks = _processes_of(model, group, gradients)
+    fixed = {name: fixed_entries(layer) for name, layer in named.items()}
     is_cut = any(isinstance(layer, MaskedWeight) and is_sharded(layer.weight) for layer in layers)
     dense = {name: layer for name, layer in named.items() if isinstance(layer, MaskedWeight) and is_cut}
+    refuse_fixed_and_cut(dense)
     places = places_of({name: layer.weight for name, layer in dense.items()}, ranks) if is_cut else {}
     if ranks is not None:
         keys = {name: place.key for name, place in places.items()}
@@ -245,16 +273,23 @@ def regrow_model(
         if isinstance(layer, SparseLinear):
             settle(layer)
             values = whole_values(layer.weight_values.detach(), layer._cut)
-            plans[name] = pruning.regrow_pattern(layer.pattern, values, fraction, rows, seed=own)
+            held = _held_fast(as_numpy(values), fixed[name])
+            plans[name] = pruning.regrow_pattern(
+                layer.pattern, held, fraction, rows, seed=own, exclude_dropped=exclude_dropped
+            )
+            if (fast := fixed[name]) is not None:
+                refuse_fixed(name, int(np.setdiff1d(np.flatnonzero(fast), plans[name][1]).size))
             number += 1
             continue
         axes = axes_of_mask(layer)
         if is_cut:
             part = None if gradients is None else gradients.part(layer, places[name].places)
-            plans[name], matrices = regrown_mask(layer, axes, places[name], ranks, fraction, part, own)
+            plans[name], matrices = regrown_mask(layer, axes, places[name], ranks, fraction, part, own, exclude_dropped)
         else:
-            arrays = layer.mask.cpu().numpy(), as_numpy(layer.weight.detach())
-            plans[name], matrices = regrow_weight(axes, *arrays, fraction, rows, own)
+            arrays = layer.mask.cpu().numpy(), _held_fast(as_numpy(layer.weight.detach()), fixed[name])
+            plans[name], matrices = regrow_weight(axes, *arrays, fraction, rows, own, exclude_dropped)
+            if (fast := fixed[name]) is not None:
+                refuse_fixed(name, int(np.count_nonzero(fast & ~plans[name])))
         number += matrices
     if is_cut:
         plans |= checked_masks({name: (layer.weight, plans[name]) for name, layer in dense.items()}, places, ranks)
@@ -274,6 +309,11 @@ def _processes_of(model: nn.Module, group: Group, gradients: DenseGradients | No
     if gradients is not None:
         gradients.ranks = together
     return together
+
+
+def _held_fast(values: NDArray[Any], fixed: NDArray[np.bool_] | None) -> NDArray[Any]:
+    """Return values by which fixed connections are the last to go."""
+    return values if fixed is None else np.where(fixed, np.asarray(np.inf, values.dtype), values)
 
 
 def _live_values(layer: Masked) -> tuple[Tensor, ...]:
@@ -314,8 +354,39 @@ def _refuse_shared(model: nn.Module, layers: list[Masked]) -> None:
         refuse_shared(name, len(held.get(id(weight), ())))
 
 
-def _rows(gradients: DenseGradients, layer: Masked) -> Any:
-    return lambda start, stop: gradients.rows(layer, start, stop).cpu()
+def _rows(gradients: DenseGradients, layer: Masked) -> Callable[[int, int], Tensor]:
+    """Return a function of two rows that returns these rows of a gradient, in memory that those after the next ones take.
+
+    As many rows as were asked for are made ahead, those before them, while these are looked at: growth goes from the last
+    rows to the first. Not where processes average what they make, nor off the CPU.
+    """
+    kept: list[Tensor | None] = [None, None]  # fresh memory costs more than what is written to it
+    ahead: dict[tuple[int, int], Future[Tensor]] = {}
+    pool = ThreadPoolExecutor(1)  # its thread ends with this function
+
+    def make(start: int, stop: int) -> Tensor:
+        out = kept[0] if kept[0] is not None and len(kept[0]) >= stop - start else None
+        with torch.no_grad():
+            found = gradients.rows(layer, start, stop, out)
+        if type(found) is Tensor and found.device.type == "cpu":
+            kept[0], kept[1] = (
+                kept[1],
+                found if out is None else kept[0],
+            )  # this one rests while the other is written to
+        return found
+
+    def rows(start: int, stop: int) -> Tensor:
+        waiting = [future.result() for future in ahead.values()] if (start, stop) in ahead else []
+        for future in ahead.values():
+            future.exception()  # made for nothing, but to its end
+        ahead.clear()
+        found = waiting[0] if waiting else make(start, stop)
+        if start and gradients.ranks is None and found.device.type == "cpu":
+            before = max(0, 2 * start - stop), start
+            ahead[before] = pool.submit(make, *before)
+        return found.cpu()
+
+    return rows
 
 
 def _move(layer: Masked, plan: Any, optimizer: torch.optim.Optimizer | None) -> int:

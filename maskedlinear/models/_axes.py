@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,11 +28,14 @@ class WeightAxes:
         out_axis: the axis of outputs, or several.
         in_axis: the axis of inputs, or several; the window of a convolution is among them.
         batch_axis: the axes of a stack: experts, scanned layers, ensembles.
+        window_axis: which of the axes of inputs are a convolution's window: ``scope="erdos_renyi"`` counts their sizes
+            apart (ERK). Axes are equal whatever is said of it.
     """
 
     out_axis: int | tuple[int, ...] = 0
     in_axis: int | tuple[int, ...] = 1
     batch_axis: int | tuple[int, ...] = ()
+    window_axis: int | tuple[int, ...] = field(default=(), compare=False, repr=False)
 
     @classmethod
     def of_entries(cls, ndim: int) -> WeightAxes:
@@ -61,6 +64,20 @@ class WeightAxes:
         """
         stacked, out, in_ = (math.prod(shape[axis] for axis in axes) for axes in self.order(len(shape)))
         return stacked, out, in_
+
+    def sum_of_sizes(self, shape: tuple[int, ...]) -> int:
+        """Return outputs + inputs of one of the matrices of a weight of this shape; of a kernel outputs + channels + the
+        sizes of its window, in whose proportion ERK shares connections out.
+
+        Raises:
+            ValueError: as by :meth:`order`, or if an axis of the window is none of the inputs.
+        """
+        _, out, in_ = self.matrix_shape(shape)
+        window = [axis % len(shape) for axis in _tuple(self.window_axis)]
+        if not set(window) <= set(self.order(len(shape))[2]):
+            raise ValueError(f"a window's axes are among the inputs; got window_axis={self.window_axis} and {self}")
+        sizes = [shape[axis] for axis in window]
+        return out + (in_ // math.prod(sizes) if in_ else 0) + sum(sizes)
 
     def matrices(self, array: NDArray[Any]) -> NDArray[Any]:
         """Return the matrices of a weight, or of its mask or scores: shape ``(stacked, out, in)``, a view if it can be.

@@ -11,12 +11,13 @@ from maskedlinear.models._summary import first_names
 __all__ = ["warn_of_drift", "warn_of_left_out", "warn_of_lost", "warn_of_sparse"]
 
 
-def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4) -> None:
-    """Warn of weights that ``mask_model`` leaves out.
+def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4, by: str = "mask_model") -> None:
+    """Warn of weights that a function for whole models leaves out.
 
     Args:
         parameters: names of parameters, and why each is left out, empty if it is not; what is no weight is left out quietly.
         stacklevel: as ``warnings.warn`` takes it; by default that of the caller's caller.
+        by: what leaves them out.
     """
     groups: dict[str, list[str]] = {}
     for name, why in parameters:
@@ -25,7 +26,7 @@ def warn_of_left_out(parameters: Iterable[tuple[str, str]], stacklevel: int = 4)
     if groups:
         text = "; ".join(f"{first_names(names)} ({why})" for why, names in groups.items())
         warnings.warn(
-            f"mask_model left out {text}; summary(model) lists everything. What can be masked at all is masked if masks or "
+            f"{by} left out {text}; summary(model) lists everything. What can be masked at all is masked if masks or "
             "include name it",
             stacklevel=stacklevel,
         )

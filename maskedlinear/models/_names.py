@@ -85,5 +85,5 @@ def axes_by_name(name: str, ndim: int) -> WeightAxes | None:
     if (
         kernel and module.startswith("conv") and "scan" not in name.lower()
     ):  # channels before the window, as PyTorch has them
-        return WeightAxes(out_axis=ndim - 1, in_axis=(ndim - 2, *range(ndim - 2)))
+        return WeightAxes(out_axis=ndim - 1, in_axis=(ndim - 2, *range(ndim - 2)), window_axis=tuple(range(ndim - 2)))
     return None

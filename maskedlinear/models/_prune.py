@@ -14,21 +14,37 @@ from maskedlinear._progress import Progress
 from maskedlinear.masks._random import checked_zeros
 from maskedlinear.models._axes import WeightAxes
 from maskedlinear.models._summary import ModelSummary, first_names
+from maskedlinear.pruning._edges import prune_matrices
 from maskedlinear.pruning._layers import Scoring, score_layers
 
-__all__ = ["Of", "Prunable", "amount_of", "check_of", "count_masked", "prune_weights", "refuse_unknown", "zeros_left"]
+__all__ = [
+    "Of",
+    "Prunable",
+    "amount_of",
+    "check_of",
+    "count_masked",
+    "prune_weights",
+    "refuse_fixed",
+    "refuse_unknown",
+    "zeros_left",
+]
 
 Of = Literal["masked", "weights", "model"]
 Mask = NDArray[np.bool_]
 
 
 class Prunable(NamedTuple):
-    """A masked weight: its axes if they are known, values, gradient if it has one, and mask; all of one shape."""
+    """A masked weight: its axes if they are known, values, gradient if it has one, mask, and what is fixed; of one shape.
+
+    ``sum_of_sizes`` is that of the kernel which a matrix is of, if it is of one.
+    """
 
     axes: WeightAxes | None
     weight: Any
     gradient: Any
     mask: Mask
+    fixed: Mask | None = None
+    sum_of_sizes: int | None = None
 
 
 def prune_weights(
@@ -64,9 +80,10 @@ def prune_weights(
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.prune`; if there are fewer entries than are to be masked; or if
-            structure is asked for (blocks, rows, Erdős–Rényi) of a weight whose axes nobody knows.
+            structure is asked for (blocks, rows, Erdős–Rényi) of a weight whose axes nobody knows; or if so many would go
+            that fixed connections, which go last, were among them.
     """
-    if block is not None or scope == "erdos_renyi" or "row" in (keep_at_least or {}):
+    if block is not None or scope in ("erdos_renyi", "row") or "row" in (keep_at_least or {}):
         refuse_unknown([name for name, weight in weights.items() if weight.axes is None])
     if callable(score) or isinstance(score, Mapping):
         whole = score_layers(
@@ -77,7 +94,11 @@ def prune_weights(
         values = _matrices(weights, {name: as_numpy(w.weight) for name, w in weights.items()})
         gradients = {name: as_numpy(w.gradient) for name, w in weights.items() if w.gradient is not None}
         scores = score_layers(score, values, _matrices(weights, gradients), seed)
-    pruned = pruning.prune(
+    fixed = _matrices(weights, {name: w.fixed for name, w in weights.items() if w.fixed is not None})
+    for name, places in fixed.items():
+        highest = np.inf if scores[name].dtype.kind == "f" else np.iinfo(scores[name].dtype).max
+        scores[name] = np.where(places, np.asarray(highest, scores[name].dtype), scores[name])
+    pruned = prune_matrices(
         scores,
         **amount_of(sparsity, num_zeros, sum(w.mask.size for w in weights.values()), scope),
         masks=_matrices(weights, {name: w.mask for name, w in weights.items()}),
@@ -86,6 +107,7 @@ def prune_weights(
         on_empty=on_empty,
         keep_at_least=keep_at_least,
         progress=progress,
+        sums_of_sizes=_sums_of_sizes(weights) if scope == "erdos_renyi" else None,
     )
     rest = iter(pruned.values())
     masks = {}
@@ -93,7 +115,18 @@ def prune_weights(
         axes, shape = _axes(weight), weight.mask.shape
         parts = [next(rest) for _ in range(axes.matrix_shape(shape)[0])]
         masks[name] = axes.from_matrices(np.stack(parts), shape) if parts else np.ones(shape, bool)
+        if weight.fixed is not None:
+            refuse_fixed(name, int(np.count_nonzero(weight.fixed & ~masks[name])))
     return masks
+
+
+def refuse_fixed(name: str, gone: int) -> None:
+    """Raise a ``ValueError`` if so many fixed connections of a weight would be gone."""
+    if gone:
+        raise ValueError(
+            f"fixed connections are never pruned or moved, and {gone} of {name or 'the layer'} would be: ask for less, free "
+            "them by constrain(model, ...), or leave it out with include=..."
+        )
 
 
 def amount_of(sparsity: float, num_zeros: int | None, size: int, scope: pruning.Scope) -> dict[str, Any]:
@@ -109,7 +142,7 @@ def amount_of(sparsity: float, num_zeros: int | None, size: int, scope: pruning.
             f"{num_zeros} numbers cannot be masked, where {size} are in masked weights: ask for a smaller fraction, or "
             "mask more of the model"
         )
-    return {"sparsity": num_zeros / size} if scope == "layer" else {"num_zeros": max(num_zeros, 0)}
+    return {"sparsity": num_zeros / size} if scope in ("layer", "row") else {"num_zeros": max(num_zeros, 0)}
 
 
 def check_of(of: str) -> None:
@@ -155,11 +188,24 @@ def _axes(weight: Prunable) -> WeightAxes:
     return weight.axes or WeightAxes.of_entries(weight.mask.ndim)
 
 
+def _sums_of_sizes(weights: Mapping[str, Prunable]) -> dict[str, int]:
+    """Return in whose proportion ``"erdos_renyi"`` shares out, of each matrix."""
+    sums: dict[str, int] = {}
+    for name, weight in weights.items():
+        axes, shape = _axes(weight), weight.mask.shape
+        sums |= dict.fromkeys(_keys(name, axes.matrix_shape(shape)[0]), weight.sum_of_sizes or axes.sum_of_sizes(shape))
+    return sums
+
+
+def _keys(name: str, stacked: int) -> list[str]:
+    """Return what the matrices of a weight are called: as it is, and by number where there are several."""
+    return [name] if stacked == 1 else [f"{name}[{place}]" for place in range(stacked)]
+
+
 def _matrices(weights: Mapping[str, Prunable], arrays: Mapping[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
     """Return the matrices of weights by name, and by number where there are several in a weight."""
-    matrices = {}
+    matrices: dict[str, NDArray[Any]] = {}
     for name, array in arrays.items():
         parts = _axes(weights[name]).matrices(array)
-        for place, matrix in enumerate(parts):
-            matrices[name if len(parts) == 1 else f"{name}[{place}]"] = matrix
+        matrices |= zip(_keys(name, len(parts)), parts, strict=True)
     return matrices

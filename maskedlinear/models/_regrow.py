@@ -24,6 +24,7 @@ def regrow_weight(
     fraction: float,
     rows: Rows | None,
     seed: int,
+    exclude_dropped: bool = False,
 ) -> tuple[NDArray[np.bool_], int]:
     """Return the new mask of a weight, each of whose matrices moves a fraction of its connections; and their number.
 
@@ -35,6 +36,7 @@ def regrow_weight(
         rows: returns rows of the gradient, from one to before another; those of its matrices follow each other. ``None``
             grows at random.
         seed: of the random places; matrix i takes ``seed + i``.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.regrow`.
@@ -45,7 +47,8 @@ def regrow_weight(
     for place, (live, values) in enumerate(zip(masks, weights, strict=True)):
         by = place * live.shape[0]
         own = None if rows is None else (lambda start, stop, by=by: rows(start + by, stop + by))
-        moved.append(pruning.regrow(live, values, fraction, own, seed=layer_seed(seed, place)))
+        options: Any = {"seed": layer_seed(seed, place), "exclude_dropped": exclude_dropped}
+        moved.append(pruning.regrow(live, values, fraction, own, **options))
     return axes.from_matrices(np.stack(moved) if moved else masks, mask.shape), len(moved)
 
 

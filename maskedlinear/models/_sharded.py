@@ -97,7 +97,7 @@ def prune_shards(
     """
     if score is not None:
         check_score(score)
-    if block is not None or scope == "erdos_renyi" or "row" in (keep_at_least or {}):
+    if block is not None or scope in ("erdos_renyi", "row") or "row" in (keep_at_least or {}):
         refuse_unknown([name for name, weight in weights.items() if weight.axes is None])
     if score in ("snip", "taylor"):
         lacking = {name: any(shard.gradient is None for shard in weight.shards) for name, weight in weights.items()}
@@ -106,11 +106,14 @@ def prune_shards(
                 raise gradient_error(score, name)
     split = {name: _Split(weight) for name, weight in weights.items()}
     matrices: dict[str, Matrix] = {}
+    sums: dict[str, int] = {}
     for name, one in split.items():
         by_product = score in ("random", "snip", "taylor")
         for number in range(one.stacked):
             own = layer_seed(seed, len(matrices)) if score == "random" else 0
             key = name if one.stacked == 1 else f"{name}[{number}]"
+            if scope == "erdos_renyi" and (axes := weights[name].axes) is not None:
+                sums[key] = axes.sum_of_sizes(weights[name].shape)
             matrices[key] = one.matrix(number, partial(_scorer, score, own), np.float64 if by_product else None)
     prune_together(
         matrices,
@@ -121,18 +124,25 @@ def prune_shards(
         keep_at_least=keep_at_least,
         progress=progress,
         add_up=add_up,
+        sums_of_sizes=sums or None,
     )
     return {name: one.masks() for name, one in split.items()}
 
 
 def regrow_shards(
-    weight: ShardedWeight, fraction: float, *, add_up: AddUp, by_gradient: bool, seed: int = 0
+    weight: ShardedWeight,
+    fraction: float,
+    *,
+    add_up: AddUp,
+    by_gradient: bool,
+    seed: int = 0,
+    exclude_dropped: bool = False,
 ) -> tuple[list[Mask], int]:
     """Return the new masks of a weight's shards, each of whose matrices moves a fraction of its connections, and the number
     of matrices: what :func:`regrow_weight` does with the whole.
 
-    Every process calls this. Growth at random in a weight of which less than a quarter is masked puts its mask together, one
-    bit an entry.
+    Every process calls this. Growth at random in a weight of which less than a quarter are candidates puts its mask
+    together, one bit an entry.
 
     Args:
         weight: with gradients in its shards, where growth is by them.
@@ -140,6 +150,7 @@ def regrow_shards(
         add_up: as in :func:`prune_shards`.
         by_gradient: whether it grows where the gradient is largest; or at random.
         seed: of the random places; matrix i takes ``seed + i``.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.regrow`, in all processes.
@@ -148,7 +159,8 @@ def regrow_shards(
     for number in range(split.stacked):
         matrix = split.matrix(number, partial(_scorer, "magnitude", 0), None)
         gradients = [_magnitudes(one.gradient) for one in split.flat(number)] if by_gradient else None
-        regrow_together(matrix, fraction, gradients, seed=layer_seed(seed, number), add_up=add_up)
+        options: Any = {"seed": layer_seed(seed, number), "exclude_dropped": exclude_dropped, "add_up": add_up}
+        regrow_together(matrix, fraction, gradients, **options)
     return split.masks(), split.stacked
 
 

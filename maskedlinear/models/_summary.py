@@ -15,6 +15,11 @@ from maskedlinear.models._names import NO_WEIGHT
 
 __all__ = ["MaskCheck", "ModelSummary", "UnmaskedParameter", "WeightSummary", "first_names"]
 
+CONSTANT = (
+    "The outputs do not depend on the inputs: others changed no bit of them. Perhaps no live connection lies on a path "
+    "from an input to an output: prune less, or by scope='layer'."
+)
+
 _NAMES = 4  # of parameters that a table names before it counts the others
 
 
@@ -123,10 +128,14 @@ class ModelSummary:
     Attributes:
         rows: the masked weights, in the model's order; one that several modules share is there once.
         unmasked: the other parameters.
+        effective_connections: how many live connections of the masked weights lie on a path from an input of the model to an
+            output, where that is known: in a plain ``Sequential`` of linear layers and of modules that act on each node by
+            itself. ``None`` elsewhere; :func:`maskedlinear.pruning.effective_masks` tells it of masks in their order.
     """
 
     rows: Sequence[WeightSummary]
     unmasked: Sequence[UnmaskedParameter] = ()
+    effective_connections: int | None = None
 
     @property
     def sparsity(self) -> float:
@@ -142,6 +151,15 @@ class ModelSummary:
     def model_sparsity(self) -> float:
         """The fraction of masked entries in all parameters of the model, in [0, 1]."""
         return self._fraction_of(sum(other.size for other in self.unmasked))
+
+    @property
+    def effective_sparsity(self) -> float | None:
+        """The fraction of entries of all masked weights together that lie on no path from an input of the model to an
+        output, in [0, 1]; ``None`` where that is not known."""
+        size = sum(row.size for row in self.rows)
+        if self.effective_connections is None:
+            return None
+        return 1 - self.effective_connections / size if size else 0.0
 
     def _fraction_of(self, others: int) -> float:
         size = sum(row.size for row in self.rows)
@@ -177,6 +195,11 @@ class ModelSummary:
             f"{sum(row.flops for row in self.rows) / 1e3:.4g}",
         )
         text = lines([head, *table, total])
+        if self.effective_connections is not None:
+            text.append(
+                f"{self.effective_connections} live connections lie on a path from an input to an output: an effective "
+                f"sparsity of {self.effective_sparsity:.4g}."
+            )
         if self.unmasked:
             text += [
                 f"Of all weights {self.weight_sparsity:.4g}, of the whole model {self.model_sparsity:.4g} is masked.",
@@ -208,20 +231,24 @@ class MaskCheck:
     Attributes:
         checked: the names of the layers that were checked, in the model's order.
         failures: what does not hold, by the name of the layer; empty if everything does.
+        is_constant: whether other inputs changed no bit of the outputs, as where no live connection lies on a path from an
+            input to an output.
     """
 
     checked: list[str]
     failures: dict[str, list[str]]
+    is_constant: bool = False
 
     @property
     def ok(self) -> bool:
-        """Whether everything that is masked acts masked."""
-        return not self.failures
+        """Whether everything that is masked acts masked, and the outputs depend on the inputs."""
+        return not self.failures and not self.is_constant
 
     def __str__(self) -> str:
         """Return the table."""
-        if self.ok:
-            return f"All {len(self.checked)} masked layers act masked."
+        constant = [CONSTANT] if self.is_constant else []
+        if not self.failures:
+            return "\n".join([f"All {len(self.checked)} masked layers act masked.", *constant])
         rows = [(name or "(the model)", what) for name, failures in self.failures.items() for what in failures]
         total = f"{len(self.failures)} of {len(self.checked)} masked layers do not act masked."
-        return "\n".join([*lines([("layer", "what does not hold"), *rows]), total])
+        return "\n".join([*lines([("layer", "what does not hold"), *rows]), total, *constant])

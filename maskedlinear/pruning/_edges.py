@@ -13,22 +13,24 @@ from numpy.typing import NDArray
 from maskedlinear._arrays import as_numpy
 from maskedlinear._check import as_mask
 from maskedlinear._progress import Progress, progress_callback
-from maskedlinear.masks._distribution import allocate_proportionally
+from maskedlinear.masks._distribution import allocate_proportionally, uniform_plus
 from maskedlinear.masks._random import Sparsity, checked_zeros
 from maskedlinear.masks._structured import check_blocks, check_groups, of_blocks
 from maskedlinear.pruning._layers import Scores, as_dict, like_input
-from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan, passes
+from maskedlinear.pruning._select import best_entries, clear_smallest, first_nan, ordered, passes
 
 __all__ = [
     "OnEmpty",
     "Scope",
     "are_too_large",
     "check_empty",
+    "check_scope",
     "checked_least",
     "clear_by_scope",
     "n_of_m",
     "nan_error",
     "prune",
+    "prune_matrices",
     "refuse_empty",
     "scores_of_blocks",
     "threshold",
@@ -37,12 +39,13 @@ __all__ = [
 ]
 
 _NAMES = 8  # that a message lists
+_ROWS_AT_A_TIME = 1 << 20  # entries of rows that are sorted at a time
 _WHOLE = 1 << 53  # up to which float64 holds every whole number
 
 _logger = logging.getLogger("maskedlinear")
 
 Mask = NDArray[np.bool_]
-Scope = Literal["global", "layer", "erdos_renyi"]
+Scope = Literal["global", "layer", "row", "erdos_renyi", "uniform_plus"]
 OnEmpty = Literal["raise", "allow", "keep"]
 
 
@@ -66,11 +69,14 @@ def prune(
         scores: shape ``(out, in)``: one array, a mapping of names to arrays, or a sequence of them, in the order of layers.
         sparsity: the fraction of zeros in the new masks, in [0, 1]: ``floor(sparsity * size)`` of them, taken as in
             :func:`maskedlinear.masks.random`. Of each layer or of all together, by ``scope``.
-        num_zeros: the number of zeros instead; with ``scope="layer"`` in each layer. Give exactly one of the two.
+        num_zeros: the number of zeros instead; with ``scope="layer"`` in each layer, with ``"row"`` in each row. Give
+            exactly one of the two.
         masks: the masks so far, in the same form as ``scores``: what is masked stays so, and counts. Full if ``None``.
         scope: ``"global"`` compares the scores of all layers; ``"layer"`` prunes each to the same sparsity;
-            ``"erdos_renyi"`` prunes each to its share by :func:`maskedlinear.masks.erdos_renyi_num_zeros`, or less
-            where more than its share is masked already.
+            ``"row"`` prunes each row (output) to the same sparsity, as Wanda does; ``"erdos_renyi"`` prunes each layer to
+            its share by :func:`maskedlinear.masks.erdos_renyi_num_zeros`, or less where more than its share is masked
+            already (here of matrices; functions that prune models know the windows of their kernels: ERK);
+            ``"uniform_plus"`` to its share by :func:`maskedlinear.masks.uniform_plus_num_zeros`.
         block: ``(outputs, inputs)``: prune whole blocks, by the sum of their scores. Counts are of blocks then, and masks so
             far must be of whole blocks.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection, or has none to begin with; or
@@ -90,11 +96,40 @@ def prune(
             are too few others than those that ``keep_at_least`` keeps.
         TypeError: if scores are not arrays of real numbers.
     """
+    return prune_matrices(
+        scores,
+        sparsity=sparsity,
+        num_zeros=num_zeros,
+        masks=masks,
+        scope=scope,
+        block=block,
+        on_empty=on_empty,
+        keep_at_least=keep_at_least,
+        progress=progress,
+    )
+
+
+def prune_matrices(
+    scores: Scores,
+    *,
+    sparsity: Sparsity | None = None,
+    num_zeros: int | None = None,
+    masks: Any,
+    scope: Scope,
+    block: tuple[int, int] | None,
+    on_empty: OnEmpty,
+    keep_at_least: Mapping[str, int] | None,
+    progress: Progress = False,
+    sums_of_sizes: Mapping[Any, int] | None = None,
+) -> Any:
+    """Return what :func:`prune` does, of matrices that may be those of kernels; their blocks are shared out as a matrix's.
+
+    Args and errors: those of :func:`prune`; ``sums_of_sizes`` as :func:`zeros_by_scope` takes them.
+    """
     layers = as_dict(scores, as_numpy)
     if not layers:
         raise ValueError("there must be scores of at least one layer; got none")
-    if scope not in ("global", "layer", "erdos_renyi"):
-        raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
+    check_scope(scope)
     before = masks_so_far(masks, scores, layers)
     check_empty(on_empty, layers)
     if block is not None:
@@ -121,17 +156,15 @@ def prune(
             found[name].reshape(-1)[kept.get(name, [])] = True
 
     live = {name: int(np.count_nonzero(mask)) for name, mask in before.items()}
-    clear_by_scope(
-        clear,
-        {name: mask.shape for name, mask in before.items()},
-        live,
-        {name: len(places) for name, places in kept.items()},
-        sparsity=sparsity,
-        num_zeros=num_zeros,
-        scope=scope,
-        on_empty=on_empty,
-        keep_at_least=keep_at_least,
-    )
+    amount: Any = {"sparsity": sparsity, "num_zeros": num_zeros, "on_empty": on_empty, "keep_at_least": keep_at_least}
+    if scope == "row":
+        for name, mask in found.items():
+            _clear_rows(name, keys[name], mask, kept.get(name, np.empty(0, np.intp)), **amount)
+            look(mask.size * passes(keys[name]))
+    else:
+        shapes = {name: mask.shape for name, mask in before.items()}
+        amount["sums_of_sizes"] = None if block is not None else sums_of_sizes
+        clear_by_scope(clear, shapes, live, {name: len(places) for name, places in kept.items()}, scope=scope, **amount)
     if on_empty == "raise":
         refuse_empty(live, {name: int(np.count_nonzero(mask)) for name, mask in found.items()})
     if block is not None:
@@ -242,6 +275,7 @@ def clear_by_scope(
     scope: Scope,
     on_empty: OnEmpty,
     keep_at_least: Mapping[str, int] | None,
+    sums_of_sizes: Mapping[Any, int] | None = None,
 ) -> None:
     """Have as many entries cleared of each set of layers that are compared with each other as :func:`prune` asks for.
 
@@ -255,8 +289,9 @@ def clear_by_scope(
         scope: as above.
         on_empty: as above.
         keep_at_least: as above; for messages.
+        sums_of_sizes: as :func:`zeros_by_scope` takes them.
     """
-    for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope):
+    for names, zeros in zeros_by_scope(shapes, live, sparsity, num_zeros, scope, sums_of_sizes):
         masked = sum(math.prod(shapes[name]) - live[name] for name in names)
         if zeros < masked and on_empty == "keep":
             _logger.info(
@@ -280,12 +315,65 @@ def clear_by_scope(
         clear(names, count)
 
 
+def _clear_rows(
+    name: Any,
+    keys: NDArray[Any],
+    mask: Mask,
+    kept: NDArray[np.intp],
+    *,
+    sparsity: Sparsity | None,
+    num_zeros: int | None,
+    on_empty: OnEmpty,
+    keep_at_least: Mapping[str, int] | None,
+) -> None:
+    """Clear as many entries of each row as :func:`prune` asks for, but none of the flat places ``kept``, in ``mask``."""
+    out, in_ = mask.shape
+    zeros = checked_zeros(in_, sparsity, num_zeros)
+    masked = in_ - np.count_nonzero(mask, axis=1)
+    free = mask.copy()
+    free.reshape(-1)[kept] = False
+    count, number = np.maximum(zeros - masked, 0), np.count_nonzero(free, axis=1)
+    if on_empty != "keep":
+        if (masked > zeros).any():
+            row = int(np.argmax(masked > zeros))
+            raise ValueError(
+                f"pruning only removes connections; got {masked[row]} masked ones of row {row}{_of([name])}, where {zeros} "
+                "were asked for: ask for at least as many, or pass no masks"
+            )
+        if (count > number).any():
+            row = int(np.argmax(count > number))
+            raise ValueError(
+                f"keep_at_least={dict(keep_at_least or {})!r} leaves {number[row]} connections to prune of row "
+                f"{row}{_of([name])}; got {count[row]}: prune less, keep fewer, or pass on_empty='keep', which prunes what "
+                "it can"
+            )
+    count = np.minimum(count, number)
+    step = max(1, _ROWS_AT_A_TIME // max(in_, 1))
+    for start in range(0, out, step):
+        rows = slice(start, min(start + step, out))
+        numbers = ordered(keys[rows])
+        numbers[~free[rows]] = np.iinfo(numbers.dtype).max  # after all that can go
+        order = np.argsort(numbers, axis=1, kind="stable")
+        gone = np.zeros(numbers.shape, bool)
+        np.put_along_axis(gone, order, np.arange(in_) < count[rows, None], axis=1)
+        mask[rows] &= ~gone
+
+
+def check_scope(scope: str) -> None:
+    """Raise a ``ValueError`` if ``scope`` is none."""
+    if scope not in get_args(Scope):
+        raise ValueError(
+            f"scope must be {', '.join(map(repr, get_args(Scope)[:-1]))} or {get_args(Scope)[-1]!r}; got {scope!r}"
+        )
+
+
 def zeros_by_scope(
     shapes: Mapping[Any, tuple[int, ...]],
     live: Mapping[Any, int],
     sparsity: Sparsity | None,
     num_zeros: int | None,
     scope: Scope,
+    sums_of_sizes: Mapping[Any, int] | None = None,
 ) -> list[tuple[Sequence[Any], int]]:
     """Return which layers are compared with each other, and how many zeros they get together.
 
@@ -295,7 +383,13 @@ def zeros_by_scope(
         sparsity: as :func:`prune` takes it, and so the rest.
         num_zeros: as above.
         scope: as above.
+        sums_of_sizes: in whose proportion ``"erdos_renyi"`` shares out, where they are not those of the shapes: of kernels.
+
+    Raises:
+        ValueError: if rows are compared, which only whole ones can be.
     """
+    if scope == "row":
+        raise ValueError("scope='row' compares whole rows on one process, outside jit; prune by scope='layer' here")
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     if scope == "layer":
         return [([name], checked_zeros(size, sparsity, num_zeros)) for name, size in sizes.items()]
@@ -303,10 +397,13 @@ def zeros_by_scope(
     zeros = checked_zeros(total, sparsity, num_zeros)
     if scope == "global":
         return [(list(shapes), zeros)]
+    if scope == "uniform_plus":
+        return [([name], part) for name, part in zip(shapes, uniform_plus(list(sizes.values()), zeros), strict=True)]
     counts = [live[name] for name in shapes]
     if total - zeros > sum(counts):
         return [(list(shapes), zeros)]  # which is refused, as more than there are
-    kept = allocate_proportionally([sum(shape) for shape in shapes.values()], counts, total - zeros)
+    sums = [sum(shape) if sums_of_sizes is None else sums_of_sizes[name] for name, shape in shapes.items()]
+    kept = allocate_proportionally(sums, counts, total - zeros)
     return [([name], sizes[name] - count) for name, count in zip(shapes, kept, strict=True)]
 
 

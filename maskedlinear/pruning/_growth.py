@@ -23,23 +23,44 @@ __all__ = ["drawn", "draws_free", "number_to_move", "places_at_random", "regrow"
 
 Places = NDArray[np.int64]  # flat ones, row * in + column, ascending
 
-_BLOCK = 1 << 22  # entries of a gradient looked at at a time
+# Entries of a gradient asked for at a time; twice as many where these are fewer rows than _ROWS, since a product of few rows
+# takes several times as long for each.
+_ASKED = 16 << 20
+_ROWS = 320
+_BLOCK = 1 << 18  # entries looked at at a time: few enough for a cache
+_ALL_SET = np.uint64(0x0101010101010101)  # eight booleans
 _DRAWS = 1 << 16  # places drawn at a time
 
 
-def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, seed: int = 0) -> NDArray[np.bool_]:
+def regrow(
+    mask: Any,
+    weight: Any,
+    fraction: Sparsity,
+    gradient: Any = None,
+    *,
+    seed: int = 0,
+    exclude_dropped: bool = False,
+) -> NDArray[np.bool_]:
     """Return a mask with as many live connections, of which a fraction has moved.
 
-    The live connections of the smallest ``|w|`` go, ``floor(fraction * live)`` of them, or fewer if there are not as many
-    places to grow at. As many come: with a gradient where its magnitude is largest (RigL), without one at random (SET).
-    Candidates are all connections that were not live. Of equal weights the one of the smaller flat index goes first, of
-    equal gradients the one of the larger index comes first.
+    The live connections of the smallest ``|w|`` are dropped, ``floor(fraction * live)`` of them. As many come: with a
+    gradient where its magnitude is largest (RigL), without one at random (SET). Candidates are all places that are not
+    kept, those just dropped among them: what is dropped may come back at once, and then it has not moved::
 
-    A revived weight should start at 0 with a clean state of the optimizer: what is dormant keeps the value that it had.
+        >>> from maskedlinear import pruning
+        >>> pruning.regrow([[1, 1, 0, 0]], [[0.1, 5, 0, 0]], 0.5, [[9.0, 0, 1, 2]]).astype(int)
+        array([[1, 1, 0, 0]])
+        >>> pruning.regrow([[1, 1, 0, 0]], [[0.1, 5, 0, 0]], 0.5, [[9.0, 0, 1, 2]], exclude_dropped=True).astype(int)
+        array([[0, 1, 0, 1]])
+
+    Of equal weights the one of the smaller flat index goes first, of equal gradients the one of the larger index comes
+    first. A connection that is new should start at 0 with a clean state of the optimizer (what is dormant keeps the value
+    that it had); one that is back at once keeps its weight and its state, as in the authors' code (``reinit_when_same``
+    is false there, and jaxpruner does the same).
 
     Sources: D. Mocanu et al., "Scalable training of artificial neural networks with adaptive sparse connectivity inspired
     by network science", Nature Communications 2018 (SET); U. Evci et al., "Rigging the Lottery: Making All Tickets
-    Winners", ICML 2020 (RigL).
+    Winners", ICML 2020 (RigL), and ``sparse_optimizers_base.py`` of github.com/google-research/rigl.
 
     Args:
         mask: shape ``(out, in)``, of any framework.
@@ -49,6 +70,8 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
         gradient: the loss's gradient with respect to *all* weights, ``gᵀ · x``, the same shape; a masked layer's own
             gradient is 0 where the mask is. Or a function, as :func:`regrow_pattern` takes it.
         seed: of the random places, an integer in [0, 2⁶⁴); another at each step.
+        exclude_dropped: whether only places that were not live are candidates, so that exactly as many connections move;
+            fewer if there are not as many such places.
 
     Returns:
         A boolean NumPy array of shape ``(out, in)``.
@@ -70,7 +93,7 @@ def regrow(mask: Any, weight: Any, fraction: Sparsity, gradient: Any = None, *, 
         def blocks(start: int, stop: int) -> Any:
             return full[start:stop]
 
-    gone, come = _moved(places, array.reshape(-1)[places], live.shape, fraction, blocks, seed)
+    gone, come = _moved(places, array.reshape(-1)[places], live.shape, fraction, blocks, seed, exclude_dropped)
     found = np.array(live, order="C")
     found.reshape(-1)[places[gone]] = False
     found.reshape(-1)[come] = True
@@ -84,6 +107,7 @@ def regrow_pattern(
     gradient: Callable[[int, int], Any] | None = None,
     *,
     seed: int = 0,
+    exclude_dropped: bool = False,
 ) -> tuple[SparsityPattern, NDArray[np.int64]]:
     """Return a pattern with as many connections, of which a fraction has moved: :func:`regrow` without any matrix.
 
@@ -92,9 +116,10 @@ def regrow_pattern(
         values: shape ``(nnz,)``.
         fraction: the share of connections that move, in [0, 1].
         gradient: a function of two rows, ``start`` and ``stop``, that returns this part of the loss's gradient with respect
-            to all weights, ``gᵀ[start:stop] · x``, shape ``(stop - start, in)``. It is asked for a few million entries at a
-            time. ``None`` grows at random.
+            to all weights, ``gᵀ[start:stop] · x``, shape ``(stop - start, in)``. It is asked once for each row, the last
+            ones first, for about sixteen million entries at a time. ``None`` grows at random.
         seed: of the random places.
+        exclude_dropped: as :func:`regrow` takes it.
 
     Returns:
         The pattern, and where each of its connections was in the old one, shape ``(nnz,)``; -1 for a new one.
@@ -108,7 +133,7 @@ def regrow_pattern(
         raise ValueError(f"there must be a value for each of the {pattern.nnz} connections; got {array.shape}")
     in_ = pattern.shape[1]
     places = pattern.places
-    gone, come = _moved(places, array, pattern.shape, fraction, gradient, seed)
+    gone, come = _moved(places, array, pattern.shape, fraction, gradient, seed, exclude_dropped)
     kept = np.delete(np.arange(len(places)), gone)
     found = np.concatenate([places[kept], come])
     source = np.concatenate([kept, np.full(len(come), -1)])
@@ -119,58 +144,109 @@ def regrow_pattern(
 
 
 def _moved(
-    places: Places, values: NDArray[Any], shape: tuple[int, int], fraction: Sparsity, gradient: Any, seed: int
+    places: Places,
+    values: NDArray[Any],
+    shape: tuple[int, int],
+    fraction: Sparsity,
+    gradient: Any,
+    seed: int,
+    exclude_dropped: bool,
 ) -> tuple[NDArray[np.int64], Places]:
-    """Return which of the live places go (as indices into ``places``) and which places come."""
+    """Return which of the live places are gone (as indices into ``places``) and which places are new."""
     nan = first_nan(values)
     if nan is not None:
         raise ValueError(f"a live weight must be a number; got NaN at {where(int(places[nan]), shape)}")
     size = math.prod(shape)
-    count = number_to_move(fraction, len(places), size)
+    count = number_to_move(fraction, len(places), size, exclude_dropped)
     stays = np.ones(len(places), bool)
     magnitudes = np.abs(values)
     dtype = np.result_type(np.float32, magnitudes.dtype)
     clear_smallest([np.ascontiguousarray(magnitudes, dtype)], [stays], count)
-    seed = checked_seed(seed)
-    come = places_at_random(places, size, count, seed) if gradient is None else _largest(places, shape, count, gradient)
-    return np.flatnonzero(~stays), come
+    seed, gone = checked_seed(seed), np.flatnonzero(~stays)
+    taken = places if exclude_dropped else places[stays]
+    come = places_at_random(taken, size, count, seed) if gradient is None else _largest(taken, shape, count, gradient)
+    back = np.isin(places[gone], come, assume_unique=True)
+    return gone[~back], np.setdiff1d(come, places[gone[back]], assume_unique=True)
 
 
-def number_to_move(fraction: Sparsity, live: int, size: int) -> int:
-    """Return how many connections of so many live ones move, in a matrix of so many places."""
-    return min(math.floor(checked_fraction(fraction) * live), size - live)
+def number_to_move(fraction: Sparsity, live: int, size: int, exclude_dropped: bool = False) -> int:
+    """Return how many connections of so many live ones are dropped, in a matrix of so many places: none where all are live,
+    as all of them would come back."""
+    free = size - live
+    count = math.floor(checked_fraction(fraction) * live) if free else 0
+    return min(count, free) if exclude_dropped else count
 
 
-def _largest(places: Places, shape: tuple[int, int], count: int, gradient: Callable[[int, int], Any]) -> Places:
-    """Return the ``count`` places without a connection where the gradient's magnitude is largest, ascending."""
-    best, at = np.empty(0, np.float64), np.empty(0, np.int64)
-    rows = max(1, _BLOCK // max(shape[1], 1))
-    for start in range(0, shape[0], rows):
+def _largest(taken: Places, shape: tuple[int, int], count: int, gradient: Callable[[int, int], Any]) -> Places:
+    """Return the ``count`` places, of those not taken, where the gradient's magnitude is largest, ascending.
+
+    From the last rows to the first, so that of equal magnitudes the first seen come; what is not above the smallest of the
+    best so far is passed over, and only where twice as many have gathered are they sorted out.
+    """
+    in_ = shape[1]
+    scores: list[NDArray[Any]] = []
+    at: list[Places] = []
+    gathered = 0
+    least, wrong = -1.0, None
+    rows = max(1, min(max(_ASKED // max(in_, 1), _ROWS), 2 * _ASKED // max(in_, 1)))
+    for start in range(shape[0] - 1 - (shape[0] - 1) % rows, -1, -rows) if shape[0] else ():
         stop = min(start + rows, shape[0])
-        block = as_numpy(gradient(start, stop))
-        if block.shape != (stop - start, shape[1]):
-            wanted = (stop - start, shape[1])
-            raise ValueError(f"the gradient of rows {start} to {stop} must have shape {wanted}; got {block.shape}")
-        nan = first_nan(np.ascontiguousarray(block))
-        if nan is not None:
-            raise ValueError(f"a gradient must hold numbers; got NaN at {where(start * shape[1] + nan, shape)}")
-        scores = np.abs(block).reshape(-1)
-        open_ = np.ones(scores.size, bool)
-        first, last = np.searchsorted(places, (start * shape[1], stop * shape[1]))
-        open_[places[first:last] - start * shape[1]] = False
-        found = np.flatnonzero(open_)
-        if len(found) > count:  # the largest of the block, ties at the boundary included
-            least = np.partition(scores[found], len(found) - count)[len(found) - count] if count else np.inf
-            found = found[scores[found] >= least]
-        best = np.concatenate([best, scores[found].astype(np.float64)])
-        at = np.concatenate([at, found + start * shape[1]])
-        order = np.lexsort((at, best))[max(0, len(at) - count) :] if count else np.empty(0, np.int64)
-        best, at = best[order], at[order]
-    return np.sort(at)
+        asked = as_numpy(gradient(start, stop))
+        if asked.shape != (stop - start, in_):
+            raise ValueError(
+                f"the gradient of rows {start} to {stop} must have shape {(stop - start, in_)}; got {asked.shape}"
+            )
+        flat = asked.reshape(-1)
+        for offset in range((flat.size - 1) // _BLOCK * _BLOCK, -1, -_BLOCK) if flat.size else ():
+            own, begin = np.abs(flat[offset : offset + _BLOCK]), start * in_ + offset
+            first, last = np.searchsorted(taken, (begin, begin + own.size))
+            live = taken[first:last] - begin
+            found = _above(own, least, live)
+            if np.isnan(own[live]).any() or np.isnan(own[found]).any():
+                wrong = begin + int(np.argmax(np.isnan(own)))
+            if wrong is not None or not count:
+                continue  # looking for the first that is no number
+            scores.append(own[found])
+            at.append(found + begin)
+            gathered += len(found)
+            if gathered > 2 * count:
+                scores, at, least = _best_of(scores, at, count)
+                gathered = count
+    if wrong is not None:
+        raise ValueError(f"a gradient must hold numbers; got NaN at {where(wrong, shape)}")
+    return np.sort(_best_of(scores, at, count)[1][0])
+
+
+def _above(magnitudes: NDArray[Any], least: float, live: Places) -> Places:
+    """Return the places, ascending, of magnitudes above ``least``, or no numbers, that are not among those ``live``."""
+    edge: Any = magnitudes.dtype.type(least)
+    flags = np.ones(-(-len(magnitudes) // 8) * 8, bool)
+    np.less_equal(magnitudes, edge if edge == least else np.float64(least), out=flags[: len(magnitudes)])
+    flags[live] = True
+    eights = np.flatnonzero(flags.view(np.uint64) != _ALL_SET)  # few of many: looked for eight at a time
+    among = np.flatnonzero(~flags.reshape(-1, 8)[eights].reshape(-1))
+    places: Places = eights[among >> 3] * 8 + (among & 7)
+    return places
+
+
+def _best_of(
+    scores: list[NDArray[Any]], at: list[Places], count: int
+) -> tuple[list[NDArray[Any]], list[Places], float]:
+    """Return the ``count`` largest scores, of equal ones those of the larger places, with their places; and the smallest."""
+    if not scores:
+        return [], [np.empty(0, np.int64)], -1.0
+    values, places = np.concatenate(scores), np.concatenate(at)
+    if len(values) <= count:
+        return [values], [places], -1.0
+    least = np.partition(values, len(values) - count)[len(values) - count] if count else np.inf
+    above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
+    equal = equal[np.argsort(places[equal])[len(equal) - (count - len(above)) :]]
+    best = np.concatenate([above, equal])
+    return [values[best]], [places[best]], float(least)
 
 
 def places_at_random(places: Places, size: int, count: int, seed: int) -> Places:
-    """Return ``count`` places without a connection, ascending, drawn at random."""
+    """Return ``count`` places other than those given, ascending, drawn at random."""
 
     def are_live(chosen: Places) -> NDArray[np.bool_]:
         near = np.minimum(np.searchsorted(places, chosen), max(len(places) - 1, 0))

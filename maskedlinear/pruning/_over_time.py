@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal, Protocol
 
 from maskedlinear._progress import Progress, progress_callback
 from maskedlinear.pruning._layers import Include
-from maskedlinear.pruning._schedules import CubicSchedule, GeometricSchedule, cosine_decay
+from maskedlinear.pruning._schedules import GeometricSchedule, SparsitySchedule, cosine_decay
 
 __all__ = ["Pruning", "Regrowth", "Steps", "check_regrowth", "lottery_rounds_by", "regrowth_seed"]
 
@@ -56,7 +56,7 @@ class Pruning(Steps):
     _late = False
     _prune_model: ClassVar[Any]  # the framework's
 
-    def __init__(self, model: Any, schedule: CubicSchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
+    def __init__(self, model: Any, schedule: SparsitySchedule, *, averages: Sequence[Any] = (), **how: Any) -> None:
         super().__init__(model, averages)
         self.schedule, self.how = schedule, {"on_empty": "keep", **how}
 
@@ -117,11 +117,13 @@ class Regrowth(Steps):
         include: Include = None,
         seed: int = 0,
         averages: Sequence[Any] = (),
+        exclude_dropped: bool = False,
     ) -> None:
         check_regrowth(every, end, initial, growth)
         super().__init__(model, averages)
         self.optimizer, self.every, self.end, self.initial = optimizer, every, end, initial
         self.growth, self.include, self.seed = growth, include, seed
+        self.exclude_dropped = exclude_dropped
 
     def due(self, step: int) -> bool:
         """Whether connections move at a step, counted from 0; never at the first."""
@@ -139,6 +141,7 @@ class Regrowth(Steps):
             optimizer=self.optimizer,
             include=self.include,
             seed=regrowth_seed(self.seed, step),
+            exclude_dropped=self.exclude_dropped,
             **more,
         )
         self._update_averages()

@@ -7,15 +7,21 @@ from dataclasses import dataclass
 
 from maskedlinear.masks._random import integer
 
-__all__ = ["CubicSchedule", "GeometricSchedule", "cosine_decay"]
+__all__ = [
+    "CubicSchedule",
+    "GeometricSchedule",
+    "LinearSchedule",
+    "PolynomialSchedule",
+    "SparsitySchedule",
+    "cosine_decay",
+]
 
 
 @dataclass(frozen=True)
-class CubicSchedule:
-    """A sparsity that rises quickly and then ever more slowly: ``final + (initial - final) · (1 - t)³``, t from 0 to 1.
+class SparsitySchedule:
+    """A sparsity that rises from step to step: ``final + (initial - final) · (1 - t)^p``, t from 0 to 1; kinds differ in p.
 
-    Source: M. Zhu and S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for model compression",
-    2017, equation 1.
+    Use :class:`CubicSchedule`, :class:`LinearSchedule` or :class:`PolynomialSchedule`; whatever takes one takes them all.
 
     Attributes:
         final: the sparsity from the step ``end`` on, in [0, 1].
@@ -53,7 +59,12 @@ class CubicSchedule:
         if step >= self.end:
             return self.final
         done = (step - self.begin) // self.every * self.every / (self.end - self.begin)
-        return self.final + (self.initial - self.final) * (1 - done) ** 3
+        return self.final + float((self.initial - self.final) * (1 - done) ** self._exponent)
+
+    @property
+    def _exponent(self) -> float:
+        """p in the formula."""
+        raise NotImplementedError("take CubicSchedule, LinearSchedule or PolynomialSchedule")
 
     def due(self, step: int) -> bool:
         """Whether this step prunes."""
@@ -62,6 +73,62 @@ class CubicSchedule:
     def steps(self) -> list[int]:
         """Return the steps that prune, ascending."""
         return [*range(self.begin, self.end, self.every), self.end]
+
+
+@dataclass(frozen=True)
+class CubicSchedule(SparsitySchedule):
+    """A sparsity that rises quickly and then ever more slowly: ``final + (initial - final) · (1 - t)³``, t from 0 to 1.
+
+    Attributes and errors: those of :class:`SparsitySchedule`. Source: M. Zhu and S. Gupta, "To prune, or not to prune:
+    exploring the efficacy of pruning for model compression", 2017, equation 1.
+    """
+
+    @property
+    def _exponent(self) -> int:
+        return 3
+
+
+@dataclass(frozen=True)
+class LinearSchedule(SparsitySchedule):
+    """A sparsity that rises by as much at each step that prunes: ``final + (initial - final) · (1 - t)``, t from 0 to 1.
+
+    Attributes and errors: those of :class:`SparsitySchedule`.
+    """
+
+    @property
+    def _exponent(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class PolynomialSchedule(SparsitySchedule):
+    """A sparsity that rises as a polynomial does: ``final + (initial - final) · (1 - t)^power``, t from 0 to 1::
+
+        >>> from maskedlinear.pruning import PolynomialSchedule
+        >>> PolynomialSchedule(0.8, begin=0, end=10, power=2)(5)
+        0.6000000000000001
+
+    As ``PolynomialDecay`` of TensorFlow's Model Optimization Toolkit, and jaxpruner's ``PolynomialSchedule`` but that t
+    there is a step ahead.
+
+    Attributes:
+        power: p, above 0; the others are those of :class:`SparsitySchedule`.
+
+    Raises:
+        ValueError: if ``power`` is not above 0 and finite; and as by :class:`SparsitySchedule`.
+    """
+
+    power: float = 3.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        super().__post_init__()
+        if not 0 < self.power < math.inf:
+            raise ValueError(f"power must be above 0 and finite; got {self.power}")
+
+    @property
+    def _exponent(self) -> float:
+        return self.power
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Flow", "Plan", "Unfollowed", "check_unfollowed"]
+__all__ = ["Flow", "KeptNodes", "Plan", "Unfollowed", "check_unfollowed", "kept_nodes"]
 
 Bools = NDArray[np.bool_]
 Floats = NDArray[np.float64]
@@ -26,6 +26,45 @@ class _Layer:
     y: int
     weight: NDArray[Any]
     mask: Bools
+
+
+@dataclass(frozen=True)
+class KeptNodes:
+    """Which nodes of a layer ``shrink`` has kept, of those that it had before it was first shrunk: ``layer.kept_nodes``.
+
+    It is how names follow: :meth:`maskedlinear.masks.Wiring.edges` reads a shrunk layer by it. An attribute of the layer, in
+    its copies and pickles, and in no state or checkpoint: for these, ``wiring.restrict(kept.inputs, kept.outputs)``.
+
+    Attributes:
+        shape: ``(out, in)``, before.
+    """
+
+    shape: tuple[int, int]
+    _inputs: bytes  # a byte a node; bytes and no arrays, so that a layer's structure can be hashed and compared
+    _outputs: bytes
+
+    @property
+    def inputs(self) -> Bools:
+        """Which inputs are there, shape ``(in,)``."""
+        return np.frombuffer(self._inputs, bool)
+
+    @property
+    def outputs(self) -> Bools:
+        """Which outputs are there, shape ``(out,)``."""
+        return np.frombuffer(self._outputs, bool)
+
+
+def kept_nodes(layer: Any, outputs: Bools, inputs: Bools) -> KeptNodes:
+    """Return what is kept when a layer's rows and columns are, one that may have been shrunk before."""
+    before = getattr(layer, "kept_nodes", None)
+    if not isinstance(before, KeptNodes) or (before.outputs.sum(), before.inputs.sum()) != (len(outputs), len(inputs)):
+        return KeptNodes((len(outputs), len(inputs)), inputs.tobytes(), outputs.tobytes())
+    every = []
+    for old, new in ((before.inputs, inputs), (before.outputs, outputs)):
+        now = old.copy()
+        now[old] = new
+        every.append(now.tobytes())
+    return KeptNodes(before.shape, *every)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from maskedlinear.pruning._edges import (
     Scope,
     are_too_large,
     check_empty,
+    check_scope,
     checked_least,
     clear_by_scope,
     nan_error,
@@ -152,12 +153,13 @@ def prune_together(
     keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
     add_up: AddUp,
+    sums_of_sizes: Mapping[str, int] | None = None,
 ) -> None:
     """Clear the entries in the masks of parts that :func:`maskedlinear.pruning.prune` clears in the whole, bit for bit.
 
     Every process calls this, with the same arguments but its own parts. Blocks are found in the scores of one whole matrix
-    after the other, of which a process keeps those of blocks; and so is what ``keep_at_least`` keeps of rows, where some
-    process has parts of rows only.
+    after the other, of which a process keeps those of blocks; and so are rows, for ``scope="row"`` and for what
+    ``keep_at_least`` keeps of them, where some process has parts of rows only.
 
     Args:
         matrices: by name, in the order of the model.
@@ -169,13 +171,22 @@ def prune_together(
         keep_at_least: as above.
         progress: as above.
         add_up: returns the sum of an array of whole numbers over the processes.
+        sums_of_sizes: of matrices that are kernels', in whose proportion ``"erdos_renyi"`` shares out.
 
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.prune`, in all processes; the masks are of no use then.
     """
+    check_scope(scope)
     check_empty(on_empty, matrices)
     least = checked_least(keep_at_least, on_empty)
     _refuse_scores(matrices, add_up)
+    amount: Any = {"sparsity": sparsity, "num_zeros": num_zeros, "on_empty": on_empty, "keep_at_least": keep_at_least}
+    if scope == "row" and block is None:
+        for name, matrix in matrices.items():
+            scores, mask = _whole(matrix, add_up)
+            rows = prune({name: scores}, masks={name: mask}, scope=scope, progress=progress, **amount)
+            _follow_blocks(matrix, rows[name], (1, 1))
+        return
     if block is not None:
         sums: dict[str, Array] = {}
         masks: dict[str, Mask] = {}
@@ -184,16 +195,7 @@ def prune_together(
             of_blocks, live_blocks = scores_of_blocks({name: scores}, {name: mask}, block)
             sums |= of_blocks
             masks |= live_blocks
-        found = prune(
-            sums,
-            sparsity=sparsity,
-            num_zeros=num_zeros,
-            masks=masks,
-            scope=scope,
-            on_empty=on_empty,
-            keep_at_least=keep_at_least,
-            progress=progress,
-        )
+        found = prune(sums, masks=masks, scope=scope, progress=progress, **amount)
         for name, matrix in matrices.items():
             _follow_blocks(matrix, found[name], block)
         return
@@ -220,17 +222,11 @@ def prune_together(
         for best in stays:
             best.show()
 
-    clear_by_scope(
-        clear,
-        {name: matrix.shape for name, matrix in matrices.items()},
-        live,
+    shapes, kept_by_name = (
+        {name: one.shape for name, one in matrices.items()},
         {name: best.number for name, best in kept.items()},
-        sparsity=sparsity,
-        num_zeros=num_zeros,
-        scope=scope,
-        on_empty=on_empty,
-        keep_at_least=keep_at_least,
     )
+    clear_by_scope(clear, shapes, live, kept_by_name, scope=scope, sums_of_sizes=sums_of_sizes, **amount)
     if on_empty == "raise":
         refuse_empty(live, _count_live(matrices, add_up))
     tell(1.0)
@@ -242,12 +238,13 @@ def regrow_together(
     gradients: Sequence[Callable[[int, int], Array]] | None = None,
     *,
     seed: int = 0,
+    exclude_dropped: bool = False,
     add_up: AddUp,
 ) -> None:
     """Move connections in the masks of parts as :func:`maskedlinear.pruning.regrow` does in the whole, bit for bit.
 
-    Every process calls this. Where fewer than a quarter of all places are free and growth is at random, the mask of the
-    whole matrix is put together, as bits.
+    Every process calls this. Where fewer than a quarter of all places are candidates and growth is at random, the mask of
+    the whole matrix is put together, as bits.
 
     Args:
         matrix: whose scores are the magnitudes of the weight.
@@ -255,6 +252,7 @@ def regrow_together(
         gradients: of each part, returns the gradient's magnitudes of entries, as the part does scores; ``None`` grows at
             random.
         seed: of the random places.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
         add_up: as in :func:`prune_together`.
 
     Raises:
@@ -263,26 +261,35 @@ def regrow_together(
     seed, free = checked_seed(seed), None
     if gradients is not None:
         pairs = zip(matrix.parts, gradients, strict=True)
-        parts = [Part(~part.mask, own, part.axes, part.counts) for part, own in pairs]
+        parts = [Part(~part.mask, scores, part.axes, part.counts) for part, scores in pairs]
         free = Matrix(matrix.shape, parts, np.dtype(np.float64))
-    own = [_count(matrix), _count_nan(matrix, live=True), 0 if free is None else _count_nan(free, live=False)]
-    live, no_weights, no_gradients = add_up(np.array(own, np.int64)).tolist()
+    counts = [_count(matrix), _count_nan(matrix, live=True), 0 if free is None else _count_nan(free, live=False)]
+    live, no_weights, no_gradients = add_up(np.array(counts, np.int64)).tolist()
     for what, wrong, found in (("a live weight", no_weights, matrix), ("a gradient", no_gradients, free)):
         if wrong and found is not None:
             place = where(_first_nan(found, add_up, live=found is matrix), matrix.shape)
             raise ValueError(f"{what} must {'be a number' if found is matrix else 'hold numbers'}; got NaN at {place}")
-    count = number_to_move(fraction, live, matrix.size)
-    if free is None:
-        free_places = _free_places(matrix, live, add_up)
-        places = drawn(count, live, matrix.size, seed, partial(_are_live, matrix, add_up), free_places)
-    else:
-        _clear_smallest([free], matrix.size - live - count, free.dtype, add_up)
+    count = number_to_move(fraction, live, matrix.size, exclude_dropped)
+    taken = _copy(matrix) if exclude_dropped else matrix
     _clear_smallest([matrix], count, np.result_type(np.float32, matrix.dtype), add_up)
-    for number, part in enumerate(matrix.parts):
-        if free is None:
+    number = live if exclude_dropped else live - count
+    if free is None:
+        free_places = _free_places(taken, number, add_up)
+        places = drawn(count, number, matrix.size, seed, partial(_are_live, taken, add_up), free_places)
+        for part in matrix.parts:
             part.set(places, True)
-        else:
-            part.mask |= free.parts[number].mask
+        return
+    for part, own in zip(free.parts, taken.parts, strict=True):
+        part.mask[...] = ~own.mask
+    _clear_smallest([free], matrix.size - number - count, free.dtype, add_up)
+    for part, come in zip(matrix.parts, free.parts, strict=True):
+        part.mask |= come.mask
+
+
+def _copy(matrix: Matrix) -> Matrix:
+    """Return a matrix whose masks are its own."""
+    parts = [Part(part.mask.copy(), part.scores, part.axes, part.counts) for part in matrix.parts]
+    return Matrix(matrix.shape, parts, matrix.dtype)
 
 
 def _clear_smallest(
@@ -334,14 +341,13 @@ class _Best(NamedTuple):
 def _best(matrix: Matrix, live: int, row: int, layer: int, add_up: AddUp) -> _Best:
     """Return the live entries of highest score that :func:`best_entries` finds in the whole."""
     dtype = np.dtype(np.result_type(np.float32, matrix.dtype))
-    copies = [Part(part.mask.copy(), part.scores, part.axes, part.counts) for part in matrix.parts]
-    best = Matrix(matrix.shape, copies, matrix.dtype)
+    best = _copy(matrix)
     _clear_smallest([best], max(0, live - layer), dtype, add_up)
     if row and matrix.size:
-        for part, places in zip(copies, _best_of_rows(matrix, row, dtype, add_up), strict=True):
+        for part, places in zip(best.parts, _best_of_rows(matrix, row, dtype, add_up), strict=True):
             part.set(places, True)
     number = _count_live({"": best}, add_up)[""]
-    return _Best(number, [(part, np.flatnonzero(own.mask)) for part, own in zip(matrix.parts, copies, strict=True)])
+    return _Best(number, [(part, np.flatnonzero(own.mask)) for part, own in zip(matrix.parts, best.parts, strict=True)])
 
 
 def _best_of_rows(matrix: Matrix, count: int, dtype: np.dtype[Any], add_up: AddUp) -> list[Places]:

@@ -11,15 +11,17 @@ import numpy as np
 from flax import nnx
 
 from maskedlinear import pruning
+from maskedlinear.models import refuse_fixed
 from maskedlinear.pruning._layers import Include, layer_seed, matches
 from maskedlinear_jax._concrete import regrow_known
 from maskedlinear_jax._optim import renewed_state
 from maskedlinear_jax._placement import to_host, to_like
 from maskedlinear_jax._tree import Axes, named_leaves
 from maskedlinear_jax.flax._adapter import masked_of, refuse_linen, refuse_linen_module, refuse_unfit
+from maskedlinear_jax.flax._constraint_variables import fixed_entries, keep_own
 from maskedlinear_jax.flax._kernel import masked_kernel
 from maskedlinear_jax.flax._modules import check_alone, pure
-from maskedlinear_jax.flax._param_masks import bring_masks_to
+from maskedlinear_jax.flax._param_masks import bring_masks_to, check_guards
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen, set_linen_masks
 
@@ -38,8 +40,11 @@ def regrow_model(
     include: Include = None,
     axes: Axes = None,
     seed: int = 0,
+    exclude_dropped: bool = False,
 ) -> Any:
-    """Move a fraction of each masked weight's connections: the weakest go, as many others come, with weight 0.
+    """Move a fraction of each masked weight's connections: the weakest are dropped, as many others come, with weight 0.
+
+    What is dropped may come back at once, and then has not moved: it keeps its weight and the optimizer's state.
 
     Source: SET (at random) and RigL (by gradient); see :func:`maskedlinear.pruning.regrow`, whose places these are, the same
     on both forms of the layer. PyTorch's layers of the same weights move alike. On the sparse form nothing of the weight's
@@ -56,6 +61,7 @@ def regrow_model(
         include: which weights, as in :func:`mask_model`.
         axes: as in :func:`mask_model`.
         seed: of the random places; another at each step. Matrix i takes ``seed + i``.
+        exclude_dropped: whether what is dropped stays away until the next time, so that the whole fraction moves.
 
     Returns:
         How many connections moved; of linen's variables new ones.
@@ -68,6 +74,7 @@ def regrow_model(
     refuse_linen_module("regrow_model", model)
     if optimizer is not None:
         refuse_linen("regrow_model(optimizer=...)", model)
+    check_guards(optimizer, model)
     weights = {
         name: one
         for name, one in masked_of(model, axes, sparse=True).items()
@@ -86,10 +93,15 @@ def regrow_model(
             refuse_unfit("regrow_model", name, one)
         gradient, own = None if gradients is None else gradients[name], layer_seed(seed, place)
         if isinstance(one, SparseLinear):
-            plans[name], matrices = _planned_sparse(one, fraction, gradient, own)
+            plans[name], matrices = _planned_sparse(one, name, fraction, gradient, own, exclude_dropped)
         else:
             live = jnp.broadcast_to(one.mask, one.value.shape)
-            plans[name], matrices = regrow_known(one.axes, live, one.value, fraction, gradient, seed, place)
+            fixed = None if is_linen(model) else one.fixed
+            held = one.value if fixed is None else jnp.where(fixed, jnp.asarray(jnp.inf, one.value.dtype), one.value)
+            arguments = (one.axes, live, held, fraction, gradient, seed, place, exclude_dropped)
+            plans[name], matrices = regrow_known(*arguments)
+            if fixed is not None:
+                refuse_fixed(name, int(np.count_nonzero(fixed & ~to_host(plans[name]))))
         place += matrices
     if is_linen(model):
         masks = {one.key: (plans[name], None) for name, one in weights.items()}
@@ -104,17 +116,24 @@ def _variable(one: Any) -> Any:
     return one.weight_values if isinstance(one, SparseLinear) else one.kernel
 
 
-def _planned_sparse(layer: SparseLinear, fraction: float, gradient: Any, seed: int) -> tuple[Any, int]:
+def _planned_sparse(
+    layer: SparseLinear, name: str, fraction: float, gradient: Any, seed: int, exclude_dropped: bool
+) -> tuple[Any, int]:
     """Return the new patterns of a layer in the sparse form, or of each of a stack, where each connection was, and their
     number."""
     rows_on_host = None if gradient is None else lambda start, stop: to_host(gradient(start, stop))
-    values = to_host(layer.weight_values[...])
+    values, fixed = to_host(layer.weight_values[...]), fixed_entries(layer, "weight_values")
+    values = values if fixed is None else np.where(fixed, np.asarray(np.inf, values.dtype), values)
     rows = values.reshape(-1, values.shape[-1])
     moved = [
-        pruning.regrow_pattern(pattern, row, fraction, rows_on_host, seed=layer_seed(seed, place))
+        pruning.regrow_pattern(
+            pattern, row, fraction, rows_on_host, seed=layer_seed(seed, place), exclude_dropped=exclude_dropped
+        )
         for place, (pattern, row) in enumerate(zip(layer.patterns, rows, strict=True))
     ]
     patterns, sources = zip(*moved, strict=True)
+    if fixed is not None:
+        refuse_fixed(name, int(np.setdiff1d(np.flatnonzero(fixed), sources[0]).size))
     return (patterns, np.stack(sources).reshape(values.shape)), len(moved)
 
 
@@ -127,6 +146,7 @@ def _move(weight: Any, name: str, plan: Any) -> Moved:
     new = plan & ~weight.live
     weight.set_mask(plan)
     weight.kernel.set_value(masked_kernel(weight.value, ~new))
+    keep_own(weight.owner, weight.parameter, plan, plan & ~new)
     return weight.full_name, new, None
 
 

@@ -1,0 +1,89 @@
+"""GraSP and SynFlow on trees of parameters, against torch's and the paper's."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from jax import Array
+
+from maskedlinear.flax import mask_model, prune_model, record_activations
+from maskedlinear.jax import grasp_scores, prune_tree, synflow_scores
+from maskedlinear.pruning import grasp
+
+
+def tree() -> dict[str, dict[str, Array]]:
+    keys = jax.random.split(jax.random.key(0))
+    return {
+        "a": {"kernel": jax.random.normal(keys[0], (5, 4)), "bias": jnp.zeros(4)},
+        "b": {"kernel": jax.random.normal(keys[1], (4, 3)), "bias": jnp.ones(3)},
+    }
+
+
+def forward(params: dict[str, dict[str, Array]], x: Array) -> Array:
+    hidden = jax.nn.relu(x @ params["a"]["kernel"] + params["a"]["bias"])
+    return hidden @ params["b"]["kernel"] + params["b"]["bias"]
+
+
+def test_grasp_is_the_hessians_product_with_the_gradient_transposed() -> None:
+    kernel, x = tree()["a"]["kernel"], jax.random.normal(jax.random.key(1), (16, 5))
+    scores = grasp_scores(lambda p: jnp.square(x @ p["kernel"] - 1).sum() / 2, {"kernel": kernel})
+    gram = np.asarray(x.T @ x)
+    expected = grasp(kernel, gram @ (gram @ np.asarray(kernel) - np.asarray(x.sum(axis=0))[:, None])).T
+    np.testing.assert_allclose(scores["kernel"], expected, rtol=1e-3, atol=1e-3)
+    masks = prune_tree({"kernel": kernel}, 0.5, score=scores)
+    lowest = np.sort(scores["kernel"], axis=None)[9]
+    np.testing.assert_array_equal(masks["kernel"].T, scores["kernel"] > lowest)
+
+
+def test_synflow_in_rounds_keeps_paths_and_refuses_what_has_none() -> None:
+    params, masks = tree(), None
+    for step in range(1, 21):
+        scores = synflow_scores(lambda p: forward(p, jnp.ones((1, 5))), params, masks=masks)
+        masks = prune_tree(params, 1 - 0.1 ** (step / 20), masks=masks, score=scores)
+    a, b = (np.asarray(masks[name]["kernel"]) for name in ("a", "b"))
+    assert (~a).sum() + (~b).sum() == 28
+    assert set(np.flatnonzero(a.any(axis=0))) == set(np.flatnonzero(b.any(axis=1)))  # no connection leads nowhere
+    weights = [np.abs(np.asarray(params[name]["kernel"])) for name in ("a", "b")]
+    first = synflow_scores(lambda p: forward(p, jnp.ones((1, 5))), params)
+    np.testing.assert_allclose(first["a.kernel"], (weights[0] * weights[1].sum(axis=1)).T, rtol=1e-5)
+    with pytest.raises(ValueError, match="no signal"):
+        synflow_scores(lambda p: jnp.ones(3), params)
+    with pytest.raises(ValueError, match="finite"):
+        synflow_scores(lambda p: jnp.exp(1000 * forward(p, jnp.ones((1, 5)))), params)
+
+
+def test_flax_layers_are_recorded_in_both_apis_and_are_as_they_were() -> None:
+    x = jax.random.normal(jax.random.key(2), (7, 5))
+    model = mask_model(nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 3, rngs=nnx.Rngs(1))))
+    kinds = [type(layer) for layer in model.layers]
+    with record_activations(model, hessian=True) as activations:
+        y = model(x)
+    hidden = np.maximum(np.asarray(x @ model.layers[0].kernel[...] + model.layers[0].bias[...]), 0)
+    np.testing.assert_allclose(activations.hessian("layers.2"), 2 / 7 * hidden.T @ hidden, rtol=1e-5, atol=1e-6)
+    assert [type(layer) for layer in model.layers] == kinds
+    kernel = np.asarray(model.layers[2].kernel[...])
+    prune_model(model, 0.5, score=activations.wanda(), scope="row")
+    order = np.argsort((np.abs(kernel) * np.linalg.norm(hidden, axis=0)[:, None]), axis=0)
+    assert not np.take_along_axis(np.asarray(model.layers[2].mask[...]), order[:2], axis=0).any()
+    with pytest.raises(ValueError, match="outside of transforms"), record_activations(model):
+        nnx.jit(lambda model: model(x))(model)
+    assert [type(layer) for layer in model.layers] == kinds
+
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x: Array) -> Array:
+            return linen.Dense(3, name="last")(linen.relu(linen.Dense(4, name="first")(x)))
+
+    params = {}
+    for place, name in ((0, "first"), (2, "last")):
+        layer = model.layers[place]
+        params[name] = {"kernel": jnp.asarray(layer.full_kernel), "bias": layer.bias[...]}
+    variables = mask_model({"params": params})
+    with record_activations(variables) as recorded:
+        np.testing.assert_allclose(Net().apply(variables, x), y, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(recorded.input_norms("last"), activations.input_norms("layers.2"), rtol=1e-5)
+    with pytest.raises(ValueError, match="nothing has gone into"), record_activations(variables) as recorded:
+        recorded.wanda()
