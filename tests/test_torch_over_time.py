@@ -114,12 +114,13 @@ def test_connections_move_at_their_steps(growth: Any, sparse: bool) -> None:
     optimizer = torch.optim.Adam(model.parameters())
     if not sparse:
         freeze_masked(optimizer, model)
-    regrowth = ScheduledRegrowth(model, optimizer, every=3, end=10, growth=growth)
+    how: Any = {"every": 3, "end": 10, "growth": growth, "exclude_dropped": True}
+    regrowth = ScheduledRegrowth(model, optimizer, **how)
     moved = []
     for step in range(12):
         if step == 8:
             state = regrowth.state_dict()
-            regrowth = ScheduledRegrowth(model, optimizer, every=3, end=10, growth=growth)
+            regrowth = ScheduledRegrowth(model, optimizer, **how)
             regrowth.load_state_dict(state)
         train(model, optimizer, regrowth.recording())
         moved.append(regrowth.step())

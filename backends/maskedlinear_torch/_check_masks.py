@@ -17,8 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from maskedlinear.models import MaskCheck
-from maskedlinear_torch._dtensors import is_sharded
+from maskedlinear_torch._check_constant import is_constant
+from maskedlinear_torch._check_masks_cut import Together, accumulated, as_plain
+from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part, on_parts
+from maskedlinear_torch._fsdp import reshard
 from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._ranks import group_of
 from maskedlinear_torch._storage import bits_of, version_of
 from maskedlinear_torch._weights import masked_weights, release, walk_masked
 
@@ -26,6 +30,7 @@ __all__ = ["check_masks"]
 
 Layers = Mapping[str, MaskedWeight]
 Results = dict[tuple[Literal["output", "gradient of"], str], Tensor]
+
 Likeness = Literal["bits", "rounding", "nan"]  # how much alike two results are to be: NaN in the same places, at least
 
 
@@ -43,6 +48,13 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
        has the same outputs and gradients, but for rounding. Subclasses, and layers whose weight is computed, stay what they
        are there.
 
+    And the outputs must depend on the inputs: where others change no bit of them, in evaluation mode, ``is_constant`` says
+    so, as where no live connection lies on a path from an input to an output.
+
+    A model that FSDP2 or tensor parallelism has cut is checked where its parts are, by all processes, each with its own
+    inputs, and all get the same answer. It is not copied: plain layers stand in for its own. Its gradients come by
+    ``backward``, and those that were there are put back.
+
     What was found in a weight under its mask is set back to +0, as at the layer's next call. Everything else is left as
     it was: modes, gradients, buffers, dormant values, the state of random generators. Layers in the sparse form have
     nothing under a mask, so that there is nothing to check.
@@ -57,8 +69,8 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
         What was checked, and what does not hold, by the layer's name; printed, a table.
 
     Raises:
-        ValueError: if the model has no masked weight, is sharded or has no values (``"meta"``), or if there is no
-            tensor in what it returns.
+        ValueError: if the model has no masked weight, or no values (``"meta"``); if there is no tensor in what it returns;
+            or if a parameter of one that is cut has hooks, which would take the gradients for those of a training step.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
@@ -68,21 +80,28 @@ def check_masks(model: nn.Module, *inputs: Any, **kwargs: Any) -> MaskCheck:
     layers = {name: mask for name, mask in walk_masked(model) if isinstance(mask, MaskedWeight)}
     if not layers:
         raise ValueError("check_masks checks masked weights, and this model has none: make them with mask_model(model)")
-    if any(tensor.is_meta or is_sharded(tensor) for layer in layers.values() for tensor in (layer.weight, layer.mask)):
+    if any(tensor.is_meta for layer in layers.values() for tensor in (layer.weight, layer.mask)):
         raise ValueError(
-            "check_masks needs the values of whole weights; got a model on the meta device, or cut over processes: check "
-            "it when it has values, and before it is cut"
+            "check_masks needs the values of weights; got a model on the meta device: check it when it has values"
         )
     failures: dict[str, list[str]] = {name: [] for name in layers}
-    for name, layer in layers.items():  # first of all: whatever comes next may project
-        failures[name] += _under_mask("weight", layer.weight.detach(), layer.mask)
+    stored = {
+        name: layer.weight if layer.stored_weight is None else layer.stored_weight for name, layer in layers.items()
+    }
+    is_cut = any(is_sharded(weight) for weight in stored.values())
+    hidden = {name: _under_mask(weight.detach(), layers[name].mask) for name, weight in stored.items()}  # first of all:
+    together = Together(group_of(model, "model") if is_cut else None, is_cut)  # whatever comes next may project
+    together.report("weight", hidden, failures)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is set back to +0: it is in the report
         for layer in layers.values():
             layer.project()
     for training in (True, False):
-        _check_mode(model, layers, partial(_run, inputs=inputs, kwargs=kwargs, training=training), training, failures)
-    return MaskCheck(list(layers), {name: what for name, what in failures.items() if what})
+        run = partial(_run, inputs=inputs, kwargs=kwargs, training=training, is_cut=is_cut)
+        _check_mode(model, layers, run, training, failures, together)
+    found = {name: what for name, what in failures.items() if what}
+    run = partial(_run, model, training=False, is_cut=is_cut)
+    return MaskCheck(list(layers), found, is_constant(run, inputs, kwargs, together))
 
 
 def _check_mode(
@@ -91,24 +110,29 @@ def _check_mode(
     run: Callable[[nn.Module], Results],
     training: bool,
     failures: dict[str, list[str]],
+    together: Together,
 ) -> None:
     """Run the model in one mode, with and without changes that must not act; write down what does not hold."""
     mode = "in training mode" if training else "in evaluation mode"
+    reshard(model) if together.is_cut else None
     weights = _weights(model, layers)
     try:
         expected = run(model)
     except Exception as error:
         error.add_note(f"This was {mode}: check_masks calls the model in both, with inputs that both take.")
         raise
-    for name, layer in layers.items():
-        if weights.get(name) in expected:
-            failures[name] += _under_mask("gradient", expected[weights[name]], layer.mask)
+    known = {name: layer for name, layer in layers.items() if weights.get(name) in expected}
+    gradients = {name: _under_mask(expected[weights[name]], layer.mask) for name, layer in known.items()}
+    together.report("gradient", gradients, failures)
 
     def with_nan(changed: Layers) -> Results:
         with _nan_dormant(changed):
             return run(model)
 
     def with_plain(changed: Layers) -> Results:
+        if together.is_cut:
+            with as_plain(changed):
+                return run(model)
         results = run(_with_plain(model, changed))
         for name in changed:
             if weights.get(name) in results:  # a plain layer's is dense
@@ -118,32 +142,40 @@ def _check_mode(
     # A plain copy is compared with a masked one, since copies lose what hangs on a parameter.
     trials: tuple[tuple[str, nn.Module, Callable[[Layers], Results], Likeness], ...] = (
         ("NaN in place of its dormant values acts", model, with_nan, "bits"),
-        ("a plain module with its weights acts otherwise", _copied(model), with_plain, "rounding"),
+        (
+            "a plain module with its weights acts otherwise",
+            model if together.is_cut else _copied(model),
+            with_plain,
+            "rounding",
+        ),
     )
     for claim, masked, changed, likeness in trials:
         expected = run(masked)
-        together = _try(changed, layers, expected, likeness)
-        if together and _difference(run(masked), expected, likeness):
+        differs = _try(changed, layers, expected, likeness, together)
+        if differs and together.say(_difference(run(masked), expected, likeness, together)):
             warnings.warn(
                 f"two calls of the model {mode}, with one input and one state of the random generators, differ: whether "
                 "NaN appears is all that they can tell",
                 stacklevel=3,
             )
             likeness = "nan"
-            together = _try(changed, layers, expected, likeness)
-        if together:  # which layers are to blame? where none is alone, all are
-            alone = {name: _try(changed, {name: layer}, expected, likeness) for name, layer in layers.items()}
+            differs = _try(changed, layers, expected, likeness, together)
+        if differs:  # which layers are to blame? where none is alone, all are
+            alone = {name: _try(changed, {name: one}, expected, likeness, together) for name, one in layers.items()}
             for name, difference in alone.items():
                 if difference or not any(alone.values()):
-                    failures[name].append(f"{claim} {mode}: {difference or together}")
+                    failures[name].append(f"{claim} {mode}: {difference or differs}")
 
 
-def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], training: bool) -> Results:
+def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], training: bool, is_cut: bool) -> Results:
     """Call a model; return its outputs and, in training mode, the gradients of a sum over them with fixed weights."""
     results: Results = {}
     with _unchanged(model), torch.inference_mode(False), torch.set_grad_enabled(training):
         if model.training != training:
             model.train(training)
+        if is_cut:
+            reshard(model)
+        stored = dict(model.named_parameters())  # of which FSDP2 puts gathered copies in their places
         leaves = {key: _leaf(value, training) for key, value in (*enumerate(inputs), *kwargs.items())}
         given = {
             key: leaf.clone() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf
@@ -157,26 +189,31 @@ def _run(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], trai
                 "module that returns tensors, in tuples, dicts or dataclasses"
             )
         if training:
-            parameters: dict[str, Tensor] = {
-                name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad
-            }
+            held = stored if is_cut else dict(model.named_parameters())
+            parameters: dict[str, Tensor] = {name: tensor for name, tensor in held.items() if tensor.requires_grad}
             for key, leaf in leaves.items():
                 if isinstance(leaf, Tensor) and leaf.requires_grad:
                     parameters[f"input {key}"] = leaf
-            results |= _gradients(tensors, parameters)
+            results |= _gradients(tensors, parameters, is_cut)
+        if is_cut:
+            reshard(model)
     return results | {("output", str(place)): tensor.detach() for place, tensor in enumerate(tensors)}
 
 
-def _gradients(outputs: list[Tensor], parameters: dict[str, Tensor]) -> Results:
+def _gradients(outputs: list[Tensor], parameters: dict[str, Tensor], is_cut: bool) -> Results:
     outputs = [tensor for tensor in outputs if tensor.requires_grad]
     if not outputs or not parameters:
         return {}
     generator = torch.Generator().manual_seed(0)
-    g = [
-        torch.randn(y.shape, generator=generator, dtype=torch.complex64 if y.is_complex() else torch.float32).to(y)
-        for y in outputs
-    ]
-    gradients = torch.autograd.grad(outputs, list(parameters.values()), g, allow_unused=True)
+    g = []
+    for y in outputs:
+        dtype = torch.complex64 if y.is_complex() else torch.float32
+        drawn = torch.randn(y.shape, generator=generator, dtype=dtype).to(device=y.device, dtype=y.dtype)
+        g.append(as_dtensor_like(drawn, y))
+    leaves = list(parameters.values())
+    gradients = (
+        accumulated(outputs, parameters, g) if is_cut else torch.autograd.grad(outputs, leaves, g, allow_unused=True)
+    )
     return {
         ("gradient of", name): gradient.to_dense() if gradient.layout is not torch.strided else gradient
         for name, gradient in zip(parameters, gradients, strict=True)
@@ -244,7 +281,12 @@ def _nan_dormant(layers: Layers) -> Iterator[None]:
     values = {key: store.values for key, store in stores.items()}
     try:
         for layer in layers.values():
-            layer._dormant.values = torch.full_like(layer.weight.detach(), torch.nan).masked_fill_(layer.mask, 0)
+            weight = layer.weight.detach()
+            layer._dormant.values = on_parts(
+                lambda weight, mask: torch.full_like(weight, torch.nan).masked_fill_(mask, 0),
+                weight,
+                as_dtensor_like(layer.mask, weight),
+            )
         yield
     finally:
         for key, store in stores.items():
@@ -278,28 +320,35 @@ def _weights(model: nn.Module, layers: Layers) -> dict[str, tuple[Literal["gradi
     return {name: ("gradient of", names[weight]) for name, weight in held.items() if weight in names}
 
 
-def _under_mask(what: str, tensor: Tensor, mask: Tensor) -> list[str]:
-    """Say what stands under a mask that is not +0."""
-    masked = tensor[~mask.to(tensor.device)]
-    other = masked[(masked != 0) | masked.signbit()]
-    return [f"{what} is not +0 in {len(other)} masked places, but up to {other.abs().max():.3g}"] if len(other) else []
+def _under_mask(tensor: Tensor, mask: Tensor) -> Tensor:
+    """Return what stands under a mask that is not +0, in its place, and +0 elsewhere; cut as the tensor is."""
+    return on_parts(
+        lambda part, live: torch.where(live.to(part.device), 0, part), tensor, as_dtensor_like(mask, tensor)
+    )
 
 
-def _try(run: Callable[[Layers], Results], layers: Layers, expected: Results, likeness: Likeness) -> str:
-    """Run with changes to these layers; say what differs, or what is raised."""
+def _try(
+    run: Callable[[Layers], Results], layers: Layers, expected: Results, likeness: Likeness, together: Together
+) -> str:
+    """Run with changes to these layers; say what differs, or what is raised, in whichever process."""
     try:
-        return _difference(run(layers), expected, likeness)
+        results = run(layers)
     except Exception as error:  # whatever a model does there, it does not do it otherwise
-        return f"it raises {type(error).__name__}: {error}"
+        together.largest({})
+        return together.say(f"it raises {type(error).__name__}: {error}")
+    return together.say(_difference(results, expected, likeness, together))
 
 
-def _difference(results: Results, expected: Results, likeness: Likeness) -> str:
+def _difference(results: Results, expected: Results, likeness: Likeness, together: Together) -> str:
     """Say what differs first; nothing if all is alike."""
+    own = {
+        kind: max(_largest(local_part(y)) for (one, _), y in expected.items() if one == kind) for kind, _ in expected
+    }
+    largest = together.largest(own)
     if results.keys() != expected.keys():
         return "it has other outputs or gradients"
-    largest = {kind: max(_largest(y) for (one, _), y in expected.items() if one == kind) for kind, _ in expected}
     for key, y in expected.items():
-        if not _alike(results[key], y, likeness, largest[key[0]]):
+        if not _alike(local_part(results[key]), local_part(y), likeness, largest[key[0]]):
             return f"{' '.join(key)} differs"
     return ""
 

@@ -50,6 +50,16 @@ class CutWeight(nn.Module):
     def _follow(self) -> None:
         """Take the parameter for the weight that is it now; of another module, which may have another one."""
 
+    def _told_sparsity(self) -> str:
+        """Return what a representation says of the sparsity: of a cut weight that of this process' part, since one process
+        alone may print a model, and others would be waited for.
+        """
+        if self.mask.is_meta:
+            return ""
+        part = local_part(self.mask)
+        sparsity = 1 - int(part.sum()) / part.numel() if part.numel() else 0.0
+        return f", sparsity={sparsity:.4g}" + (" of this process' part" if is_sharded(self.mask) else "")
+
     def is_lent(self) -> bool:
         """Whether a copy that FSDP2 has gathered is in the weight's place."""
         return self._own.lender is not None

@@ -16,6 +16,7 @@ from torch.nn.parameter import UninitializedParameter
 from torch.nn.utils import skip_init
 
 from maskedlinear_torch._compat import is_any_autocast_on, is_exporting, is_tracing, nothing_looks_on
+from maskedlinear_torch._constraints import set_constraints
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_gathered
 from maskedlinear_torch._fsdp import become, type_of
 from maskedlinear_torch._functional import (
@@ -226,9 +227,9 @@ class MaskedLinear(MaskedWeight, nn.Linear):
                 f"from_linear takes an nn.Linear that has its weight; got {type(linear).__name__}: "
                 "pass an nn.Linear, or call a lazy one once before"
             )
-        recipe = None
+        recipe = constraints = None
         if mask is None and isinstance(linear, MaskedLinear):
-            mask, recipe = linear.known_mask, linear.recipe
+            mask, recipe, constraints = linear.known_mask, linear.recipe, linear.constraints
         layer: Self = skip_init(  # draws nothing from the random generator
             cls,
             linear.in_features,
@@ -245,6 +246,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
             layer.set_mask(mask)
         if recipe is not None:
             layer.recipe = recipe
+        set_constraints(layer, constraints)
         return layer
 
     @classmethod
@@ -291,7 +293,8 @@ class MaskedLinear(MaskedWeight, nn.Linear):
         self._unhook()
         for name in ("mask", "init_fan_in", "keep_dormant", "_dormant", "_own", "_pending_mask"):
             delattr(self, name)
-        vars(self).pop("recipe", None)
+        for name in ("recipe", "constraints"):
+            vars(self).pop(name, None)
         forget(self)
         linear: nn.Linear = self
         become(linear, nn.Linear)
@@ -312,7 +315,7 @@ class MaskedLinear(MaskedWeight, nn.Linear):
 
     def extra_repr(self) -> str:
         """Add the sparsity to ``nn.Linear``'s representation."""
-        return super().extra_repr() + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+        return super().extra_repr() + self._told_sparsity()
 
 
 @torch.no_grad()

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from torch import nn
 from torch.optim import Optimizer
 
+from maskedlinear_torch._constraints import constrained
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth, bring_masks
 
@@ -88,4 +89,4 @@ class Loop:
 
 def has_masked(model: nn.Module) -> bool:
     """Whether a model has layers that an optimizer must be guarded for."""
-    return any(isinstance(module, MaskedWeight) for module in model.modules())
+    return any(isinstance(module, MaskedWeight) or constrained(module) for module in model.modules())

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskedlinear.masks import as_mask
 from maskedlinear_torch._compat import is_sending_state
+from maskedlinear_torch._constraints import save_constraints
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part, on_parts
 from maskedlinear_torch._functional import as_tensor
 from maskedlinear_torch._storage import bits_of
@@ -23,11 +24,12 @@ __all__ = ["as_boolean", "named_buffers", "overlay", "save", "settle"]
 
 
 def save(layer: MaskedWeight, destination: Any, prefix: str, keep_vars: bool) -> None:
-    """Add what is dormant to a state.
+    """Add what is dormant to a state, and constraints.
 
     With 0s if nothing is: averagers go through two states side by side, and distributed checkpoints load what the state that
     they load into has. Files of ours, which ask with keep_vars, make no such zeros.
     """
+    save_constraints(layer, destination, prefix)
     if layer.dormant is not None:
         destination[prefix + "dormant"] = layer.dormant
         return

@@ -13,10 +13,12 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from maskedlinear.constraints import Constraints
 from maskedlinear.masks import Recipe, as_mask
 from maskedlinear.models import WeightAxes
 from maskedlinear_torch._after_steps import forget, watch
 from maskedlinear_torch._compat import take_hooks_along
+from maskedlinear_torch._constraints import check_keeps_fixed, keep, load_constraints, taken_from, watch_constrained
 from maskedlinear_torch._cut_weight import CutWeight, like_own
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded, local_part
 from maskedlinear_torch._functional import as_tensor, checked_mask, recipe_of
@@ -42,6 +44,7 @@ class MaskedWeight(CutWeight):
     """The storage of a weight with a mask: what :class:`maskedlinear.torch.MaskedLinear` is beside an ``nn.Linear``."""
 
     recipe: Recipe | None = None  # what the mask was last made of; whoever relies on it sees whether it still is
+    constraints: Constraints | None = None  # of live connections; set by constrain
     _pending_mask: Tensor | None  # of a layer on the meta device, which has no values
     # nn.Linear's states carry version 1: a missing mask is their nature, and an error in ours. Those of version 2 have
     # their dormant values in the weight, under the mask.
@@ -96,6 +99,8 @@ class MaskedWeight(CutWeight):
         if own.weight is None or seen is None or own.weight[0] != seen[0]:
             own.shared = local_part(weight).is_shared()
         project(local_part(weight), local_part(mask), own.shared)
+        if self.constraints is not None:
+            keep(self)
         own.weight, own.mask, own.steps = seen, seen_mask, -1 if seen is None or seen_mask is None else seen_steps
         if own.hook is None:
             self._hook()
@@ -152,6 +157,8 @@ class MaskedWeight(CutWeight):
         """
         axes = self.weight_axes if isinstance(mask, Recipe) else None
         checked = checked_mask(mask, self.mask.shape, axes)  # a copy: it may be a view of the layer's own
+        if self.constraints is not None:
+            check_keeps_fixed(self, like_own(checked, self.mask))
         if recipe_of(checked) != self.recipe:
             self.recipe = recipe_of(checked)
         with torch.no_grad():
@@ -165,12 +172,13 @@ class MaskedWeight(CutWeight):
             checked = like_own(checked, self.mask)
             if not revive:
                 full = torch.where(checked.to(self.mask.device) & ~self.mask, 0, full)
+            before = None if self.constraints is None else self.mask.clone()
             self.mask.copy_(checked)
-            self._split(full)
+            self._split(full, before)
 
     @torch.no_grad()
-    def _split(self, full: Tensor) -> None:
-        """Write full values into weight and dormant, by the mask."""
+    def _split(self, full: Tensor, before: Tensor | None = None) -> None:
+        """Write full values into weight and dormant, by the mask; what is tied comes to what was live ``before``."""
         if "weight" not in self._parameters:  # computed: whoever computes it decides what is stored
             return
         mask = as_dtensor_like(self.mask, full)
@@ -179,6 +187,8 @@ class MaskedWeight(CutWeight):
         weight.copy_(torch.where(mask, full, 0))
         self._set_dormant(torch.where(mask, 0, full))
         if not torch.compiler.is_compiling():
+            if self.constraints is not None:
+                keep(self, before)
             self.note_clean()
             if self.is_lent():
                 self.renew_copy()
@@ -223,7 +233,10 @@ class MaskedWeight(CutWeight):
 
     @property
     def sparsity(self) -> float:
-        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight."""
+        """The fraction of masked connections, in [0, 1]; 0 for a layer without any weight.
+
+        Of a weight that is cut over processes all of them must ask.
+        """
         size = self.mask.numel()
         return (size - int(full_tensor(self.mask.sum()))) / size if size else 0.0
 
@@ -367,6 +380,7 @@ class MaskedWeight(CutWeight):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.__dict__["_own"] = OwnWeight()  # copy.copy has given the old one's
         self._adopt()
+        watch_constrained(self)
         self._own.copied = True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -431,6 +445,7 @@ class MaskedWeight(CutWeight):
     ) -> None:
         state_dict, key = dict(state_dict), prefix + "mask"
         mask, dormant = state_dict.pop(key, None), state_dict.pop(prefix + "dormant", None)
+        constraints = taken_from(state_dict, prefix)
         if dormant is not None and dormant.shape != self.mask.shape:
             error_msgs.append(
                 f"{prefix}dormant: dormant values must have the weight's shape {tuple(self.mask.shape)}; got "
@@ -480,3 +495,4 @@ class MaskedWeight(CutWeight):
             if dormant is not None:
                 dormant = dormant.detach().to(device=self.weight.device, dtype=self.weight.dtype)
                 self._set_dormant(torch.where(self.mask, 0, as_dtensor_like(dormant, self.mask)))
+        load_constraints(self, constraints, prefix, error_msgs)

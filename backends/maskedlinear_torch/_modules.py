@@ -23,6 +23,7 @@ __all__ = [
 
 # What only one of the layers has.
 LAYERS_OWN = {
+    "constraints",
     "init_fan_in",
     "keep_dormant",
     "_own",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from maskedlinear.models import first_names
 from maskedlinear_torch._compat import takes_load_hooks
+from maskedlinear_torch._constraints import after_step, before_step, constrained, stored
 from maskedlinear_torch._dtensors import as_dtensor_like, local_part
 from maskedlinear_torch._functional import is_small
 from maskedlinear_torch._masked_weight import MaskedWeight
@@ -36,6 +37,8 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     projects after whatever a subclass or wrapper does around the step. What is kept for whole rows and columns
     (``Adafactor``) stays; ``LBFGS``, which remembers all weights together, forgets everything.
 
+    What connections keep by :func:`constrain`, of layers in the sparse form too, holds after every step as well.
+
     It works in place and needs no memory: after each step it passes over the weights, once, which the layers then do not
     repeat, and before it over gradients that are not known to be masked. A copied optimizer (``copy.deepcopy``) loses its
     guard: guard it again. To guard it twice by one model is to guard it once.
@@ -49,9 +52,9 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
         The same optimizer.
 
     Raises:
-        ValueError: if ``model`` has no masked weight, if the optimizer holds none of them, or, here or at a step, if it was
-            made before ``compress`` or ``expand`` exchanged weights, or if one is computed by a parametrization or by
-            ``torch.nn.utils.prune``: no optimizer holds it.
+        ValueError: if ``model`` has no masked weight in the dense form and no constraints, if the optimizer holds none of
+            them, or, here or at a step, if it was made before ``compress`` or ``expand`` exchanged weights, or
+            if one is computed by a parametrization or by ``torch.nn.utils.prune``: no optimizer holds it.
         TypeError: if the arguments are not an optimizer and a module.
     """
     if not isinstance(optimizer, torch.optim.Optimizer) or not isinstance(model, nn.Module):
@@ -60,7 +63,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
             f"got {type(optimizer).__name__} and {type(model).__name__}: of a wrapper that is no torch.optim.Optimizer, "
             "guard the optimizer in it"
         )
-    if not any(isinstance(module, MaskedWeight) for module in model.modules()):
+    if not any(isinstance(module, MaskedWeight) or constrained(module) for module in model.modules()):
         raise ValueError(
             "freeze_masked guards masked weights, and this model has none: make them with mask_model(model); layers in the "
             "sparse form need no guard, but an optimizer made after compress"
@@ -85,7 +88,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
     # their own step around it and recognise it again.
     @functools.wraps(step)
     def guarded(self: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
-        guard.before_step()
+        guard.before_step(has_closure=(args[0] if args else kwargs.get("closure")) is not None)
         try:
             return step(*args, **kwargs)
         finally:
@@ -98,7 +101,7 @@ def freeze_masked(optimizer: O, model: nn.Module) -> O:
 
 def holds_masked(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
     """Whether an optimizer holds a masked weight of a model."""
-    return bool(_masked_layers(model, optimizer))
+    return bool(_masked_layers(model, optimizer) or _constrained_layers(model, optimizer))
 
 
 def _wrapped(optimizer: torch.optim.Optimizer) -> Iterator[torch.optim.Optimizer]:
@@ -122,7 +125,7 @@ class Guard:
         _refuse_exchanged(optimizer, model)
 
     @torch.no_grad()
-    def before_step(self) -> None:
+    def before_step(self, *, has_closure: bool = False) -> None:
         """Mask gradients that are not known to be masked, and let the state start clean where a mask has changed."""
         _refuse_exchanged(self._optimizer, self._model)
         for layer in _masked_layers(self._model, self._optimizer):
@@ -139,6 +142,8 @@ class Guard:
                 _zero(weight.grad, layer.mask)
             if not is_small(weight):  # whose gradient is masked in no time
                 layer.watch_gradient()
+        for one in _constrained_layers(self._model, self._optimizer):
+            before_step(one, self._optimizer, id(self), gradients=not has_closure)
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -151,6 +156,8 @@ class Guard:
                 layer.project()
             if not known and layer.stored_weight is not None:
                 _clean_state(self._optimizer, layer.stored_weight, layer.mask)
+        for one in _constrained_layers(self._model, self._optimizer):
+            after_step(one, id(self))
 
     def reset(self) -> None:
         """Look at the whole state anew at the next step: another one was loaded."""
@@ -192,6 +199,12 @@ def _masked_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[M
         if id(weight) in held:
             layers.setdefault(id(weight), module)
     return list(layers.values())
+
+
+def _constrained_layers(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[nn.Module]:
+    """Return the layers with constraints whose weights an optimizer holds."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [module for module in model.modules() if constrained(module) and id(stored(module)) in held]
 
 
 def _zero(tensor: Tensor, mask: Tensor) -> None:

@@ -122,6 +122,7 @@ class ScheduledRegrowth(Regrowth):
         seed: of the random places.
         averages: averages of the model (``torch.optim.swa_utils.AveragedModel``, or copies that somebody averages), which
             get its connections whenever they have moved; new ones start at 0 there, too.
+        exclude_dropped: as in :func:`regrow_model`.
         group: the processes that train one model together, as in :func:`regrow_model`.
 
     Attributes:

@@ -149,7 +149,13 @@ def are_finite(tensors: Sequence[Tensor], ranks: Ranks | None) -> bool:
     return bool(averaged(torch.tensor(float(finite), device=device), ranks) == 1)
 
 
-def check_alike(what: str, arrays: Mapping[str, Any], ranks: Ranks, places: Mapping[str, str] | None = None) -> None:
+def check_alike(
+    what: str,
+    arrays: Mapping[str, Any],
+    ranks: Ranks,
+    places: Mapping[str, str] | None = None,
+    remedy: str = "begin with the same weights and masks (wrap the model before it is masked, or seed all processes alike)",
+) -> None:
     """Raise a ``ValueError`` if arrays are not the same, bit for bit, in all processes; by name.
 
     Args:
@@ -157,6 +163,7 @@ def check_alike(what: str, arrays: Mapping[str, Any], ranks: Ranks, places: Mapp
         arrays: by name; of a weight that is cut over processes this one's part, or several arrays of it.
         ranks: the processes.
         places: what says, by name, which part this process has; processes that have the same one are compared.
+        remedy: what an error says is to be done.
     """
     own = [(_digest(array), (places or {}).get(name)) for name, array in arrays.items()]
     every = ranks.gather((list(arrays), own))
@@ -173,8 +180,8 @@ def check_alike(what: str, arrays: Mapping[str, Any], ranks: Ranks, places: Mapp
         for leader, differing in others.items():
             raise ValueError(
                 f"{what} of {name or 'the model'} must be the same in all processes; got others on rank "
-                f"{', '.join(map(str, differing))} than on rank {leader}: begin with the same weights and masks (wrap the "
-                "model before it is masked, or seed all processes alike), or pass group=None where one process acts alone"
+                f"{', '.join(map(str, differing))} than on rank {leader}: {remedy}, or pass group=None where one process "
+                "acts alone"
             )
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from maskedlinear_torch._compat import exchange_fsdp_parameter, fsdp_parameter
+from maskedlinear_torch._constraints import set_constraints
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded
 from maskedlinear_torch._fsdp import become
 from maskedlinear_torch._layer import MaskedLinear
@@ -92,6 +93,7 @@ def become_dense_in_place(model: nn.Module, layer: SparseLinear) -> None:
     assert found is not None, "asked before"
     weight = nn.Parameter(layer.weight.detach(), requires_grad=old.requires_grad)
     pattern, recipe, init_fan_in, keep_dormant = layer.pattern, layer.recipe, layer.init_fan_in, layer.keep_dormant
+    constraints = layer.constraints
     own: Any = vars(layer)
     for name in LAYERS_OWN | {"recipe"}:
         own.pop(name, None)
@@ -102,6 +104,7 @@ def become_dense_in_place(model: nn.Module, layer: SparseLinear) -> None:
     made.init_fan_in = init_fan_in
     if recipe is not None:
         made.recipe = recipe
+    set_constraints(made, constraints)
     _cut_in_place(found, made, kind, MaskedLinear, "weight", old)
 
 

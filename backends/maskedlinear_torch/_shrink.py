@@ -18,15 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from maskedlinear._table import lines
-from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
+from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed, kept_nodes
+from maskedlinear_torch._constraints import constrained
+from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._modules import copy_hooks_and_attributes, has_call_hooks, parameter_users, replace_modules
 from maskedlinear_torch._sparse_layer import SparseLinear
 
-__all__ = ["shrink"]
+__all__ = ["NODE_BY_NODE", "shrink"]
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -44,6 +47,7 @@ _POINTWISE = (
     ),  # the last where it does nothing
 )
 _BY_FEATURE = (nn.BatchNorm1d, nn.PReLU)  # these keep something a feature
+NODE_BY_NODE = (*_POINTWISE, *_BY_FEATURE)
 _NAMES = (
     *("relu", "relu6", "leaky_relu", "gelu", "silu", "mish", "tanh"),
     *("sigmoid", "elu", "selu", "celu", "hardtanh", "hardswish", "hardsigmoid"),
@@ -88,13 +92,20 @@ def shrink(
         named: what ``model`` is called with, by name.
 
     Raises:
-        ValueError: if the model cannot be traced, changes a value in place that is read elsewhere, or, with
+        ValueError: if the model is cut over processes, or in ``DistributedDataParallel``; if it cannot be traced, changes a
+            value in place that is read elsewhere, or, with
             ``on_unfollowed="raise"``, leads nodes that could go into something that is not followed.
         RuntimeError: if the smaller model's outputs are not the same.
         TypeError: if ``model`` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"shrink takes a torch.nn.Module; got {type(model).__name__}")
+    if isinstance(model, DistributedDataParallel) or any(map(is_sharded, model.parameters())):
+        raise ValueError(
+            "shrink makes a smaller copy of a whole model; got one that is cut over processes, or in "
+            "DistributedDataParallel: shrink model.module, or a whole model that has loaded the state (checkpoint.save, or "
+            "get_model_state_dict with full_state_dict=True), and share that out"
+        )
     check_unfollowed(on_unfollowed)
     reference = copy.deepcopy(model).eval().double()
     given = pytree.tree_map(_double, (inputs, named))
@@ -194,6 +205,8 @@ class _Walk:
             return "its parameters are shared"
         if name in self._read:
             return "its parameters are read by the model around it"
+        if constrained(module):
+            return "it has constraints: free it before, by constrain(model, ...)"
         if has_call_hooks(module) or "forward" in vars(module):
             return "it has hooks, or a forward of its own"
         if isinstance(module, nn.BatchNorm1d) and module.running_mean is None:
@@ -272,6 +285,7 @@ def _smaller(model: Model, plan: Plan) -> Model:
 
 def _smaller_layer(layer: nn.Linear, rows: Any, columns: Any, added: Any) -> nn.Linear:
     weight, bias = layer.weight, layer.bias
+    kept = kept_nodes(layer, rows, columns)
     rows, columns, added = (torch.from_numpy(part).to(weight.device) for part in (rows, columns, added))
     mask = layer.mask[rows][:, columns] if isinstance(layer, MaskedLinear) else None
     has_bias = bias is not None or bool(added.any())
@@ -291,7 +305,9 @@ def _smaller_layer(layer: nn.Linear, rows: Any, columns: Any, added: Any) -> nn.
         new.bias.copy_(old + added)
         new.bias.requires_grad_((weight if bias is None else bias).requires_grad)
     new.train(layer.training)
-    return copy_hooks_and_attributes(new, layer)  # type: ignore[return-value]
+    new = copy_hooks_and_attributes(new, layer)  # type: ignore[assignment]
+    new.kept_nodes = kept  # type: ignore[assignment]
+    return new
 
 
 def _fewer_features(module: nn.Module, kept: Tensor) -> nn.Module:

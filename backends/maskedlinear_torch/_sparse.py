@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,7 +13,7 @@ from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
 from maskedlinear_torch._products import DevicePattern, is_fake, spmm
 
-__all__ = ["check_values", "product", "sparse_linear"]
+__all__ = ["check_values", "product", "real_tensor", "sparse_linear"]
 
 
 def sparse_linear(x: Tensor, values: Tensor, pattern: SparsityPattern, bias: Tensor | None = None) -> Tensor:
@@ -70,3 +73,11 @@ def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int,
     if bias is not None:
         y = y + bias.to(wide)  # last: hooks of FSDP2 get lost where a view is written to in place
     return y.to(x.dtype)
+
+
+def real_tensor(name: str, numbers: Any) -> Tensor:
+    """Return numbers as a tensor, if they are real."""
+    tensor = numbers if isinstance(numbers, Tensor) else torch.tensor(np.asarray(numbers), device="cpu")
+    if tensor.is_complex():
+        raise TypeError(f"{name} must be real; got {tensor.dtype}: pass their .real")
+    return tensor

@@ -12,14 +12,24 @@ import torch.fx
 from numpy.typing import ArrayLike
 from torch import Tensor, nn
 
+from maskedlinear.constraints import Constraints
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_torch._constraints import (
+    check_keeps_fixed,
+    keep,
+    load_constraints,
+    save_constraints,
+    set_constraints,
+    taken_from,
+    watch_constrained,
+)
 from maskedlinear_torch._dtensors import full_tensor, is_sharded
 from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
-from maskedlinear_torch._sparse import check_values, product
+from maskedlinear_torch._sparse import check_values, product, real_tensor
 from maskedlinear_torch._sparse_shards import (
     Cut,
     check_alike_where_shared,
@@ -27,6 +37,7 @@ from maskedlinear_torch._sparse_shards import (
     live_weights,
     moved,
     part_of,
+    refuse_cut_twice,
     resize_and_copy,
     settle,
     whole_values,
@@ -93,6 +104,7 @@ class SparseLinear(nn.Module):
     outputs: Tensor
     order: Tensor
     recipe: Recipe | None = None  # what the connections were made of; whoever relies on it sees whether they still are
+    constraints: Constraints | None = None  # of connections; set by constrain
     keep_dormant: KeepDormant = True  # of the dense form that this was, and may become again
     _matrix: Matrix
     _cut: Cut | None = None  # by tensor parallelism
@@ -223,6 +235,7 @@ class SparseLinear(nn.Module):
         made.init_fan_in, made.keep_dormant = layer.init_fan_in, layer.keep_dormant
         if layer.recipe is not None:
             made.recipe = layer.recipe
+        set_constraints(made, layer.constraints)
         for name, parameter in made.named_parameters():
             parameter.requires_grad_(getattr(layer, "weight" if name == "weight_values" else name).requires_grad)
         return made.train(layer.training)
@@ -263,7 +276,7 @@ class SparseLinear(nn.Module):
             )
         if not isinstance(values, Tensor):
             dtype = dtype or torch.get_default_dtype()
-        values = _real("values", values).to(device=device, dtype=dtype)
+        values = real_tensor("values", values).to(device=device, dtype=dtype)
         if values.shape != order.shape:
             raise ValueError(
                 f"values must have one entry for each of the {len(order)} edges; got {tuple(values.shape)}"
@@ -283,7 +296,7 @@ class SparseLinear(nn.Module):
             ValueError: if an entry is stored twice, or ``bias`` has another length.
             TypeError: if ``matrix`` is not sparse, or it or ``bias`` is complex.
         """
-        pattern, data = SparsityPattern.from_scipy(matrix)
+        pattern, data = SparsityPattern.from_scipy(matrix, orientation="out_in")
         options = {"dtype": options.pop("dtype", None) or torch.get_default_dtype(), **options}
         values = torch.tensor(np.asarray(data), **options)
         return cls._made(pattern, values, bias)
@@ -324,6 +337,7 @@ class SparseLinear(nn.Module):
                 layer.weight[layer.mask] = whole_values(self.weight_values, self._cut)
             if self.bias is not None:
                 layer.bias.copy_(full_tensor(self.bias))
+        set_constraints(layer, self.constraints)
         for name, parameter in self.named_parameters():
             getattr(layer, "weight" if name == "weight_values" else name).requires_grad_(parameter.requires_grad)
         return layer.train(self.training)
@@ -353,6 +367,8 @@ class SparseLinear(nn.Module):
             )
         if new.nnz != old.nnz or bool((places >= old.nnz).any()):
             raise ValueError(f"source must say where each of the {old.nnz} connections was, or -1")
+        refuse_cut_twice(self)
+        check_keeps_fixed(self, np.asarray(source))
         check_alike_where_shared(self.weight_values, {"connections": new.places, "places": np.asarray(source)})
         with torch.no_grad():
             cut = None if self._cut is None else replace(self._cut, pattern=new)
@@ -361,6 +377,9 @@ class SparseLinear(nn.Module):
             )
         self._pattern, self._cut = new, cut
         self._place()
+        if self.constraints is not None:
+            set_constraints(self, self.constraints.moved(new, np.asarray(source)))
+            keep(self)
 
     def extra_repr(self) -> str:
         """Say the sizes, the number of connections and the sparsity."""
@@ -375,7 +394,7 @@ class SparseLinear(nn.Module):
         out, in_ = pattern.shape
         if isinstance(bias, bool):
             bias = values.new_zeros(out) if bias else None
-        bias = None if bias is None else _real("bias", bias)
+        bias = None if bias is None else real_tensor("bias", bias)
         if bias is not None and bias.shape != (out,):
             raise ValueError(f"bias must have shape ({out},), one entry an output; got {tuple(bias.shape)}")
         layer: Self = nn.utils.skip_init(
@@ -404,6 +423,7 @@ class SparseLinear(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._place()
+        watch_constrained(self)
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -413,6 +433,7 @@ class SparseLinear(nn.Module):
         indices = DevicePattern.of(self._pattern, self.weight_values.device)
         # Copies: a distributed checkpoint is loaded into them, and layers and copies of models may share the layer's own.
         destination.update({prefix + name: getattr(indices, name).clone() for name in _KEPT})
+        save_constraints(self, destination, prefix)
 
     def named_buffers(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -434,6 +455,8 @@ class SparseLinear(nn.Module):
         earlier, now = prefix + "values", prefix + "weight_values"
         if earlier in state_dict and now not in state_dict:
             state_dict = {now if key == earlier else key: kept for key, kept in state_dict.items()}
+        state_dict = dict(state_dict)
+        constraints = taken_from(state_dict, prefix)
         keys = [prefix + name for name in _KEPT]
         if any(key in state_dict for key in keys):
             try:
@@ -451,14 +474,7 @@ class SparseLinear(nn.Module):
                 rest[key] = shared_out_as(given, own, self)
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
         self._place()
-
-
-def _real(name: str, numbers: Any) -> Tensor:
-    """Return numbers as a tensor, if they are real."""
-    tensor = numbers if isinstance(numbers, Tensor) else torch.tensor(np.asarray(numbers), device="cpu")
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be real; got {tensor.dtype}: pass their .real")
-    return tensor
+        load_constraints(self, constraints, prefix, error_msgs)
 
 
 def _pattern(mask: Any, pattern: Any, shape: tuple[int, int]) -> SparsityPattern:

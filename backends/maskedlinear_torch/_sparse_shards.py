@@ -28,6 +28,7 @@ __all__ = [
     "live_weights",
     "moved",
     "part_of",
+    "refuse_cut_twice",
     "resize_and_copy",
     "settle",
     "whole_values",
@@ -195,6 +196,17 @@ def resize_and_copy(parameter: Tensor, change: Callable[[Tensor], Tensor]) -> No
     vars(new).update(vars(parameter))
     parameter.grad = None
     torch.utils.swap_tensors(parameter, new)
+
+
+def refuse_cut_twice(layer: Any) -> None:
+    """Raise a ``ValueError`` if connections of a layer cannot move, since FSDP2 has cut again what tensor parallelism had
+    shared out: processes would have other numbers of them, and FSDP2 cannot take parts of another size.
+    """
+    if layer._cut is not None and getattr(layer, "_is_fsdp_managed_module", False):
+        raise ValueError(
+            "connections of a sparse layer move under FSDP2 or under tensor parallelism; got one that is cut by both: leave "
+            "it out of one of them, or keep its connections (include=... says which layers move)"
+        )
 
 
 def check_alike_where_shared(parameter: Tensor, arrays: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch._compat import is_sending_state
 from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharded
 from maskedlinear_torch._products import DevicePattern
-from maskedlinear_torch._sparse_shards import part_of, resize_and_copy
+from maskedlinear_torch._sparse_shards import part_of, refuse_cut_twice, resize_and_copy
 
 __all__ = ["named_buffers", "pattern_of_state", "shared_out_as", "take_pattern"]
 
@@ -55,6 +55,8 @@ def pattern_of_state(layer: Any, indptr: Any, indices: Any, values: Any) -> Spar
             f"a state must have {layer.out_features} outputs, as the layer, and as many values as connections; got "
             f"{pattern.shape[0]} outputs, {tuple(values.shape)} values and {pattern.nnz} connections"
         )
+    if pattern != own:
+        refuse_cut_twice(layer)
     if pattern.nnz != own.nnz and layer._cut is None and is_sharded(layer.weight_values):
         raise ValueError(
             f"FSDP2 has cut the values of {own.nnz} connections, and cannot cut those of another number; got {pattern.nnz}: "

@@ -160,6 +160,7 @@ def regrown_mask(
     fraction: float,
     gradient: Tensor | None,
     seed: int,
+    exclude_dropped: bool,
 ) -> tuple[NDArray[np.bool_], int]:
     """Return this process' part of a weight's mask, some of whose connections have moved, and the number of matrices.
 
@@ -171,6 +172,7 @@ def regrown_mask(
         fraction: of the connections, that move.
         gradient: this part of the gradient to grow by; ``None`` grows at random.
         seed: of the random places.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
     """
     weight = layer.weight.detach()
     numbers = _numbers(local_part(weight))
@@ -182,6 +184,7 @@ def regrown_mask(
         add_up=_add_up(ranks),
         by_gradient=gradient is not None,
         seed=seed,
+        exclude_dropped=exclude_dropped,
     )
     return found[0], number
 

@@ -86,7 +86,7 @@ class WeightMask(MaskedWeight):
     def extra_repr(self) -> str:
         """Say whose it is, and how sparse."""
         module, name = self.owner
-        return f"{name} of {type(module).__name__}" + ("" if self.mask.is_meta else f", sparsity={self.sparsity:.4g}")
+        return f"{name} of {type(module).__name__}{self._told_sparsity()}"
 
     def named_parameters(self, *_: Any, **__: Any) -> Iterator[tuple[str, nn.Parameter]]:
         """Go through no parameters: the weight is the module's, for whoever asks modules one by one too."""

@@ -19,6 +19,7 @@ from maskedlinear.models import (
     is_norm,
     why_left_out,
 )
+from maskedlinear_torch._dense_parameter import DenseParameter
 from maskedlinear_torch._fsdp import reshard, type_of
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import MaskedWeight
@@ -57,8 +58,8 @@ for _dimensions, (_plain, _transposed) in enumerate(
     ((nn.Conv1d, nn.ConvTranspose1d), (nn.Conv2d, nn.ConvTranspose2d), (nn.Conv3d, nn.ConvTranspose3d)), start=1
 ):
     _window = tuple(range(2, 2 + _dimensions))
-    _table[_plain] = {"weight": WeightAxes(out_axis=0, in_axis=(1, *_window))}
-    _table[_transposed] = {"weight": WeightAxes(out_axis=1, in_axis=(0, *_window))}
+    _table[_plain] = {"weight": WeightAxes(out_axis=0, in_axis=(1, *_window), window_axis=_window)}
+    _table[_transposed] = {"weight": WeightAxes(out_axis=1, in_axis=(0, *_window), window_axis=_window)}
 
 # Of modules that have no entry, by their type's name (no framework is imported for it) or by the parameter's.
 _PARALLEL_EXPERTS = {"weight": _EXPERTS}
@@ -195,6 +196,9 @@ def _why_fixed(user: ParameterUser, value: Tensor) -> str:
     if isinstance(value, UninitializedParameter):
         return "without values yet: call the model once before"
     if isinstance(module, nn.utils.parametrize.ParametrizationList):
+        method = next((own.method for own in module if isinstance(own, DenseParameter)), None)
+        if method is not None:
+            return f"the dense parameter of {method}, whose finish() makes a masked weight of it"
         return "computed by a parametrization: remove that before"
     if name.endswith("_orig") and f"{name.removesuffix('_orig')}_mask" in module._buffers:
         return "pruned by torch.nn.utils.prune: call its remove before"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
@@ -22,7 +23,9 @@ from maskedlinear.models import (
     check_of,
     check_one_mask,
     first_names,
+    number_effective,
     prune_weights,
+    warn_of_cut,
     warn_of_left_out,
     warn_of_lost,
     warn_of_sparse,
@@ -31,6 +34,9 @@ from maskedlinear.models import (
 )
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning._layers import Include, Scoring, check_known, matches, pattern_of
+from maskedlinear_torch._chain import chain_of
+from maskedlinear_torch._constraints import check_keeps_fixed, fixed_entries, refuse_fixed_and_cut
+from maskedlinear_torch._cut_weight import like_own
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded, local_part
 from maskedlinear_torch._fsdp import type_of
 from maskedlinear_torch._functional import checked_mask
@@ -39,6 +45,7 @@ from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_k
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._ranks import Group, Ranks, averaged, check_alike, group_of
 from maskedlinear_torch._sparse_layer import SparseLinear
+from maskedlinear_torch._sparse_shards import refuse_cut_twice
 from maskedlinear_torch._together import count_nodes, cut_like, new_masks, places_of
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
@@ -50,10 +57,23 @@ from maskedlinear_torch._weights import (
     walk_masked,
 )
 
-__all__ = ["get_masks", "mask_model", "mask_weight", "prune_model", "set_masks", "summary", "unmask_model"]
+__all__ = [
+    "get_masks",
+    "mask_model",
+    "mask_weight",
+    "one_a_weight",
+    "prune_model",
+    "set_masks",
+    "summary",
+    "unmask_model",
+]
 
 Masks = Mapping[str, Any]
 
+_DORMANT_DIFFER = (
+    "dormant values would come back that differ, which DistributedDataParallel does not send: load the state of one process "
+    "in all (load_state_dict, or set_model_state_dict with broadcast_from_rank0=True), or seed all processes alike"
+)
 _WHOLE = "_maskedlinear_whole"  # the attribute of a model all weights of which were masked
 
 
@@ -171,6 +191,9 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
         for name, mask in masks.items()
         if isinstance(layers[name], SparseLinear)
     }
+    for name, pattern in moved.items():
+        if pattern != layers[name].pattern:
+            refuse_cut_twice(layers[name])
     masks = {name: mask for name, mask in masks.items() if not isinstance(layers[name], SparseLinear)}
     checked = {
         name: _checked(mask, layers[name].weight, axes_of_mask(layers[name]), name) for name, mask in masks.items()
@@ -185,7 +208,11 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
             parts = {name: cut_like(mask, layers[name].weight) for name, mask in parts.items()}
         check_alike("the mask", parts | {name: pattern.places for name, pattern in moved.items()}, ranks, keys)
         full = {name: torch.where(mask, local_part(layers[name].full_weight), 0) for name, mask in parts.items()}
-        check_alike("the weight under the new mask", full, ranks, keys)
+        check_alike("the weight under the new mask", full, ranks, keys, _DORMANT_DIFFER)
+    for name, mask in checked.items():
+        check_keeps_fixed(layers[name], like_own(mask, layers[name].mask))
+    for name, pattern in moved.items():
+        check_keeps_fixed(layers[name], pattern.places_in(layers[name].pattern))
     for name, mask in checked.items():
         layers[name].set_mask(mask)
     for name, pattern in moved.items():
@@ -205,6 +232,7 @@ def prune_model(
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
+    keep_masked: bool = True,
     group: Group = "model",
     progress: Progress = False,
 ) -> dict[str, Tensor]:
@@ -219,8 +247,9 @@ def prune_model(
         sparsity: the fraction of masked connections afterwards, in [0, 1]; see :func:`maskedlinear.pruning.prune`.
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two read ``weight.grad``); a function of
             weight and gradient (DTensors, where they are cut) that returns scores of their shape; or the scores of each
-            weight by name, as those that :func:`maskedlinear.pruning.movement` adds up over steps.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack (an expert) is a layer.
+            weight by name, as those that :func:`maskedlinear.pruning.movement` adds up over steps, of more weights too.
+        scope: ``"global"``, ``"layer"``, ``"row"``, ``"erdos_renyi"`` or ``"uniform_plus"``, as
+            :func:`maskedlinear.pruning.prune` takes it; each matrix of a stack (an expert) is a layer.
         of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
             model, those without a mask included, or all numbers of the ``"model"``.
         include: which weights, as in :func:`mask_model`.
@@ -228,6 +257,8 @@ def prune_model(
         seed: for ``"random"``.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
         keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
+        keep_masked: whether what is masked stays so. If ``False``, all connections are chosen from, and those that come back
+            have their dormant values: for scores of masked ones too, as those of :func:`movement_scores`.
         group: the processes that prune one model together, a group of ``torch.distributed``: scores are of the gradients of
             all of them, averaged, and the masks are compared before they are set. By default those of a model in
             ``DistributedDataParallel``, or that FSDP2 or tensor parallelism has cut; ``None`` where one process acts alone
@@ -242,7 +273,7 @@ def prune_model(
             the masks of processes differ. The model is left as it was.
     """
     check_of(of)
-    layers = {name: layer for name, layer in _one_a_weight(model).items() if matches(name, module_of(layer), include)}
+    layers = {name: layer for name, layer in one_a_weight(model).items() if matches(name, module_of(layer), include)}
     if not layers:
         sparse = any(isinstance(layer, SparseLinear) for _, layer in walk_masked(model))
         remedy = (
@@ -255,10 +286,18 @@ def prune_model(
             f"score={score!r} needs the gradient of each weight; frozen ones (requires_grad=False) get none: "
             f"{first_names(frozen)}: let them have one for the backward pass, or leave them out with include=..."
         )
+    if isinstance(score, Mapping):
+        check_known("scores", score, [user.name for weight in model_weights(model) for user in weight.users])
+        score = {name: score[name] for name in layers if name in score}
     ranks = group_of(model, group)
     how: dict[str, Any] = {"scope": scope, "block": block, "seed": seed, "on_empty": on_empty}
     how |= {"keep_at_least": keep_at_least, "progress": progress}
     if any(is_sharded(layer.weight) for layer in layers.values()):
+        if not keep_masked:
+            raise ValueError(
+                "keep_masked=False chooses from whole weights; processes have cut these: set_masks sets new masks"
+            )
+        refuse_fixed_and_cut(layers)
         places = places_of({name: layer.weight for name, layer in layers.items()}, ranks)
         zeros = None if of == "masked" else _zeros_left(model, sparsity, of, layers)
         known = {name: (layer, axes_of_mask(layer)) for name, layer in layers.items()}
@@ -266,7 +305,11 @@ def prune_model(
     else:
         weights = {
             name: Prunable(
-                axes_of_mask(layer), layer.weight.detach(), _gradient(layer, ranks, score), layer.mask.cpu().numpy()
+                axes_of_mask(layer),
+                layer.weight.detach() if keep_masked else layer.full_weight,
+                _gradient(layer, ranks, score),
+                layer.mask.cpu().numpy() if keep_masked else np.ones(tuple(layer.mask.shape), bool),
+                fixed_entries(layer),
             )
             for name, layer in layers.items()
         }
@@ -277,6 +320,7 @@ def prune_model(
     before = {name: layer.mask.clone() for name, layer in layers.items()}
     for name, layer in layers.items():
         layer.set_mask(masks[name])
+    warn_of_cut(chain_of(model))
     if include is None and _WHOLE in vars(model):
         warn_of_lost([weight.name for weight in _without_mask(model) if not weight.why], stacklevel=3)
     if of == "masked" and include is None:
@@ -337,7 +381,7 @@ def summary(model: nn.Module) -> ModelSummary:
             uninitialized = isinstance(weight.value, UninitializedParameter)
             shape = () if uninitialized else tuple(weight.value.shape)
             unmasked.append(UnmaskedParameter(weight.full_name, shape, weight.why))
-    return ModelSummary(rows, unmasked)
+    return ModelSummary(rows, unmasked, number_effective(chain_of(model)))
 
 
 def _without_mask(model: nn.Module) -> list[ModelWeight]:
@@ -352,7 +396,7 @@ def _name_inside(name: str) -> str:
     return ".".join(parts)
 
 
-def _one_a_weight(model: nn.Module) -> dict[str, MaskedWeight]:
+def one_a_weight(model: nn.Module) -> dict[str, MaskedWeight]:
     """Return the masked weights, of those that share one, and with it its mask, the first."""
     layers: dict[int, tuple[str, MaskedWeight]] = {}
     for name, layer in masked_weights(model).items():
