@@ -6,9 +6,12 @@ try:
     from maskedlinear_jax import (
         PruningState,
         RegrowthState,
+        apply_constraints,
         apply_masks,
         freeze_masked,
+        grasp_scores,
         masked_linear,
+        n_of_m_tree,
         prune_tree,
         regrow_tree,
         scheduled_pruning,
@@ -16,6 +19,10 @@ try:
         set_optimizer_masks,
         sparse_linear,
         stack_patterns,
+        straight_through,
+        synflow_scores,
+        top_kast,
+        top_kast_masks,
         trace_axes,
     )
 except ModuleNotFoundError as error:
@@ -24,9 +31,12 @@ except ModuleNotFoundError as error:
 __all__ = [
     "PruningState",
     "RegrowthState",
+    "apply_constraints",
     "apply_masks",
     "freeze_masked",
+    "grasp_scores",
     "masked_linear",
+    "n_of_m_tree",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
@@ -34,5 +44,9 @@ __all__ = [
     "set_optimizer_masks",
     "sparse_linear",
     "stack_patterns",
+    "straight_through",
+    "synflow_scores",
+    "top_kast",
+    "top_kast_masks",
     "trace_axes",
 ]

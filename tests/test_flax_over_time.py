@@ -78,7 +78,9 @@ def test_both_forms_move_alike_and_train_on_alike(by: str, jitted: bool) -> None
         for model, optimizer in zip(models, optimizers, strict=True):
             step(model, optimizer, X)
             grown = dense_gradients(called, model, X) if by == "gradient" else None
-            assert regrow_model(model, 0.4, gradients=grown, optimizer=optimizer, seed=number) == 28 + 12
+            how: Any = {"optimizer": optimizer, "seed": number, "exclude_dropped": number == 0}
+            moved = regrow_model(model, 0.4, gradients=grown, **how)
+            assert moved == 28 + 12 if number == 0 else 0 < moved <= 28 + 12
         for one, other in zip(*map(weights, models), strict=True):
             np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-6)
             np.testing.assert_array_equal(one != 0, other != 0)
@@ -134,7 +136,7 @@ def test_a_moved_connections_state_starts_clean_and_the_others_keep_theirs() -> 
         before = moments()
         regrow_model(model, 0.4, optimizer=optimizer, include="layers.0", seed=1)
         after = moments()
-        assert len(after.keys() - before.keys()) == 28
+        assert 0 < len(after.keys() - before.keys()) <= 28  # what is back at once is among those before
         assert any(before.values())
         assert after == {edge: before.get(edge, 0.0) for edge in after}
 
@@ -256,7 +258,7 @@ def test_connections_move_at_their_steps(growth: Any, form: Any) -> None:
     prune_model(model, 0.5, scope="layer")
     model = compress(model, form)
     optimizer = adam(model)
-    regrowth = ScheduledRegrowth(model, optimizer, every=3, end=10, growth=growth)
+    regrowth = ScheduledRegrowth(model, optimizer, every=3, end=10, growth=growth, exclude_dropped=True)
     moved, asked = [], []
 
     def gradients() -> Any:

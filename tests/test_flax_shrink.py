@@ -12,6 +12,8 @@ import pytest
 from flax import nnx
 
 from maskedlinear.flax import MaskedLinear, get_masks, mask_model, prune_model, set_masks, shrink
+from maskedlinear.masks import Wiring
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear.pruning import _shrink
 
 X = jax.random.normal(jax.random.key(0), (7, 6))
@@ -113,6 +115,14 @@ def test_a_pruned_model_becomes_smaller_and_keeps_the_masks_that_are_left() -> N
     assert sum(leaf.size for leaf in jax.tree.leaves(nnx.state(small, nnx.Param))) < 1000
     assert isinstance(small.layers[2], MaskedLinear)
     same(model, small)
+    mask = np.asarray(model.layers[2].mask[...]).T
+    wiring = Wiring(SparsityPattern.from_mask(mask), tuple(range(50)), tuple(range(50)))  # type: ignore[arg-type]
+    names = wiring.follow(small.layers[2])
+    assert names.pattern.shape == (small.layers[2].out_features, small.layers[2].in_features)
+    assert 0 < names.pattern.nnz < wiring.pattern.nnz
+    assert {
+        edge for edge in wiring.edges(model.layers[2]) if edge[1] in names.outputs and edge[0] in names.inputs
+    } == set(wiring.edges(small.layers[2])), "names follow"
     assert sizes(shrink(small, X)) == sizes(small)
 
 

@@ -386,10 +386,10 @@ def test_connections_of_a_stack_in_the_sparse_form_move() -> None:
     optimizer = nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
     optimizer.update(model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param)))
     stack.weight_values[...] = values
-    assert regrow_model(model, 0.5, optimizer=optimizer, seed=4) == 36
+    assert regrow_model(model, 0.5, optimizer=optimizer, seed=4, exclude_dropped=True) == 36
     first = optimizer.opt_state[0].mu["stack"]["weight_values"][...]
     for place, one in enumerate(layers):
-        regrow_model(one, 0.5, seed=4 + place)
+        regrow_model(one, 0.5, seed=4 + place, exclude_dropped=True)
         assert stack.patterns[place] == one.pattern
         np.testing.assert_array_equal(stack.weight_values[...][place], one.weight_values[...])
         np.testing.assert_array_equal(np.asarray(first[place]) == 0, np.asarray(one.weight_values[...]) == 0)

@@ -178,8 +178,10 @@ def test_connections_move_as_pytorchs_do(by: str) -> None:
     with in_torch.dense_gradients(theirs) as recorded:
         theirs(torch.from_numpy(np.array(X))).square().sum().backward()
     chosen = by == "gradient"
-    moved = regrow_model(ours, 0.4, gradients=gradients if chosen else None, seed=3)
-    assert moved == in_torch.regrow_model(theirs, 0.4, gradients=recorded if chosen else None, seed=3) == 15
+    for how, most in (({"seed": 3}, 15), ({"seed": 4, "exclude_dropped": True}, 15)):
+        moved = regrow_model(ours, 0.4, gradients=gradients if chosen else None, **how)  # type: ignore[arg-type]
+        assert moved == in_torch.regrow_model(theirs, 0.4, gradients=recorded if chosen else None, **how)  # type: ignore[arg-type]
+        assert moved == most if "exclude_dropped" in how else 0 < moved <= most
     np.testing.assert_array_equal(np.asarray(ours[0].mask[...]).T, theirs[0].mask.numpy())  # type: ignore[union-attr, operator]
     np.testing.assert_array_equal(ours[0].kernel[...].T, theirs[0].to_linear().weight.detach().numpy())  # type: ignore[union-attr, operator]
     with pytest.raises(ValueError, match="needs that of each layer; 0 has none"):

@@ -220,7 +220,7 @@ with jax.set_mesh(mesh):
 live, slope = jnp.asarray(mask), rng.standard_normal((OUT, IN))
 share, key = jnp.asarray(_growth.share_words(0.3)), jnp.asarray(_growth.key_words(5))
 def moved(weight, live, slope):
-    grown = [_growth.regrow_stack(WeightAxes(), weight, live, one, share, key, 0) for one in (slope, None)]
+    grown = [_growth.regrow_stack(WeightAxes(), weight, live, one, share, key, 0, False) for one in (slope, None)]
     cleared = _select.clear_smallest([weight], [live], jnp.int32(9))[0]
     return cleared, _select.largest(weight, live, WeightAxes()), *grown
 wanted = moved(weight, live, slope)
@@ -234,7 +234,7 @@ for kind in (AxisType.Auto, AxisType.Explicit):
             assert all(one.sharding.spec == P(*axes) for one in found)
 # layers of nnx
 from flax import nnx
-from maskedlinear.flax import MaskedLinear, SparseLinear
+from maskedlinear.flax import MaskedDense, MaskedLinear, SparseLinear
 with jax.set_mesh(mesh):
     masked = MaskedLinear(IN, OUT, mask=mask.T, rngs=nnx.Rngs(0))
     sparse = SparseLinear.from_masked(masked)
@@ -243,6 +243,12 @@ with jax.set_mesh(mesh):
     for run in (nnx.jit,):
         found = run(nnx.grad(lambda layer: (layer(x32) ** 2).sum()))(sparse)
         np.testing.assert_allclose(found["weight_values"][...], wanted["kernel"][...].T[mask], rtol=1e-4, atol=1e-4)
+    # and of linen
+    weights = {"params": {"kernel": put(masked.kernel[...], "d"), "bias": put(masked.bias[...])}}
+    weights["masks"] = {"mask": put(mask.T, "d")}
+    y = MaskedDense(OUT).apply(weights, put(x.astype(np.float32), "e", "d"), out_sharding=P("e", None))
+    assert jax.typeof(y).sharding.spec == P("e", None)
+    np.testing.assert_allclose(y, masked(x32), rtol=1e-4, atol=1e-4)
 """
 
 PROGRAMS = {

@@ -202,7 +202,7 @@ for format in ("dense", "sparse"):
     np.testing.assert_allclose(model(x), want, atol=1e-5)
 """
 
-PROCESSES = """
+SHARED = """
 jax.config.update("jax_enable_x64", True)
 IMPORTS
 from maskedlinear import checkpoint
@@ -224,6 +224,9 @@ def alike(tree):
     digests = multihost_utils.process_allgather(np.array([zlib.crc32(b"".join(parts))]))
     assert len(set(digests.ravel().tolist())) == 1
 
+"""
+
+PROCESSES = """
 def train(how, kernel, batches):
     params = {"kernel": kernel}
     masks = None if how == "prune" else prune_tree(params, 0.6)
@@ -317,6 +320,62 @@ if rank == 0:  # as one process with the whole batch does
         assert (folder / "alone.safetensors").read_bytes() == (folder / f"{spec}.safetensors").read_bytes()
 end()
 """
+FORMS = """
+from maskedlinear.flax import SparseLinear, shrink
+from maskedlinear.masks import random
+from maskedlinear_jax.flax._checkpoint import arrays_of, save_together
+
+# Both forms and an optimizer: a process that does not write holds nothing of them; what is read lies where it lay.
+def both(spread):
+    layers = [SparseLinear(8, 8, mask=random((8, 8), sparsity=0.5), rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(1))]
+    model = mask_model(nnx.Sequential(*layers))
+    if spread:
+        nnx.update(model, jax.tree.map(lambda a: laid(np.asarray(a), P()), nnx.state(model)))
+    return model, nnx.Optimizer(model, optax.adam(0.1), wrt=nnx.Param)
+
+def loss(model, x):
+    return (model(x) ** 2).mean()
+
+def step(model, optimizer, x):
+    optimizer.update(model, nnx.grad(loss)(model, x))
+
+def moved(model, optimizer, x):
+    nnx.jit(step, donate_argnums=(0, 1))(model, optimizer, x)
+    prune_model(model, 0.5)
+    regrow_model(model, 0.3, gradients=dense_gradients(loss, model, x), optimizer=optimizer)
+    return model, optimizer
+
+def states(parts):
+    return on_host([nnx.to_pure_dict(nnx.state(part)) for part in parts])
+
+x, (kept, after) = laid(xs[0], P("d")), (moved(*both(True), laid(xs[0], P("d"))), both(True))
+parts = arrays_of(kept[0], dormant=True, optimizer=kept[1]).values()
+assert all(bool(part.values.size) == (rank == 0) for part in parts if isinstance(part, checkpoint.MaskedArray))
+checkpoint.save(kept[0], folder / "both.safetensors", dormant=True, optimizer=kept[1])
+checkpoint.load_into(after[0], folder / "both.safetensors", optimizer=after[1])
+for one in (kept, after):
+    nnx.jit(step)(*one, x)
+jax.tree.map(np.testing.assert_array_equal, states(after), states(kept))
+y = to_host(kept[0](x))
+for form in ("dense", "sparse"):
+    np.testing.assert_allclose(to_host(compress(kept[0], form)(x)), y, atol=1e-6)
+if size > 1:
+    with pytest.raises(ValueError, match="no process has whole"):
+        shrink(kept[0], x)
+    class Full(OSError):
+        pass
+    def full(arrays):
+        next(part for part in arrays.values() if isinstance(part, checkpoint.PlainArray)).data()
+        raise Full
+    with pytest.raises(Full if rank == 0 else OSError):
+        save_together(kept[0], None, lambda: arrays_of(kept[0]), full)
+if rank == 0:
+    alone = moved(*both(False), xs[0])
+    nnx.jit(step)(*alone, xs[0])
+    jax.tree.map(lambda one, want: np.testing.assert_allclose(one, want, atol=1e-5), states(after), states(alone))
+end()
+"""
+
 IMPORTS = "import zlib; from jax.experimental import multihost_utils\n" + SETUP[SETUP.index("import warnings") :]
 
 
@@ -330,4 +389,9 @@ def test_on_eight_devices(code: str) -> None:
 
 @pytest.mark.parametrize("size", [2, pytest.param(1, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_in_several_processes(size: int, tmp_path: Path) -> None:
-    in_jax_processes(PROCESSES.replace("IMPORTS", IMPORTS), tmp_path, size)
+    in_jax_processes((SHARED + PROCESSES).replace("IMPORTS", IMPORTS), tmp_path, size)
+
+
+@pytest.mark.slow
+def test_both_forms_in_two_processes(tmp_path: Path) -> None:
+    in_jax_processes((SHARED + FORMS).replace("IMPORTS", IMPORTS), tmp_path)

@@ -8,6 +8,9 @@ if jax.__version_info__ < (0, 6):
         'Upgrade with: pip install -U "maskedlinear[jax]"'
     )
 
+from maskedlinear_jax._constraints import apply_constraints
+from maskedlinear_jax._dense_training import n_of_m_tree, straight_through, top_kast, top_kast_masks
+from maskedlinear_jax._flow_scores import grasp_scores, synflow_scores
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked, set_optimizer_masks
 from maskedlinear_jax._schedule import PruningState, scheduled_pruning
@@ -19,9 +22,12 @@ from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
 __all__ = [
     "PruningState",
     "RegrowthState",
+    "apply_constraints",
     "apply_masks",
     "freeze_masked",
+    "grasp_scores",
     "masked_linear",
+    "n_of_m_tree",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",
@@ -29,5 +35,9 @@ __all__ = [
     "set_optimizer_masks",
     "sparse_linear",
     "stack_patterns",
+    "straight_through",
+    "synflow_scores",
+    "top_kast",
+    "top_kast_masks",
     "trace_axes",
 ]

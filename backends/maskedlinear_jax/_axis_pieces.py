@@ -106,30 +106,35 @@ def split_groups(pieces: Sequence[Piece], groups: int) -> tuple[list[Piece], lis
     return stack, rest
 
 
-def roles(eqn: Any, place: int, dims: Dims) -> tuple[list[Piece], list[Piece], list[Piece]] | None:
-    """Return the pieces of a factor that are outputs, inputs and a stack; ``None`` if it is no weight there."""
+def roles(eqn: Any, place: int, dims: Dims) -> tuple[list[Piece], list[Piece], list[Piece], list[Piece]] | None:
+    """Return the pieces of a factor that are outputs, inputs, a stack and the window among the inputs; ``None`` if it is no
+    weight there."""
     if eqn.primitive.name == "conv_general_dilated":
         out, *in_ = eqn.params["dimension_numbers"].rhs_spec
         stack, rest = split_groups(dims[out], eqn.params["feature_group_count"] * eqn.params["batch_group_count"])
-        return (rest, [piece for d in in_ for piece in dims[d]], stack) if place == 1 else None
+        window = [piece for d in in_[1:] for piece in dims[d]]
+        return (rest, [*dims[in_[0]], *window], stack, window) if place == 1 else None
     numbers = eqn.params.get("dimension_numbers") or eqn.params["ragged_dot_dimension_numbers"]
     contracted, shared = getattr(numbers, "dot_dimension_numbers", numbers)
     stacked = {*shared[place], *(getattr(numbers, "rhs_group_dimensions", ()) if place == 1 else ())}
     summed = set(contracted[place])
     free = set(range(len(dims))) - summed - stacked
     out_, in_, stack = (sorted(piece for d in group for piece in dims[d]) for group in (free, summed, stacked))
-    return (out_, in_, stack) if summed else None
+    return (out_, in_, stack, []) if summed else None
 
 
-def weight_axes(ndim: int, out: list[Piece], in_: list[Piece], stack: list[Piece]) -> WeightAxes | None:
+def weight_axes(
+    ndim: int, out: list[Piece], in_: list[Piece], stack: list[Piece], window: list[Piece]
+) -> WeightAxes | None:
     """Return axes by the pieces that hold them; what an index or a scan took away is a stack. ``None`` if they mix."""
     groups = [list(dict.fromkeys(axis for axes, _ in pieces for axis in axes)) for pieces in (out, in_, stack)]
     gone = set(range(ndim)) - {axis for group in groups for axis in group}
     groups[2] = sorted({*groups[2], *gone})
     if sum(map(len, groups)) != ndim:
         return None
-    one_or_more = [group[0] if len(group) == 1 else tuple(group) for group in groups]
-    return WeightAxes(*one_or_more)
+    out_axis, in_axis, batch_axis = (group[0] if len(group) == 1 else tuple(group) for group in groups)
+    window_axis = tuple(dict.fromkeys(axis for axes, _ in window for axis in axes))
+    return WeightAxes(out_axis, in_axis, batch_axis, window_axis)
 
 
 def meaning(axes: WeightAxes, shape: tuple[int, ...]) -> Any:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +19,8 @@ from numpy.typing import NDArray
 from maskedlinear import pruning
 from maskedlinear._arrays import as_numpy
 from maskedlinear._progress import progress_callback
-from maskedlinear.masks._random import checked_fraction
 from maskedlinear.models import Prunable, WeightAxes, prune_weights, refuse_unknown, regrow_weight
-from maskedlinear.pruning._growth import places_at_random
+from maskedlinear.pruning._growth import number_to_move, places_at_random
 from maskedlinear.pruning._layers import layer_seed
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._placement import is_spread, to_host, to_like
@@ -64,7 +62,14 @@ def prune_known(
 
 
 def regrow_known(
-    axes: WeightAxes | None, mask: Any, weight: Any, fraction: float, gradient: Any, seed: int, first: int
+    axes: WeightAxes | None,
+    mask: Any,
+    weight: Any,
+    fraction: float,
+    gradient: Any,
+    seed: int,
+    first: int,
+    exclude_dropped: bool,
 ) -> tuple[Any, int]:
     """Return what :func:`regrow_traced` does, of arrays whose numbers are known; the mask is laid as the weight is."""
     every = [array for array in (weight, mask, gradient) if array is not None]
@@ -72,9 +77,8 @@ def regrow_known(
     if spread and all(_is_comparable([array]) for array in (weight, gradient) if array is not None):
         like = weight if is_spread(weight) else spread[0]
         parts: list[Any] = [None if array is None else to_like(array, like) for array in (weight, mask, gradient)]
-        return _regrow_spread(
-            axes or WeightAxes.of_entries(weight.ndim), parts[0], parts[1], parts[2], fraction, seed, first
-        )
+        axes = axes or WeightAxes.of_entries(weight.ndim)
+        return _regrow_spread(axes, parts[0], parts[1], parts[2], fraction, seed, first, exclude_dropped)
     rows: Any = None
     if gradient is not None:
         matrices = (axes or WeightAxes.of_entries(gradient.ndim)).matrices(to_host(gradient))
@@ -83,7 +87,8 @@ def regrow_known(
         def rows(start: int, stop: int) -> Any:
             return whole[start:stop]
 
-    new, count = regrow_weight(axes, to_host(mask), as_numpy(to_host(weight)), fraction, rows, layer_seed(seed, first))
+    arrays = to_host(mask), as_numpy(to_host(weight))
+    new, count = regrow_weight(axes, *arrays, fraction, rows, layer_seed(seed, first), exclude_dropped)
     return to_like(new, weight), count
 
 
@@ -103,13 +108,14 @@ def masks_on_host(weights: Mapping[str, Prunable]) -> dict[str, Prunable]:
 def _matrices_of(weight: Prunable) -> Prunable:
     """Return a parameter as its matrix (out, in), a stack of them, or, if nobody knows its axes, as it is."""
     parts: list[Any] = [to_host(array) if is_spread(array) else array for array in (weight.weight, weight.gradient)]
-    parts.append(to_host(weight.mask))
+    parts += [to_host(weight.mask), weight.fixed]
     if weight.axes is None:
         return Prunable(None, *parts)
     alone = weight.axes.matrix_shape(weight.mask.shape)[0] == 1
     parts = [None if part is None else weight.axes.matrices(part) for part in parts]
     parts = [part if part is None or not alone else part[0] for part in parts]
-    return Prunable(WeightAxes() if alone else WeightAxes(1, 2, 0), *parts)
+    axes = WeightAxes() if alone else WeightAxes(1, 2, 0)
+    return Prunable(axes, *parts)._replace(sum_of_sizes=weight.axes.sum_of_sizes(weight.mask.shape))
 
 
 def _restored(weight: Prunable, mask: Any) -> Any:
@@ -119,10 +125,12 @@ def _restored(weight: Prunable, mask: Any) -> Any:
 
 def _are_compared_on_devices(weights: Mapping[str, Prunable], how: Mapping[str, Any]) -> bool:
     """Whether parameters are pruned where they lie: spread ones, by their magnitudes, as far as counts go."""
-    plain = how.get("block") is None and not how.get("keep_at_least")
+    plain = how.get("block") is None and not how.get("keep_at_least") and how.get("scope") != "row"
     if not (plain and isinstance(score := how.get("score", "magnitude"), str) and score == "magnitude"):
         return False
     values = [weight.weight for weight in weights.values()]
+    if any(weight.fixed is not None for weight in weights.values()):
+        return False
     if not any(map(is_spread, values)) or not all(isinstance(value, jax.Array) and value.size for value in values):
         return False
     places = {frozenset(value.sharding.device_set) for value in values if value.committed}
@@ -158,8 +166,9 @@ def _prune_spread(
     if num_zeros is not None and scope == "layer":
         sparsity, num_zeros = num_zeros / sum(weight.weight.size for weight in weights.values()), None
     wanted: Any = None if num_zeros is not None else sparsity
+    sums = {name: axes[name].sum_of_sizes(weight.weight.shape) for name, weight in weights.items()}
     made: dict[str, Any] = {}
-    for place, group in enumerate(groups := grouped(shapes, live, wanted, scope, num_zeros)):
+    for place, group in enumerate(groups := grouped(shapes, live, wanted, scope, num_zeros, sums=sums)):
         masked = masked_so_far(group, shapes, live)
         if on_empty != "keep":
             refuse_more(group, masked, "{} were asked for", "ask for at least as many, or pass no masks")
@@ -186,7 +195,14 @@ def _prune_spread(
 
 
 def _regrow_spread(
-    axes: WeightAxes, weight: Array, mask: Array, gradient: Array | None, fraction: float, seed: int, first: int
+    axes: WeightAxes,
+    weight: Array,
+    mask: Array,
+    gradient: Array | None,
+    fraction: float,
+    seed: int,
+    first: int,
+    exclude_dropped: bool,
 ) -> tuple[Any, int]:
     """Return what :func:`maskedlinear.models.regrow_weight` does, of a parameter that no device has whole."""
     if gradient is not None:
@@ -194,8 +210,8 @@ def _regrow_spread(
             raise ValueError(f"a gradient must have its weight's shape, {weight.shape}; got {gradient.shape}")
         _refuse_nan("a gradient must hold numbers", gradient)
     stacked, out, in_ = axes.matrix_shape(weight.shape)
-    share, live = checked_fraction(fraction), counts_of(axes, mask)
-    count = [min(math.floor(share * int(number)), out * in_ - int(number)) for number in live]
+    live = counts_of(axes, mask)
+    count = np.array([number_to_move(fraction, int(number), out * in_, exclude_dropped) for number in live], np.int64)
     _refuse_nan("a live weight must be a number", jnp.where(mask, weight, jnp.zeros((), weight.dtype)))
     clear = _clearing_each(axes, weight.sharding)
 
@@ -204,10 +220,11 @@ def _regrow_spread(
         return new
 
     kept = cleared(weight, mask, count)
+    taken = mask if exclude_dropped else kept
     if gradient is not None:
-        come: Any = cleared(gradient, ~mask, out * in_ - live - count)
+        come: Any = cleared(gradient, ~taken, out * in_ - live - (count if exclude_dropped else 0))
     else:
-        matrices = axes.matrices(to_host(mask))
+        matrices = axes.matrices(to_host(taken))
         grown = np.zeros((stacked, out * in_), bool)
         for place, (row, matrix, number) in enumerate(zip(grown, matrices, count, strict=True)):
             places = np.flatnonzero(matrix)

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from maskedlinear_jax._constraints import HeldTree, constraints_of_masks
 from maskedlinear_jax._functional import as_array, boolean_mask
-from maskedlinear_jax._tree import is_unmasked, named_leaves
+from maskedlinear_jax._tree import ConstrainedMask, is_unmasked, named_leaves, plain_masks
 
 __all__ = [
     "FrozenState",
@@ -28,7 +29,10 @@ Renewal = Callable[[Any, Any], Any]  # of what is kept of a parameter, and what 
 
 
 def freeze_masked(
-    inner: optax.GradientTransformation, masks: Any | Callable[[Any], Any] | None = None
+    inner: optax.GradientTransformation,
+    masks: Any | Callable[[Any], Any] | None = None,
+    *,
+    constraints: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that masked weights take no part in it and stay +0.
 
@@ -55,6 +59,15 @@ def freeze_masked(
             gradients under the masks, and what comes after it is not guarded.
         masks: the masks of every step that is not given others: a tree as ``update`` takes it, or a function of the
             parameters that returns one.
+        constraints: what live connections keep: a tree like the parameters' or a part of it, or a mapping of names (paths
+            with dots between), of :class:`maskedlinear.constraints.Constraints`, each in its parameter's axes (a Flax kernel
+            is ``(in, out)``), or of one entry a connection for the values of a sparse layer. Those of an nnx model
+            (:func:`maskedlinear.flax.constrain`) go with its masks, need not be given, and follow connections that move,
+            which these do not. Gradients of tied connections
+            are their sum, so that they train as one parameter would, and those of fixed ones 0; updates leave what is fixed
+            bit for bit, what is tied equal, and no value outside its sign or bounds. Then masks may be left out. Begin with
+            :func:`apply_constraints`. What is masked is not constrained, and a tied connection that comes back has the value
+            of its group after its first step, up to a rounding until the second.
 
     Returns:
         A transformation whose ``update`` takes ``masks``: a tree of the parameters' structure whose leaves are masks of the
@@ -63,39 +76,56 @@ def freeze_masked(
 
     Raises:
         ValueError: by ``update``, if there are no masks, their tree differs from the parameters', or one does not have its
-            parameter's shape or holds anything but 0 and 1. Or if ``masks`` is a function and ``params`` are not given.
-        TypeError: by ``update``, if an update is not an array of numbers.
+            parameter's shape or holds anything but 0 and 1. Or if ``masks`` is a function, or there are constraints, and
+            ``params`` are not given. By ``init``, if parameters do not keep their constraints.
+        TypeError: by ``update``, if an update is not an array of numbers; or if constraints are anything else.
     """
+    held = None if constraints is None else HeldTree(constraints)
     guarded, always = optax.with_extra_args_support(inner), masks
 
     def init(params: Any) -> FrozenState:
         whole = bool(jax.tree.leaves(params))  # and not optax's own stand-in for parameters
-        state = frozen_state(guarded, params, _always(masks, params) if whole else None)
+        given = masks_like(params, _always(masks, params)) if whole and masks is not None else None
+        state = frozen_state(guarded, params, plain_masks(given))
+        if held is not None and whole:  # those that go with masks have been kept by whoever made these
+            held.refuse_others(params, plain_masks(given))
         if masks is None or callable(masks):
             return state
-        return state._replace(masks=_copied(params, masks) if whole else params)
+        if not whole:
+            return state._replace(masks=params)
+        return state._replace(masks=_copied(params, masks), constraints=_arrays_of(masks))
 
     def update(
         updates: Any, state: FrozenState, params: Any = None, *, masks: Any = None, **extra: Any
     ) -> tuple[Any, FrozenState]:
         if masks is None:
-            masks = _always(always, params) if state.masks is None else state.masks
+            masks = (
+                _always(always, params) if state.masks is None else _with_constraints(state.masks, state.constraints)
+            )
+        if masks is None and held is not None:
+            masks = jax.tree.map(lambda _: None, updates)
         if masks is None:
             raise ValueError(
                 "freeze_masked needs the masks of this step: tx.update(grads, state, params, masks=masks); or set them in "
                 "its state, with set_optimizer_masks, where somebody else calls update"
             )
-        masks = masks_like(updates, masks)
+        given = masks_like(updates, masks)
+        kept_of, masks = constraints_of_masks(held, given), plain_masks(given)
+        if kept_of is not None and params is None:
+            raise ValueError("constraints are of parameters, which are missing: tx.update(grads, state, params)")
         like = updates if params is None else params  # a gradient for each example has a dimension more
         live = jax.tree_util.tree_map_with_path(_live, like, masks, state.live)
         clean = None if params is None else jax.tree.map(_cleared, params, live, masks)
         kept = _renewed(inner, state, live, jax.tree.structure(like), updates if clean is None else clean)
-        updates, kept = guarded.update(jax.tree.map(_cleared, updates, live, masks), kept, clean, **extra)
+        updates = jax.tree.map(_cleared, updates, live, masks)
+        updates = updates if kept_of is None else kept_of.gradients(updates, clean, live)
+        updates, kept = guarded.update(updates, kept, clean, **extra)
+        updates = updates if kept_of is None else kept_of.updates(updates, clean, live, state.live)
         if params is None:
             updates = jax.tree.map(_held, updates, live, masks)
         else:
             updates = jax.tree.map(_held, updates, live, masks, params)
-        return updates, FrozenState(kept, live, state.masks)
+        return updates, FrozenState(kept, live, state.masks, state.constraints)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -109,11 +139,13 @@ class FrozenState(NamedTuple):
             for parameters that have had no mask, all of which is live.
         masks: what holds at steps that are not given masks: those that the guard was made with, or that
             :func:`set_optimizer_masks` has set; copies, too.
+        constraints: what these say is kept besides, by the parameters' names; ``None`` if nothing is.
     """
 
     inner: Any
     live: Any
     masks: Any = None
+    constraints: Any = None
 
 
 def frozen_state(guarded: optax.GradientTransformation, params: Any, masks: Any = None) -> FrozenState:
@@ -133,11 +165,34 @@ def frozen_state(guarded: optax.GradientTransformation, params: Any, masks: Any 
 
 def _copied(params: Any, masks: Any) -> Any:
     """Return a copy of masks in the parameters' structure, checked."""
-    return jax.tree_util.tree_map_with_path(_copy_of, params, masks_like(params, masks))
+    return jax.tree_util.tree_map_with_path(_copy_of, params, plain_masks(masks_like(params, masks)))
 
 
 def _copy_of(path: Any, leaf: Any, mask: Any) -> Any:
     return None if is_unmasked(mask) else _live(path, leaf, mask, mask)
+
+
+def _arrays_of(masks: Any) -> dict[str, dict[str, Array]] | None:
+    """Return copies of what masks say of constraints, in plain dicts, in which every wrapper keeps a state."""
+    named = named_leaves(masks, of_masks=True)
+    of_masks = {name: vars(mask) for name, mask in named.items() if isinstance(mask, ConstrainedMask)}
+    return {
+        name: {kind: jnp.copy(array) for kind, array in parts.items() if kind != "mask" and array is not None}
+        for name, parts in of_masks.items()
+    } or None
+
+
+def _with_constraints(masks: Any, constraints: Any) -> Any:
+    """Return masks of a state with the constraints that it has beside them."""
+    if constraints is None:
+        return masks
+    leaves, structure = jax.tree.flatten(masks, is_leaf=lambda node: node is None)
+    names, kinds = named_leaves(masks, of_masks=True), ("fixed", "ties", "lower", "upper")
+    made = [
+        ConstrainedMask(leaf, *(constraints[name].get(kind) for kind in kinds)) if name in constraints else leaf
+        for name, leaf in zip(names, leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, made)
 
 
 def follow_masks(state: Any, masks: Any) -> Any:
@@ -146,11 +201,11 @@ def follow_masks(state: Any, masks: Any) -> Any:
     def replaced(node: Any) -> Any:
         if not isinstance(node, FrozenState) or node.masks is None:
             return node
-        held = named_leaves(masks, of_masks=True)
+        held = named_leaves(plain_masks(masks), of_masks=True)
         names = list(named_leaves(node.masks, of_masks=True))
         leaves, structure = jax.tree.flatten(node.masks, is_leaf=lambda leaf: leaf is None)
         new = [old if old is None else jnp.copy(held[name]) for name, old in zip(names, leaves, strict=True)]
-        return node._replace(masks=jax.tree.unflatten(structure, new))
+        return node._replace(masks=jax.tree.unflatten(structure, new), constraints=_arrays_of(masks))
 
     return jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, FrozenState))
 
@@ -177,8 +232,9 @@ def set_optimizer_masks(state: Any, masks: Any) -> Any:
         if not isinstance(node, FrozenState):
             return node
         found = True
-        copied = jax.tree.map(lambda mask: None if mask is True else jnp.copy(mask), masks)
-        return node._replace(live=_with_room(node.live, masks), masks=copied)
+        plain = plain_masks(masks)
+        copied = jax.tree.map(lambda mask: None if mask is True else jnp.copy(mask), plain)
+        return node._replace(live=_with_room(node.live, plain), masks=copied, constraints=_arrays_of(masks))
 
     state = jax.tree.map(replaced, state, is_leaf=lambda node: isinstance(node, FrozenState))
     if not found:

@@ -22,6 +22,7 @@ from maskedlinear_jax._stacks import (
     Counts,
     Group,
     Shapes,
+    check_compiled_scope,
     check_on_empty,
     clear_group,
     grouped,
@@ -36,6 +37,7 @@ from maskedlinear_jax._tree import (
     is_unmasked,
     leaves_like,
     named_leaves,
+    refuse_constrained,
     stack_axes,
 )
 
@@ -61,7 +63,7 @@ class PruningState(NamedTuple):
 
 def scheduled_pruning(
     inner: optax.GradientTransformation,
-    schedule: pruning.CubicSchedule,
+    schedule: pruning.SparsitySchedule,
     *,
     masks: Any = None,
     include: Include = None,
@@ -95,7 +97,7 @@ def scheduled_pruning(
         masks: the masks to begin with, concrete: a tree as :func:`prune_tree` returns it. Full ones if ``None``.
         include: which parameters, as in :func:`prune_tree`.
         axes: as in :func:`prune_tree`.
-        scope: ``"layer"``, ``"erdos_renyi"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
+        scope: ``"layer"``, ``"erdos_renyi"``, ``"uniform_plus"`` or ``"global"``, as in :func:`maskedlinear.pruning.prune`.
         on_empty: what is done where a matrix would lose its last connection: ``"keep"`` leaves it its best, prunes fewer
             if need be, and none where more is masked already than the schedule asks for; ``"raise"``, or ``"allow"``.
 
@@ -109,8 +111,7 @@ def scheduled_pruning(
             ``update``, if there are no ``params``.
         TypeError: by ``init`` and ``update``, if parameters to prune are not real floating-point.
     """
-    if scope not in ("global", "layer", "erdos_renyi"):
-        raise ValueError(f"scope must be 'layer', 'erdos_renyi' or 'global'; got {scope!r}")
+    check_compiled_scope(scope)
     check_on_empty(on_empty, scope)
     guarded = freeze_masked(inner)
     steps = np.asarray(schedule.steps(), np.int32)
@@ -126,7 +127,9 @@ def scheduled_pruning(
             shapes = {name: known[name].matrix_shape(shape) for name, shape in key}
             given = _given(masks, params, chosen)
             live = {name: np.count_nonzero(known[name].matrices(mask), axis=(1, 2)) for name, mask in given.items()}
-            plans[key] = _plan(shapes, live, schedule, scope, on_empty)
+            plans[key] = _plan(
+                shapes, live, schedule, scope, on_empty, {name: known[name].sum_of_sizes(shape) for name, shape in key}
+            )
         for group in plans[key]:
             check_comparable([chosen[name] for name in group.names])
         return plans[key]
@@ -175,12 +178,14 @@ def scheduled_pruning(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _plan(shapes: Shapes, live: Counts, schedule: Any, scope: pruning.Scope, on_empty: str) -> list[Group]:
+def _plan(
+    shapes: Shapes, live: Counts, schedule: Any, scope: pruning.Scope, on_empty: str, sums: Mapping[str, int]
+) -> list[Group]:
     """Return the groups of parameters, whose ``zeros`` have a row for each step that prunes."""
     tables: dict[tuple[str, ...], Any] = {}
     left, steps = dict(live), schedule.steps()
     for place, step in enumerate(steps):
-        for group in grouped(shapes, left, schedule(step), scope):
+        for group in grouped(shapes, left, schedule(step), scope, sums=sums):
             # Of no zeros at the steps that compare others with each other.
             table = tables.setdefault(group.names, np.zeros((len(steps), *group.zeros.shape), np.int64))
             if on_empty != "keep":
@@ -200,6 +205,7 @@ def _plan(shapes: Shapes, live: Counts, schedule: Any, scope: pruning.Scope, on_
 
 def _given(masks: Any, params: Any, chosen: Mapping[str, Any]) -> dict[str, Any]:
     """Return the masks to begin with of the parameters to prune."""
+    refuse_constrained("scheduled_pruning", masks)
     so_far = {} if masks is None else named_leaves(masks, of_masks=True)
     if masks is not None and set(so_far) != set(known := named_leaves(params)):
         raise ValueError(f"masks must be a tree like the parameters', of {list(known)}; got {list(so_far)}")

@@ -16,7 +16,7 @@ from jax import Array, lax
 
 from maskedlinear.models import WeightAxes
 
-__all__ = ["bound", "check_comparable", "clear_smallest", "largest", "number", "reduced"]
+__all__ = ["bound", "check_comparable", "clear_smallest", "largest", "magnitudes", "number", "reduced"]
 
 _MOST = (1 << 31) - 1  # entries that int32 can count
 
@@ -66,7 +66,7 @@ def clear_smallest(
     """
     axes = axes or [WeightAxes()] * len(weights)
     over = reduced(axes[0], weights[0].ndim) if by_matrix else None
-    keys = [_magnitude(weight) for weight in weights]
+    keys = [magnitudes(weight) for weight in weights]
     starts = [sum(math.prod(weight.shape) for weight in weights[:place]) for place in range(len(weights))]
     numbered = zip(weights, starts, axes, strict=True)
     places = [_places(weight.shape, start, known) for weight, start, known in numbered]
@@ -83,7 +83,7 @@ def clear_smallest(
 def largest(weight: Array, mask: Array, axes: WeightAxes) -> Array:
     """Return a mask of the live entry of each matrix that has the largest magnitude; of equal ones the last."""
     over = reduced(axes, weight.ndim)
-    key, places = _magnitude(weight), _places(weight.shape, 1, axes)  # 0 stands for what is not live
+    key, places = magnitudes(weight), _places(weight.shape, 1, axes)  # 0 stands for what is not live
     best = mask & (key == jnp.max(key, over, where=mask, initial=0, keepdims=True))
     found: Array = best & (places == jnp.max(places, over, where=best, initial=0, keepdims=True))
     return found
@@ -126,7 +126,7 @@ def _places(shape: tuple[int, ...], start: int, axes: WeightAxes) -> Array:
     return places
 
 
-def _magnitude(weight: Array) -> Array:
+def magnitudes(weight: Array) -> Array:
     """Return whole numbers that are ordered as the magnitudes are: the bits of float32, or of float64."""
     name = weight.dtype.name
     if name in ("float32", "float64"):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from maskedlinear import pruning
 from maskedlinear.masks._random import checked_seed
 from maskedlinear.models import Prunable, WeightAxes, refuse_unknown
-from maskedlinear.pruning._edges import zeros_by_scope
+from maskedlinear.pruning._edges import check_scope, zeros_by_scope
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._growth import key_words, regrow_stack, share_words
 from maskedlinear_jax._select import check_comparable, clear_smallest, largest, number, reduced
@@ -27,6 +27,7 @@ __all__ = [
     "Counts",
     "Group",
     "Shapes",
+    "check_compiled_scope",
     "check_on_empty",
     "clear_group",
     "grouped",
@@ -52,12 +53,22 @@ class Group(NamedTuple):
 
 
 def grouped(
-    shapes: Shapes, live: Counts, sparsity: Any, scope: pruning.Scope, num_zeros: int | None = None
+    shapes: Shapes,
+    live: Counts,
+    sparsity: Any,
+    scope: pruning.Scope,
+    num_zeros: int | None = None,
+    *,
+    sums: Mapping[str, int],
 ) -> list[Group]:
-    """Return the parameters that are compared with each other, as :func:`zeros_by_scope` does for their matrices."""
+    """Return the parameters that are compared with each other, as :func:`zeros_by_scope` does for their matrices.
+
+    ``sums`` are the sums of their sizes, for ``"erdos_renyi"``.
+    """
     matrices = {(name, place): shape[1:] for name, shape in shapes.items() for place in range(shape[0])}
     counts = {(name, place): int(live[name][place]) for name, place in matrices}
-    parts = zeros_by_scope(matrices, counts, sparsity, num_zeros, scope)
+    sums_of_sizes = {key: sums[key[0]] for key in matrices} if scope == "erdos_renyi" else None
+    parts = zeros_by_scope(matrices, counts, sparsity, num_zeros, scope, sums_of_sizes)
     if scope == "global" or len(parts) < len(matrices):
         return [Group(tuple(shapes), np.asarray(parts[0][1], np.int64))]
     zeros = iter([zeros for _, zeros in parts])
@@ -183,7 +194,8 @@ def prune_traced(
         for name, weight in weights.items()
     }
     made: dict[str, Any] = {}
-    for group in grouped(shapes, live, sparsity, scope):
+    sums = {name: axes[name].sum_of_sizes(weight.mask.shape) for name, weight in weights.items()}
+    for group in grouped(shapes, live, sparsity, scope, sums=sums):
         if known and on_empty != "keep":
             refuse_more(
                 group,
@@ -202,7 +214,14 @@ def prune_traced(
 
 
 def regrow_traced(
-    axes: WeightAxes | None, mask: Any, weight: Any, fraction: Any, gradient: Any, seed: Any, first: int
+    axes: WeightAxes | None,
+    mask: Any,
+    weight: Any,
+    fraction: Any,
+    gradient: Any,
+    seed: Any,
+    first: int,
+    exclude_dropped: bool,
 ) -> tuple[Any, int]:
     """Return what :func:`maskedlinear.models.regrow_weight` does, of arrays inside a transform.
 
@@ -214,6 +233,7 @@ def regrow_traced(
         gradient: of the weight's shape, or ``None``.
         seed: an integer, not traced; matrix i takes ``seed + first + i``.
         first: as above.
+        exclude_dropped: as above.
 
     Raises:
         ValueError: if the gradient has another shape, or the fraction or seed is out of its range.
@@ -225,11 +245,19 @@ def regrow_traced(
             "ones: make them static arguments, or move connections by scheduled_regrowth"
         )
     share, key = jnp.asarray(share_words(fraction)), jnp.asarray(key_words(checked_seed(seed)))
-    return regrow_parameter(axes or WeightAxes.of_entries(mask.ndim), mask, weight, gradient, share, key, first)
+    axes = axes or WeightAxes.of_entries(mask.ndim)
+    return regrow_parameter(axes, mask, weight, gradient, share, key, first, exclude_dropped)
 
 
 def regrow_parameter(
-    axes: WeightAxes, mask: Any, weight: Any, gradient: Any, share: Array, key: Array, first: int
+    axes: WeightAxes,
+    mask: Any,
+    weight: Any,
+    gradient: Any,
+    share: Array,
+    key: Array,
+    first: int,
+    exclude_dropped: bool,
 ) -> tuple[Any, int]:
     """Return the new mask of a parameter, and the number of its matrices, each of which has moved.
 
@@ -238,9 +266,10 @@ def regrow_parameter(
         mask: of its shape.
         weight: its values.
         gradient: of its shape, or ``None``.
-        share: as :func:`regrow_stack` takes it, and so ``key`` and ``first``.
+        share: as :func:`regrow_stack` takes it, and so the rest.
         key: as above.
         first: as above.
+        exclude_dropped: as above.
 
     Raises:
         ValueError: if the gradient has another shape.
@@ -254,7 +283,7 @@ def regrow_parameter(
     for array in (weight,) if gradient is None else (weight, gradient):
         check_comparable([array])
     parts: list[Any] = [None if part is None else jnp.asarray(part) for part in (weight, mask, gradient)]
-    moved = regrow_stack(axes, parts[0], parts[1], parts[2], share, key, first)
+    moved = regrow_stack(axes, parts[0], parts[1], parts[2], share, key, first, exclude_dropped)
     return moved, axes.matrix_shape(weight.shape)[0]
 
 
@@ -272,9 +301,17 @@ def _check_traced(sparsity: Any, score: Any, scope: str, block: Any, on_empty: s
                 f"inside a transform weights are pruned one by one and by their magnitude; got {name}={value!r}: prune "
                 "outside of it"
             )
-    if scope not in ("global", "layer", "erdos_renyi"):
-        raise ValueError(f"scope must be 'global', 'layer' or 'erdos_renyi'; got {scope!r}")
+    check_compiled_scope(scope)
     check_on_empty(on_empty, scope)
+
+
+def check_compiled_scope(scope: str) -> None:
+    """Raise a ``ValueError`` if ``scope`` is none, or not one that a compiled step can prune by."""
+    check_scope(scope)
+    if scope == "row":
+        raise ValueError(
+            "scope='row' is not made for compiled steps: prune outside of jit, or by one of the other scopes"
+        )
 
 
 def check_on_empty(on_empty: str, scope: str) -> None:

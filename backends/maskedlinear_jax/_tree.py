@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -28,6 +29,7 @@ from maskedlinear.models import (
     check_of,
     count_masked,
     first_names,
+    refuse_fixed,
     why_left_out,
     zeros_left,
 )
@@ -40,18 +42,65 @@ from maskedlinear_jax._stacks import prune_traced, regrow_traced
 
 __all__ = [
     "Axes",
+    "ConstrainedMask",
     "apply_masks",
     "axes_of",
     "chosen_parameters",
+    "is_mask_leaf",
     "is_unmasked",
     "leaves_like",
     "named_leaves",
+    "plain_mask",
+    "plain_masks",
     "prune_tree",
+    "refuse_constrained",
     "regrow_tree",
     "stack_axes",
 ]
 
 Axes = Mapping[str, WeightAxes] | None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, eq=False)
+class ConstrainedMask:
+    """What stands for the mask of a weight that has constraints, in the tree that ``param_masks`` makes.
+
+    All arrays broadcast to the weight's shape; ``None`` of what it has not.
+
+    Attributes:
+        mask: the mask.
+        fixed: where it is fixed.
+        ties: int32: which entries train one value, those of the same number >= 0; less than there are entries.
+        lower: the least values.
+        upper: the greatest.
+    """
+
+    mask: Any
+    fixed: Any
+    ties: Any
+    lower: Any
+    upper: Any
+
+
+def plain_mask(mask: Any) -> Any:
+    """Return a mask that stands in a tree of masks, without what is kept of the weight's connections."""
+    return mask.mask if isinstance(mask, ConstrainedMask) else mask
+
+
+def plain_masks(masks: Any) -> Any:
+    """Return a tree of masks alone."""
+    return jax.tree.map(plain_mask, masks, is_leaf=lambda node: isinstance(node, ConstrainedMask))
+
+
+def refuse_constrained(function: str, masks: Any) -> None:
+    """Raise a ``ValueError`` if a tree of masks is of a model with constraints, which a function does not know."""
+    nodes = jax.tree.leaves(masks, is_leaf=lambda node: isinstance(node, ConstrainedMask))
+    if any(isinstance(node, ConstrainedMask) for node in nodes):
+        raise ValueError(
+            f"{function} knows no constraints, and these masks are of a model that has some: free it before, by "
+            "constrain(model, {name: None}), or use prune_model and regrow_model between steps"
+        )
 
 
 def prune_tree(
@@ -70,6 +119,7 @@ def prune_tree(
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
     progress: Progress = False,
+    constraints: Any = None,
 ) -> Any:
     """Return masks for a tree of parameters, pruned to a sparsity: a tree as :func:`freeze_masked` takes it.
 
@@ -98,7 +148,8 @@ def prune_tree(
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
             Of a parameter that is pruned entry by entry, ``(1, size)``; the matrices of a stack follow each other.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack is a layer.
+        scope: ``"global"``, ``"layer"``, ``"row"``, ``"erdos_renyi"`` or ``"uniform_plus"``, as
+            :func:`maskedlinear.pruning.prune` takes it; each matrix of a stack is a layer.
         of: what the sparsity is a fraction of: the parameters that are pruned here (``"masked"``), all ``"weights"`` of the
             tree, those that ``include`` leaves out too, or all numbers of the ``"model"``.
         block: prune whole blocks of ``(outputs, inputs)``.
@@ -107,6 +158,7 @@ def prune_tree(
         on_empty: ``"raise"`` or ``"allow"`` where a parameter would lose its last connection; ``"keep"`` leaves it its best.
         keep_at_least: as in :func:`maskedlinear.pruning.prune`.
         progress: as in :func:`maskedlinear.pruning.prune`.
+        constraints: as :func:`freeze_masked` takes them: what is fixed is not pruned, by magnitude alone.
 
     Returns:
         A tree like ``params``: boolean masks of the parameters' shapes, and ``None`` for those that are not pruned, which is
@@ -115,19 +167,23 @@ def prune_tree(
     Raises:
         ValueError: as by :func:`maskedlinear.pruning.prune`; if no parameter is meant, a gradient is missing, a tree does
             not fit, or structure is asked for (blocks, Erdős–Rényi) of a parameter whose axes nobody knows; inside ``jit``,
-            if what is asked for cannot be had there.
+            if what is asked for cannot be had there; or, of known weights, if fixed connections would go.
         TypeError: inside ``jit``, if the sparsity is traced, or weights are not real floating-point.
     """
+    refuse_constrained("prune_tree", masks)
     structure = jax.tree.structure(params)
     chosen = chosen_parameters(params, include, axes, warn=True)
     before, moved = leaves_like(structure, masks, "masks"), leaves_like(structure, gradients, "gradients")
+    fixed = _fixed(params, constraints)
+    if fixed and score != "magnitude":
+        raise ValueError("fixed connections are left alone by score='magnitude'; got another score")
     weights = {}
     for name, (place, leaf) in chosen.items():
         live: Any = np.ones(leaf.shape, bool)
         if before is not None and not is_unmasked(before[place]):
             live = boolean_mask(before[place], leaf.shape, name)
         gradient = None if moved is None else moved[place]
-        weights[name] = Prunable(axes_of(name, leaf.ndim, axes), leaf, gradient, live)
+        weights[name] = Prunable(axes_of(name, leaf.ndim, axes), _held_fast(leaf, fixed.get(name)), gradient, live)
     traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, sparsity))))
     check_of(of)
     if traced and of != "masked":
@@ -144,6 +200,7 @@ def prune_tree(
                 _table(params, before, chosen), sparsity, of, count_masked(masks_on_host(weights))
             )
         made = prune_known(weights, sparsity, **how)
+        _refuse_fixed(fixed, made)
     leaves: list[Any] = [None] * len(jax.tree.leaves(params)) if before is None else list(before)
     for name, (place, leaf) in chosen.items():
         leaves[place] = to_like(made[name], leaf)
@@ -176,7 +233,7 @@ def apply_masks(params: Any, masks: Any) -> Any:
         ValueError: if the trees differ, or a mask does not have its parameter's shape or holds anything but 0 and 1.
     """
     flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    leaves = leaves_like(structure, masks, "masks") or []
+    leaves = leaves_like(structure, plain_masks(masks), "masks") or []
     return jax.tree.unflatten(
         structure, [_masked(_name(path), leaf, mask) for (path, leaf), mask in zip(flat, leaves, strict=True)]
     )
@@ -191,6 +248,8 @@ def regrow_tree(
     include: Include = None,
     axes: Axes = None,
     seed: int = 0,
+    exclude_dropped: bool = False,
+    constraints: Any = None,
 ) -> tuple[Any, Any]:
     """Move a fraction of each masked parameter's connections; return the parameters, 0 but for those that stay, and masks.
 
@@ -211,14 +270,18 @@ def regrow_tree(
         include: which parameters, as in :func:`prune_tree`.
         axes: as in :func:`prune_tree`.
         seed: of the random places; another at each step. Matrix i of the parameters that have a mask takes ``seed + i``.
+        exclude_dropped: as :func:`maskedlinear.pruning.regrow` takes it.
+        constraints: as :func:`freeze_masked` takes them: what is fixed does not move.
 
     Returns:
         The parameters and the masks, trees like those given.
 
     Raises:
-        ValueError: as by :func:`maskedlinear.pruning.regrow`; or if no parameter has a mask, or a tree does not fit.
+        ValueError: as by :func:`maskedlinear.pruning.regrow`; or if no parameter has a mask, or a tree does not fit; or,
+            of known weights, if fixed connections would move.
         TypeError: inside ``jit``, if fraction or seed is traced, or weights are not real floating-point.
     """
+    refuse_constrained("regrow_tree", masks)
     structure = jax.tree.structure(params)
     traced = any(map(is_traced, jax.tree.leaves((params, masks, gradients, fraction, seed))))
     before, moved = leaves_like(structure, masks, "masks") or [], leaves_like(structure, gradients, "gradients")
@@ -231,16 +294,37 @@ def regrow_tree(
     }
     if not chosen:
         raise ValueError("connections move in parameters with masks, and there is none: make masks with prune_tree")
-    number = 0
+    number, fixed = 0, _fixed(params, constraints)
     for name, (place, leaf) in chosen.items():
         gradient = None if moved is None else moved[place]
         old = to_like(boolean_mask(before[place], leaf.shape, name), leaf, f"the mask of {name}")
-        parts = (axes_of(name, leaf.ndim, axes), old, leaf, fraction, gradient, seed, number)
+        held = _held_fast(leaf, fixed.get(name))
+        parts = (axes_of(name, leaf.ndim, axes), old, held, fraction, gradient, seed, number, exclude_dropped)
         new, matrices = (regrow_traced if traced else regrow_known)(*parts)
+        if not traced and name in fixed:
+            _refuse_fixed({name: fixed[name]}, {name: new})
         number += matrices
         leaves[place] = jnp.where(new & old, leaf, jnp.zeros((), leaf.dtype))
         found[place] = new
     return jax.tree.unflatten(structure, leaves), jax.tree.unflatten(structure, found)
+
+
+def _fixed(params: Any, constraints: Any) -> dict[str, Any]:
+    """Return which entries of parameters are fixed, by name."""
+    from maskedlinear_jax._constraints import HeldTree  # which needs this module
+
+    return {} if constraints is None else HeldTree(constraints).fixed(params)
+
+
+def _held_fast(leaf: Any, fixed: Any) -> Any:
+    """Return values by whose magnitude fixed connections are the last to go."""
+    return leaf if fixed is None else jnp.where(fixed, jnp.asarray(np.inf, leaf.dtype), leaf)
+
+
+def _refuse_fixed(fixed: Mapping[str, Any], masks: Mapping[str, Any]) -> None:
+    for name, places in fixed.items():
+        if name in masks:
+            refuse_fixed(name, int(np.count_nonzero(places & ~to_host(masks[name]))))
 
 
 def chosen_parameters(
@@ -289,8 +373,13 @@ def stack_axes(name: str, ndim: int, axes: Axes = None) -> WeightAxes:
 
 def named_leaves(tree: Any, *, of_masks: bool = False) -> dict[str, Any]:
     """Return the leaves of a tree, in its order, by their paths with dots between; ``None`` is one in a tree of masks."""
-    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=(lambda node: node is None) if of_masks else None)
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_mask_leaf if of_masks else None)
     return {_name(path): leaf for path, leaf in flat}
+
+
+def is_mask_leaf(node: Any) -> bool:
+    """Whether a node of a tree of masks is what stands for one parameter, though it may be none to JAX."""
+    return node is None or isinstance(node, ConstrainedMask)
 
 
 def is_unmasked(mask: Any) -> bool:

@@ -4,11 +4,14 @@ Flax keeps a layer's kernel as ``(in, out)``, and a mask has the shape of the pa
 given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``: transpose them with ``mask.T``.
 """
 
+from maskedlinear_jax.flax._activations import Activations, record_activations
 from maskedlinear_jax.flax._check import check_masks
+from maskedlinear_jax.flax._constrain import constrain
+from maskedlinear_jax.flax._constraint_variables import Constraint
 from maskedlinear_jax.flax._dense_gradients import dense_gradients
 from maskedlinear_jax.flax._kernel import Dormant, Mask
 from maskedlinear_jax.flax._linen import MaskedDense
-from maskedlinear_jax.flax._models import compress, expand
+from maskedlinear_jax.flax._models import compress, expand, get_forms
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._over_time import (
     ScheduledPruning,
@@ -18,6 +21,7 @@ from maskedlinear_jax.flax._over_time import (
     rewind_model,
 )
 from maskedlinear_jax.flax._param_masks import param_masks, set_param_masks
+from maskedlinear_jax.flax._pathways import PathwayNetwork
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._shrink import shrink
 from maskedlinear_jax.flax._sparse_nnx import PatternIndex, SparseLinear
@@ -25,24 +29,30 @@ from maskedlinear_jax.flax._weights import register_axes
 from maskedlinear_jax.flax._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
 __all__ = [
+    "Activations",
+    "Constraint",
     "Dormant",
     "Mask",
     "MaskedDense",
     "MaskedLinear",
+    "PathwayNetwork",
     "PatternIndex",
     "ScheduledPruning",
     "ScheduledRegrowth",
     "SparseLinear",
     "check_masks",
     "compress",
+    "constrain",
     "dense_gradients",
     "expand",
+    "get_forms",
     "get_masks",
     "load_state",
     "lottery_rounds",
     "mask_model",
     "param_masks",
     "prune_model",
+    "record_activations",
     "register_axes",
     "regrow_model",
     "rewind_model",

@@ -20,6 +20,7 @@ from maskedlinear_jax.flax._weights import MaskedParameter, masked_weights
 
 __all__ = ["check_masks"]
 
+_OTHER_INPUTS = 4  # that are tried before outputs count as constant
 _SLACK = 1e-9  # relative to the largest output, in float64
 
 
@@ -29,7 +30,9 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
     For each masked weight: that it is +0 under the mask; that NaN in place of what is dormant changes no output and no
     gradient; that the gradient which reaches it, from whoever reads it, is +0 under the mask, where a :class:`MaskedLinear`
     has it (of other modules :func:`maskedlinear.jax.freeze_masked` masks it); and that the model without masks, +0 in their
-    place, has the same outputs, up to rounding in float64. Each call is of a copy, in evaluation.
+    place, has the same outputs, up to rounding in float64. And the outputs must depend on the inputs: where others change no
+    bit of them, ``is_constant`` says so, as where no live connection lies on a path from an input to an output. Each call
+    is of a copy, in evaluation.
 
     Args:
         model: any nnx module that can be called.
@@ -67,7 +70,45 @@ def check_masks(model: Any, *inputs: Any, **named: Any) -> MaskCheck:
             if differs(change, is_alike, layers):
                 for name in [name for name in layers if differs(change, is_alike, [name])] or layers:
                     failures[name].append(message)
-    return MaskCheck(list(failures), {name: wrong for name, wrong in failures.items() if wrong})
+        is_constant = _is_constant(reference, given, expected[0])
+    return MaskCheck(list(failures), {name: wrong for name, wrong in failures.items() if wrong}, is_constant)
+
+
+def _is_constant(model: Any, given: Any, expected: Any) -> bool:
+    """Whether other inputs change no bit of what a model returns, as far as can be told.
+
+    Inputs of floats get others; where there are none, the entries of the first array of whole numbers change places.
+    """
+
+    def floats(tree: Any) -> list[Any]:
+        leaves = [np.asarray(leaf) for leaf in jax.tree.leaves(tree) if hasattr(leaf, "dtype")]
+        return [leaf for leaf in leaves if leaf.size and jnp.issubdtype(leaf.dtype, jnp.inexact)]
+
+    known, told = floats(expected), False
+    if not known or not all(np.isfinite(leaf).all() for leaf in known):
+        return False
+    leaves, structure = jax.tree.flatten(given)
+    arrays = [place for place, leaf in enumerate(leaves) if hasattr(leaf, "dtype") and leaf.size]
+    noisy = [place for place in arrays if jnp.issubdtype(leaves[place].dtype, jnp.inexact)]
+    for seed in range(_OTHER_INPUTS):
+        generator, others = np.random.default_rng(seed), list(leaves)
+        for place in noisy:
+            x = np.asarray(leaves[place])
+            others[place] = jnp.asarray(x + 3**seed * generator.standard_normal(x.shape) * (1 + np.abs(x)), x.dtype)
+        for place in () if noisy else arrays[:1]:
+            x = np.asarray(leaves[place])
+            others[place] = jnp.asarray(generator.permutation(x.reshape(-1)).reshape(x.shape), x.dtype)
+        if all(np.array_equal(others[place], leaves[place]) for place in arrays):
+            continue
+        inputs, named = jax.tree.unflatten(structure, others)
+        try:
+            found = floats(nnx.clone(model)(*inputs, **named))
+        except Exception:  # other inputs than a user's may be none for the model: nothing is known then
+            return False
+        if len(found) != len(known) or not all(map(np.array_equal, found, known)):
+            return False
+        told = True
+    return told
 
 
 def _outputs_and_gradients(model: Any, given: Any) -> tuple[Any, Any]:

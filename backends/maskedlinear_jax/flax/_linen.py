@@ -55,8 +55,8 @@ class MaskedDense(nn.Dense):
     keep_dormant: bool = True
 
     @nn.compact
-    def __call__(self, inputs: Array) -> Array:
-        """Apply the layer: shape ``(..., in)`` to ``(..., features)``."""
+    def __call__(self, inputs: Array, out_sharding: Any = None) -> Array:
+        """Apply the layer: shape ``(..., in)`` to ``(..., features)``; ``out_sharding`` as in ``masked_linear``."""
         check_options(self.init_fan_in, self.param_dtype)
         inputs = as_array("inputs", inputs)
         if self.has_variable("params", "kernel"):
@@ -82,7 +82,7 @@ class MaskedDense(nn.Dense):
             precision=self.precision,
             forward_mode=self.forward_mode,
             dot_general=self._product(),
-            dot_options={},
+            dot_options={} if out_sharding is None else {"out_sharding": out_sharding},
         )
 
     def _product(self) -> Any:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn import dtypes
 from jax import lax
 
 from maskedlinear._timing import median_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose_forms, table
+from maskedlinear.models import check_patterns
+from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._trial import LayerCall, inference, training_step
 from maskedlinear_jax.flax._modules import (
     copy_metadata_and_attributes,
@@ -21,14 +25,15 @@ from maskedlinear_jax.flax._modules import (
     parameter_users,
     replace_modules,
 )
-from maskedlinear_jax.flax._nnx import MaskedLinear
+from maskedlinear_jax.flax._nnx import MaskedLinear, linear_options
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["as_function", "become_sparse", "compress", "expand"]
+__all__ = ["as_function", "become_sparse", "compress", "expand", "get_forms"]
 
 Model = TypeVar("Model")
 
 _STACK = "it is a stack of layers"
+_NO_VALUES = "it has no values yet"
 _OPTIONS = {
     "dot_general": lax.dot_general,
     "promote_dtype": dtypes.promote_dtype,
@@ -41,6 +46,8 @@ def compress(
     model: Model,
     format: Format = "auto",
     *,
+    forms: Mapping[str, Literal["dense", "sparse"]] | None = None,
+    patterns: Mapping[str, SparsityPattern] | None = None,
     batch: int = 128,
     training: bool = True,
     costs: Costs | None = None,
@@ -61,29 +68,53 @@ def compress(
         model: any nnx module, or a list, tuple or dict of them; a ``MaskedLinear`` or ``SparseLinear`` itself is not
             changed, and its new form returned.
         format: ``"auto"`` for the faster form; or ``"sparse"`` or ``"dense"`` for all layers.
+        forms: a choice that was made before, in place of ``format``: ``"dense"`` or ``"sparse"`` by the layers' names, as
+            :func:`get_forms` returns it; the layers that it does not name keep their form. Nothing is expected or measured.
+        patterns: the connections, (out, in), of plain ``nnx.Linear`` layers by name, which become masked in the form chosen
+            and keep the live part of their weight: so a compressed model is made of a fresh one, which may be abstract
+            (``nnx.eval_shape``), and takes the state of the one that was saved. Of an abstract layer the weights are 0 until
+            then, and a whole kernel is made for the dense form only.
         batch: the rows of x in a call, all batch dimensions together.
         training: whether a jitted training step should be fast (forward, backward, Adam), or an inference.
         costs: times measured on your machine, for the layers on the device that they are of; those that the package brings
             for the others and if ``None``, which are one machine's, in float32 on the CPU.
-        measure: where the expected times are within a factor of 2 of each other, and where there are none for the device,
-            time both forms of the layer here and now: build and compile them, and run each for a tenth of a second or five
-            times, whichever takes longer, in the memory that training both takes. Layers that are alike are timed once,
-            those of more than 2²⁶ weights not at all. If ``False``, the choice is the same wherever the costs are, as
-            processes need it that train one model together: so ``None`` measures unless ``jax.process_count()`` is above 1.
+        measure: ``True`` times both forms of a layer here and now where the expected times are within a factor of 2 of each
+            other, and where there are none for the device: builds and compiles them, and runs each for a tenth of a second
+            or five times, whichever takes longer, in the memory that training both takes. Layers that are alike are timed
+            once, those of more than 2²⁶ weights not at all. Timed twice, layers that are close may get different forms.
+            ``False`` goes by the expected times alone, and ``None`` times only where there are none, unless
+            ``jax.process_count()`` is above 1: where there are costs, both choose the same in every run and process.
         explain: print for each layer what was chosen and why: bytes, FLOPs, times.
 
     Raises:
-        ValueError: if ``format`` or ``batch`` is none of these; if a layer that must keep its form is asked to change it; or
-            if there are no costs for the device and nothing is measured. The model is left as it was.
+        ValueError: if ``format``, ``forms`` or ``batch`` is none of these; if a pattern is of no plain layer or does not
+            fit; if a layer that must keep its form is asked to change it; or if there are no costs for the device and
+            nothing is measured. The model is left as it was.
     """
-    if measure is None:
-        measure = jax.process_count() == 1
-    layers = _masked_layers(model)
-    measured = [partial(_measured_seconds, layer, batch, training) for layer, _ in layers.values()] if measure else None
-    choices = choose_forms([facts for _, facts in layers.values()], format, batch, training, "jax", costs, measured)
+    patterns = dict(patterns or {})
+    layers = _masked_layers(model, patterns)
+    measured = None
+    if measure or (measure is None and jax.process_count() == 1):
+        measured = [
+            None if facts.name in patterns else partial(_measured_seconds, layer, batch, training)
+            for layer, facts in layers.values()
+        ]
+    choices = choose_forms(
+        [facts for _, facts in layers.values()],
+        format,
+        batch,
+        training,
+        "jax",
+        costs,
+        measured,
+        measure_close=measure is True,
+        forms=forms,
+    )
     made: dict[int, Any] = {}
     for (key, (layer, facts)), choice in zip(layers.items(), choices, strict=True):
-        if choice.form != facts.form:
+        if facts.name in patterns:
+            made[key] = _of_plain(layer, patterns[facts.name], choice.form)
+        elif choice.form != facts.form:
             new = layer.to_masked() if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)
             made[key] = copy_metadata_and_attributes(new, layer)
     model = replace_modules(model, made, set())
@@ -137,22 +168,69 @@ def as_function(layer: Any) -> tuple[LayerCall, Any, Any]:
     return lambda params, x, fixed: nnx.merge(graph, params, *fixed)(x), params, fixed
 
 
-def _masked_layers(model: Any) -> dict[int, tuple[Any, Layer]]:
-    """Return the masked layers of a model, and what a choice needs to know of them."""
+def get_forms(model: Any) -> dict[str, Literal["dense", "sparse"]]:
+    """Return the form of each masked linear layer of an nnx model, by name: what :func:`compress` has chosen.
+
+    Plain data, for a file of JSON beside the model's state::
+
+        forms = get_forms(compress(model))
+        other = compress(mask_model(make()), forms=forms)  # takes the state of the first
+    """
+    layers = layers_of(model, (MaskedLinear, SparseLinear))
+    return {name: "sparse" if isinstance(layer, SparseLinear) else "dense" for name, layer in layers.items()}
+
+
+def _masked_layers(model: Any, patterns: Mapping[str, SparsityPattern]) -> dict[int, tuple[Any, Layer]]:
+    """Return the masked layers of a model, and those that become masked, and what a choice needs to know of them."""
     held = parameter_users(model)
     found: dict[int, tuple[Any, Layer]] = {}
-    for name, layer in layers_of(model, (MaskedLinear, SparseLinear)).items():
+    plain: dict[str, tuple[int, int]] = {}
+    others: dict[str, str] = {}
+    for name, layer in layers_of(model, (nnx.Linear, SparseLinear)).items():
         shared = any(len(held[id(own)]) > 1 for own in vars(layer).values() if isinstance(own, nnx.Variable))
-        found[id(layer)] = layer, _facts(name, layer, shared)
+        if isinstance(layer, MaskedLinear | SparseLinear):
+            found[id(layer)] = layer, _facts(name, layer, shared)
+            others[name] = "it is masked: its connections are its own"
+        elif type(layer) is nnx.Linear:
+            fixed = _why_fixed(layer, shared)
+            if fixed not in ("", _NO_VALUES):
+                others[name] = fixed
+                continue
+            plain[name] = layer.out_features, layer.in_features
+            if isinstance(pattern := patterns.get(name), SparsityPattern):
+                found[id(layer)] = layer, _facts(name, layer, shared, pattern)
+    check_patterns(patterns, plain, others)
     return found
 
 
-def _facts(name: str, layer: Any, shared: bool) -> Layer:
-    dense = isinstance(layer, MaskedLinear)
+def _of_plain(layer: nnx.Linear, pattern: SparsityPattern, form: str) -> Any:
+    """Return a masked layer with some of a plain one's connections; their weights are 0 where that is abstract."""
+    kernel, bias = layer.kernel.get_value(), None if layer.bias is None else layer.bias.get_value()
+    abstract = not isinstance(kernel, jax.Array)
+    if form == "dense":
+        if not abstract:
+            return copy_metadata_and_attributes(MaskedLinear.from_linear(layer, pattern.to_mask().T), layer)
+        options = linear_options(layer)
+        new: Any = MaskedLinear(
+            layer.in_features, layer.out_features, mask=pattern.to_mask().T, rngs=nnx.Rngs(0), **options
+        )
+        return copy_metadata_and_attributes(new, layer)
+    dtype = kernel.dtype
+    values = jnp.zeros(pattern.nnz, dtype) if abstract else kernel[pattern.indices, pattern.rows]
+    if bias is not None and abstract:
+        bias = jnp.zeros(bias.shape, bias.dtype)
+    new = SparseLinear._made(pattern, values, bias, dtype=layer.dtype)
+    return copy_metadata_and_attributes(new, layer)
+
+
+def _facts(name: str, layer: Any, shared: bool, pattern: SparsityPattern | None = None) -> Layer:
+    dense = not isinstance(layer, SparseLinear)
     weight = (layer.kernel if dense else layer.weight_values).get_value()
-    fixed, live = _why_fixed(layer, shared), weight.size
+    fixed, live = _why_fixed(layer, shared) if pattern is None else "", math.prod(weight.shape)
     copies = math.prod(weight.shape[: -2 if dense else -1])
-    if dense and fixed in ("", _STACK):
+    if pattern is not None:
+        live = pattern.nnz
+    elif dense and fixed in ("", _STACK):
         mask = layer.mask.get_value()
         live = int(mask.sum()) * (weight.size // max(mask.size, 1))  # a stack may share one
     return Layer(
@@ -161,7 +239,7 @@ def _facts(name: str, layer: Any, shared: bool) -> Layer:
         layer.in_features,
         live,
         weight.dtype.itemsize,
-        "dense" if dense else "sparse",
+        "plain" if pattern is not None else "dense" if dense else "sparse",
         fixed,
         min(device.platform for device in weight.devices()) if isinstance(weight, jax.Array) else jax.default_backend(),
         f"{weight.dtype}, computed in {layer.dtype or weight.dtype}",
@@ -171,15 +249,15 @@ def _facts(name: str, layer: Any, shared: bool) -> Layer:
 
 
 def _why_fixed(layer: Any, shared: bool) -> str:
-    if type(layer) not in (MaskedLinear, SparseLinear):
+    if type(layer) not in (MaskedLinear, SparseLinear, nnx.Linear):
         return f"it is a {type(layer).__name__}, whose call may be its own"
     if shared:
         return "it shares parameters with another layer"
-    dense = isinstance(layer, MaskedLinear)
+    dense = not isinstance(layer, SparseLinear)
     parameters = [part for part in (layer.kernel if dense else layer.weight_values, layer.bias) if part is not None]
     values = [part.get_value() for part in parameters]
     if not all(isinstance(value, jax.Array) for value in values):
-        return "it has no values yet"
+        return _NO_VALUES
     if len(layers_of(layer, nnx.Module)) > 1:
         return "it has modules of its own"
     if values[0].ndim != (2 if dense else 1):
@@ -193,7 +271,7 @@ def _why_fixed(layer: Any, shared: bool) -> str:
         value.sharding.is_fully_replicated for value in values
     ):
         return "its parameters are sharded"
-    if dense and layer.forward_mode:
+    if isinstance(layer, MaskedLinear) and layer.forward_mode:
         return "it has forward_mode, which the sparse form does without"
     named = [name for name, usual in _OPTIONS.items() if dense and getattr(layer, name) is not usual]
     return f"the sparse form has no {' or '.join(named)}" if named else ""

@@ -11,6 +11,14 @@ from jax import Array
 
 from maskedlinear_jax._functional import as_array, boolean_mask
 from maskedlinear_jax._placement import full_like, to_like
+from maskedlinear_jax.flax._constraint_variables import (
+    Constraint,
+    check_keeps_fixed,
+    constraint_variables,
+    hold_constraints,
+    keep_own,
+    trusted_by,
+)
 from maskedlinear_jax.flax._kernel import (
     KERNEL,
     PARAMETER,
@@ -29,7 +37,7 @@ from maskedlinear_jax.flax._kernel import (
     value_of,
 )
 
-__all__ = ["MaskedLinear"]
+__all__ = ["MaskedLinear", "check_options", "check_sizes", "linear_options"]
 
 
 class MaskedLinear(nnx.Linear):
@@ -130,7 +138,9 @@ class MaskedLinear(nnx.Linear):
         old = self.mask.get_value()
         new = jnp.array(boolean_mask(mask, mask_shape(value_of(self.kernel), old), PARAMETER, KERNEL))
         new = to_like(new, self.kernel.get_value() if new.shape == self.kernel.shape else old)
+        new = check_keeps_fixed(self, "kernel", new)
         set_variables(self.kernel, self.mask, self.dormant, new)
+        keep_own(self, "kernel", new, trusted_by(new, old))
         remember_recipe(self.mask, mask)
 
     @property
@@ -168,13 +178,19 @@ class MaskedLinear(nnx.Linear):
             raise TypeError(f"from_linear takes an nnx.Linear; got {type(linear).__name__}")
         shape = value_of(linear.kernel).shape
         chosen = None if mask is None else jnp.array(boolean_mask(mask, shape, PARAMETER, KERNEL))
-        layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **_options(linear))
+        layer = cls(linear.in_features, linear.out_features, rngs=nnx.Rngs(0), **linear_options(linear))
         _copy_parameters(linear, layer)
         if isinstance(linear, MaskedLinear):
             layer.kernel.set_value(linear.full_kernel)
             chosen = jnp.array(linear._checked_mask()) if chosen is None else chosen
             keep_dormant = linear.dormant is not None if keep_dormant is None else keep_dormant
             layer._begin(chosen, linear.init_fan_in, linear.forward_mode, keep_dormant)
+            own = constraint_variables(linear)
+            hold_constraints(
+                layer, "kernel", {kind: Constraint(jnp.array(one.get_value())) for kind, one in own.items()}
+            )
+            check_keeps_fixed(layer, "kernel", layer.mask.get_value())
+            keep_own(layer, "kernel", layer.mask.get_value())
         else:
             layer._begin(chosen, "live", False, keep_dormant is not False)
         remember_recipe(
@@ -220,6 +236,7 @@ class MaskedLinear(nnx.Linear):
                 f"release turns a plain MaskedLinear into an nnx.Linear; got {type(self).__name__}: to_linear makes a copy"
             )
         self.kernel[...] = self.masked_kernel
+        hold_constraints(self, "kernel", {})
         for name in ("mask", "dormant", "init_fan_in", "forward_mode", "_full_at_first"):
             delattr(self, name)
         linear: nnx.Linear = self
@@ -228,7 +245,7 @@ class MaskedLinear(nnx.Linear):
 
     def to_linear(self) -> nnx.Linear:
         """Return a plain ``nnx.Linear`` with the same outputs: a copy, without what is dormant."""
-        linear = nnx.Linear(self.in_features, self.out_features, rngs=nnx.Rngs(0), **_options(self))
+        linear = nnx.Linear(self.in_features, self.out_features, rngs=nnx.Rngs(0), **linear_options(self))
         _copy_parameters(self, linear)
         linear.kernel[...] = self.masked_kernel
         return linear
@@ -285,7 +302,7 @@ def check_options(init_fan_in: str, param_dtype: Any) -> None:
         )
 
 
-def _options(linear: nnx.Linear) -> dict[str, Any]:
+def linear_options(linear: nnx.Linear) -> dict[str, Any]:
     """The options that ``linear`` was made with, as keyword arguments; the initialisers are not kept by Flax."""
     zeros = jax.nn.initializers.zeros  # the parameters are copied afterwards
     names = ("use_bias", "dtype", "param_dtype", "precision", "dot_general", "promote_dtype", "preferred_element_type")

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from maskedlinear.pruning import CubicSchedule
+from maskedlinear.pruning import SparsitySchedule
 from maskedlinear.pruning._over_time import Pruning, Regrowth, lottery_rounds_by
 from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax.flax._adapter import refuse_linen
+from maskedlinear_jax.flax._constraint_variables import keep_own
 from maskedlinear_jax.flax._dense_gradients import are_finite
 from maskedlinear_jax.flax._kernel import label, masked_kernel, set_variables
 from maskedlinear_jax.flax._modules import layers_of
@@ -70,7 +71,7 @@ class ScheduledPruning(Pruning):
 
     _prune_model, _bring_masks = staticmethod(prune_model), staticmethod(bring_masks)
 
-    def __init__(self, model: Any, schedule: CubicSchedule, **options: Any) -> None:
+    def __init__(self, model: Any, schedule: SparsitySchedule, **options: Any) -> None:
         refuse_linen("ScheduledPruning", model)
         super().__init__(model, schedule, **options)
 
@@ -101,6 +102,7 @@ class ScheduledRegrowth(Regrowth):
         seed: of the random places.
         averages: averages of the model, nnx modules too, which get its connections whenever they have moved; new ones start
             at 0 there, too.
+        exclude_dropped: as in :func:`regrow_model`.
 
     Attributes:
         steps: how many steps there were.
@@ -191,11 +193,13 @@ def _load(model: Any, state: Any, keep_masks: bool) -> None:
     for weight, mask, nothing, new in zip(weights, masks, absent, brought, strict=True):
         if keep_masks or new is nothing:
             set_variables(weight.kernel, weight.mask_variable, weight.dormant, mask)
+            keep_own(weight.owner, weight.parameter, weight.mask)
         elif weight.is_ours:
             weight.owner.set_mask(new)
         else:
             checked = jnp.array(boolean_mask(new, weight.value.shape, label(weight.value)))
             set_variables(weight.kernel, weight.mask_variable, weight.dormant, checked)
+            keep_own(weight.owner, weight.parameter, checked)
     for layer, ends in sparse:
         if len({new is old for new, old in zip(_ends(layer), ends, strict=True)}) > 1:
             raise ValueError(
@@ -203,6 +207,7 @@ def _load(model: Any, state: Any, keep_masks: bool) -> None:
                 "restore both, or neither, and the layer keeps its own"
             )
         layer._complete_pattern()
+        keep_own(layer, "weight_values", None)
 
 
 def _ends(layer: SparseLinear) -> tuple[Any, Any]:

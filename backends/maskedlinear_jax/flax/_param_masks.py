@@ -15,14 +15,16 @@ from jax import Array
 
 from maskedlinear.models import first_names
 from maskedlinear_jax._functional import boolean_mask
-from maskedlinear_jax._optim import follow_masks
-from maskedlinear_jax._tree import is_unmasked, named_leaves
+from maskedlinear_jax._optim import FrozenState, follow_masks
+from maskedlinear_jax._tree import ConstrainedMask, is_unmasked, named_leaves, plain_mask
+from maskedlinear_jax.flax._constraint_variables import constrained_mask
 from maskedlinear_jax.flax._kernel import label, mask_shape
-from maskedlinear_jax.flax._modules import at, pure
+from maskedlinear_jax.flax._modules import at, layers_of, pure
+from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import is_linen, linen_weights, set_linen_masks
 from maskedlinear_jax.flax._weights import masked_weights
 
-__all__ = ["bring_masks_to", "param_masks", "set_param_masks"]
+__all__ = ["bring_masks_to", "check_guards", "param_masks", "set_param_masks"]
 
 
 def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
@@ -35,9 +37,10 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
     Returns:
         For nnx a ``State`` like ``nnx.state(model, wrt)``, for linen a mapping like ``variables["params"]``. The leaf of a
         masked weight is its mask, of its shape; of any other parameter it is ``None``, which is no leaf to JAX: jitted
-        functions may take the masks as an argument. A kernel that several nnx modules share is masked where one of them
-        masks it. A mask that a stack of layers shares (by ``nnx.vmap``, ``nn.scan``) is repeated along the stack, which must
-        be the kernel's leading axis.
+        functions may take the masks as an argument. Of a weight with constraints (:func:`constrain`) it is a node that holds
+        both, which the guard takes and :func:`set_param_masks` too; in the sparse form as well. A kernel that several nnx
+        modules share is masked where one of them masks it. A mask that a stack of layers shares (by ``nnx.vmap``,
+        ``nn.scan``) is repeated along the stack, which must be the kernel's leading axis.
 
     Raises:
         TypeError: if ``model`` is neither.
@@ -48,6 +51,10 @@ def param_masks(model: Any, wrt: Any = nnx.Param) -> Any:
         for weight in masked_weights(model).values():
             used, key = _whole_mask(weight.value, weight.mask_variable.get_value()), weight.key
             live[key] = _perhaps_abstract(jnp.logical_and, live[key], used) if key in live else used
+        for weight in masked_weights(model).values():
+            live[weight.key] = constrained_mask(weight.owner, weight.parameter, plain_mask(live[weight.key]))
+        for layer in layers_of(model, SparseLinear).values():
+            live[id(layer.weight_values)] = constrained_mask(layer, "weight_values", None)
         flat = nnx.to_flat_state(nnx.state(model, wrt))
         return nnx.from_flat_state([(path, live.get(id(at(model, path)))) for path, _ in flat])
     if isinstance(model, Mapping) and "params" in model:
@@ -106,9 +113,24 @@ def bring_masks_to(optimizer: nnx.Optimizer[Any], model: Any, state: Any) -> Non
     nnx.update(optimizer.opt_state, nnx.state(state))
 
 
+def check_guards(optimizer: nnx.Optimizer[Any] | None, model: Any) -> None:
+    """Raise a ``ValueError`` if a guard that holds masks of its own was made before the model's constraints were."""
+    if optimizer is None:
+        return
+    masks = named_leaves(pure(param_masks(model, optimizer.wrt)), of_masks=True)
+    own = {name for name, mask in masks.items() if isinstance(mask, ConstrainedMask)}
+    nodes = jax.tree.leaves(pure(optimizer.opt_state), is_leaf=lambda node: isinstance(node, FrozenState))
+    for node in nodes:
+        if isinstance(node, FrozenState) and node.masks is not None and set(node.constraints or {}) != own:
+            raise ValueError(
+                "the optimizer's guard was made with masks of the model before it was constrained as it is, and keeps other "
+                "constraints: make the optimizer anew, with freeze_masked(..., param_masks(model)), after constrain"
+            )
+
+
 def _of_weights(masks: Any, dormant: Any, kernels: Mapping[str, Any]) -> dict[str, tuple[Array, Array | None]]:
     """Return the masks of kernels, by name, from a tree, and what is dormant there; copies, so that one can be donated."""
-    given = named_leaves(masks, of_masks=True)
+    given = {name: plain_mask(mask) for name, mask in named_leaves(masks, of_masks=True).items()}
     pruned = {} if dormant is None else named_leaves(dormant, of_masks=True)
     missing = [name for name in kernels if name not in given or (dormant is not None and name not in pruned)]
     if missing:

@@ -16,8 +16,10 @@ from flax import nnx
 from jax import Array
 
 from maskedlinear._table import lines
-from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed
+from maskedlinear.pruning._shrink import Flow, Plan, Unfollowed, check_unfollowed, kept_nodes
 from maskedlinear_jax._compat import ClosedJaxpr, Jaxpr, Literal, Primitive, ShapedArray, enable_x64
+from maskedlinear_jax._placement import is_shared, is_spread
+from maskedlinear_jax.flax._constraint_variables import constraint_variables
 from maskedlinear_jax.flax._modules import as_double, doubled, layers_of, parameter_users, replace_modules
 from maskedlinear_jax.flax._nnx import MaskedLinear
 
@@ -74,14 +76,19 @@ def shrink(
         named: what ``model`` is called with, by name.
 
     Raises:
-        ValueError: if the model cannot be traced, or, with ``on_unfollowed="raise"``, leads nodes that could go into
-            something that is not followed.
+        ValueError: if no process has all of an array; if the model cannot be traced, or, with ``on_unfollowed="raise"``,
+            leads nodes that could go into something that is not followed.
         RuntimeError: if the smaller model's outputs are not the same, or this release of JAX shows no traces.
         TypeError: if ``model`` is no nnx module that can be called.
     """
     if not isinstance(model, nnx.Module) or not callable(model):
         raise TypeError(f"shrink takes an nnx.Module that can be called; got {type(model).__name__}")
     check_unfollowed(on_unfollowed)
+    if any(is_shared(leaf) and is_spread(leaf) for leaf in jax.tree.leaves((nnx.state(model), inputs, named))):
+        raise ValueError(
+            "shrink reads numbers that no process has whole here: bring them to all devices before, with "
+            "jax.device_put(array, NamedSharding(mesh, PartitionSpec())) for each array of nnx.state(model) and of inputs"
+        )
     if _layer_p is None:
         raise RuntimeError(f"shrink reads JAX's traces, and those of jax {jax.__version__} have another form")
     with enable_x64(True):
@@ -243,7 +250,7 @@ def _followed(model: Any) -> dict[str, Any]:
             usual = layer.axis == -1 and layer.use_running_average and layer.mean[...].ndim == 1
         else:
             usual = layer.kernel[...].ndim == 2 and layer.dot_general is jax.lax.dot_general
-        if usual:
+        if usual and not constraint_variables(layer):
             found[name] = layer
     return found
 
@@ -272,6 +279,7 @@ def _smaller_layer(layer: Any, rows: Any, columns: Any, added: Any) -> nnx.Linea
     """Return a copy of a layer without some of its outputs (``rows``) and inputs, the kernel's columns and rows."""
     inner = np.ix_(columns, rows)
     new: Any = nnx.clone(layer)
+    new.kept_nodes = nnx.static(kept_nodes(layer, rows, columns))
     new.in_features, new.out_features = int(columns.sum()), int(rows.sum())
     for own in ("kernel", "mask", "dormant"):
         variable = getattr(new, own, None)

@@ -23,6 +23,7 @@ from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._placement import laid, to_host, to_like
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
+from maskedlinear_jax.flax._constraint_variables import check_keeps_fixed, in_other_form, keep_own, move_constraints
 from maskedlinear_jax.flax._kernel import recipe_of, remember_recipe
 from maskedlinear_jax.flax._modules import device_of
 from maskedlinear_jax.flax._nnx import MaskedLinear, check_options, check_sizes
@@ -180,6 +181,7 @@ class SparseLinear(nnx.Module):
         made.dtype, made.init_fan_in = layer.dtype, layer.init_fan_in
         made.keep_dormant = layer.dormant is not None
         remember_recipe(made.indices, recipe_of(layer.mask))
+        in_other_form(made, layer, pattern)
         return made
 
     @classmethod
@@ -233,7 +235,7 @@ class SparseLinear(nnx.Module):
             ValueError: if an entry is stored twice, or ``bias`` has another length.
             TypeError: if ``matrix`` is not sparse, or it or ``bias`` is not real.
         """
-        pattern, data = SparsityPattern.from_scipy(matrix)
+        pattern, data = SparsityPattern.from_scipy(matrix, orientation="out_in")
         return cls._made(pattern, jnp.asarray(data, options.get("param_dtype", jnp.float32)), bias, **options)
 
     def to_scipy(self) -> Any:
@@ -268,6 +270,7 @@ class SparseLinear(nnx.Module):
         if layer.bias is not None and bias is not None:
             layer.bias.set_value(jnp.array(bias))
         remember_recipe(layer.mask, recipe_of(self.indices))
+        in_other_form(layer, self, pattern)
         return layer
 
     def rewire(self, pattern: SparsityPattern | Sequence[SparsityPattern], source: ArrayLike) -> None:
@@ -293,10 +296,13 @@ class SparseLinear(nnx.Module):
             )
         if any(one.nnz != nnz for one in patterns) or nnz * len(patterns) != values.size or (places >= nnz).any():
             raise ValueError(f"source must say where each of the {nnz} connections was, or -1")
+        check_keeps_fixed(self, "weight_values", places)
         moved = jnp.take_along_axis(values, jnp.asarray(np.maximum(places, 0)), axis=-1)
         new = jnp.where(places >= 0, moved, jnp.zeros((), values.dtype))
         self.weight_values.set_value(to_like(new, values))
         self._set_arrays(patterns, values.shape[:-1])
+        move_constraints(self, places)
+        keep_own(self, "weight_values", None, jnp.asarray(places >= 0))
 
     def take_patterns(self, patterns: Sequence[SparsityPattern]) -> None:
         """Take as many other connections, of each layer of a stack: those that were there keep their values."""

@@ -27,6 +27,14 @@ from maskedlinear.models import (
     why_left_out,
 )
 from maskedlinear_jax._placement import full_like, to_like
+from maskedlinear_jax.flax._constraint_variables import (
+    check_keeps_fixed,
+    constraint_variables,
+    fixed_entries,
+    hold_constraints,
+    keep_own,
+    trusted_by,
+)
 from maskedlinear_jax.flax._kernel import (
     Dormant,
     Mask,
@@ -127,7 +135,14 @@ class MaskedParameter(NamedTuple):
         """Give the weight another mask, checked and its own; weights move."""
         old = self.mask_variable.get_value()
         new = to_like(new, self.value if new.shape == self.value.shape else old, f"the mask of {self.full_name}")
+        new = check_keeps_fixed(self.owner, self.parameter, new, self.full_name)
         set_variables(self.kernel, self.mask_variable, self.dormant, new, pruned)
+        keep_own(self.owner, self.parameter, new, trusted_by(new, old))
+
+    @property
+    def fixed(self) -> Any:
+        """Which entries are fixed, of the weight's shape; ``None`` if none is."""
+        return fixed_entries(self.owner, self.parameter)
 
     def release(self) -> None:
         """Give the weight back to its module as it acts; what is dormant is dropped. Subclasses of ours stay masked."""
@@ -135,6 +150,7 @@ class MaskedParameter(NamedTuple):
             self.owner.release()
         elif isinstance(self.owner, nnx.Module) and not self.is_ours:
             self.kernel.set_value(masked_kernel(self.value, self.mask))
+            hold_constraints(self.owner, self.parameter, {})
             for name in self._names:
                 if hasattr(self.owner, name):
                     delattr(self.owner, name)
@@ -180,9 +196,8 @@ def _convolution(layer: Any) -> _Own:
     shape = tuple(layer.kernel_shape)
     last, turned = len(shape) - 1, getattr(layer, "transpose_kernel", False)
     out, in_ = (last - 1, last) if turned else (last, last - 1)
-    return _Own(
-        shape, WeightAxes(out_axis=out, in_axis=(in_, *range(last - 1)))
-    )  # channels before the window, as PyTorch
+    window = tuple(range(last - 1))  # after the channels, as PyTorch has it
+    return _Own(shape, WeightAxes(out_axis=out, in_axis=(in_, *window), window_axis=window))
 
 
 def _embedding(layer: Any) -> _Own:
@@ -236,7 +251,9 @@ def _stacked(own: _Own, shape: tuple[int, ...]) -> WeightAxes | None:
         places = [axis for axis in every if axis not in stack]
         if tuple(shape[axis] for axis in places) == own.shape:
             batch, out, in_ = (tuple(places[axis] for axis in axes) for axes in own.axes.order(len(places)))
-            return WeightAxes(out_axis=out, in_axis=in_, batch_axis=(*stack, *batch))
+            window = own.axes.window_axis if isinstance(own.axes.window_axis, tuple) else (own.axes.window_axis,)
+            window = tuple(places[axis] for axis in window)
+            return WeightAxes(out_axis=out, in_axis=in_, batch_axis=(*stack, *batch), window_axis=window)
     return None
 
 
@@ -332,9 +349,11 @@ def share_mask(weight: ModelWeight) -> None:
     held = {user: mask_names(children_of(user.module), user.parameter) for user in weight.users}
     masked = {user: children_of(user.module) for user, (own, _) in held.items() if own in children_of(user.module)}
     dormant = next((children.get(held[user][1]) for user, children in masked.items()), None)
+    constraints = next((constraint_variables(user.module, user.parameter) for user in masked), {})
     for user in weight.users:
         if user not in masked:
             _hold_mask(user, weight.mask, dormant)
+            hold_constraints(user.module, user.parameter, constraints)
 
 
 def _hold_mask(user: ParameterUser, live: Mask, dormant: Dormant | None) -> None:

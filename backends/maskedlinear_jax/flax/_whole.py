@@ -26,6 +26,8 @@ from maskedlinear.models import (
     check_of,
     check_one_mask,
     count_masked,
+    number_effective,
+    warn_of_cut,
     warn_of_drift,
     warn_of_left_out,
     warn_of_sparse,
@@ -40,11 +42,14 @@ from maskedlinear_jax._functional import boolean_mask
 from maskedlinear_jax._placement import to_host
 from maskedlinear_jax._tree import Axes, named_leaves
 from maskedlinear_jax.flax._adapter import masked_of, parameters_of, refuse_linen, refuse_linen_module, refuse_unfit
-from maskedlinear_jax.flax._kernel import label, mask_shape, masked_kernel, remember_recipe
+from maskedlinear_jax.flax._chain import chain_of
+from maskedlinear_jax.flax._constraint_variables import check_keeps_fixed
+from maskedlinear_jax.flax._kernel import full_kernel, label, mask_shape, masked_kernel, remember_recipe
 from maskedlinear_jax.flax._modules import layers_of, pure
-from maskedlinear_jax.flax._param_masks import bring_masks_to
+from maskedlinear_jax.flax._param_masks import bring_masks_to, check_guards
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 from maskedlinear_jax.flax._variables import (
+    dormant_of,
     is_linen,
     mask_variables,
     set_linen_masks,
@@ -184,6 +189,11 @@ def set_masks(model: Any, masks: Masks) -> Any:
         for name, mask in masks.items()
     }
     check_one_mask(checked, {name: weights[name].key for name in checked}, _are_equal)
+    for name, mask in checked.items() if not is_linen(model) else ():
+        check_keeps_fixed(weights[name].owner, weights[name].parameter, mask, name)
+    for name, patterns in moved.items():
+        if weights[name].indptr.get_value().ndim == 1:
+            check_keeps_fixed(weights[name], "weight_values", patterns[0].places_in(weights[name].pattern), name)
     if is_linen(model):
         return set_linen_masks(model, {weights[name].key: (mask, None) for name, mask in checked.items()})
     for name, mask in checked.items():
@@ -209,6 +219,7 @@ def prune_model(
     seed: int = 0,
     on_empty: pruning.OnEmpty = "raise",
     keep_at_least: Mapping[str, int] | None = None,
+    keep_masked: bool = True,
     progress: Progress = False,
 ) -> Any:
     """Prune the masked weights of a model to a sparsity, beyond what is masked already.
@@ -221,7 +232,8 @@ def prune_model(
         score: ``"magnitude"``, ``"random"``, ``"snip"`` or ``"taylor"`` (these two need ``gradients``), a function of
             weight and gradient, both ``(out, in)``, that returns scores of their shape; or the scores ``(out, in)`` by name.
             Of a stack of matrices they are ``(stack, out, in)``, of a weight whose axes nobody knows of its own shape.
-        scope: ``"global"``, ``"layer"`` or ``"erdos_renyi"``; each matrix of a stack is a layer.
+        scope: ``"global"``, ``"layer"``, ``"row"``, ``"erdos_renyi"`` or ``"uniform_plus"``, as
+            :func:`maskedlinear.pruning.prune` takes it; each matrix of a stack is a layer.
         of: what the sparsity is a fraction of: the ``"masked"`` weights that are pruned here, all ``"weights"`` of the
             model, those without a mask included, or all numbers of the ``"model"``.
         include: which weights, as in :func:`mask_model`.
@@ -233,6 +245,8 @@ def prune_model(
         seed: for ``"random"``.
         on_empty: ``"raise"`` or ``"allow"`` where a layer would lose its last connection; ``"keep"`` leaves it its best.
         keep_at_least: how many of the best connections stay in each ``"row"`` (output) and each ``"layer"``.
+        keep_masked: whether what is masked stays so. If ``False``, all connections are chosen from, and those that come back
+            have the values that they had; for scores of masked ones too, as of ``movement`` by :func:`dense_gradients`.
         progress: as in :func:`maskedlinear.pruning.prune`.
 
     Returns:
@@ -245,6 +259,7 @@ def prune_model(
     refuse_linen_module("prune_model", model)
     if optimizer is not None:
         refuse_linen("prune_model(optimizer=...)", model)
+    check_guards(optimizer, model)
     check_of(of)
     chosen = {name: one for name, one in masked_of(model, axes).items() if matches(name, one.owner, include)}
     if not chosen:
@@ -258,7 +273,16 @@ def prune_model(
     for name in first.values():
         one = chosen[name]
         gradient = by_name.get(one.full_name)
-        weights[name] = Prunable(one.axes, one.value, gradient, one.mask)
+        fixed = None if is_linen(model) else one.fixed
+        weights[name] = Prunable(one.axes, one.value, gradient, one.mask, fixed)
+    masked_here = 0 if of == "masked" else count_masked(masks_on_host(weights))
+    if not keep_masked:
+        every = {name: np.ones(weight.mask.shape, bool) for name, weight in weights.items()}
+        full = {name: _full_value(model, chosen[name]) for name in weights}
+        weights = {name: one._replace(weight=full[name], mask=every[name]) for name, one in weights.items()}
+    if isinstance(score, Mapping):  # of more weights too
+        check_known("scores", score, list(masked_of(model, axes)))
+        score = {name: score[name] for name in weights if name in score}
     pruned = prune_known(
         weights,
         sparsity,
@@ -268,9 +292,7 @@ def prune_model(
         seed=seed,
         on_empty=on_empty,
         keep_at_least=keep_at_least,
-        num_zeros=None
-        if of == "masked"
-        else zeros_left(summary(model, axes=axes), sparsity, of, count_masked(masks_on_host(weights))),
+        num_zeros=None if of == "masked" else zeros_left(summary(model, axes=axes), sparsity, of, masked_here),
         progress=progress,
     )
     masks = {name: pruned[first[one.key]] for name, one in chosen.items()}
@@ -279,9 +301,18 @@ def prune_model(
         warn_of_sparse(list(layers_of(model, SparseLinear)), stacklevel=3)
     before = {name: one.mask for name, one in chosen.items()}
     changed = set_masks(model, masks)
+    if not is_linen(model):
+        warn_of_cut(chain_of(model))
     if optimizer is not None:
         bring_masks_to(optimizer, model, pure(optimizer.opt_state))
     return changed if is_linen(model) else before
+
+
+def _full_value(model: Any, one: Any) -> Any:
+    """Return the live and the dormant values of a masked weight together."""
+    if is_linen(model):
+        return full_kernel(one.value, one.mask, dormant_of(model, one.key))
+    return full_kernel(one.value, one.mask, None if one.dormant is None else one.dormant.get_value())
 
 
 def summary(model: Any, *, axes: Axes = None) -> ModelSummary:
@@ -307,7 +338,7 @@ def summary(model: Any, *, axes: Axes = None) -> ModelSummary:
         for one in parameters_of(model)
         if one.mask is None and one.sparse is None
     ]
-    return ModelSummary(rows, unmasked)
+    return ModelSummary(rows, unmasked, None if is_linen(model) else number_effective(chain_of(model)))
 
 
 def _has_drifted(one: Any) -> bool:
