@@ -5,8 +5,8 @@ array-api-compat only. The layers live behind one face a framework: ``maskedline
 ``maskedlinear.flax``.
 """
 
-from maskedlinear import backends, costs, masks, pattern, spec
+from maskedlinear import backends, constraints, costs, masks, pattern, spec
 
-__all__ = ["__version__", "backends", "costs", "masks", "pattern", "spec"]
+__all__ = ["__version__", "backends", "constraints", "costs", "masks", "pattern", "spec"]
 
 __version__ = "0.1.0"

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import resources
@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from maskedlinear._table import lines
+from maskedlinear.models import first_names
 
 __all__ = ["CLOSE", "LARGEST", "UNEVEN", "Choice", "Costs", "Format", "Layer", "choose", "choose_forms", "table"]
 
@@ -244,7 +245,10 @@ def choose_forms(
     training: bool,
     framework: str,
     costs: Costs | None,
-    measured: Sequence[Callable[[], dict[str, float]]] | None,
+    measured: Sequence[Callable[[], dict[str, float]] | None] | None,
+    *,
+    measure_close: bool = True,
+    forms: Mapping[str, str] | None = None,
 ) -> list[Choice]:
     """Return the choice for each layer of a model; the one place that checks what ``compress`` was asked for.
 
@@ -257,9 +261,13 @@ def choose_forms(
         costs: those given, for the layers on their device. The others go by those of the package.
         measured: what returns the seconds of each layer in both forms; ``None`` to go by costs alone. Of layers that are
             alike, whatever their names and forms are, one is measured.
+        measure_close: whether layers are measured whose expected times are too close to tell; those that have none are
+            anyway. Without, the choice is the same in every run where there are costs.
+        forms: a choice that was made before, by the layers' names: what it names takes that form, the others keep theirs.
 
     Raises:
-        ValueError: if ``format`` is none of the three, or ``batch`` is not positive; if a layer that must keep its form is
+        ValueError: if ``format`` is none of the three, or ``batch`` is not positive; if ``forms`` names a layer or a form
+            that there is not, or comes with a ``format``; if a layer that must keep its form is
             asked to change it; if the costs given are of another framework or of no layer's device; or if a layer has none
             and nothing is measured.
     """
@@ -267,6 +275,8 @@ def choose_forms(
         raise ValueError(f"format must be one of {', '.join(map(repr, get_args(Format)))}; got {format!r}")
     if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
         raise ValueError(f"batch must be the rows of x in a call, a whole number from 1 on; got {batch!r}")
+    if forms is not None:
+        return _as_before(layers, format, batch, training, forms)
     devices = {layer.device for layer in layers if format == "auto" and not layer.fixed}
     if costs is not None and devices and (costs.framework != framework or costs.device not in devices):
         where = " or ".join(map(repr, sorted(devices)))
@@ -282,12 +292,34 @@ def choose_forms(
             taken[alike] = measure()
         return taken[alike]
 
-    calls = [
-        None if measured is None else partial(seconds, layer, measured[place]) for place, layer in enumerate(layers)
-    ]
+    choices = []
+    for place, layer in enumerate(layers):
+        measure = None if measured is None else measured[place]
+        known = _known(layer, format, framework, costs, measure is not None)
+        ask = measure is not None and (measure_close or known is None)
+        call = partial(seconds, layer, measure) if ask and measure is not None else None
+        choices.append(choose(layer, format, batch, training, known, call))
+    return choices
+
+
+def _as_before(
+    layers: Sequence[Layer], format: Format, batch: int, training: bool, forms: Mapping[str, str]
+) -> list[Choice]:
+    """Return a choice that was made before."""
+    if format != "auto":
+        raise ValueError(f"forms= says the form of each layer, and format= that of all; got both, format={format!r}")
+    unknown = forms.keys() - {layer.name for layer in layers}
+    if unknown:
+        names = first_names([layer.name for layer in layers]) or "there are none"
+        raise ValueError(f"forms= names masked layers: {names}; got {first_names(sorted(map(str, unknown)))} too")
+    for name, form in forms.items():
+        if form not in ("dense", "sparse"):
+            raise ValueError(f"a form is 'dense' or 'sparse'; got {form!r} for {name!r}")
     return [
-        choose(layer, format, batch, training, _known(layer, format, framework, costs, call is not None), call)
-        for layer, call in zip(layers, calls, strict=True)
+        choose(layer, forms[layer.name], batch, training, None)  # type: ignore[arg-type]
+        if layer.name in forms
+        else Choice(layer, layer.form, "not named in forms", {})
+        for layer in layers
     ]
 
 

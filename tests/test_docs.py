@@ -9,7 +9,16 @@ import pytest
 
 from helpers import ROOT, python
 
-PAGES = ["exporting.md", "many-processes.md", "saving.md"]
+PAGES = [
+    "constraints.md",
+    "exporting.md",
+    "many-processes.md",
+    "pruning-methods.md",
+    "recurrent.md",
+    "saving.md",
+    "when-sparse-pays.md",
+    "wirings.md",
+]
 DEAR = {"AOTInductor"}  # sections apart, which compile C++
 # Warnings are errors, but for torch's own while it exports and compiles.
 PRELUDE = """

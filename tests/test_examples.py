@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import jax
 import pytest
 
 from helpers import ROOT
@@ -68,3 +69,12 @@ def test_many_processes_and_devices_have_the_losses_of_one(tmp_path: Path) -> No
     assert result.returncode == 0, result.stdout + result.stderr
     assert "The losses of 12 steps differ by at most" in result.stdout
     assert "the step of JAX gathers 0 arrays" in result.stdout
+
+
+def test_a_pathway_network_is_the_same_in_both_frameworks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with jax.enable_x64(True):
+        assert example("pathway_network").main(["--epochs", "3", "--out", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "LayeredWiring: 30 -> 13 -> 6 -> 1, 79 connections, of them 3 fixed" in out
+    assert "  concave points  " in out, "named among the strongest"
+    assert (tmp_path / "pathway_network.png").read_bytes()[:4] == b"\x89PNG"

@@ -24,7 +24,7 @@ from maskedlinear.pruning import _together
 
 MATRIX, TURNED = WeightAxes(), WeightAxes(out_axis=1, in_axis=0)
 EXPERTS, LAST_STACK = WeightAxes(batch_axis=0, out_axis=1, in_axis=2), WeightAxes(batch_axis=2, out_axis=1, in_axis=0)
-CONVOLUTION = WeightAxes(out_axis=0, in_axis=(1, 2))
+CONVOLUTION = WeightAxes(out_axis=0, in_axis=(1, 2), window_axis=2)
 SHAPES = {
     "a": (MATRIX, (12, 10)),
     "b": (TURNED, (8, 6)),
@@ -174,16 +174,23 @@ def test_weights_in_parts_move_their_connections_as_whole_ones(
             for rank in range(size):
                 for shard in shards[rank][name].shards:
                     shard.mask[...] = mask[np.ix_(*shard.places)]
-        masks = {}
+        masks, exclude = {}, seed > 0
         for name, whole in wholes.items():
             gradient = np.concatenate([*whole.axes.matrices(whole.gradient)])
             rows = (lambda start, stop, g=gradient: g[start:stop]) if by_gradient else None
-            masks[name], number = regrow_weight(whole.axes, whole.mask, whole.weight, 0.4, rows, 5)
+            masks[name], number = regrow_weight(whole.axes, whole.mask, whole.weight, 0.4, rows, 5, exclude)
             assert number == whole.axes.matrix_shape(whole.mask.shape)[0]
 
         def act(rank: int, add_up: Any) -> Any:
             moved = {
-                name: regrow_shards(weight, 0.4, add_up=add_up, by_gradient=by_gradient, seed=5)
+                name: regrow_shards(
+                    weight,
+                    0.4,
+                    add_up=add_up,
+                    by_gradient=by_gradient,
+                    seed=5,
+                    exclude_dropped=exclude,  # noqa: B023
+                )
                 for name, weight in shards[rank].items()  # noqa: B023
             }
             return {name: found for name, (found, _) in moved.items()}

@@ -163,5 +163,5 @@ def chosen(case: Case, device: str, training: bool) -> str:
     device_of(device)
     mask = case.pattern().to_mask().T
     layer = MaskedLinear(case.in_features, case.out_features, mask=mask, rngs=nnx.Rngs(0))
-    made = compress(layer, batch=case.batch, training=training)
+    made = compress(layer, batch=case.batch, training=training, measure=True)
     return "sparse" if isinstance(made, SparseLinear) else "dense"

@@ -104,5 +104,5 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
 def chosen(case: Case, device: str, training: bool) -> str:
     """Return the form that ``compress`` gives the layer, with what it measures."""
     layer = MaskedLinear(case.in_features, case.out_features, mask=torch.from_numpy(case.pattern().to_mask()))
-    made = compress(layer.to(device), batch=case.batch, training=training)
+    made = compress(layer.to(device), batch=case.batch, training=training, measure=True)
     return "sparse" if isinstance(made, SparseLinear) else "dense"
