@@ -358,7 +358,7 @@ def _rows(gradients: DenseGradients, layer: Masked) -> Callable[[int, int], Tens
     """Return a function of two rows that returns these rows of a gradient, in memory that those after the next ones take.
 
     As many rows as were asked for are made ahead, those before them, while these are looked at: growth goes from the last
-    rows to the first. Not where processes average what they make, nor off the CPU.
+    rows to the first. Not where processes make them together, nor off the CPU.
     """
     kept: list[Tensor | None] = [None, None]  # fresh memory costs more than what is written to it
     ahead: dict[tuple[int, int], Future[Tensor]] = {}
@@ -381,7 +381,7 @@ def _rows(gradients: DenseGradients, layer: Masked) -> Callable[[int, int], Tens
             future.exception()  # made for nothing, but to its end
         ahead.clear()
         found = waiting[0] if waiting else make(start, stop)
-        if start and gradients.ranks is None and found.device.type == "cpu":
+        if start and gradients.ranks is None and type(found) is Tensor and found.device.type == "cpu":
             before = max(0, 2 * start - stop), start
             ahead[before] = pool.submit(make, *before)
         return found.cpu()
