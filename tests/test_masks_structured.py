@@ -164,9 +164,9 @@ def test_residual_stacks_are_those_of_zuko(hidden: tuple[int, ...]) -> None:
 )
 def test_receptive_fields_are_the_same_without_a_matrix(options: dict[str, Any]) -> None:
     dense = masks.receptive_field((7, 9), 3, **options)
-    sparse = masks.receptive_field((7, 9), 3, sparse=True, **options)
+    sparse = masks.receptive_field_pattern((7, 9), 3, **options)
     assert sparse == SparsityPattern.from_mask(dense)
-    assert masks.receptive_field((224, 224), 3, padding="same", sparse=True).nnz == (3 * 224 - 2) ** 2
+    assert masks.receptive_field_pattern((224, 224), 3, padding="same").nnz == (3 * 224 - 2) ** 2
 
 
 NFLOWS, ZUKO = "212b561db18f63d8", "f83da472e71030a5"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from helpers import in_processes
+from helpers import in_processes, needs_fsdp
 from maskedlinear.constraints import Constraints, dale
 from maskedlinear.torch import (
     MaskedLinear,
@@ -394,13 +394,6 @@ end()
 """
 
 
+@needs_fsdp
 def test_under_fsdp2(tmp_path: Path) -> None:
-    pytest.importorskip("torch.distributed.fsdp", reason="fully_shard")
-    from torch.distributed import fsdp
-
-    if not hasattr(fsdp, "fully_shard"):
-        pytest.skip("this torch has no fully_shard")
-    in_processes(
-        UNDER_FSDP2,
-        tmp_path,
-    )
+    in_processes(UNDER_FSDP2, tmp_path)

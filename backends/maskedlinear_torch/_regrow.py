@@ -376,11 +376,11 @@ def _rows(gradients: DenseGradients, layer: Masked) -> Callable[[int, int], Tens
         return found
 
     def rows(start: int, stop: int) -> Tensor:
-        waiting = [future.result() for future in ahead.values()] if (start, stop) in ahead else []
-        for future in ahead.values():
-            future.exception()  # made for nothing, but to its end
+        made = ahead.pop((start, stop), None)
+        for unwanted in ahead.values():
+            unwanted.exception()  # which waits until it writes no more
         ahead.clear()
-        found = waiting[0] if waiting else make(start, stop)
+        found = make(start, stop) if made is None else made.result()
         if start and gradients.ranks is None and type(found) is Tensor and found.device.type == "cpu":
             before = max(0, 2 * start - stop), start
             ahead[before] = pool.submit(make, *before)

@@ -12,7 +12,7 @@ from maskedlinear.masks._drop_report import DropReport
 from maskedlinear.masks._layered import LayeredWiring
 from maskedlinear.masks._random import ALGORITHM, bernoulli, random
 from maskedlinear.masks._recipe import Recipe
-from maskedlinear.masks._structured import blocks, constant_fan_in, n_of_m, receptive_field
+from maskedlinear.masks._structured import blocks, constant_fan_in, n_of_m, receptive_field, receptive_field_pattern
 from maskedlinear.masks._threefry import threefry2x32, words
 from maskedlinear.masks._wiring import Wiring
 from maskedlinear.masks._wiring_picture import plot_wirings
@@ -34,6 +34,7 @@ __all__ = [
     "plot_wirings",
     "random",
     "receptive_field",
+    "receptive_field_pattern",
     "threefry2x32",
     "uniform_plus_num_zeros",
     "words",

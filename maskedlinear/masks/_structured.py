@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import reduce
-from typing import Literal, overload
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +14,7 @@ from maskedlinear.masks._random import Sparsity, checked_seed, checked_shape, in
 from maskedlinear.masks._threefry import words
 from maskedlinear.pattern import SparsityPattern
 
-__all__ = ["blocks", "constant_fan_in", "n_of_m", "receptive_field"]
+__all__ = ["blocks", "constant_fan_in", "n_of_m", "receptive_field", "receptive_field_pattern"]
 
 Mask = NDArray[np.bool_]
 
@@ -125,7 +125,6 @@ def check_blocks(shape: tuple[int, int], block: tuple[int, int]) -> tuple[int, i
     return height, width
 
 
-@overload
 def receptive_field(
     grid: Sequence[int],
     size: int | Sequence[int],
@@ -134,33 +133,8 @@ def receptive_field(
     padding: int | Sequence[int] | Literal["same"] = 0,
     dilation: int | Sequence[int] = 1,
     channels: tuple[int, int] = (1, 1),
-    sparse: Literal[False] = False,
-) -> Mask: ...
-@overload
-def receptive_field(
-    grid: Sequence[int],
-    size: int | Sequence[int],
-    *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | Literal["same"] = 0,
-    dilation: int | Sequence[int] = 1,
-    channels: tuple[int, int] = (1, 1),
-    sparse: Literal[True],
-) -> SparsityPattern: ...
-def receptive_field(
-    grid: Sequence[int],
-    size: int | Sequence[int],
-    *,
-    stride: int | Sequence[int] = 1,
-    padding: int | Sequence[int] | Literal["same"] = 0,
-    dilation: int | Sequence[int] = 1,
-    channels: tuple[int, int] = (1, 1),
-    sparse: bool = False,
-) -> Mask | SparsityPattern:
+) -> Mask:
     """Return the mask of local receptive fields: the connections of a convolution, without its weight sharing.
-
-    A large grid's matrix is mostly zeros: for 224 x 224 places it has 2.5 billion entries, of which windows of 5 x 5 keep
-    1.2 million. ``sparse=True`` makes the connections alone, for ``SparseLinear(..., pattern=...)``.
 
     Args:
         grid: the sizes of the input grid, ``(height, width)`` for a picture; any number of dimensions.
@@ -170,18 +144,57 @@ def receptive_field(
             stride 1 gives as many outputs as inputs, and needs that to be a whole number.
         dilation: the distance between neighbours in a window.
         channels: ``(inputs, outputs)``: how many features there are at each place; all see one another.
-        sparse: whether to return a :class:`maskedlinear.pattern.SparsityPattern` in place of an array.
 
     Returns:
-        A boolean array of shape ``(out, in)``, or the pattern of the same connections. Both axes are flattened with the
-        channels first and the last dimension of the grid last: as of a picture ``(channels, height, width)``. An output's
-        window starts at ``stride * place - padding``, and there are
-        ``floor((n + 2 * padding - dilation * (size - 1) - 1) / stride) + 1`` places, as for a convolution.
+        A boolean array of shape ``(out, in)``. Both axes are flattened with the channels first and the last dimension of
+        the grid last: as of a picture ``(channels, height, width)``. An output's window starts at
+        ``stride * place - padding``, and there are ``floor((n + 2 * padding - dilation * (size - 1) - 1) / stride) + 1``
+        places, as for a convolution.
 
     Raises:
         ValueError: if a value is out of its range, there is none for each dimension, or no window fits.
         TypeError: if one is not an integer.
     """
+    return reduce(np.kron, _fields(grid, size, stride, padding, dilation, channels))
+
+
+def receptive_field_pattern(grid: Sequence[int], size: int | Sequence[int], **options: Any) -> SparsityPattern:
+    """Return the connections that :func:`receptive_field` returns as a mask, without a matrix, for ``SparseLinear``.
+
+    A large grid's matrix is mostly zeros: for 224 x 224 places it has 2.5 billion entries, of which windows of 5 x 5 keep
+    1.2 million.
+
+    Args:
+        grid: as of :func:`receptive_field`.
+        size: as above.
+        options: ``stride``, ``padding``, ``dilation`` and ``channels``, as above.
+
+    Raises:
+        ValueError, TypeError: as by :func:`receptive_field`.
+
+    Example:
+        >>> receptive_field_pattern((224, 224), 5, padding="same").nnz
+        1240996
+    """
+    rows = columns = np.zeros(1, np.int64)
+    shape = (1, 1)
+    for factor in _fields(grid, size, **options):
+        own_rows, own_columns = np.nonzero(factor)
+        rows = (rows[:, None] * factor.shape[0] + own_rows).reshape(-1)
+        columns = (columns[:, None] * factor.shape[1] + own_columns).reshape(-1)
+        shape = (shape[0] * factor.shape[0], shape[1] * factor.shape[1])
+    return SparsityPattern.from_edges(rows, columns, shape)[0]
+
+
+def _fields(
+    grid: Sequence[int],
+    size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] | Literal["same"] = 0,
+    dilation: int | Sequence[int] = 1,
+    channels: tuple[int, int] = (1, 1),
+) -> list[Mask]:
+    """Return the masks of channels and of each dimension, whose Kronecker product the receptive fields are."""
     sizes = tuple(integer("a grid's size", n) for n in grid)
     if not sizes or min(sizes) < 1:
         raise ValueError(f"a grid must have one or more sizes, each from 1 on; got {grid!r}")
@@ -199,20 +212,7 @@ def receptive_field(
     if min(in_channels, out_channels) < 1:
         raise ValueError(f"channels must be (inputs, outputs), each from 1 on; got {channels}")
     lines = [_line(*parts) for parts in zip(sizes, window, steps, beyond, apart, strict=True)]
-    lines.insert(0, np.ones((out_channels, in_channels), bool))
-    return _kron_pattern(lines) if sparse else reduce(np.kron, lines)
-
-
-def _kron_pattern(factors: Sequence[Mask]) -> SparsityPattern:
-    """Return the pattern of the Kronecker product of ``factors``, without the product."""
-    rows = columns = np.zeros(1, np.int64)
-    shape = (1, 1)
-    for factor in factors:
-        own_rows, own_columns = np.nonzero(factor)
-        rows = (rows[:, None] * factor.shape[0] + own_rows).reshape(-1)
-        columns = (columns[:, None] * factor.shape[1] + own_columns).reshape(-1)
-        shape = (shape[0] * factor.shape[0], shape[1] * factor.shape[1])
-    return SparsityPattern.from_edges(rows, columns, shape)[0]
+    return [np.ones((out_channels, in_channels), bool), *lines]
 
 
 def _line(inputs: int, size: int, stride: int, padding: int, dilation: int) -> Mask:
