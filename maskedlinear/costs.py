@@ -19,6 +19,7 @@ from typing import Any, Literal, Self, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from maskedlinear import kernels
 from maskedlinear._table import lines
 from maskedlinear.models import first_names
 
@@ -98,8 +99,8 @@ class Costs:
     in + out − 2 w features by which x and y are larger than the square's. That time, by batch and for a surplus of inputs
     and of outputs apart, is what layers of 4 w → w / 4 and of w / 4 → 4 w took longer than the square one.
 
-    ``maskedlinear bench --costs FILE`` measures them. The package brings those of one machine for PyTorch and JAX on the
-    CPU.
+    ``maskedlinear bench --costs FILE`` measures them. The package brings those of two machines for PyTorch and JAX on the
+    CPU: with the kernels of the extra ``cpu``, and without.
 
     Attributes:
         framework: ``"torch"`` or ``"jax"``.
@@ -395,7 +396,9 @@ def table(choices: Sequence[Choice], batch: int, training: bool) -> str:
 
 
 def _file(framework: str, device: str) -> Traversable:
-    return resources.files("maskedlinear") / "data" / f"costs_{framework}_{device}.json"
+    """Return where the times are that the package brings: of its own kernels, if those multiply on the device."""
+    kind = f"{device}_kernels" if device == "cpu" and kernels.is_available() else device
+    return resources.files("maskedlinear") / "data" / f"costs_{framework}_{kind}.json"
 
 
 def _known(layer: Layer, format: Format, framework: str, given: Costs | None, measure: bool) -> Costs | None:

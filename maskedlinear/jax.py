@@ -4,6 +4,7 @@ from maskedlinear._extras import missing_framework
 
 try:
     from maskedlinear_jax import (
+        PackedWeights,
         PruningState,
         RegrowthState,
         apply_constraints,
@@ -12,6 +13,7 @@ try:
         grasp_scores,
         masked_linear,
         n_of_m_tree,
+        pack,
         prune_tree,
         regrow_tree,
         scheduled_pruning,
@@ -29,6 +31,7 @@ except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.jax", "jax", "jax", "jaxlib", "optax") from error
 
 __all__ = [
+    "PackedWeights",
     "PruningState",
     "RegrowthState",
     "apply_constraints",
@@ -37,6 +40,7 @@ __all__ = [
     "grasp_scores",
     "masked_linear",
     "n_of_m_tree",
+    "pack",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",

@@ -6,6 +6,7 @@ try:
     from maskedlinear_torch import (
         Activations,
         MaskedLinear,
+        PackedLinear,
         PathwayNetwork,
         ScheduledPruning,
         ScheduledRegrowth,
@@ -37,6 +38,7 @@ try:
         obd_scores,
         onnx_translations,
         operator_decompositions,
+        pack,
         prune_model,
         prune_with_updates,
         record_activations,
@@ -49,6 +51,7 @@ try:
         summary,
         synflow_prune,
         unmask_model,
+        unpack,
     )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.torch", "torch", "torch") from error
@@ -56,6 +59,7 @@ except ModuleNotFoundError as error:
 __all__ = [
     "Activations",
     "MaskedLinear",
+    "PackedLinear",
     "PathwayNetwork",
     "ScheduledPruning",
     "ScheduledRegrowth",
@@ -87,6 +91,7 @@ __all__ = [
     "obd_scores",
     "onnx_translations",
     "operator_decompositions",
+    "pack",
     "prune_model",
     "prune_with_updates",
     "record_activations",
@@ -99,4 +104,5 @@ __all__ = [
     "summary",
     "synflow_prune",
     "unmask_model",
+    "unpack",
 ]

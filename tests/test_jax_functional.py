@@ -11,6 +11,7 @@ import pytest
 from jax import Array
 from jax.test_util import check_grads
 
+from forked import JAX
 from helpers import problem, python
 from maskedlinear import spec
 from maskedlinear.jax import masked_linear
@@ -231,7 +232,7 @@ for call in (lambda: masked_linear(jnp.ones(4), weight, jax.device_put(jnp.ones(
     except ValueError as error:
         print(error)
 """
-    result = python(code)
+    result = python(code, imported=JAX)
     message = (
         "mask and weight must be on the same devices; got the mask on cpu:1 and the weight on cpu:0: move the mask"
     )

@@ -5,7 +5,8 @@ forward mode, and JAX's own sparse products are differentiated through a dense m
 (https://github.com/jax-ml/jax/issues/14623). Batches have any number of axes, and so have stacks of patterns, so that
 nothing is reshaped that lies on several devices: ``_partition`` says which axes may. A fourth primitive turns x around.
 
-For ``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
+On CPUs they are kernels of the core, if these are there (``_kernels``), or those that JAX brings along (``_products``). For
+``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
 program that is kept, and a batch may have a name for a size there. ``_compat.placement`` says so, when they are lowered.
 """
 
@@ -15,13 +16,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from maskedlinear_jax import _products
+from maskedlinear_jax import _gpu_products, _kernels, _products
 from maskedlinear_jax._compat import (
     Primitive,
     ad,
@@ -37,7 +39,7 @@ from maskedlinear_jax._compat import (
 from maskedlinear_jax._partition import Axes, partitioned, result_type
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["sddmm", "spmm", "turn"]
+__all__ = ["multiplied", "pattern_axes", "primitive", "sddmm", "spmm", "turn"]
 
 _LIMIT = (1 << 31) - 1  # of an index
 
@@ -50,7 +52,7 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool =
     """
     values, right, *rest = make_varying([values, right, *pattern])
     if _spmm_p is None:
-        return _spmm(values, right, *rest, transposed=transposed, kernel="gathered")
+        return _spmm(values, right, *rest, transposed=transposed, kernel="any")
     return _spmm_p.bind(values, right, *rest, transposed=transposed)
 
 
@@ -61,25 +63,38 @@ def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> A
     """
     left, right, *rest = make_varying([left, right, *pattern])
     if _sddmm_p is None:
-        return _sddmm(left, right, *rest, lead=lead, kernel="gathered")
+        return _sddmm(left, right, *rest, lead=lead, kernel="any")
     return _sddmm_p.bind(left, right, *rest, lead=lead)
 
 
 def turn(array: Array, to_columns: bool = True) -> Array:
     """Return ``array (*batch, features)`` as (features, \\*batch), or the other way round."""
     if _turn_p is None:
-        return _turn(array, to_columns=to_columns, kernel="gathered")
+        return _turn(array, to_columns=to_columns, kernel="gpu")
     return _turn_p.bind(array, to_columns=to_columns)
 
 
-# How they are formed. ``kernel`` is "cpu", "gathered", or "any": gathered, and of a program whose arrays lie anywhere.
+@partial(jax.jit, inline=True)
+def multiplied(values: Array, x: Array, pattern: DevicePattern) -> Array:
+    """Return x · Wᵀ, as one program outside of others too: in it nothing has to be turned around."""
+    return turn(spmm(values, turn(x), pattern), to_columns=False)
+
+
+# How they are formed. ``kernel`` is "cpu", "gpu" (all that is not the CPU), or "any": gathered in parts, of a program whose
+# arrays lie anywhere, or which any platform may run.
 
 
 def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: str) -> Array:
     lead, pattern = values.ndim - 1, DevicePattern(*rest)
     shape, batch = right.shape[: lead + 1], right.shape[lead + 1 :]
+    if kernel == "cpu" and _kernels.are_used(values, right, *rest):
+        by_kernel = partial(_kernels.spmm, transposed=transposed)
+        found = _each(by_kernel, values, _by_batch(right, lead), pattern, lead, kernel)
+        return jnp.moveaxis(found.reshape(*found.shape[:-2], *batch, found.shape[-1]), -1, lead)
 
     def product(values: Array, right: Array, pattern: DevicePattern) -> Array:
+        if kernel == "gpu":
+            return _gpu_products.spmm(values, right, pattern, transposed=transposed)
         return _products.spmm(values, right, *pattern, transposed=transposed, cpu=kernel == "cpu")
 
     found = _each(product, values, right.reshape(*shape, math.prod(batch)), pattern, lead, kernel)
@@ -87,17 +102,29 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: s
 
 
 def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> Array:
+    if kernel == "cpu" and _kernels.are_used(left, right, *rest):
+        one, other = (_by_batch(side, lead) for side in (left, right))
+        return _each(_kernels.sddmm, one, other, DevicePattern(*rest), lead, kernel)
     left, right = (side.reshape(*side.shape[: lead + 1], math.prod(side.shape[lead + 1 :])) for side in (left, right))
 
     def product(left: Array, right: Array, pattern: DevicePattern) -> Array:
+        if kernel == "gpu":
+            return _gpu_products.sddmm(left, right, pattern)
         return _products.sddmm(left, right, *pattern, cpu=kernel == "cpu")
 
     return _each(product, left, right, DevicePattern(*rest), lead, kernel)
 
 
+def _by_batch(array: Array, lead: int) -> Array:
+    """Return an array of features by a batch of any axes as matrices of batch by features."""
+    turned = jnp.moveaxis(array, lead, -1)
+    return turned.reshape(*turned.shape[:lead], math.prod(turned.shape[lead:-1]), turned.shape[-1])
+
+
 def _turn(array: Array, *, to_columns: bool, kernel: str) -> Array:
     *others, features = array.shape if to_columns else (*array.shape[1:], array.shape[0])
-    if kernel == "any":  # by way of blocks it would have to be gathered from all devices
+    # By way of blocks it would have to be gathered from all devices; and products by kernels of ours undo a plain one.
+    if kernel == "any" or (kernel == "cpu" and _kernels.are_used(array)):
         return jnp.moveaxis(array, -1, 0) if to_columns else jnp.moveaxis(array, 0, -1)
     if to_columns:
         return _products.to_columns(array.reshape(math.prod(others), features)).reshape(features, *others)
@@ -112,7 +139,7 @@ def _each(
     lead: int,
     kernel: str,
 ) -> Array:
-    """Return the product of each of a stack: on the CPU one after the other, each in its own best way; elsewhere in one."""
+    """Return the product of each of a stack: one after the other on the CPU, and by panels elsewhere; else all in one."""
     if not lead:
         return product(one, other, pattern)
     stack = one.shape[:lead]
@@ -121,7 +148,8 @@ def _each(
     if not shared:
         pattern = DevicePattern(*(index.reshape(math.prod(stack), index.shape[-1]) for index in pattern))
     count, largest = one.shape[0], max(*(index.shape[-1] for index in pattern))
-    if kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT:
+    one_by_one = kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT
+    if one_by_one or (kernel == "gpu" and _gpu_products.is_stack_in_panels(one, other, pattern)):
         parts = (one, other) if shared else (one, other, pattern)
         found = lax.map(lambda part: product(part[0], part[1], pattern if shared else part[2]), parts)
     else:
@@ -153,7 +181,7 @@ def _side_by_side(pattern: DevicePattern, count: int) -> DevicePattern:
 # What their axes are: "n0", "n1" of a stack, "b0", "b1" of a batch, "k" the connections, "o" and "i" the layer's sizes.
 
 
-def _pattern_axes(indices: Any, stack: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+def pattern_axes(indices: Any, stack: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
     front = stack if indices.ndim > 1 else ()
     return tuple((*front, name) for name in ("p", "k", "k", "q", "k", "k"))
 
@@ -162,14 +190,14 @@ def _spmm_axes(values: Any, right: Any, *rest: Any, transposed: bool) -> Axes:
     stack = tuple(f"n{place}" for place in range(values.ndim - 1))
     batch = tuple(f"b{place}" for place in range(right.ndim - len(stack) - 1))
     source, target = "oi" if transposed else "io"
-    pattern = _pattern_axes(DevicePattern(*rest).indices, stack)
+    pattern = pattern_axes(DevicePattern(*rest).indices, stack)
     return Axes(((*stack, "k"), (*stack, source, *batch), *pattern), (*stack, target, *batch), 2 + transposed)
 
 
 def _sddmm_axes(left: Any, right: Any, *rest: Any, lead: int) -> Axes:
     stack = tuple(f"n{place}" for place in range(lead))
     batch = tuple(f"b{place}" for place in range(right.ndim - lead - 1))
-    pattern = _pattern_axes(DevicePattern(*rest).indices, stack)
+    pattern = pattern_axes(DevicePattern(*rest).indices, stack)
     return Axes(((*stack, "o", *batch), (*stack, "i", *batch), *pattern), (*stack, "k"), 1)
 
 
@@ -283,19 +311,15 @@ def _mesh_axis(array: Array, dim: int) -> Any:
     return spec[dim] if dim < len(spec) else None
 
 
-def _primitive(
-    name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...]
-) -> Any:
+def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batch: Any, static: tuple[str, ...]) -> Any:
     """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface."""
     try:
-        primitive = Primitive(name)
-        primitive.def_abstract_eval(lambda *avals, **options: result_type(axes_of(*avals, **options), avals))
-        primitive.def_impl(
-            jax.jit(primitive.bind, static_argnames=static)
-        )  # outside of transforms: compiled on its own
-        ad.primitive_jvps[primitive] = jvp
-        ad.primitive_transposes[primitive] = transpose
-        batching.primitive_batchers[primitive] = batch
+        made = Primitive(name)
+        made.def_abstract_eval(lambda *avals, **options: result_type(axes_of(*avals, **options), avals))
+        made.def_impl(jax.jit(made.bind, static_argnames=static))  # outside of transforms: compiled on its own
+        ad.primitive_jvps[made] = jvp
+        ad.primitive_transposes[made] = transpose
+        batching.primitive_batchers[made] = batch
 
         def lowering(local: str) -> Any:
             def lower(ctx: Any, *arguments: Any, **options: Any) -> Any:
@@ -313,13 +337,13 @@ def _primitive(
 
             return lower
 
-        mlir.register_lowering(primitive, lowering("gathered"))
-        mlir.register_lowering(primitive, lowering("cpu"), platform="cpu")
+        mlir.register_lowering(made, lowering("gpu"))
+        mlir.register_lowering(made, lowering("cpu"), platform="cpu")
     except (AttributeError, TypeError):
         return None
-    return primitive
+    return made
 
 
-_spmm_p = _primitive("masked_spmm", _spmm, _spmm_axes, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
-_sddmm_p = _primitive("masked_sddmm", _sddmm, _sddmm_axes, _sddmm_jvp, _sddmm_transpose, _sddmm_batch, ("lead",))
-_turn_p = _primitive("masked_turn", _turn, _turn_axes, _turn_jvp, _turn_transpose, _turn_batch, ("to_columns",))
+_spmm_p = primitive("masked_spmm", _spmm, _spmm_axes, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
+_sddmm_p = primitive("masked_sddmm", _sddmm, _sddmm_axes, _sddmm_jvp, _sddmm_transpose, _sddmm_batch, ("lead",))
+_turn_p = primitive("masked_turn", _turn, _turn_axes, _turn_jvp, _turn_transpose, _turn_batch, ("to_columns",))

@@ -1,4 +1,4 @@
-"""A pattern as JAX's arrays, and how the products with it are formed on one device: by JAX's kernel, or by gathering.
+"""A pattern as JAX's arrays, and how products are formed on one device without the core's kernels: by JAX's, or gathered.
 
 They work on matrices of features by batch, (in, batch) and (out, batch); ``_primitives`` makes the products of any number of
 axes of them, which may lie on several devices.
@@ -48,34 +48,43 @@ class DevicePattern(NamedTuple):
 
     def is_valid_by_rows(self, in_features: int) -> Array:
         """Return whether ``indptr``, ``rows`` and ``indices`` are those of one pattern: a state may have brought any."""
-        return _are_segments(self.indptr, self.rows) & _ascend(self.rows, self.indices, in_features)
+        return _are_of_one(self.indptr, self.rows, self.indices, in_features)
 
     def is_valid_by_columns(self) -> Array:
         """Return whether ``starts``, ``outputs`` and ``order`` are those of the connections by rows, which are valid."""
         # In the one loop that gathers. No connection is there twice, so that none is missing.
-        columns = jnp.where(self.rows[self.order] == self.outputs, self.indices[self.order], -1)
+        rows, columns = _taken(self.rows, self.order), _taken(self.indices, self.order)
+        columns = jnp.where(rows == self.outputs, columns, -1)
         columns = lax.optimization_barrier(columns)
-        return _are_segments(self.starts, columns) & _ascend(columns, self.order, self.order.size)
+        return _are_of_one(self.starts, columns, self.order, self.order.size)
 
 
-def _are_segments(starts: Array, groups: Array) -> Array:
-    """Return whether group i is ``starts[i]`` to ``starts[i + 1] - 1``, for all of them, where groups do not fall."""
+def _are_of_one(starts: Array, groups: Array, values: Array, bound: int) -> Array:
+    """Return whether group i is ``starts[i]`` to ``starts[i + 1] - 1``, groups do not fall, and the values of each ascend,
+    all of them from 0 to below ``bound``."""
     size, group = groups.size, jnp.arange(starts.size - 1, dtype=jnp.int32)
     first, end = starts[:-1], starts[1:]
     wrong = first > end
     if size:
-        wrong |= (groups[jnp.clip(first, 0, size - 1)] != group) & (first < end)
-        wrong |= (groups[jnp.clip(end - 1, 0, size - 1)] != group) & (first < end)
-    return (starts[0] == 0) & (starts[-1] == size) & _none(wrong)
-
-
-def _ascend(groups: Array, values: Array, bound: int) -> Array:
-    """Return whether groups do not fall, and the values of each group ascend, all of them from 0 to below ``bound``."""
-    if not values.size:
-        return jnp.ones((), bool)
+        outer = (_taken(groups, first) != group) | (_taken(groups, end - 1) != group)
+        wrong |= outer & (first < end)
+    ends = (starts[0] == 0) & (starts[-1] == size)
+    if not size:
+        return ends & _none(wrong)
     falls, stays = groups[1:] < groups[:-1], groups[1:] == groups[:-1]
     outside = (values[1:] < 0) | (values[1:] >= bound)
-    return _none(falls | (stays & (values[1:] <= values[:-1])) | outside) & (values[0] >= 0) & (values[0] < bound)
+    unordered = falls | (stays & (values[1:] <= values[:-1])) | outside
+    ends &= (values[0] >= 0) & (values[0] < bound)
+    return ends & _none(jnp.concatenate([wrong, unordered]))  # in one: each sum takes memory when it is compiled
+
+
+def _taken(array: Array, places: Array) -> Array:
+    """Return entries or rows of an array; for places that it has not, those at its ends.
+
+    As XLA's gather does by itself: ``array[places]`` adds instructions for places from the end and beyond it, which cost
+    time and, in a program of many layers, a good part of the memory that compiling it takes.
+    """
+    return array.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _none(wrong: Array) -> Array:
@@ -112,14 +121,14 @@ def spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), right.dtype)
     if transposed:
-        values = values[pattern.order]
+        values = _taken(values, pattern.order)
     if cpu:
         matrix = sparse.BCSR((values, across, starts), shape=(count, depth), indices_sorted=True, unique_indices=True)
         padded = jnp.pad(right, ((0, 0), (0, -batch % _LANES)))  # what is left over takes longer than all the rest
         return (matrix @ padded)[:, :batch]
-    of = pattern.indices[pattern.order] if transposed else pattern.rows
+    of = _taken(pattern.indices, pattern.order) if transposed else pattern.rows
     return _in_parts(
-        lambda total, part: total.at[part[0]].add(part[2][:, None] * right[part[1]], indices_are_sorted=True),
+        lambda total, part: total.at[part[0]].add(part[2][:, None] * _taken(right, part[1]), indices_are_sorted=True),
         jnp.zeros((count, batch), right.dtype),
         (of, across, values),
         batch,
@@ -133,7 +142,7 @@ def sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
     if not cpu:
-        return _gathered(lambda of, across: (left[of] * right[across]).sum(1), pattern, batch)
+        return _gathered(lambda of, across: (_taken(left, of) * _taken(right, across)).sum(1), pattern, batch)
     # Nanoseconds, measured on two cores with AVX-512.
     gathering, in_blocks = size * (0.035 * batch + 3), left.shape[0] * (0.0055 * right.size + 200) + 3 * size
     return _sddmm_in_blocks(left, right, pattern) if gathering > in_blocks else _sddmm_in_slices(left, right, pattern)
@@ -152,7 +161,7 @@ def _sddmm_in_slices(left: Array, right: Array, pattern: DevicePattern) -> Array
     parts = [slice(start, start + width) for start in range(0, slices * width, width)]
 
     def dot(of: Array, across: Array) -> Array:
-        products = [left[:, part][of] * right[:, part][across] for part in parts]
+        products = [_taken(left[:, part], of) * _taken(right[:, part], across) for part in parts]
         return sum(products[1:], products[0]) @ jnp.ones(width, right.dtype)
 
     # In two steps at least: out of a loop XLA would gather from the sides as they were before they were transposed, number

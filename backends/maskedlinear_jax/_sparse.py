@@ -13,13 +13,19 @@ from jax.typing import ArrayLike
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._primitives import spmm, turn
+from maskedlinear_jax._packed import PackedWeights, packed_product
+from maskedlinear_jax._primitives import multiplied
 from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["product", "sparse_linear", "stack_patterns"]
 
 
-def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bias: ArrayLike | None = None) -> Array:
+def sparse_linear(
+    x: ArrayLike,
+    values: ArrayLike | PackedWeights,
+    pattern: SparsityPattern | None = None,
+    bias: ArrayLike | None = None,
+) -> Array:
     """Return ``y = x · Wᵀ + bias``, where W has ``values`` at the connections of ``pattern`` and nothing elsewhere.
 
     Works under ``jit``, ``vmap``, ``checkpoint`` and ``scan``, and in every mode of differentiation, of any order. Time and
@@ -35,7 +41,7 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bia
 
     Args:
         x: shape ``(..., in)``.
-        values: shape ``(nnz,)``, in the pattern's order.
+        values: shape ``(nnz,)``, in the pattern's order; or what :func:`pack` returns, in place of values and pattern.
         pattern: the connections, of shape ``(out, in)``.
         bias: shape ``(out,)`` or ``None``.
 
@@ -47,6 +53,14 @@ def sparse_linear(x: ArrayLike, values: ArrayLike, pattern: SparsityPattern, bia
         TypeError: if ``pattern`` is none, an argument is not an array, or its dtype is not real floating-point.
         ShardingTypeError: if an axis of an explicit mesh is over features or connections.
     """
+    if isinstance(values, PackedWeights):
+        if pattern is not None:
+            raise TypeError(
+                f"what is packed has its pattern; got {type(pattern).__name__} as another: "
+                "sparse_linear(x, packed, bias=bias)"
+            )
+        own = values.pattern
+        return product(x, values.values, DevicePattern.of(own), own.shape[1], bias, packed=values)
     if not isinstance(pattern, SparsityPattern):
         raise TypeError(
             f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: make one with "
@@ -63,6 +77,7 @@ def product(
     bias: ArrayLike | None,
     *,
     check: bool = False,
+    packed: PackedWeights | None = None,
 ) -> Array:
     """Return y, for the indices of a pattern; with ``check`` NaN for y or a gradient that wrong indices would be used for.
 
@@ -87,14 +102,15 @@ def product(
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     dtype = jnp.result_type(*named.values())
     wide = jnp.float64 if dtype == jnp.float64 else jnp.float32
-    columns, values = turn(x.astype(dtype).astype(wide)), values.astype(dtype).astype(wide)
+    x, values = x.astype(dtype).astype(wide), values.astype(dtype).astype(wide)
     offset = None if bias is None else bias.astype(dtype).astype(wide)
     if check:
         by_rows = pattern.is_valid_by_rows(in_features)
         one = jnp.where(by_rows, 1, jnp.nan).astype(wide)
-        columns, values = _poison_tangent(columns, by_rows & pattern.is_valid_by_columns()), values * one
+        x, values = _poison_tangent(x, by_rows & pattern.is_valid_by_columns()), values * one
         offset = (jnp.zeros(out, wide) if offset is None else offset) * one
-    y = turn(spmm(values, columns, pattern), to_columns=False)
+    fits = packed is not None and dtype == packed.values.dtype
+    y = packed_product(x, packed) if packed is not None and fits else multiplied(values, x, pattern)
     if offset is not None:
         y = y + offset.reshape((1,) * (y.ndim - 1) + (-1,))
     return y.astype(dtype)

@@ -25,6 +25,7 @@ from maskedlinear.masks import Recipe, as_mask
 from maskedlinear.models import WeightAxes
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._compat import in_transform, is_forward_mode, is_tracing, nothing_looks_on
+from maskedlinear_torch._cpu_kernels import masked_gradient
 from maskedlinear_torch._dtensors import full_tensor, is_sharded, on_parts
 from maskedlinear_torch._storage import OwnWeight, is_plain, keep_bits, new_memory, steps, version_of, zero_masked
 
@@ -287,5 +288,8 @@ def _masked_weight(ctx: Any, g: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 def _weight_gradient(g: Tensor, x: Tensor, mask: Tensor) -> Tensor:
     """Return ``where(mask, gᵀ · x, 0)``."""
     if g.is_cpu and is_plain(g) and is_plain(x):
-        return zero_masked(torch.mm(g.mT, x, out=new_memory((g.shape[1], x.shape[1]), g.dtype)), mask)
+        out = new_memory((g.shape[1], x.shape[1]), g.dtype)
+        if masked_gradient(g, x, mask, out):
+            return out
+        return zero_masked(torch.mm(g.mT, x, out=out), mask)
     return apply_mask(g.mT @ x, mask)

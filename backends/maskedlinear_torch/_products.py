@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_torch import _cpu_kernels, _gpu_products
 from maskedlinear_torch._compat import (
     in_transform,
     is_any_autocast_on,
@@ -23,13 +24,16 @@ from maskedlinear_torch._compat import (
     is_nested,
     is_tracing,
 )
+from maskedlinear_torch._cpu_kernels import CSR
 from maskedlinear_torch._storage import is_plain
 
 __all__ = [
     "CSR",
     "DevicePattern",
     "Matrix",
+    "are_ordinary_rows",
     "is_fake",
+    "laid_out",
     "may_be_one_row",
     "sddmm",
     "sddmm_expression",
@@ -39,14 +43,6 @@ __all__ = [
 
 _LANES = 8  # columns that the sampled product takes at a time
 _CHUNK = 1 << 22  # numbers that the products without MKL gather at once
-
-
-class CSR(NamedTuple):
-    """The compressed rows of a pattern or of its transpose, and where the values are, if not in its order."""
-
-    starts: Tensor
-    across: Tensor
-    order: Tensor | None
 
 
 class DevicePattern(NamedTuple):
@@ -78,18 +74,22 @@ class DevicePattern(NamedTuple):
     def csr(self, transposed: bool) -> CSR:
         """Return the pattern by rows, or, transposed, by columns."""
         if transposed:
-            return CSR(self.starts, self.outputs, self.order)
+            return CSR(self.starts, self.outputs, self.order, CSR(self.indptr, self.indices, None))
         return CSR(self.indptr, self.indices, None)
 
 
 def may_be_one_row(x: Any, in_features: int) -> bool:
     """Whether x is an ordinary tensor of one row, and nothing changes what its product is."""
+    return are_ordinary_rows(x, in_features) and x.numel() == in_features
+
+
+def are_ordinary_rows(x: Any, in_features: int) -> bool:
+    """Whether x is an ordinary tensor of rows, and nothing changes what its product is."""
     return (
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not is_tracing()
         and not in_transform()
-        and x.numel() == in_features
         and x.shape[-1:] == (in_features,)
         and not is_any_autocast_on()
     )
@@ -106,7 +106,9 @@ class Matrix:
 
     def times(self, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return y for x with one row, or ``None`` where that is not the way, or something does not belong together."""
-        if type(values) is not torch.nn.Parameter or is_forward_mode():
+        if type(values) not in (torch.nn.Parameter, Tensor) or is_forward_mode():
+            return None
+        if _gpu_products.has_triton(x):
             return None
         place, made = values.data_ptr(), self._made
         if made is None or made[0] != place or made[1] is not indices:
@@ -145,6 +147,13 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
     if is_nested("Jvp"):
         return spmm_expression(values, right, pattern, transposed)
     return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def laid_out(matrix: Tensor) -> Tensor:
+    """Return a matrix as the products read it, so that none of them has to copy it."""
+    if torch.compiler.is_compiling() or is_fake(matrix) or not _cpu_kernels.are_for(matrix):
+        return matrix.contiguous()
+    return _cpu_kernels.lies_well(matrix)
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
@@ -200,10 +209,14 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "fake_mode")
 
 
-def _spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
+def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -> Tensor:
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
     if not values.numel() or not batch:
         return right.new_zeros(rows, batch)
+    if _cpu_kernels.are_for(values, right) and not any(is_grads_batched(operand) for operand in (values, right)):
+        return _cpu_kernels.spmm(values, right, csr, as_it_lies=as_it_lies)
+    if _is_on_gpu(right) and (product := _gpu_products.spmm(values, right, csr)) is not None:
+        return product
     if csr.order is not None:
         values = values.index_select(0, csr.order)
     if not _has_kernels(values, right):
@@ -212,14 +225,17 @@ def _spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     with _no_autocast(right.device.type):
         if batch == 1:  # a matrix times a vector takes less than half the time
             return torch.mv(matrix, right.reshape(depth))[:, None]
-        product: Tensor = matrix @ right.contiguous()
-    return product
+        return matrix @ right.contiguous()
 
 
 def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     depth, batch = right.shape
     if not csr.across.numel() or not batch:
         return right.new_zeros(csr.across.shape)
+    if _cpu_kernels.are_for(left, right) and not any(is_grads_batched(operand) for operand in (left, right)):
+        return _cpu_kernels.sddmm(left, right, csr)
+    if _is_on_gpu(right) and (product := _gpu_products.sddmm(left, right, csr)) is not None:
+        return product
     if not _has_kernels(left, right):
         return _sddmm_plain(left, right, csr)
     if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
@@ -228,6 +244,10 @@ def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     with _no_autocast(right.device.type):
         sampled: Tensor = torch.sparse.sampled_addmm(matrix, left.contiguous(), right.contiguous().mT, beta=0)
     return sampled.values()
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type not in ("cpu", "meta")
 
 
 def _spmm_plain(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
@@ -309,7 +329,7 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, right, *rest = ctx.saved_tensors
-        pattern, g = DevicePattern(*rest), g.contiguous()  # once for both products
+        pattern, g = DevicePattern(*rest), laid_out(g)  # once for both products
         dvalues = dright = None
         if ctx.needs_input_grad[0]:
             dvalues = sddmm(right, g, pattern) if ctx.transposed else sddmm(g, right, pattern)
@@ -402,7 +422,9 @@ def _spmm_op(
     order: Tensor,
     transposed: bool,
 ) -> Tensor:
-    return _spmm(values, right, DevicePattern(indptr, indices, starts, outputs, order).csr(transposed))
+    return _spmm(
+        values, right, DevicePattern(indptr, indices, starts, outputs, order).csr(transposed), as_it_lies=False
+    )
 
 
 @_spmm_op.register_fake

@@ -11,7 +11,8 @@ from torch import Tensor
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
-from maskedlinear_torch._products import DevicePattern, is_fake, spmm
+from maskedlinear_torch._half_products import half_spmm, is_half_product
+from maskedlinear_torch._products import DevicePattern, is_fake, laid_out, spmm
 
 __all__ = ["check_values", "product", "real_tensor", "sparse_linear"]
 
@@ -68,7 +69,10 @@ def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int,
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     x, values, bias = autocast_arguments(x, values, bias, "values")
     wide = torch.promote_types(x.dtype, torch.float32)
-    columns = spmm(values.to(wide), flatten_batch(x).mT.to(wide).contiguous(), pattern)
+    if is_half_product(x, values):
+        columns = half_spmm(values, flatten_batch(x).mT.contiguous(), pattern)
+    else:
+        columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide)), pattern)
     y = columns.mT.contiguous().reshape(*x.shape[:-1], out)
     if bias is not None:
         y = y + bias.to(wide)  # last: hooks of FSDP2 get lost where a view is written to in place

@@ -1,0 +1,143 @@
+"""The products of the sparse form on CPUs by ``maskedlinear.kernels``, which XLA calls: whether they are used, and how.
+
+They are called where a product is lowered for CPUs, with arrays of one device and of sizes that are known; everywhere else,
+and without the extra ``cpu``, the products are XLA's. They take matrices of batch by features, as x and y are: the plain
+transpositions of ``turn`` and of these products undo each other when XLA simplifies a program.
+"""
+
+# mypy: disable-error-code="no-untyped-call,no-any-return"
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from maskedlinear import kernels
+
+__all__ = ["are_used", "multiplies_packed", "multiply_packed", "sddmm", "spmm"]
+
+_lock = threading.Lock()
+
+
+def are_used(*arrays: Array) -> bool:
+    """Whether the kernels multiply these arrays on CPUs: floats of one of two dtypes and int32, of known sizes."""
+    known = all(isinstance(size, int) for array in arrays for size in array.shape)
+    dtypes = {str(array.dtype) for array in arrays} - {"int32"}
+    return known and len(dtypes) == 1 and dtypes <= {"float32", "float64"} and _are_registered(dtypes.pop())
+
+
+def _are_registered(dtype: str) -> bool:
+    with _lock:  # a name is XLA's once and for all
+        return _products_are_registered(dtype)
+
+
+@cache
+def _products_are_registered(dtype: str) -> bool:
+    """Register the handlers of a dtype with XLA, and return whether that worked."""
+    if not kernels.is_available() or not hasattr(jax, "ffi"):
+        return False
+    from maskedlinear.kernels import _xla
+
+    return _try(lambda: {_xla.target(kind, dtype): made for kind, made in _xla.handlers(dtype, _api()).items()})
+
+
+def _try(handlers: Callable[[], dict[str, int]]) -> bool:
+    """Register handlers by their names; return whether that worked, or say in ``kernels.refused`` why not."""
+    try:
+        for target, address in handlers().items():
+            made = ctypes.CFUNCTYPE(ctypes.c_void_p, ctypes.c_void_p)(address)
+            jax.ffi.register_ffi_target(target, jax.ffi.pycapsule(made), platform="cpu")
+    except (AttributeError, ImportError, OSError, RuntimeError, ValueError) as error:
+        kernels.refused["JAX"] = str(error)  # of an interface that is not as expected
+        return False
+    return True
+
+
+def _api() -> Any:
+    from maskedlinear.kernels import _xla
+
+    return _xla.read_api((Path(jax.ffi.include_dir()) / "xla" / "ffi" / "api" / "c_api.h").read_text())
+
+
+def multiplies_packed(kind: str, batch: Any) -> bool:
+    """Whether this machine multiplies what is packed in a way, ``kind``, with as many rows."""
+    return bool(kind) and isinstance(batch, int) and batch > 0 and _packed_kind(batch) == kind
+
+
+@cache
+def _packed_kind(batch: int) -> str:
+    if not kernels.is_available() or not hasattr(jax, "ffi"):
+        return ""
+    from maskedlinear.kernels import _packing, _xla_packed
+
+    way = _packing.host_way()
+    if way is None or batch > _packing.MOST_VECTORS or not _is_packed_registered():
+        return ""
+    _xla_packed.compile_task(batch)
+    return way.kind
+
+
+def _is_packed_registered() -> bool:
+    with _lock:
+        return _packed_handler_is_registered()
+
+
+@cache
+def _packed_handler_is_registered() -> bool:
+    from maskedlinear.kernels import _xla_packed
+
+    return _try(lambda: {_xla_packed.target(): _xla_packed.handler(_api())})
+
+
+def multiply_packed(x: Array, layout: Any, rows: int) -> Array:
+    """Return the product of x (batch, in) with a packed Wᵀ, (batch, rows)."""
+    from maskedlinear.kernels import _xla_packed
+
+    result = jax.ShapeDtypeStruct((x.shape[0], rows), x.dtype)
+    return jax.ffi.ffi_call(_xla_packed.target(), result)(x, *layout)
+
+
+def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
+    """Return the product of a matrix by batch with Wᵀ, or, ``transposed``, with W: (batch, out) for right (batch, in)."""
+    starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
+    rows, dtype = starts.shape[0] - 1, right.dtype
+    batch, depth = right.shape
+    if not (values.size and rows and right.size):
+        return jnp.zeros((batch, rows), dtype)
+    shapes, operands = [(batch, rows), _room(depth, batch, dtype)], [values, right, starts, across]
+    if not transposed:
+        return _call("spmm", (rows, depth), batch, dtype, shapes, operands)
+    return _call("spmm_ordered", (rows, depth), batch, dtype, [*shapes, values.shape], [*operands, pattern.order])
+
+
+def sddmm(left: Array, right: Array, pattern: Any) -> Array:
+    """Return the sum over the batch of left (batch, out) times right (batch, in) at the connections, shape (nnz,)."""
+    dtype, shape = right.dtype, pattern.indices.shape
+    if not (pattern.indices.size and left.size and right.size):
+        return jnp.zeros(shape, dtype)
+    shapes = [shape, *(_room(side.shape[1], side.shape[0], dtype) for side in (left, right))]
+    layer = (left.shape[1], right.shape[1])
+    return _call("sddmm", layer, right.shape[0], dtype, shapes, [left, right, pattern.indptr, pattern.indices])
+
+
+def _room(features: int, batch: int, dtype: Any) -> tuple[int]:
+    direct = kernels.is_direct(batch, by_batch=True, dtype=str(dtype))
+    return (0 if direct else kernels.panel_numbers(features, batch, str(dtype)),)
+
+
+def _call(kind: str, shape: tuple[int, int], batch: int, dtype: Any, shapes: list[Any], operands: list[Array]) -> Array:
+    from maskedlinear.kernels import _calls, _xla
+
+    name, product = str(jnp.dtype(dtype)), kind.removesuffix("_ordered")
+    connections = operands[3].shape[0]
+    _calls.prepare(product, name, shape, batch, connections, ordered=product != kind)
+    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    return jax.ffi.ffi_call(_xla.target(kind, name), results)(*operands)[0]

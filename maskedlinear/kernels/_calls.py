@@ -1,0 +1,248 @@
+"""Calling the kernels with pointers and shapes. No framework is imported here."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+from typing import Any
+
+from maskedlinear.kernels import _engine, _openmp, _programs
+from maskedlinear.kernels._rows import SLOTS, widths
+
+__all__ = [
+    "compile_task",
+    "count_mask",
+    "is_direct",
+    "list_mask",
+    "panel_numbers",
+    "place_values",
+    "prepare",
+    "sddmm",
+    "spmm",
+    "table_address",
+]
+
+_CALL = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
+_Told = ctypes.c_int64 * len(SLOTS)
+_tables: dict[tuple[str, str, bool], Any] = {}
+
+
+@cache
+def _sizes(dtype: str) -> tuple[int, ...]:
+    return tuple(widths(_engine.host().shape(dtype), dtype))
+
+
+def is_direct(batch: int, by_batch: bool, dtype: str) -> bool:
+    """Whether a product reads a matrix as it is, because it is one panel already, or a vector."""
+    return batch == 1 or (not by_batch and batch in _sizes(dtype))
+
+
+def panel_numbers(features: int, batch: int, dtype: str) -> int:
+    """Return how many numbers the panels of a matrix hold."""
+    smallest = _sizes(dtype)[-1]
+    return features * (-(-batch // smallest) * smallest)
+
+
+def _table(kind: str, dtype: str, checked: bool) -> Any:
+    found = _tables.get((kind, dtype, checked))
+    if found is None:  # a table that is known stays, since code holds its address
+        made = (ctypes.c_int64 * (_programs.WIDTHS + len(_sizes(dtype))))()
+        found = _tables.setdefault((kind, dtype, checked), made)
+    return found
+
+
+def table_address(kind: str, dtype: str, *, checked: bool) -> int:
+    """Return where the table of a product's tasks lies: their addresses, or 0 as long as they are not compiled."""
+    return ctypes.addressof(_table(kind, dtype, checked))
+
+
+def compile_task(kind: str, dtype: str, task: int, checked: bool) -> None:
+    """Compile one task of a product, and enter it in the table."""
+    if task >= _programs.WIDTHS:
+        found = _engine.address(kind, dtype, _sizes(dtype)[task - _programs.WIDTHS], checked=checked)
+    elif task in (_programs.PACK_RIGHT, _programs.PACK_LEFT):
+        found = _engine.address("pack_right" if task == _programs.PACK_RIGHT else "pack_left", dtype)
+    else:
+        found = _engine.address("gather" if task == _programs.GATHER else f"{kind}_vector", dtype, checked=checked)
+    _table(kind, dtype, checked)[task] = found
+
+
+@cache
+def _program(kind: str, dtype: str) -> Any:
+    return _CALL(_engine.address(f"{kind}_program", dtype))
+
+
+def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: int, *, dry: bool = False) -> None:
+    """Run a product; what it needs and is not compiled yet is, and it begins anew."""
+    told["tasks"] = table_address(kind, dtype, checked=checked)
+    told["threads"] = max(threads, 1)
+    way = (_engine.address("dry"), 0) if dry else _openmp.pool()
+    while missing := _program(kind, dtype)(_Told(*(told.get(slot, 0) for slot in SLOTS)), *way):
+        compile_task(kind, dtype, missing - 1, checked)
+
+
+def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int, *, ordered: bool) -> None:
+    """Compile what a product of matrices by batch runs, with checks: its program is gone through, and nothing multiplied."""
+    told = {
+        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "order": int(ordered),
+        "direct": is_direct(batch, by_batch=True, dtype=dtype),
+    }  # fmt: skip
+    _call(kind, dtype, told, True, 1, dry=True)
+
+
+def spmm(
+    dtype: str,
+    shape: tuple[int, int],
+    batch: int,
+    nnz: int,
+    *,
+    starts: int,
+    across: int,
+    values: int,
+    right: int,
+    out: int,
+    order: int = 0,
+    gathered: int = 0,
+    panels: int = 0,
+    right_by_batch: bool = False,
+    out_by_batch: bool = False,
+    threads: int = 1,
+    checked: bool = True,
+) -> None:
+    """Write W · right to ``out``; all matrices are given as the addresses of their first numbers.
+
+    The bits of the result depend on nothing but the arguments' values and the machine: not on ``threads``.
+
+    Args:
+        dtype: ``"float32"`` or ``"float64"``, of values, right, out and panels.
+        shape: the rows and the columns of W.
+        batch: the columns of right; from 1 on.
+        nnz: the number of connections; from 1 on.
+        starts: int32, shape ``(rows + 1,)``, where each row of W starts.
+        across: int32, shape ``(nnz,)``, the column of each connection.
+        values: shape ``(nnz,)``.
+        right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
+        out: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
+        order: int32, shape ``(nnz,)``: connection k has the value ``values[order[k]]``; 0 if values are in order.
+        gathered: room for ``nnz`` numbers, if there is an order.
+        panels: room for :func:`panel_numbers` numbers; not needed if :func:`is_direct`.
+        right_by_batch: which way right lies.
+        out_by_batch: which way out lies.
+        threads: the most threads that take part.
+        checked: whether indices beyond their ends are taken for the last; pass ``False`` only for valid patterns.
+    """
+    told = {
+        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
+        "order": order, "gathered": gathered, "values": values, "right": right, "right_by_batch": right_by_batch,
+        "panels": panels or right, "direct": is_direct(batch, right_by_batch, dtype), "out": out,
+        "out_by_batch": out_by_batch,
+    }  # fmt: skip
+    _call("spmm", dtype, told, checked, threads)
+
+
+def sddmm(
+    dtype: str,
+    shape: tuple[int, int],
+    batch: int,
+    nnz: int,
+    *,
+    starts: int,
+    across: int,
+    left: int,
+    right: int,
+    out: int,
+    left_panels: int = 0,
+    right_panels: int = 0,
+    left_by_batch: bool = False,
+    right_by_batch: bool = False,
+    threads: int = 1,
+    checked: bool = True,
+) -> None:
+    """Write left · rightᵀ at the connections to ``out``, shape ``(nnz,)``; for the rest see :func:`spmm`.
+
+    Args:
+        dtype: of left, right, out and panels.
+        shape: the rows and the columns of W.
+        batch: the columns of left and right.
+        nnz: the number of connections.
+        starts: as in :func:`spmm`.
+        across: as in :func:`spmm`.
+        left: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
+        right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
+        out: shape ``(nnz,)``.
+        left_panels: room for the panels of left; not needed if both are direct.
+        right_panels: room for the panels of right; not needed if both are direct.
+        left_by_batch: which way left lies.
+        right_by_batch: which way right lies.
+        threads: as in :func:`spmm`.
+        checked: as in :func:`spmm`.
+    """
+    told = {
+        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
+        "left": left, "left_by_batch": left_by_batch, "left_panels": left_panels or left, "right": right,
+        "right_by_batch": right_by_batch, "panels": right_panels or right,
+        "direct": is_direct(batch, left_by_batch or right_by_batch, dtype), "out": out,
+    }  # fmt: skip
+    _call("sddmm", dtype, told, checked, threads)
+
+
+_PARALLEL = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+_ROWS = 32  # of a mask or a matrix that a thread takes at a time
+
+
+@cache
+def _parallel(address: int) -> Any:
+    return _PARALLEL(address)
+
+
+def _run_rows(task: int, told: dict[str, int], threads: int) -> None:
+    """Run one task over chunks of rows."""
+    parallel, pool = _openmp.pool()
+    told |= {"height": _ROWS, "chunks": -(-told["rows"] // _ROWS)}
+    arguments = _Told(*(told.get(slot, 0) for slot in SLOTS))
+    _parallel(parallel)(pool, threads, task, ctypes.addressof(arguments), told["chunks"])
+
+
+def count_mask(shape: tuple[int, int], *, mask: int, starts: int, threads: int = 1) -> None:
+    """Write how many entries of row i of a mask are live to ``starts[i + 1]``; ``starts[0]`` stays.
+
+    Args:
+        shape: that of the mask.
+        mask: bytes of 0 and 1, row by row.
+        starts: int32, shape ``(rows + 1,)``. Their running sums are what :func:`list_mask` reads.
+        threads: the most threads that take part.
+    """
+    told = {"rows": shape[0], "depth": shape[1], "left": mask, "starts": starts}
+    _run_rows(_engine.address("count"), told, threads)
+
+
+def list_mask(shape: tuple[int, int], *, mask: int, starts: int, across: int, threads: int = 1) -> None:
+    """Write the columns of the live entries of a mask, row by row, to ``across``.
+
+    Args:
+        shape: that of the mask.
+        mask: as in :func:`count_mask`.
+        starts: int32, shape ``(rows + 1,)``, where each row starts.
+        across: int32, room for all of them.
+        threads: the most threads that take part.
+    """
+    told = {"rows": shape[0], "depth": shape[1], "left": mask, "starts": starts, "across": across}
+    _run_rows(_engine.address("list"), told, threads)
+
+
+def place_values(
+    dtype: str, shape: tuple[int, int], *, starts: int, across: int, values: int, out: int, threads: int = 1
+) -> None:
+    """Write a matrix that has values at the connections, and 0 elsewhere.
+
+    Args:
+        dtype: ``"float32"`` or ``"float64"``, of values and out.
+        shape: that of the matrix.
+        starts: as in :func:`spmm`; valid.
+        across: as in :func:`spmm`; valid.
+        values: shape ``(nnz,)``.
+        out: shape ``(rows, columns)``.
+        threads: the most threads that take part.
+    """
+    told = {"rows": shape[0], "depth": shape[1], "starts": starts, "across": across, "values": values, "out": out}
+    _run_rows(_engine.address("place", dtype), told, threads)

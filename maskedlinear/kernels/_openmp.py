@@ -1,0 +1,56 @@
+"""The pool of threads that is there already: that of the OpenMP library which a framework has loaded into this process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from pathlib import Path
+
+from maskedlinear.kernels import _engine
+
+__all__ = ["library", "pool"]
+
+_found: dict[str, tuple[str, int]] = {}
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked  # the threads of a pool stay behind in the parent, and OpenMP would wait for them
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def library() -> tuple[str, int]:
+    """Return the OpenMP library of this process, PyTorch's before others, and where its ``GOMP_parallel`` is.
+
+    ("", 0) as long as none is loaded: threads of our own would be a second pool.
+    """
+    if "it" not in _found:
+        for path in _loaded():
+            try:
+                mode = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
+                parallel = ctypes.CDLL(path, mode=mode).GOMP_parallel
+            except (AttributeError, OSError):
+                continue
+            _found["it"] = path, ctypes.cast(parallel, ctypes.c_void_p).value or 0
+            break
+    return _found.get("it", ("", 0))
+
+
+def _loaded() -> list[str]:
+    """Return the files of OpenMP libraries that this process has loaded; PyTorch's first."""
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        return []
+    files = {line.split(maxsplit=5)[5] for line in maps.read_text().splitlines() if len(line.split(maxsplit=5)) == 6}
+    pools = [file for file in files if Path(file).name.startswith(("libgomp", "libomp", "libiomp5"))]
+    return sorted(pools, key=lambda file: ("torch" not in Path(file).parts, file))
+
+
+def pool() -> tuple[int, int]:
+    """Return what runs a task in parallel, and the pool that it is told."""
+    parallel = 0 if _forked else library()[1]
+    return _engine.address("openmp" if parallel else "serial"), parallel

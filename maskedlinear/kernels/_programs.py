@@ -1,0 +1,109 @@
+"""Whole products as programs: which tasks run, one after the other, each divided among the threads of a pool.
+
+A program is told what its tasks are told, how to run a task in parallel, and the pool. It is the same whoever calls it, and
+plans for itself: how many threads take part, in chunks of how many rows, over how many columns of W at a time.
+Tasks are found by address, because each is compiled when a batch first needs it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+
+from maskedlinear.kernels._emit import I64, PTR, Emitter, function
+from maskedlinear.kernels._panels import STRIP
+from maskedlinear.kernels._pool import PARALLEL
+from maskedlinear.kernels._rows import GATHERED, MOST_ROWS, Arguments, tile_columns
+
+__all__ = ["GATHER", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program"]
+
+# The entries of the table of tasks; from the last on, one a width.
+GATHER, PACK_RIGHT, PACK_LEFT, VECTOR, WIDTHS = range(5)
+PROGRAM = ir.FunctionType(I64, [PTR, PTR, PTR])  # what it is told, the parallel way, the pool
+
+_BLOCK_BYTES = 32 << 10  # of a panel's block, in the first cache
+_PANEL_BYTES = 256 << 10  # of a panel, in the second cache
+_FULL_BLOCK = 20  # connections of a row in a block, on average, from which blocks pay
+_GRAIN = 40_000  # additions of vectors that are worth a thread
+
+
+def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, sampled: bool) -> None:
+    """Emit ``name(told, parallel, pool)``: spmm, or, ``sampled``, sddmm, by tiles of the widths ``sizes``.
+
+    It returns 0, or, if a task is not compiled yet, 1 more than its entry in the table: compile it, tell all again, and
+    call it again.
+    """
+    with function(module, name, I64, PROGRAM.args) as code:
+        told = Arguments(code, code.function.args[0])
+        batch, threads = told.number("batch"), _plan(code, told, sizes, 4 if dtype == "float32" else 8)
+        chunks = told.number("chunks")
+
+        def run(task: int, parts: Any) -> None:
+            _run(code, told, task, parts, threads)
+
+        by_tiles = code.append_basic_block()
+        if not sampled:
+            with code.if_then(told.flag("order")):
+                run(GATHER, code.over(code.sum(told.number("nnz"), GATHERED - 1), GATHERED))
+                told.put("values", told.number("gathered"))
+        with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
+            run(VECTOR, chunks)
+            code.ret(I64(0))
+        code.branch(by_tiles)
+        code.position_at_end(by_tiles)
+        with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
+            run(PACK_RIGHT, _strips(code, told.number("depth")))
+            if sampled:
+                run(PACK_LEFT, _strips(code, told.number("rows")))
+        column: Any = I64(0)
+        for place, width in enumerate(sizes):
+            taken = tile_columns(code, told, column, width, sizes)
+            with code.if_then(code.icmp_unsigned("!=", taken, I64(0))):
+                tiles = code.over(taken, width)
+                told.put("column", column)
+                told.put("tiles", tiles)
+                run(WIDTHS + place, chunks if sampled else code.times(tiles, chunks))
+            column = code.sum(column, taken)
+        code.ret(I64(0))
+
+
+def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> Any:
+    """Emit the choice of chunks and blocks, which is told to the tasks, and return how many threads take part.
+
+    Blocks, in whose order a row's terms are added up, do not depend on threads.
+    """
+    rows, depth, batch, nnz = (told.number(name) for name in ("rows", "depth", "batch", "nnz"))
+    work = code.over(code.times(nnz, code.over(code.sum(batch, 7), 8)), _GRAIN)
+    threads = code.least(told.number("threads"), code.sum(work, 1))
+    # Some chunks for each thread, of whole cache lines of a product by batch.
+    height = code.times(_up(code, _up(code, rows, code.times(threads, 4)), 16), 16)
+    height = code.least(code.most(height, 16), MOST_ROWS)
+    width: Any = I64(sizes[-1])
+    for size in reversed(sizes):  # that of the first tile
+        width = code.select(code.less(batch, size), width, I64(size))
+    columns = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
+    is_full = code.less(code.times(rows, depth, _FULL_BLOCK), code.sum(code.times(nnz, columns), 1))
+    # Without blocks the panel of all columns stays in the second cache, down to half of the widest tile.
+    fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
+    told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))
+    told.put("height", height)
+    told.put("chunks", _up(code, rows, height))
+    told.put("block", code.select(is_full, columns, code.most(depth, 1)))
+    return threads
+
+
+def _up(code: Emitter, numerator: Any, denominator: Any) -> Any:
+    return code.over(code.sum(numerator, denominator, -1), denominator)
+
+
+def _strips(code: Emitter, features: Any) -> Any:
+    return code.over(code.sum(features, STRIP - 1), STRIP)
+
+
+def _run(code: Emitter, told: Arguments, task: int, chunks: Any, threads: Any) -> None:
+    pointer, parallel, pool = code.function.args
+    address = code.get(told.pointer("tasks"), task, I64)
+    with code.if_then(code.icmp_unsigned("==", address, I64(0))):
+        code.ret(I64(task + 1))
+    code.call_pointer(parallel, PARALLEL, [pool, threads, code.inttoptr(address, PTR), pointer, chunks])

@@ -1,0 +1,410 @@
+"""The products by rows: a row of W against a few columns of the batch, which stay in registers from its first connection on.
+
+Source of the scheme: "rows in registers". One broadcast and as many fused multiply-adds as there are registers, for each
+connection. Where a row has many connections, columns of W are taken in blocks whose panel stays in the first cache.
+
+All of it is memory-safe for any indices: an index beyond the end is taken for the last.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+from llvmlite import ir
+
+from maskedlinear.kernels._emit import I32, I64, PTR, Emitter, float_type, function
+from maskedlinear.kernels._panels import COPY, STRIP
+
+__all__ = [
+    "GATHERED",
+    "MOST_ROWS",
+    "SLOTS",
+    "Arguments",
+    "Shape",
+    "chunk_rows",
+    "gather_task",
+    "pack_task",
+    "sampled_vector_task",
+    "sddmm_task",
+    "spmm_task",
+    "tile_columns",
+    "vector_task",
+    "widths",
+]
+
+_CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
+_AHEAD = (
+    2  # rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's
+)
+_LINES = 5  # of the cache that are fetched
+MOST_ROWS = 128  # rows of a tile at most
+GATHERED = 1 << 13  # values that are brought into order at a time
+
+# What a task is told, as numbers of 64 bits: pointers, sizes, flags.
+SLOTS = (
+    "rows", "depth", "batch", "nnz", "starts", "across", "order", "gathered", "values", "right", "right_by_batch",
+    "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
+    "tasks", "column", "tiles", "widest", "threads",
+)  # fmt: skip
+
+
+class Shape(NamedTuple):
+    """How wide the kernels are: lanes of a register, and how many registers a tile has."""
+
+    lanes: int
+    registers: int = 8
+
+
+def widths(shape: Shape, dtype: str) -> list[int]:
+    """Return the widths of the tiles, from the widest on."""
+    smallest = 4 if dtype == "float32" else 2
+    width = shape.lanes * shape.registers
+    found = [width]
+    while width > smallest:
+        width //= 2
+        found.append(width)
+    return found
+
+
+class Arguments:
+    """What a task was told, by name."""
+
+    def __init__(self, code: Emitter, pointer: Any) -> None:
+        self._code, self._pointer = code, pointer
+
+    def number(self, name: str) -> Any:
+        return self._code.get(self._pointer, SLOTS.index(name), I64)
+
+    def pointer(self, name: str) -> Any:
+        return self._code.get(self._pointer, SLOTS.index(name), PTR, I64)
+
+    def put(self, name: str, value: Any) -> None:
+        self._code.put(value, self._pointer, SLOTS.index(name))
+
+    def flag(self, name: str) -> Any:
+        return self._code.icmp_unsigned("!=", self.number(name), I64(0))
+
+
+class _Pattern:
+    """Starts and indices of the rows, none of which is ever beyond the end."""
+
+    def __init__(self, code: Emitter, told: Arguments, *, checked: bool) -> None:
+        self._code, self._checked = code, checked
+        self._starts, self._across = told.pointer("starts"), told.pointer("across")
+        self._nnz, self._last = told.number("nnz"), code.sub(told.number("depth"), I64(1))
+        self.values = told.pointer("values")
+
+    def start(self, row: Any) -> Any:
+        start = self._code.whole(self._code.get(self._starts, row, I32))
+        return self._code.least(start, self._nnz) if self._checked else start
+
+    def column(self, connection: Any) -> Any:
+        column = self._code.whole(self._code.get(self._across, connection, I32))
+        return self._code.least(column, self._last) if self._checked else column
+
+    def fetch(self, connection: Any, numbers: Any, kind: Any) -> None:
+        """Have what belongs to some connections brought into the first cache: their columns, and ``numbers`` of a kind."""
+        for line in range(_LINES):
+            self._code.fetch(self._code.place(self._across, connection, I32), 64 * line)
+            self._code.fetch(self._code.place(numbers, connection, kind), 64 * line)
+
+    def value(self, connection: Any, kind: Any) -> Any:
+        return self._code.get(self.values, connection, kind)
+
+
+def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
+    """Return the rows of a chunk: the first, and that behind the last."""
+    first = code.times(chunk, told.number("height"))
+    return first, code.least(code.sum(first, told.number("height")), told.number("rows"))
+
+
+def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str, read_panel: int) -> None:
+    """Emit the task that packs ``side``, "right" or "left", into panels; chunks are of some features.
+
+    ``read_panel`` is the address of what packs one.
+    """
+    kind = float_type(dtype)
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        features = told.number("depth" if side == "right" else "rows")
+        batch = told.number("batch")
+        source, by_batch = told.pointer(side), told.number(f"{side}_by_batch")
+        panels = told.pointer("panels" if side == "right" else "left_panels")
+        first = code.times(code.function.args[1], STRIP)
+        last = code.least(code.sum(first, STRIP), features)
+        column: Any = I64(0)
+        sizes = widths(shape, dtype)
+        for width in sizes:
+            stop = code.sum(column, tile_columns(code, told, column, width, sizes))
+            with code.loop(column, stop, width) as at:
+                panel = code.place(panels, code.sum(code.times(at, features), code.times(first, width)), kind)
+                where = (features, batch, at, I64(width))
+                code.call_address(read_panel, COPY, [source, by_batch, *where, panel, first, last])
+            column = stop
+
+
+def gather_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
+    """Emit the task that brings values into the order of the transposed pattern; chunks are of some connections."""
+    kind, together = float_type(dtype), 8
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        values, order, gathered = (told.pointer(name) for name in ("values", "order", "gathered"))
+        nnz = told.number("nnz")
+        last = code.sub(nnz, I64(1))
+        place = code.times(code.function.args[1], GATHERED)
+        stop = code.least(code.sum(place, GATHERED), nnz)
+        for number in (together, 1):
+            with code.while_loop([place], _until(code, stop, number)) as (
+                carried,
+                following,
+            ):
+                for one in range(number):
+                    at = code.sum(carried[0], one)
+                    source = code.whole(code.get(order, at, I32))
+                    source = code.least(source, last) if checked else source
+                    code.put(code.get(values, source, kind), gathered, at)
+                following.append(code.sum(carried[0], number))
+            place = carried[0]
+
+
+def tile_columns(code: Emitter, told: Arguments, column: Any, width: int, sizes: list[int]) -> Any:
+    """Return how many of the columns from ``column`` on tiles of ``width`` take: the narrowest are filled up."""
+    batch = told.number("batch")
+    left = code.sub(batch, code.least(column, batch))
+    if width == sizes[-1]:
+        left = code.sum(left, width - 1)
+    is_too_wide = code.less(told.number("widest"), width)
+    return code.select(is_too_wide, I64(0), code.times(code.over(left, width), width))
+
+
+def spmm_task(
+    module: ir.Module, name: str, shape: Shape, dtype: str, width: int, write_panel: int, *, checked: bool
+) -> None:
+    """Emit the task that multiplies some rows of W with one tile of the batch: chunk = tile · chunks + rows.
+
+    ``write_panel`` is the address of what writes a tile to the product.
+    """
+    kind = float_type(dtype)
+    vector = ir.VectorType(kind, min(shape.lanes, width))
+    count = width // vector.count
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
+        told = Arguments(code, code.function.args[0])
+        pattern = _Pattern(code, told, checked=checked)
+        chunks, height = told.number("chunks"), code.function.args[1]
+        first, last = chunk_rows(code, told, code.urem(height, chunks))
+        column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
+        panel, stride = _panel(code, told, kind, width, column)
+        zero = ir.Constant(vector, [0.0] * vector.count)
+        for ahead in range(_AHEAD):
+            code.put(I64(0), cursors, MOST_ROWS + ahead)
+        with code.loop(first, last) as row:
+            at = code.sub(row, first)
+            code.put(pattern.start(row), cursors, at)
+            for k in range(count):
+                code.put(zero, tile, code.sum(code.times(at, width), k * vector.count), kind)
+
+        def add(sums: list[Any], connection: Any, across: Any) -> list[Any]:
+            source = code.place(panel, code.times(across, stride), kind)
+            value = code.spread(pattern.value(connection, kind), vector)
+            numbers = [code.get(source, k * vector.count, vector, kind) for k in range(count)]
+            return [code.multiply_add(value, *pair) for pair in zip(numbers, sums, strict=True)]
+
+        for row, bound in _rows_by_blocks(code, told, first, last):
+            at = code.sub(row, first)
+            mine = code.times(at, width)
+            sums = [code.get(tile, code.sum(mine, k * vector.count), vector, kind) for k in range(count)]
+            place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
+            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), pattern.values, kind)
+            for together in sorted({max(1, _CHAINS // count), 1}, reverse=True):
+                others = [zero] * (count * (together - 1))
+                loop = _Connections(code, pattern, together, end, bound)
+                with loop.over([place, *sums, *others]) as (carried, following):
+                    following.append(code.sum(carried[0], together))
+                    for one, across in enumerate(loop.columns(carried[0])):
+                        part = carried[1 + one * count : 1 + (one + 1) * count]
+                        following.extend(add(part, code.sum(carried[0], one), across))
+                place, *parts = carried
+                sums = [_total(code, parts[k::count]) for k in range(count)]
+            code.put(place, cursors, at)
+            for k, total in enumerate(sums):
+                code.put(total, tile, code.sum(mine, k * vector.count), kind)
+        sizes = (told.number("rows"), told.number("batch"), column, I64(width))
+        target = (told.pointer("out"), told.number("out_by_batch"))
+        code.call_address(write_panel, COPY, [*target, *sizes, tile, first, last])
+
+
+def _panel(code: Emitter, told: Arguments, kind: Any, width: int, column: Any, side: str = "") -> tuple[Any, Any]:
+    """Return where the panel of a column starts, and how far its features lie from each other: packed, or as they came."""
+    features, panels = ("rows", "left_panels") if side else ("depth", "panels")
+    direct = told.flag("direct")
+    start = code.select(direct, column, code.times(column, told.number(features)))
+    return code.place(told.pointer(panels), start, kind), code.select(direct, told.number("batch"), I64(width))
+
+
+def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> Iterator[tuple[Any, Any]]:
+    """Give each row of a chunk, block by block, and the column that is behind the block; behind the last is none."""
+    block, depth = told.number("block"), told.number("depth")
+    with code.loop(0, depth, block) as beginning:
+        bound = code.sum(beginning, block)
+        bound = code.select(code.less(bound, depth), bound, depth)
+        with code.loop(first, last) as row:
+            yield row, bound
+
+
+class _Connections:
+    """A loop over a row's connections in a block, ``together`` at a time; the first value carried says where it is."""
+
+    def __init__(self, code: Emitter, pattern: _Pattern, together: int, end: Any, bound: Any) -> None:
+        self._code, self._pattern, self._together, self._end, self._bound = code, pattern, together, end, bound
+        self._last: Any = None
+
+    def over(self, starts: list[Any]) -> AbstractContextManager[tuple[list[Any], list[Any]]]:
+        return self._code.while_loop(starts, _until(self._code, self._end, self._together), self._is_in_block)
+
+    def _is_in_block(self, carried: list[Any]) -> Any:
+        self._last = self._pattern.column(self._code.sum(carried[0], self._together - 1))
+        return self._code.less(self._last, self._bound)
+
+    def columns(self, place: Any) -> list[Any]:
+        """Return the columns of the connections that are taken together."""
+        return [*(self._pattern.column(self._code.sum(place, one)) for one in range(self._together - 1)), self._last]
+
+
+def _until(code: Emitter, end: Any, together: int) -> Callable[[list[Any]], Any]:
+    """Return the condition that ``together`` of what is counted are left before ``end``."""
+    return lambda carried: code.less(code.sum(carried[0], together - 1), end)
+
+
+def _total(code: Emitter, parts: list[Any]) -> Any:
+    while len(parts) > 1:
+        parts = [code.fadd(*parts[at : at + 2]) for at in range(0, len(parts), 2)]
+    return parts[0]
+
+
+def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
+    """Emit the task that multiplies some rows of W with one vector."""
+    kind = float_type(dtype)
+    together = 8
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        pattern = _Pattern(code, told, checked=checked)
+        first, last = chunk_rows(code, told, code.function.args[1])
+        right, out = told.pointer("right"), told.pointer("out")
+        with code.loop(first, last) as row:
+            place, end = pattern.start(row), pattern.start(code.sum(row, 1))
+            sums = [ir.Constant(kind, 0.0)] * together
+            for number in (together, 1):
+                with code.while_loop([place, *sums[:number]], _until(code, end, number)) as (carried, following):
+                    following.append(code.sum(carried[0], number))
+                    for one, total in enumerate(carried[1:]):
+                        connection = code.sum(carried[0], one)
+                        number_of_x = code.get(right, pattern.column(connection), kind)
+                        value = pattern.value(connection, kind)
+                        following.append(code.multiply_add(value, number_of_x, total))
+                place, sums = carried[0], [_total(code, carried[1:])]
+            code.put(sums[0], out, row)
+
+
+def sampled_vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
+    """Emit the task that multiplies the two numbers at the ends of each connection of some rows, of a batch of one."""
+    kind = float_type(dtype)
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        pattern = _Pattern(code, told, checked=checked)
+        left, right, out = (told.pointer(name) for name in ("left", "right", "out"))
+        first, last = chunk_rows(code, told, code.function.args[1])
+        with code.loop(first, last) as row:
+            side = code.get(left, row, kind)
+            with code.loop(pattern.start(row), pattern.start(code.sum(row, 1))) as connection:
+                code.put(code.fmul(side, code.get(right, pattern.column(connection), kind)), out, connection)
+
+
+def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: int, *, checked: bool) -> None:
+    """Emit the task that forms the dot products of some rows with what they are connected to, over some tiles."""
+    kind = float_type(dtype)
+    vector = ir.VectorType(kind, min(shape.lanes, width))
+    count = width // vector.count
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        pattern = _Pattern(code, told, checked=checked)
+        first, last = chunk_rows(code, told, code.function.args[1])
+        out, cursors = told.pointer("out"), code.room(I64, MOST_ROWS + _AHEAD)
+        for ahead in range(_AHEAD):
+            code.put(I64(0), cursors, MOST_ROWS + ahead)
+        start = told.number("column")
+        with code.loop(start, code.sum(start, code.times(told.number("tiles"), width)), width) as column:
+            right, right_stride = _panel(code, told, kind, width, column)
+            left, left_stride = _panel(code, told, kind, width, column, "left")
+            is_first = code.icmp_unsigned("==", column, I64(0))
+            with code.loop(first, last) as row:
+                code.put(pattern.start(row), cursors, code.sub(row, first))
+            for row, bound in _rows_by_blocks(code, told, first, last):
+                at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
+                place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
+                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out, kind)
+                for together in (_CHAINS, 1):
+                    loop = _Connections(code, pattern, together, end, bound)
+                    with loop.over([place]) as (carried, following):
+                        following.append(code.sum(carried[0], together))
+                        columns = loop.columns(carried[0])
+                        sources = [code.place(right, code.times(across, right_stride), kind) for across in columns]
+                        dots = _dots(code, line, sources, vector, count)
+                        found = _sums(code, dots, kind)
+                        before = code.get(out, carried[0], found.type, kind)
+                        before = code.select(is_first, ir.Constant(found.type, None), before)
+                        code.put(code.fadd(before, found), out, carried[0], kind)
+                    place = carried[0]
+                code.put(place, cursors, at)
+
+
+def _dots(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int) -> list[Any]:
+    """Return, lane by lane, the dot products of one row with some."""
+    totals: list[Any] = []
+    for k in range(count):
+        side = code.get(line, k * vector.count, vector, vector.element)
+        others = [code.get(source, k * vector.count, vector, vector.element) for source in sources]
+        totals = (
+            [code.multiply_add(side, *pair) for pair in zip(others, totals, strict=True)]
+            if totals
+            else [code.fmul(side, other) for other in others]
+        )
+    return totals
+
+
+def _sums(code: Emitter, vectors: list[Any], kind: Any) -> Any:
+    """Return the sums of the lanes of some vectors, as one vector; of one vector as a number.
+
+    Two vectors are added up to one, which has partial sums of both, until there is one; numbers are of powers of two.
+    """
+    lanes, many = vectors[0].type.count, len(vectors)
+    if many > lanes:  # two halves, side by side
+        halves = [_sums(code, part, kind) for part in (vectors[: many // 2], vectors[many // 2 :])]
+        return code.lanes(halves[0], halves[1], range(many)) if many > 2 else _pair(code, halves)
+    group = lanes
+    while len(vectors) > 1:
+        group //= 2
+        half = len(vectors) // 2
+        low = [
+            lane % group + 2 * group * (lane // (2 * group)) + (lanes if lane & group else 0) for lane in range(lanes)
+        ]
+        high = [lane + group for lane in low]
+        vectors = [
+            code.fadd(code.lanes(one, other, low), code.lanes(one, other, high))
+            for one, other in zip(vectors[:half], vectors[half:], strict=True)
+        ]
+    total = vectors[0]
+    while group > 1:  # partial sums of one vector lie side by side
+        group //= 2
+        places = [lane * 2 * group + one for lane in range(total.type.count // (2 * group)) for one in range(group)]
+        total = code.fadd(code.lanes(total, total, places), code.lanes(total, total, [lane + group for lane in places]))
+    return code.extract_element(total, I32(0)) if many == 1 else total
+
+
+def _pair(code: Emitter, numbers: list[Any]) -> Any:
+    pair = ir.Constant(ir.VectorType(numbers[0].type, 2), ir.Undefined)
+    for place, number in enumerate(numbers):
+        pair = code.insert_element(pair, number, I32(place))
+    return pair

@@ -1,0 +1,309 @@
+"""The CPU kernels by themselves: right for every shape and way of lying, the same bits at any number of threads, safe."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from maskedlinear import kernels
+from maskedlinear.pattern import SparsityPattern
+
+pytest.importorskip("llvmlite")
+
+from maskedlinear.kernels import _engine, _rows
+
+Array = NDArray[Any]
+SHAPES = [(33, 17, 0.3), (70, 300, 0.1), (300, 257, 0.6), (1, 1, 1.0), (5, 900, 0.9), (260, 130, 0.01)]
+
+
+def pattern_of(out: int, in_: int, density: float) -> SparsityPattern:
+    mask = np.random.default_rng(0).random((out, in_)) < density
+    mask[0, 0] = True
+    return SparsityPattern.from_mask(mask)
+
+
+def matrix(pattern: SparsityPattern, values: Array) -> Array:
+    dense = np.zeros(pattern.shape)
+    dense[pattern.rows, pattern.indices] = values
+    return dense
+
+
+def lay(columns: Array, by_batch: bool) -> Array:
+    return np.ascontiguousarray(columns.T if by_batch else columns)
+
+
+def address(array: Array | None) -> int:
+    return 0 if array is None else array.ctypes.data
+
+
+def room(features: int, batch: int, by_batch: bool, dtype: str) -> Array | None:
+    if kernels.is_direct(batch, by_batch, dtype):
+        return None
+    return np.full(kernels.panel_numbers(features, batch, dtype), np.nan, dtype)
+
+
+def spmm(
+    pattern: SparsityPattern,
+    values: Array,
+    right: Array,
+    *,
+    transposed: bool = False,
+    by_batch: bool = False,
+    threads: int = 2,
+    checked: bool = True,
+) -> Array:
+    """Return W · right, or Wᵀ · right, for right (features, batch)."""
+    shape, dtype, batch = pattern.shape[:: -1 if transposed else 1], str(right.dtype), right.shape[1]
+    starts, across, order = pattern.csc if transposed else (pattern.indptr, pattern.indices, None)
+    given, panels = lay(right, by_batch), room(len(right), batch, by_batch, dtype)
+    gathered = None if order is None else np.empty_like(values)
+    out = np.full((batch, shape[0]) if by_batch else (shape[0], batch), np.nan, dtype)
+    kernels.spmm(
+        dtype,
+        shape,
+        batch,
+        len(values),
+        starts=address(starts),
+        across=address(across),
+        values=address(values),
+        right=address(given),
+        out=address(out),
+        order=address(order),
+        gathered=address(gathered),
+        panels=address(panels),
+        right_by_batch=by_batch,
+        out_by_batch=by_batch,
+        threads=threads,
+        checked=checked,
+    )
+    return out.T if by_batch else out
+
+
+def sddmm(pattern: SparsityPattern, left: Array, right: Array, *, by_batch: bool = False, threads: int = 2) -> Array:
+    dtype, batch = str(right.dtype), right.shape[1]
+    is_any = by_batch
+    sides = [lay(side, by_batch) for side in (left, right)]
+    panels = [room(len(side), batch, is_any, dtype) for side in (left, right)]
+    out = np.full(pattern.nnz, np.nan, dtype)
+    kernels.sddmm(
+        dtype,
+        pattern.shape,
+        batch,
+        pattern.nnz,
+        starts=address(pattern.indptr),
+        across=address(pattern.indices),
+        left=address(sides[0]),
+        right=address(sides[1]),
+        out=address(out),
+        left_panels=address(panels[0]),
+        right_panels=address(panels[1]),
+        left_by_batch=by_batch,
+        right_by_batch=by_batch,
+        threads=threads,
+    )
+    return out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_are_those_in_float64(shape: tuple[int, int, float], dtype: str) -> None:
+    rng, pattern = np.random.default_rng(1), pattern_of(*shape)
+    values = rng.standard_normal(pattern.nnz).astype(dtype)
+    W = matrix(pattern, values.astype(float))
+    for batch in (1, 2, 3, 4, 5, 8, 9, 31, 64, 65, 200):
+        x, g = (rng.standard_normal((size, batch)).astype(dtype) for size in reversed(pattern.shape))
+        unit = 8 * np.finfo(dtype).eps
+        for by_batch in (False, True):
+            bound = unit * (np.abs(W) @ np.abs(x) + 1e-30)
+            assert (np.abs(spmm(pattern, values, x, by_batch=by_batch) - W @ x.astype(float)) <= bound).all()
+            bound = unit * (np.abs(W.T) @ np.abs(g) + 1e-30)
+            found = spmm(pattern, values, g, transposed=True, by_batch=by_batch)
+            assert (np.abs(found - W.T @ g.astype(float)) <= bound).all()
+            exact = (g.astype(float) @ x.astype(float).T)[pattern.rows, pattern.indices]
+            bound = unit * (np.abs(g) @ np.abs(x).T)[pattern.rows, pattern.indices]
+            assert (np.abs(sddmm(pattern, g, x, by_batch=by_batch) - exact) <= bound).all()
+
+
+def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
+    import torch  # noqa: F401 - it brings the pool
+
+    rng, pattern = np.random.default_rng(2), pattern_of(700, 500, 0.3)
+    values = rng.standard_normal(pattern.nnz).astype(np.float32)
+    for batch in (1, 24, 100):
+        x, g = (rng.standard_normal((size, batch)).astype(np.float32) for size in reversed(pattern.shape))
+        one = [spmm(pattern, values, x, threads=1), sddmm(pattern, g, x, threads=1)]
+        for threads in (2, 3, 8):
+            np.testing.assert_array_equal(spmm(pattern, values, x, threads=threads), one[0])
+            np.testing.assert_array_equal(sddmm(pattern, g, x, threads=threads), one[1])
+        np.testing.assert_array_equal(spmm(pattern, values, x, checked=False), one[0])
+
+
+def test_what_is_not_a_number_reaches_only_what_it_is_connected_to() -> None:
+    pattern = SparsityPattern.from_mask([[1, 0, 1], [0, 1, 0]])
+    x = np.array([[1.0], [np.nan], [2.0]], np.float32)
+    for batch in (1, 3, 40):
+        y = spmm(pattern, np.ones(3, np.float32), np.tile(x, (1, batch)), by_batch=batch == 40)
+        assert (y[0] == 3).all()
+        assert np.isnan(y[1]).all()
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
+    pattern = pattern_of(40, 30, 0.5)
+    rng = np.random.default_rng(3)
+    values = rng.standard_normal(pattern.nnz).astype(np.float32)
+    x = rng.standard_normal((30, batch)).astype(np.float32)
+    for name, wrong in itertools.product(("indices", "indptr"), (-1, 2**31 - 1)):
+        bad: Any = object.__new__(SparsityPattern)
+        bad.indptr, bad.indices, bad.shape = pattern.indptr.copy(), pattern.indices.copy(), pattern.shape
+        getattr(bad, name)[1::3] = wrong
+        spmm(bad, values, x, by_batch=True)
+        sddmm(bad, np.ones((40, batch), np.float32), x)
+
+
+def test_threads_of_python_may_call_at_once() -> None:
+    rng, pattern = np.random.default_rng(4), pattern_of(300, 200, 0.3)
+    values, x = rng.standard_normal(pattern.nnz), rng.standard_normal((200, 33))
+    expected, wrong = spmm(pattern, values, x, threads=1), []
+
+    def work() -> None:
+        for _ in range(20):
+            if not np.array_equal(spmm(pattern, values, x), expected):
+                wrong.append(1)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+FORKED = """
+import os, sys
+import torch
+from maskedlinear.torch import SparseLinear
+layer = SparseLinear(400, 300, mask=torch.rand(300, 400) < 0.3)
+x = torch.randn(64, 400)
+before = layer(x)
+child = os.fork()
+if not child:
+    os._exit(0 if torch.equal(layer(x), before) else 7)  # a pool's threads stay in the parent
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_computes_alone_and_the_same() -> None:
+    code = "import warnings; warnings.simplefilter('ignore')\n" + FORKED
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_without_llvm_everything_works_as_before() -> None:
+    code = """
+import sys
+sys.modules["llvmlite"] = None
+import torch
+from maskedlinear import kernels
+from maskedlinear.torch import SparseLinear
+assert not kernels.is_available()
+assert "pip install 'maskedlinear[cpu]'" in str(kernels.info()), kernels.info()
+layer = SparseLinear(20, 10, mask=torch.rand(10, 20) < 0.5)
+x = torch.randn(3, 20)
+torch.testing.assert_close(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
+try:
+    kernels.spmm
+except ImportError as error:
+    assert "maskedlinear[cpu]" in str(error)
+else:
+    raise SystemExit(1)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=120, check=False).returncode == 0
+
+
+def test_info_says_what_is_used_and_what_was_compiled() -> None:
+    pattern = pattern_of(8, 8, 0.5)
+    spmm(pattern, np.ones(pattern.nnz), np.ones((8, 4)))
+    info = kernels.info()
+    assert info.available
+    assert f"registers of {info.register_bytes} bytes" in str(info)
+    assert any(kind.startswith("spmm float64") for kind, _ in info.compiled)
+
+
+@pytest.mark.parametrize("register_bytes", [16, 64])
+def test_other_widths_of_registers_give_the_same_numbers(register_bytes: int) -> None:
+    """NEON's and AVX-512's kernels on this machine: LLVM makes such vectors of the registers that there are."""
+    code = f"""
+import sys
+sys.path.insert(0, {os.fspath(Path(__file__).parent)!r})
+import numpy as np
+from maskedlinear.kernels import _engine
+here = _engine.host()
+_engine.host = lambda: here._replace(register_bytes={register_bytes})
+from test_kernels import SHAPES, matrix, pattern_of, sddmm, spmm
+rng, pattern = np.random.default_rng(5), pattern_of(70, 90, 0.4)
+for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
+    values = rng.standard_normal(pattern.nnz).astype(dtype)
+    W = matrix(pattern, values)
+    for batch in (1, 5, 31, 150):
+        x, g = (rng.standard_normal((size, batch)).astype(dtype) for size in (90, 70))
+        for by_batch in (False, True):
+            np.testing.assert_allclose(spmm(pattern, values, x, by_batch=by_batch), W @ x, atol=tolerance)
+            exact = (g @ x.T)[pattern.rows, pattern.indices]
+            np.testing.assert_allclose(sddmm(pattern, g, x, by_batch=by_batch), exact, atol=tolerance)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
+
+
+@pytest.mark.parametrize("processor", ["skylake-avx512", "znver4"])
+def test_avx512_keeps_a_whole_tile_in_registers(processor: str) -> None:
+    """Compiled for processors that this may not be: no sum leaves its register in the loop over connections."""
+    llvm = pytest.importorskip("llvmlite.binding")
+    if _engine.platform.machine().lower() not in ("x86_64", "amd64"):
+        pytest.skip("not a machine of that kind")
+    module = _engine.ir.Module()
+    module.triple = llvm.get_default_triple()
+    _engine.host()
+    _rows.spmm_task(module, "task", _rows.Shape(16), "float32", 128, 0, checked=True)
+    parsed = llvm.parse_assembly(str(module))
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu=processor, opt=2, features="-prefer-256-bit")
+    assembly = machine.emit_assembly(parsed)
+    assert len(re.findall(r"vfmadd231ps\s.*\(.*zmm", assembly)) == 8
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (70, 37), (33, 64), (5, 1000)])
+def test_a_mask_is_listed_and_values_are_put_back(shape: tuple[int, int]) -> None:
+    for density in (0.0, 0.1, 1.0):
+        mask = np.random.default_rng(6).random(shape) < density
+        starts = np.zeros(shape[0] + 1, np.int32)
+        kernels.count_mask(shape, mask=address(mask), starts=address(starts), threads=2)
+        np.cumsum(starts, out=starts)
+        across = np.full(starts[-1], -1, np.int32)
+        kernels.list_mask(shape, mask=address(mask), starts=address(starts), across=address(across), threads=2)
+        expected = SparsityPattern.from_mask(mask)
+        np.testing.assert_array_equal(starts, expected.indptr)
+        np.testing.assert_array_equal(across, expected.indices)
+        for dtype in ("float32", "float64"):
+            values, out = np.arange(1, 1 + starts[-1], dtype=dtype), np.full(shape, np.nan, dtype)
+            kernels.place_values(
+                dtype,
+                shape,
+                starts=address(starts),
+                across=address(across),
+                values=address(values),
+                out=address(out),
+                threads=2,
+            )
+            dense = np.zeros(shape, dtype)
+            dense[mask] = values
+            np.testing.assert_array_equal(out, dense)

@@ -1,0 +1,135 @@
+"""The packed layout and its kernel: every lowering, by what it computes; AVX-512's by the code that LLVM makes of it."""
+
+import re
+
+import numpy as np
+import pytest
+
+from maskedlinear import masks
+from maskedlinear.kernels._packed import MOST_STEPS, PADDING, Layout
+from maskedlinear.pattern import SparsityPattern
+
+pytest.importorskip("llvmlite")
+
+import llvmlite.binding as llvm
+from llvmlite import ir
+
+from maskedlinear.kernels import _packing, _permute, is_available
+from maskedlinear.kernels._packing import PackedMatrix
+
+if not is_available():
+    pytest.skip("no kernels for this processor", allow_module_level=True)
+
+HERE = [name for name in ("permute_any", getattr(_packing.host_way(), "kind", "")) if name]
+SHAPES = [(16, 33), (37, 100), (129, 257)]
+
+
+def random_pattern(shape, live, seed=0):
+    mask = np.random.default_rng(seed).random(shape) < live
+    mask[-1, -1] = True
+    return SparsityPattern.from_mask(mask)
+
+
+def packed(pattern, values, kind):
+    way = _permute.WAYS[kind]
+    return PackedMatrix(Layout.of(pattern, way.lanes, way.block), values, way)
+
+
+def times(matrix, x, bias=None, threads=1):
+    y = np.full((len(x), matrix.shape[0]), np.nan, np.float32)
+    where = 0 if bias is None else bias.ctypes.data
+    matrix.times(x.ctypes.data, y.ctypes.data, len(x), bias=where, threads=threads)
+    return y
+
+
+@pytest.mark.parametrize("kind", HERE)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_product_is_that_of_the_dense_matrix(kind, shape):
+    rng = np.random.default_rng(1)
+    for live in (0.02, 0.3, 1.0):
+        pattern = random_pattern(shape, live)
+        values, bias = rng.standard_normal(pattern.nnz, np.float32), rng.standard_normal(shape[0], np.float32)
+        dense = np.zeros(shape)
+        dense[pattern.rows, pattern.indices] = values
+        matrix = packed(pattern, values, kind)
+        for batch in (1, 3) if kind == "permute_any" else range(1, _packing.MOST_VECTORS + 1):
+            x = rng.standard_normal((batch, shape[1]), np.float32)
+            bound = 1e-6 * (1 + np.abs(x).astype(np.float64) @ np.abs(dense).T) * 4
+            y = times(matrix, x)
+            assert (np.abs(y - x.astype(np.float64) @ dense.T) <= bound).all()
+            assert (times(matrix, x, bias) == y + bias).all()
+            assert (times(matrix, x, bias, threads=2) == y + bias).all()  # the same bits
+            assert all((times(matrix, x[one : one + 1]) == y[one]).all() for one in range(batch))
+
+
+@pytest.mark.parametrize("kind", HERE)
+def test_nan_and_infinity_reach_only_what_they_are_connected_to(kind):
+    pattern = random_pattern((21, 45), 0.3)
+    matrix, mask = packed(pattern, np.ones(pattern.nnz, np.float32), kind), pattern.to_mask()
+    for number in (np.nan, np.inf, -np.inf):
+        for column in range(45):
+            x = np.ones((1, 45), np.float32)
+            x[0, column] = number
+            expected = np.where(mask[:, column], number, mask.sum(1))
+            np.testing.assert_array_equal(times(matrix, x)[0], expected)
+
+
+@pytest.mark.parametrize(("lanes", "block"), [(8, 8), (16, 32)])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_layout_has_each_connection_once_and_stays_within_x(lanes, block, shape):
+    pattern = random_pattern(shape, 0.3, seed=2)
+    layout = Layout.of(pattern, lanes, block)
+    groups = -(-shape[0] // lanes)
+    assert layout.counts.shape == (groups, MOST_STEPS)
+    assert (layout.columns >= 0).all()
+    assert (layout.columns <= shape[1] - block).all()
+    assert layout.indices[layout.indices != PADDING].max() < block
+    assert (np.flatnonzero(layout.indices != PADDING) == np.sort(layout.places)).all()
+    assert tuple(layout.starts[-1]) == (len(layout.indices), len(layout.columns))
+    assert (layout.starts[0] == 0).all()
+    heights = np.repeat(np.tile(np.arange(MOST_STEPS, 0, -1), groups), layout.counts.ravel())
+    piece = np.repeat(np.arange(len(heights)), heights)  # of each step
+    group = np.repeat(np.repeat(np.arange(groups), MOST_STEPS), layout.counts.ravel())
+    found = np.zeros(shape, int)
+    live = np.zeros(layout.indices.size, bool)
+    live[layout.places] = True
+    step, lane = np.nonzero(live.reshape(layout.indices.shape))
+    np.add.at(found, (group[piece[step]] * lanes + lane, layout.columns[piece[step]] + layout.indices[step, lane]), 1)
+    assert (found == pattern.to_mask()).all()
+    assert len(np.unique(layout.places)) == pattern.nnz
+
+
+def test_what_is_thin_or_small_is_not_packed():
+    if _packing.host_way() is None:
+        pytest.skip("nothing is packed on this machine")
+    for pattern in (SparsityPattern.full((4, 64)), SparsityPattern.full((64, 4)), random_pattern((256, 256), 0.001)):
+        assert PackedMatrix.of(pattern, np.ones(pattern.nnz, np.float32)) is None
+    pattern = SparsityPattern.from_mask(masks.random((256, 256), sparsity=0.9, seed=0))
+    assert PackedMatrix.of(pattern, np.ones(pattern.nnz, np.float32)).fill > 0.3
+
+
+def assembly(machine, batch):
+    module = ir.Module()
+    module.triple = llvm.get_default_triple()
+    _permute.permute_task(module, "task", _permute.WAYS["permute_avx512"], batch)
+    return machine.emit_assembly(llvm.parse_assembly(str(module)))
+
+
+def on_stack(code):
+    """Return the moves of registers to and from the stack."""
+    return re.findall(r"zmm\d+, -?\d*\(%r[sb]p|\(%r[sb]p[^\n]*zmm", code)
+
+
+@pytest.mark.parametrize("processor", ["znver4", "skylake-avx512"])
+def test_with_avx512_numbers_are_picked_by_one_instruction_and_stay_in_registers(processor):
+    if "x86" not in llvm.get_default_triple():
+        pytest.skip("not LLVM for x86")
+    target = llvm.Target.from_default_triple()
+    machine = target.create_target_machine(opt=2, cpu=processor, features="")
+    for batch in (1, _packing.MOST_VECTORS):
+        code = assembly(machine, batch)
+        steps = MOST_STEPS * (MOST_STEPS + 1) // 2
+        assert len(re.findall(r"vperm[it]2ps\s.*zmm", code)) == steps * batch
+        assert len(re.findall(r"vfmadd\w+ps\s.*zmm", code)) == steps * batch
+        assert len(on_stack(code)) == batch  # what is left of the rows of the last group, and nothing else
+    assert len(on_stack(assembly(machine, 16))) > 16  # too many for the registers: this would be seen
