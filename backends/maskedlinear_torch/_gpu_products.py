@@ -1,0 +1,171 @@
+"""The products of the sparse form off the CPU: by Triton, by panels and the dense product, or by torch's compressed rows.
+
+``maskedlinear._gpu_rule`` says which. A panel is some rows of W, or of the product that is sampled, unpacked to at most
+``PANEL_BYTES``, beside which are 24 bytes of indices for each of its connections. It is multiplied by ``torch.mm``, by
+cuBLAS on CUDA, with the user's precision, as a dense layer is. Operands may be of half types: products are float32
+then, added up in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from maskedlinear import _gpu_rule
+from maskedlinear._gpu_rule import Multiply, Product, Way
+from maskedlinear_torch._compat import is_grads_batched
+
+if TYPE_CHECKING:
+    from maskedlinear_torch._products import CSR
+
+__all__ = ["has_triton", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
+
+_HALF = (torch.bfloat16, torch.float16)
+_WIDEST = 1 << 21  # of a batch or of features, that Triton's programs are launched over
+_HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype_out")  # CUDA's product of half types as float32
+
+
+@functools.cache
+def _triton() -> Any:
+    """Return the module of Triton's kernels; ``None`` where Triton is not installed."""
+    try:
+        return importlib.import_module("maskedlinear_torch._triton_products")
+    except ImportError:
+        return None
+
+
+def _triton_tiles() -> Any:
+    return importlib.import_module("maskedlinear_torch._triton_tiles")
+
+
+def has_triton(tensor: Tensor) -> bool:
+    """Whether Triton's kernels run on a tensor's device."""
+    if not tensor.is_cuda or torch.version.hip is not None or _triton() is None:
+        return False
+    return torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+
+
+def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
+    """Return W · right, shape (rows, batch), for right (depth, batch); ``None`` if torch's own rows are the way.
+
+    ``values`` are in the pattern's order, which ``csr.order`` turns into that of its rows.
+    """
+    rows, (depth, batch) = len(csr.starts) - 1, right.shape
+    product = Product(rows, depth, values.numel(), batch, right.itemsize, _multiply(right))
+    way = _way(product, (values, right), by_rows=csr.order is None)
+    if way == "rows":
+        return _triton().rows_spmm(values.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
+    if way == "tiles":
+        by_rows, columns = (csr, depth) if csr.order is None else (csr.by_rows, rows)
+        tf32 = _multiply(right) == "tf32"
+        return _triton_tiles().tiles_spmm(  # type: ignore[no-any-return]
+            values.contiguous(), right.contiguous(), by_rows, columns, csr.order is not None, tf32
+        )
+    if way == "bits":
+        return _triton().bits_spmm(values.contiguous(), right, csr)  # type: ignore[no-any-return]
+    if way == "panels":
+        return spmm_in_panels(values if csr.order is None else values.index_select(0, csr.order), right, csr)
+    return None
+
+
+def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
+    """Return left · rightᵀ at the connections, shape (nnz,); ``None`` if torch's own rows are the way."""
+    (rows, batch), depth = left.shape, right.shape[0]
+    nnz = csr.across.numel()
+    product = Product(rows, depth, nnz, batch, right.itemsize, _multiply(right), sampled=True)
+    way = _way(product, (left, right), by_rows=True)
+    if way == "rows":
+        return _triton().rows_sddmm(left.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
+    if way == "tiles":
+        tf32 = _multiply(right) == "tf32"
+        return _triton_tiles().tiles_sddmm(left.contiguous(), right.contiguous(), csr, tf32)  # type: ignore[no-any-return]
+    return sddmm_in_panels(left, right, csr) if way == "panels" else None
+
+
+def _way(product: Product, operands: tuple[Tensor, Tensor], by_rows: bool) -> Way:
+    """Return how a product is formed on the operands' device, of W by rows, or of its transpose."""
+    if any(is_grads_batched(operand) for operand in operands):
+        return "gathered"
+    ways: list[Way] = ["cusparse" if operands[0].is_cuda else "gathered"]
+    if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
+        ways += ["rows", "bits", "tiles"] if by_rows else ["rows", "tiles"]
+    itemsize = max(4, product.itemsize) if product.sampled else product.itemsize
+    height = _gpu_rule.panel_rows(product._replace(itemsize=itemsize))
+    capturing = operands[0].is_cuda and torch.cuda.is_current_stream_capturing()
+    if height >= product.rows or not capturing:  # a graph that is captured cannot ask where panels begin
+        ways += ["panels"]
+    return _gpu_rule.choose(ways, product)
+
+
+def spmm_in_panels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
+    """Return W · right, for values in the order of rows: a panel after the other, in one piece of memory."""
+    rows, (depth, batch) = len(csr.starts) - 1, right.shape
+    product = right.new_empty((rows, batch), dtype=torch.promote_types(right.dtype, torch.float32))
+    panel = None
+    for first, last, part, places in _panels(csr, rows, depth, right.itemsize):
+        size = (last - first) * depth
+        if panel is None:
+            panel = right.new_zeros(size)
+        else:
+            panel.zero_()
+        panel.index_copy_(0, places, values[part])
+        _multiply_into(product[first:last], panel[:size].view(last - first, depth), right)
+    return product
+
+
+def sddmm_in_panels(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
+    """Return left · rightᵀ at the connections: a panel after the other is formed in full, and sampled."""
+    rows, depth = left.shape[0], right.shape[0]
+    wide = torch.promote_types(right.dtype, torch.float32)
+    sampled = right.new_empty(csr.across.shape, dtype=wide)
+    panel = None
+    for first, last, part, places in _panels(csr, rows, depth, wide.itemsize):
+        if panel is None:
+            panel = sampled.new_empty(last - first, depth)
+        dense = panel[: last - first]
+        _multiply_into(dense, left[first:last], right.mT)
+        torch.index_select(dense.view(-1), 0, places, out=sampled[part])
+    return sampled
+
+
+def _panels(csr: CSR, rows: int, depth: int, itemsize: int) -> Iterator[tuple[int, int, slice, Tensor]]:
+    """Yield for each panel its first row, and the one past its last, its connections, and their places in it."""
+    height = max(1, _gpu_rule.panel_rows(Product(rows, depth, 0, 0, itemsize, "float32")))
+    firsts = range(0, rows, height)
+    if len(firsts) == 1:  # nothing to ask the device for
+        ends = [0, csr.across.numel()]
+    else:
+        ends = [*csr.starts[::height][: len(firsts)].tolist(), csr.across.numel()]
+    for i, first in enumerate(firsts):
+        last, part = min(first + height, rows), slice(ends[i], ends[i + 1])
+        row = torch.repeat_interleave(csr.starts[first : last + 1].diff().long(), output_size=part.stop - part.start)
+        yield first, last, part, row.mul_(depth).add_(csr.across[part])
+
+
+def _multiply_into(product: Tensor, one: Tensor, other: Tensor) -> None:
+    """Write one · other into ``product``, which is float32 where these are of a half type."""
+    if one.dtype is product.dtype:  # what writes elsewhere is not cast by autocast
+        torch.mm(one, other, out=product)
+    elif one.is_cuda and _HAS_OUT_DTYPE:
+        torch.mm(one, other, out_dtype=product.dtype, out=product)  # type: ignore[call-overload, unused-ignore]
+    elif one.is_cuda:  # added up in float32, and rounded once more
+        product.copy_(torch.mm(one, other))
+    else:
+        torch.mm(one.to(product.dtype), other.to(product.dtype), out=product)
+
+
+def _multiply(tensor: Tensor) -> Multiply:
+    """How the dense product multiplies on this device, by the user's settings."""
+    if tensor.dtype in _HALF:
+        return "half"
+    if tensor.dtype is torch.float64:
+        return "float64"
+    try:
+        return "float32" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    except RuntimeError:  # set in torch's new way, which it says nothing of in its old one
+        return "float32" if torch.backends.cuda.matmul.fp32_precision == "ieee" else "tf32"

@@ -1,0 +1,144 @@
+"""The products of the sparse form on CUDA by tiles of W, in Triton: unpacked in registers, by bits, and multiplied dense.
+
+For batches that are too small for a panel to pay, and too many connections for products by rows. A word of bits says which
+of 32 places of a row are live, and a number which value is its first; so a tile needs nothing but its own words. The sampled
+product writes what is live of each tile. float32 is multiplied as IEEE says, or by TF32 where the user lets torch do so.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from maskedlinear_torch._triton_products import bits_of, count_ones, on_device
+
+__all__ = ["tiles_sddmm", "tiles_spmm"]
+
+
+@triton.jit
+def _places(bits, firsts, row, word, rows, words, BM: tl.constexpr, BW: tl.constexpr):
+    """Return of a tile of BM rows and BW words which places are live, and which value stands there: (BM, BW * 32)."""
+    lane = tl.arange(0, 32)
+    there = (row < rows)[:, None] & (word < words)[None, :]
+    place = row[:, None].to(tl.int64) * words + word[None, :]
+    held = tl.load(bits + place, mask=there, other=0)
+    first = tl.load(firsts + place, mask=there, other=0)
+    live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
+    which = first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+    return tl.reshape(live, (BM, BW * 32)), tl.reshape(which, (BM, BW * 32))
+
+
+@triton.jit
+def tiles_spmm_kernel(
+    values, right, bits, firsts, product, rows, depth, words, batch,
+    TRANSPOSED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows."""
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    if TRANSPOSED:
+        word = tl.program_id(0) * BW + tl.arange(0, BW)
+        total = tl.zeros((BW * 32, BN), tl.float32)
+        for begin in range(0, rows, BM):
+            row = begin + tl.arange(0, BM)
+            live, which = _places(bits, firsts, row, word, rows, words, BM, BW)
+            tile = tl.trans(tl.load(values + which, mask=live, other=0.0))
+            inside = (row < rows)[:, None] & (column < batch)[None, :]
+            other = tl.load(right + row[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
+            if UP:
+                tile, other = tile.to(tl.float32), other.to(tl.float32)
+            total = tl.dot(tile, other, total, input_precision=PRECISION)
+        target, count = tl.program_id(0) * BW * 32 + tl.arange(0, BW * 32), depth
+    else:
+        row = tl.program_id(0) * BM + tl.arange(0, BM)
+        total = tl.zeros((BM, BN), tl.float32)
+        for begin in range(0, words, BW):
+            live, which = _places(bits, firsts, row, begin + tl.arange(0, BW), rows, words, BM, BW)
+            tile = tl.load(values + which, mask=live, other=0.0)
+            source = begin * 32 + tl.arange(0, BW * 32)
+            inside = (source < depth)[:, None] & (column < batch)[None, :]
+            other = tl.load(right + source[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
+            if UP:
+                tile, other = tile.to(tl.float32), other.to(tl.float32)
+            total = tl.dot(tile, other, total, input_precision=PRECISION)
+        target, count = row, rows
+    inside = (target < count)[:, None] & (column < batch)[None, :]
+    tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
+
+
+@triton.jit
+def tiles_sddmm_kernel(
+    left, right, bits, firsts, sampled, rows, depth, words, batch,
+    UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A tile (BM, BW * 32) of left · rightᵀ, BK of the batch at a time, of which what is live is written."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    column = tl.program_id(1) * BW * 32 + tl.arange(0, BW * 32)
+    total = tl.zeros((BM, BW * 32), tl.float32)
+    for begin in range(0, batch, BK):
+        step = begin + tl.arange(0, BK)
+        inside = (row < rows)[:, None] & (step < batch)[None, :]
+        one = tl.load(left + row[:, None].to(tl.int64) * batch + step[None, :], mask=inside, other=0.0)
+        inside = (column < depth)[:, None] & (step < batch)[None, :]
+        other = tl.load(right + column[:, None].to(tl.int64) * batch + step[None, :], mask=inside, other=0.0)
+        if UP:
+            one, other = one.to(tl.float32), other.to(tl.float32)
+        total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
+    word = tl.program_id(1) * BW + tl.arange(0, BW)
+    live, which = _places(bits, firsts, row, word, rows, words, BM, BW)
+    tl.store(sampled + which, total, mask=live)
+
+
+def spmm_options(itemsize: int, batch: int, ieee: bool) -> dict[str, int]:
+    """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers."""
+    wide = min(64 if ieee else 128, max(16, triton.next_power_of_2(batch)))
+    if ieee:
+        return {"BM": 64, "BN": wide, "BW": 1, "num_warps": 4}
+    return {"BM": 128, "BN": wide, "BW": 4 // itemsize, "num_warps": 8}
+
+
+def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:
+    """Return the sizes of a program of the sampled product by tiles."""
+    if ieee:
+        return {"BM": 64, "BW": 2, "BK": 16, "num_warps": 4}
+    return {"BM": 128, "BW": 4, "BK": 64 // itemsize, "num_warps": 8}
+
+
+def tiles_spmm(
+    values: Tensor, right: Tensor, csr: Any, depth: int, transposed: bool, tf32: bool, up: bool = False
+) -> Tensor:
+    """Return W · right, shape (rows, batch), for right (depth, batch), or, transposed, Wᵀ · right, as float32.
+
+    ``csr`` is W by rows both times, ``depth`` its columns; ``up`` widens before the product, which the interpreter needs.
+    """
+    rows, batch = len(csr.starts) - 1, right.shape[1]
+    bits, firsts = bits_of(csr, depth)
+    options = spmm_options(right.itemsize, batch, right.dtype is torch.float32 and not tf32)
+    product = right.new_empty((depth if transposed else rows, batch), dtype=torch.float32)
+    tall = options["BW"] * 32 if transposed else options["BM"]
+    with on_device(right):
+        tiles_spmm_kernel[(triton.cdiv(len(product), tall), triton.cdiv(batch, options["BN"]))](
+            values, right, bits, firsts, product, rows, depth, bits.shape[1], batch,
+            TRANSPOSED=transposed, UP=up, PRECISION="tf32" if tf32 else "ieee", **options,
+        )  # fmt: skip
+    return product
+
+
+def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, tf32: bool, up: bool = False) -> Tensor:
+    """Return left · rightᵀ at the connections, shape (nnz,), as float32."""
+    (rows, batch), depth = left.shape, right.shape[0]
+    bits, firsts = bits_of(csr, depth)
+    options = sddmm_options(right.itemsize, right.dtype is torch.float32 and not tf32)
+    sampled = right.new_empty(csr.across.shape, dtype=torch.float32)
+    with on_device(right):
+        tiles_sddmm_kernel[(triton.cdiv(rows, options["BM"]), triton.cdiv(depth, options["BW"] * 32))](
+            left, right, bits, firsts, sampled, rows, depth, bits.shape[1], batch,
+            UP=up, PRECISION="tf32" if tf32 else "ieee", **options,
+        )  # fmt: skip
+    return sampled

@@ -1,0 +1,108 @@
+"""The sparse products of JAX off the CPU: their panels run here, the rest is lowered for CUDA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from maskedlinear import _gpu_rule, masks
+from maskedlinear.jax import sparse_linear, stack_patterns
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax import _gpu_products
+from maskedlinear_jax._compat import enable_x64
+from maskedlinear_jax._products import DevicePattern
+
+MASK = masks.random((300, 40), sparsity=0.4)
+MASK[20:150] = False
+MASK[7] = True
+
+
+@pytest.mark.parametrize("rows", [100, 37])  # three panels in the program, and nine in a loop
+def test_panels_give_the_products(rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = MASK
+    pattern = SparsityPattern.from_mask(mask)
+    numbers = rng.standard_normal(pattern.nnz)
+    left, right = (rng.standard_normal((size, 9)) for size in mask.shape)
+    matrix = np.zeros(mask.shape)
+    matrix[mask] = numbers
+    with enable_x64(True):
+        indices = DevicePattern.of(pattern)
+        numbers, left, right = (jnp.asarray(array) for array in (numbers, left, right))
+        monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * 40 * 8)
+        monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+        products = lambda indices: (  # noqa: E731
+            _gpu_products.spmm(numbers, right, indices, transposed=False),
+            _gpu_products.spmm(numbers, left, indices, transposed=True),
+            _gpu_products.sddmm(left, right, indices),
+        )
+        wanted = (matrix @ right, matrix.T @ left, (left @ right.T)[mask])
+        for got, product in zip(jax.jit(products)(indices), wanted, strict=True):
+            np.testing.assert_allclose(got, product, atol=1e-12)
+
+
+def test_gathered_at_once_they_are_the_products(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "gathered")
+    mask = MASK
+    pattern = DevicePattern.of(SparsityPattern.from_mask(mask))
+    left, right = (jnp.asarray(rng.integers(-4, 5, (size, 9)), jnp.float32) for size in mask.shape)
+    numbers = jnp.asarray(rng.integers(-4, 5, int(mask.sum())), jnp.float32)
+    matrix = np.zeros(mask.shape, np.float32)
+    matrix[mask] = numbers
+    products = lambda: (  # noqa: E731
+        _gpu_products.spmm(numbers, right, pattern, transposed=False),
+        _gpu_products.spmm(numbers, left, pattern, transposed=True),
+        _gpu_products.sddmm(left, right, pattern),
+    )
+    for got, wanted in zip(jax.jit(products)(), (matrix @ right, matrix.T @ left, (left @ right.T)[mask]), strict=True):
+        np.testing.assert_array_equal(got, wanted)
+
+
+def lowered(function: Any, *like: Any) -> str:
+    return jax.jit(function).trace(*like).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def like(*shape: int) -> Any:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("precision", ["highest", "default"])
+def test_on_a_gpu_nothing_is_in_parts(precision: str) -> None:
+    """By gathers or, where TF32 multiplies, in two panels: parts would be 656 steps at this size."""
+    rng = np.random.default_rng(0)
+    edges = np.unique(rng.integers(0, 1 << 24, 170_000))
+    pattern, _ = SparsityPattern.from_edges(edges >> 12, edges & 4095, (4096, 4096))
+    square = lambda x, values: (sparse_linear(x, values, pattern) ** 2).sum()  # noqa: E731
+    with jax.default_matmul_precision(precision):
+        for function in (square, jax.grad(square, (0, 1)), jax.grad(lambda *a: jax.grad(square)(*a).sum(), 1)):
+            program = lowered(function, like(4096, 4096), like(pattern.nnz))
+            assert "stablehlo.while" not in program
+            assert ("stablehlo.dot_general" in program) == (precision == "default")
+
+
+def test_a_stack_of_patterns_goes_panel_by_panel_each() -> None:
+    patterns = stack_patterns(
+        [SparsityPattern.from_mask(masks.random((512, 512), sparsity=0.5, seed=s)) for s in (1, 2)]
+    )
+    nnz = patterns.indices.shape[-1]
+    stacked = jax.vmap(sparse_linear, (None, 0, 0))
+    program = lowered(lambda x, values: stacked(x, values, patterns), like(1024, 512), like(2, nnz))
+    assert "stablehlo.dot_general" in program
+    assert "1024x1024xf32" not in program, "the corners of one matrix for both"
+
+
+def test_a_panel_is_all_that_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", 1 << 18)
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+    pattern = SparsityPattern.from_mask(masks.random((2048, 2048), sparsity=0.98))
+    indices = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), DevicePattern.of(pattern))
+    products = {
+        "spmm": (lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=False), like(pattern.nnz), like(2048, 4)),
+        "sddmm": (_gpu_products.sddmm, like(2048, 4), like(2048, 4)),
+    }
+    for name, (function, *arrays) in products.items():
+        found = jax.jit(function).lower(*arrays, indices).compile().memory_analysis().temp_size_in_bytes
+        assert found < 2 * (1 << 18) + 16 * pattern.nnz, (name, found)  # the whole is 16 MiB

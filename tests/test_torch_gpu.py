@@ -1,0 +1,130 @@
+"""The sparse products of PyTorch off the CPU: the rule, the panels, and those of half types."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from maskedlinear import _gpu_rule, masks
+from maskedlinear._gpu_rule import Multiply, Product, Way, choose, seconds
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear_torch import _gpu_products, _half_products
+from maskedlinear_torch._products import DevicePattern
+
+MASK = masks.random((300, 40), sparsity=0.4)
+MASK[20:150] = False
+MASK[7] = True
+PATTERN = DevicePattern.of(SparsityPattern.from_mask(MASK), torch.device("cpu"))
+
+
+def problem(batch: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return values, a left and a right side, and W in float64."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((int(MASK.sum()),), (300, batch), (40, batch))
+    values, left, right = (torch.randn(s, dtype=torch.float64, generator=generator).to(dtype) for s in shapes)
+    matrix = torch.zeros(MASK.shape, dtype=torch.float64)
+    matrix[torch.tensor(MASK)] = values.double()
+    return values, left, right, matrix
+
+
+@pytest.mark.parametrize("rows", [1000, 100, 37])  # one panel, three, and nine of which the last is small
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_panels_give_the_products(rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, left, right, matrix = problem(9, dtype)
+    wide = torch.promote_types(dtype, torch.float32)
+    near: Any = {"rtol": 0, "atol": 1e-12 if dtype is torch.float64 else 1e-4}
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+    for transposed, side, sizes in ((False, right, 40), (True, left, 300)):
+        monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * sizes * right.itemsize)
+        product = _gpu_products.spmm(values, side, PATTERN.csr(transposed))
+        assert product is not None
+        assert product.dtype is wide
+        torch.testing.assert_close(product.double(), (matrix.T if transposed else matrix) @ side.double(), **near)
+    sampled = _gpu_products.sddmm(left, right, PATTERN.csr(False))
+    assert sampled is not None
+    assert sampled.dtype is wide
+    torch.testing.assert_close(sampled.double(), (left.double() @ right.double().T)[torch.tensor(MASK)], **near)
+
+
+class Largest(TorchDispatchMode):
+    """Notes the bytes of the largest tensor that anything makes."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for one in result if isinstance(result, (tuple, list)) else [result]:
+            if isinstance(one, Tensor):
+                self.bytes = max(self.bytes, one.untyped_storage().nbytes())
+        return result
+
+
+def test_a_panel_is_all_that_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", 1 << 16)
+    mask = masks.random((1024, 1024), sparsity=0.999)
+    csr = DevicePattern.of(SparsityPattern.from_mask(mask), torch.device("cpu")).csr(False)
+    side, values = torch.ones(1024, 2), torch.ones(csr.across.numel())
+    with Largest() as seen:
+        _gpu_products.spmm_in_panels(values, side, csr)
+        _gpu_products.sddmm_in_panels(side, side, csr)
+    assert seen.bytes == 1 << 16  # the whole is 4 MiB
+
+
+def test_half_types_have_the_gradients_of_what_is_widened(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+    values, g, right, matrix = problem(3, torch.bfloat16)
+    values.requires_grad_()
+    right.requires_grad_()
+    y = _half_products.half_spmm(values, right, PATTERN)
+    assert y.dtype is torch.float32
+    y = y.to(torch.bfloat16)
+    found = torch.autograd.grad(y, (values, right), g, retain_graph=True)
+    wanted = (g.double() @ right.double().T)[torch.tensor(MASK)], matrix.T @ g.double()
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype is torch.bfloat16
+        torch.testing.assert_close(one.double(), other.detach(), rtol=1 / 256, atol=1e-4)
+    again = torch.autograd.grad(y, (values, right), g, create_graph=True)
+    for one, other in zip(again, found, strict=True):
+        torch.testing.assert_close(one, other)
+    second = torch.autograd.grad(again[0].float().sum(), right)[0]
+    wanted = torch.tensor(MASK).double().T @ g.double()
+    torch.testing.assert_close(second.double(), wanted, rtol=1 / 128, atol=1e-3)
+
+
+LIVE = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+
+
+def slowest(ways: tuple[Way, ...], multiply: Multiply, batch: int, sampled: bool = False) -> float:
+    """Return the longest time of the chosen way, of any density, in those of the dense product."""
+    size = {"float64": 8, "half": 2}.get(multiply, 4)
+    products = [Product(8192, 8192, int(live * 8192**2), batch, size, multiply, sampled) for live in LIVE]
+    return max(seconds(choose(ways, product), product) / seconds("dense", product) for product in products)
+
+
+@pytest.mark.parametrize(("multiply", "least"), [("float32", 1024), ("float64", 2048), ("tf32", 8192), ("half", 8192)])
+def test_by_count_panels_of_large_batches_take_no_longer_than_dense(multiply: Multiply, least: int) -> None:
+    """Below, a panel takes longer to be unpacked than to be multiplied."""
+    for sampled in (False, True):
+        assert slowest(("panels", "gathered"), multiply, least, sampled) < 1.15
+        assert slowest(("panels", "gathered"), multiply, least // 4, sampled) > 1.15
+
+
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+
+
+@pytest.mark.parametrize(("multiply", "most"), [("float32", 1.65), ("tf32", 3.0), ("half", 3.0)])
+def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply, most: float) -> None:
+    for sampled in (False, True):
+        found = [slowest(("rows", "bits", "tiles", "panels"), multiply, batch, sampled) for batch in BATCHES]
+        assert max(found) < most  # of batches between, of which a tile is unpacked for longer than it is multiplied
+        assert max(*found[:3], found[-1]) < 1.17
+
+
+def test_a_row_that_fills_a_panel_is_not_unpacked() -> None:
+    wide = Product(10, 1 << 24, 1 << 20, 4096, 4, "float32")
+    assert choose(("gathered", "panels"), wide) == "gathered"
+    assert choose(("gathered", "panels"), wide._replace(depth=1 << 12, nnz=1 << 14)) == "panels"

@@ -1,0 +1,180 @@
+"""Triton's kernels without a GPU: interpreted on the CPU against the spec, and compiled for an H100."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: there is none but for Linux"
+)
+
+
+def python(code: str, folder: Path, **variables: str) -> str:
+    """Run code in a process of its own, since Triton is interpreted, or not, from its import on."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "backends"), os.environ.get("PYTHONPATH", "")])
+    variables |= {"TRITON_CACHE_DIR": str(folder), "TRITON_DEFAULT_FP_FUSION": "1", "PYTHONPATH": path}
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+    assert found.returncode == 0, found.stderr
+    return found.stdout
+
+
+INTERPRETED = """
+import torch
+from maskedlinear import masks
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear import _gpu_rule
+from maskedlinear.torch import sparse_linear
+from maskedlinear_torch import _gpu_products, _products
+from maskedlinear_torch import _triton_products as kernels
+from maskedlinear_torch import _triton_tiles as tiles
+from maskedlinear_torch._products import DevicePattern
+
+torch.manual_seed(0)
+mask = masks.random((5, 70), sparsity=0.6)
+mask[1], mask[2] = True, False
+live = torch.tensor(mask)
+pattern = DevicePattern.of(SparsityPattern.from_mask(mask), torch.device("cpu"))
+for dtype, batch in ((torch.float32, 3), (torch.float64, 1), (torch.bfloat16, 16), (torch.float16, 2), (torch.float32, 130)):
+    values, left, right = (torch.randn(s).to(dtype) for s in ((int(mask.sum()),), (5, batch), (70, batch)))
+    matrix = torch.zeros(5, 70, dtype=torch.float64)
+    matrix[live] = values.double()
+    found = {
+        "spmm": (kernels.rows_spmm(values, right, pattern.csr(False)), matrix, right),
+        "sddmm": (kernels.rows_sddmm(left, right, pattern.csr(False)), left, right),
+    }
+    if batch <= kernels.LARGEST_BITS_BATCH:
+        found["bits"] = (kernels.bits_spmm(values, right, pattern.csr(False)), matrix, right)
+    for name, (product, one, other) in found.items():
+        one, other = one.double(), other.double().mT if name == "sddmm" else other.double()
+        wanted, scale = one @ other, one.abs() @ other.abs()
+        if name == "sddmm":
+            wanted, scale = wanted[live], scale[live]
+        wide = torch.promote_types(dtype, torch.float32)
+        assert product.dtype is wide, (name, dtype)
+        assert ((product.double() - wanted).abs() <= 8 * torch.finfo(wide).eps / 2 * scale).all(), (name, dtype, batch)
+values, left = torch.randn(int(mask.sum())), torch.randn(5, 1)
+matrix = torch.zeros(5, 70).masked_scatter_(live, values)
+torch.testing.assert_close(kernels.rows_spmm(values, left, pattern.csr(True)), matrix.T @ left)
+# What stands where nothing is connected reaches nothing, and an edit of the indices is seen.
+right = torch.full((70, 1), torch.nan)
+right[live[0]] = 1.0
+assert kernels.rows_spmm(values, right, pattern.csr(False))[0].isfinite()
+assert kernels.bits_spmm(values, right, pattern.csr(False))[0].isfinite()
+before = kernels.bits_of(pattern.csr(False), 70)
+assert kernels.bits_of(pattern.csr(False), 70) is before
+pattern.indices.add_(0)
+assert kernels.bits_of(pattern.csr(False), 70) is not before
+
+for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own products are wrong: widened before
+    values, left, right = (torch.randn(s).to(dtype) for s in ((int(mask.sum()),), (5, 20), (70, 20)))
+    matrix = torch.zeros(5, 70, dtype=torch.float64)
+    matrix[live] = values.double()
+    by_rows, near = pattern.csr(False), {"rtol": 0, "atol": 1e-5}
+    found = tiles.tiles_spmm(values, right, by_rows, 70, False, False, up=True)
+    torch.testing.assert_close(found.double(), matrix @ right.double(), **near)
+    found = tiles.tiles_spmm(values, left, by_rows, 70, True, False, up=True)
+    torch.testing.assert_close(found.double(), matrix.T @ left.double(), **near)
+    found = tiles.tiles_sddmm(left, right, by_rows, False, up=True)
+    torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
+
+# The way from the function to the kernels, as on CUDA.
+_products._is_on_gpu = _gpu_products.has_triton = lambda tensor: True
+whole = SparsityPattern.from_mask(mask)
+for wanted in ("rows", "bits", "tiles", "panels"):
+    chosen = []
+    _gpu_rule.choose = lambda ways, product: chosen.append(wanted if wanted in ways else ways[1]) or chosen[-1]
+    values = torch.randn(whole.nnz, requires_grad=True)
+    x = torch.randn(3, 70, requires_grad=True)
+    dense = torch.zeros(5, 70).index_put(tuple(live.nonzero().T), values)
+    y, expected = sparse_linear(x, values, whole), x @ dense.T
+    torch.testing.assert_close(y, expected)
+    for one, other in zip(*(torch.autograd.grad(z.square().sum(), (x, values)) for z in (y, expected)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+    assert len(chosen) == 3 and wanted in chosen, chosen
+"""
+
+
+def test_interpreted_they_are_the_spec(tmp_path: Path) -> None:
+    python(INTERPRETED, tmp_path, TRITON_INTERPRET="1", MASKEDLINEAR_KERNELS="0")
+
+
+COMPILED = """
+import json, subprocess
+from pathlib import Path
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler
+from triton.compiler import ASTSource
+from maskedlinear_torch import _triton_products as kernels
+from maskedlinear_torch import _triton_tiles as tiles
+
+TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
+TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
+TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words"), "i32")
+
+def compiled(kernel, dtype, constants, num_warps):
+    constants = {"ACC": tl.float32, "UP": False} | constants
+    types = TYPES | dict.fromkeys(("values", "left", "right", "x"), "*" + dtype)
+    signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
+    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    made = triton.compile(
+        ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names}, aligned),
+        target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps},
+    )
+    Path("kernel.ptx").write_text(made.asm["ptx"])
+    ptxas = compiler.get_ptxas(90).path
+    said = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel"], capture_output=True, text=True)
+    products = made.asm["ptx"].count("wgmma.mma_async") + made.asm["ptx"].count("mma.sync")
+    told = [kernel.__name__, products, dtype, constants.get("PRECISION"), made.metadata.shared]
+    print(json.dumps([*told, said.returncode, said.stderr]))
+
+for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16))[: 2 + EVERY]:
+    rows = kernels.rows_options(1 << 20, 4096, batch)
+    warps = rows.pop("num_warps")
+    compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows, warps)
+    compiled(kernels.rows_sddmm_kernel, dtype, rows, warps)
+    if batch <= kernels.LARGEST_BITS_BATCH:
+        bits = kernels.bits_options(batch)
+        warps = bits.pop("num_warps")
+        compiled(kernels.bits_spmm_kernel, dtype, bits, warps)
+for dtype, itemsize, precision in (("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
+    ieee = itemsize == 4 and precision == "ieee"
+    for transposed in (False, True)[: 1 + EVERY]:
+        sizes = tiles.spmm_options(itemsize, 512, ieee) | {"TRANSPOSED": transposed, "PRECISION": precision}
+        compiled(tiles.tiles_spmm_kernel, dtype, sizes, sizes.pop("num_warps"))
+    sizes = tiles.sddmm_options(itemsize, ieee) | {"PRECISION": precision}
+    compiled(tiles.tiles_sddmm_kernel, dtype, sizes, sizes.pop("num_warps"))
+"""
+
+# Registers of a thread and bytes of a program, at most: five programs by rows, one or two by tiles, fit a multiprocessor.
+LIMITS = {"rows": (96, 8 << 10), "bits": (96, 8 << 10), "tiles": (224, 84 << 10)}
+
+
+@pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_compiled_for_an_h100_they_spill_nothing(tmp_path: Path, every: bool) -> None:
+    lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
+    assert len(lines) == (17 if every else 9)
+    for line in lines:
+        name, products, dtype, precision, shared, status, said = json.loads(line)
+        assert status == 0, said
+        registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
+        spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
+        assert spilled is not None
+        assert spilled.groups() == ("0", "0"), (name, dtype, said)
+        most = LIMITS[name.partition("_")[0]]
+        assert registers <= most[0], (name, dtype, registers)
+        assert shared <= most[1], (name, dtype, shared)
+        by_tensor_cores = "tiles" in name and (dtype == "bf16" or precision == "tf32")
+        assert bool(products) == by_tensor_cores, (name, dtype, precision)
