@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import json
 import os
 import signal
 import socket
@@ -18,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from forked import JAX, SUITE, TORCH, forked
 from maskedlinear import masks
 
 _PATIENCE = 240  # seconds that a program in several processes is given
@@ -45,65 +44,30 @@ def problem(rng: np.random.Generator) -> Problem:
     )
 
 
-def python(code: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Run code in a new interpreter, outside the repository."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=cwd or "/", check=False)
+def python(code: str, cwd: Path | None = None, imported: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """Run code in a new interpreter, outside the repository; in one that has imported a framework, if that is named."""
+    path = cwd or Path("/")
+    if imported:
+        return _ended(imported, code, path=path)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=path, check=False)
 
 
 def suite(*arguments: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the conformance suite as a command with these arguments, in the folder ``path``."""
+    imported = (
+        TORCH if {"torch", "torch-nn"} & {*arguments} else JAX if {"jax", "nnx", "linen"} & {*arguments} else SUITE
+    )
+    code = "import runpy; runpy.run_module('maskedlinear_conformance', run_name='__main__', alter_sys=True)"
+    # A file that is written anew within a second, as long as before, is taken for what was compiled of it: such files lie
+    # in folders of the tests' own.
+    return _ended(imported, code, *arguments, path=path or Path("/"), bytecode=path is None)
+
+
+def _ended(imported: tuple[str, ...], code: str, *arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
-        # A file that is written anew within a second, as long as before, is taken for what was compiled of it: such
-        # files lie in folders of the tests' own.
-        task = {"arguments": arguments, "path": str(path or "/"), "bytecode": path is None}
-        server = _server()
-        assert server.stdin is not None
-        assert server.stdout is not None
-        server.stdin.write(json.dumps(task | {"out": str(out), "err": str(err)}) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
+        status = forked(imported, code, *arguments, out=out, err=err, **options).wait()
         return subprocess.CompletedProcess(arguments, status, out.read_text(), err.read_text())
-
-
-@functools.cache
-def _server() -> subprocess.Popen[str]:
-    """Start a process that forks one for each run of the suite: what all of them import is imported once."""
-    return subprocess.Popen([sys.executable, "-c", _SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-
-_SERVER = """
-import importlib, json, os, runpy, sys, traceback
-import hypothesis, numpy, pytest
-import maskedlinear.masks, maskedlinear.reference
-
-
-def run(task):
-    os.chdir(task["path"])  # which is the first of sys.path
-    importlib.invalidate_caches()
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(task[name], os.O_WRONLY | os.O_CREAT), number)
-    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-    sys.argv, sys.dont_write_bytecode = ["suite", *task["arguments"]], not task["bytecode"]
-    try:
-        runpy.run_module("maskedlinear_conformance", run_name="__main__", alter_sys=True)
-    except SystemExit as end:
-        return end.code or 0
-
-
-for line in sys.stdin:
-    child = os.fork()
-    if not child:
-        status = 70
-        try:
-            status = run(json.loads(line))
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush(), sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
 
 
 def distribution(path: Path, code: str) -> None:
@@ -175,7 +139,7 @@ def in_jax_processes(code: str, path: Path, size: int = 2) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         address = f"localhost:{free.getsockname()[1]}"
-    _in_processes(IN_JAX_PROCESSES + code, path, size, address)
+    _in_processes(JAX, IN_JAX_PROCESSES + code, path, size, address)
 
 
 def in_processes(code: str, path: Path, size: int = 2) -> None:
@@ -183,16 +147,21 @@ def in_processes(code: str, path: Path, size: int = 2) -> None:
 
     One that fails leaves the others waiting: what all have said is shown, and where one waits that does not end.
     """
-    _in_processes(IN_A_GROUP + code, path, size)
+    _in_processes(TORCH, IN_A_GROUP + code, path, size)
 
 
-def _in_processes(code: str, path: Path, size: int, *more: str) -> None:
-    command = [sys.executable, "-X", "faulthandler", "-c", code]
+def _in_processes(imported: tuple[str, ...], code: str, path: Path, size: int, *more: str) -> None:
+    said = [path / f"said by {rank}" for rank in range(size)]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}  # nothing is asked of the machine's network
-    said = [(path / f"said by {rank}").open("w+") for rank in range(size)]
     processes = [
-        subprocess.Popen([*command, str(rank), str(size), str(path), *more], stdout=file, stderr=file, env=environment)
-        for rank, file in enumerate(said)
+        forked(
+            *(imported, code, str(rank), str(size), str(path), *more),
+            path=Path.cwd(),
+            out=said[rank],
+            err=said[rank],
+            environment=environment,
+        )
+        for rank in range(size)
     ]
     try:
         deadline = time.monotonic() + _PATIENCE
@@ -203,14 +172,10 @@ def _in_processes(code: str, path: Path, size: int, *more: str) -> None:
                 break
             time.sleep(0.1)
     finally:
-        left = [process for process in processes if process.poll() is None]
-        for process in left:
-            process.send_signal(signal.SIGABRT)  # which prints its stack
-            process.wait()
-        texts = []
-        for file in said:
-            file.seek(0)
-            texts.append(file.read())
-            file.close()
-    assert [process.returncode for process in processes] == [0] * size, "\n".join(texts)
+        for process in processes:
+            if process.poll() is None:
+                process.send_signal(signal.SIGABRT)  # which prints its stack
+                process.wait()
+    texts = "\n".join(file.read_text() for file in said)
+    assert [process.returncode for process in processes] == [0] * size, texts
     assert all((path / f"ended {rank}").exists() for rank in range(size)), "a program has not come to its end"

@@ -7,12 +7,15 @@ from pathlib import Path
 
 import pytest
 
+from forked import JAX, TORCH
 from helpers import ROOT, python
 
 PAGES = [
     "constraints.md",
+    "cpu-kernels.md",
     "exporting.md",
     "many-processes.md",
+    "packing.md",
     "pruning-methods.md",
     "recurrent.md",
     "saving.md",
@@ -45,7 +48,7 @@ def programs() -> list[object]:
 @pytest.mark.parametrize("code", programs())
 def test_snippets_run(code: str, tmp_path: Path) -> None:
     assert code
-    result = python(PRELUDE + code, tmp_path)
+    result = python(PRELUDE + code, tmp_path, imported=TORCH if "torch" in code else JAX)
     assert result.returncode == 0, result.stderr
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from forked import JAX
 from helpers import in_jax_processes, python
 
 SETUP = """
@@ -383,7 +384,7 @@ IMPORTS = "import zlib; from jax.experimental import multihost_utils\n" + SETUP[
     "code", [TREES, MODELS, pytest.param(STATES, marks=pytest.mark.slow)], ids=["trees", "models", "states"]
 )
 def test_on_eight_devices(code: str) -> None:
-    result = python(SETUP + code + "print('done')")
+    result = python(SETUP + code + "print('done')", imported=JAX)
     assert result.stdout.strip() == "done", result.stderr
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from forked import JAX
 from helpers import python
 
 SETUP = """
@@ -91,5 +92,5 @@ for kind in (AxisType.Auto, AxisType.Explicit):
 
 @pytest.mark.parametrize("code", [GRADIENTS, SHARD_MAP, FLOAT16, LAYERS], ids=["grad", "shard_map", "float16", "nnx"])
 def test_on_eight_devices(code: str) -> None:
-    result = python(SETUP + code + "print('done')")
+    result = python(SETUP + code + "print('done')", imported=JAX)
     assert result.stdout.strip() == "done", result.stderr

@@ -7,6 +7,7 @@ import tomllib
 
 import pytest
 
+from forked import JAX, TORCH
 from helpers import ROOT, python
 
 README = (ROOT / "README.md").read_text()
@@ -35,7 +36,8 @@ def test_there_is_one_for_each_framework() -> None:
 
 @pytest.mark.parametrize("section", sections())
 def test_snippets_run(section: str) -> None:
-    result = python("import warnings; warnings.simplefilter('error')\n" + sections()[section])
+    code = "import warnings; warnings.simplefilter('error')\n" + sections()[section]
+    result = python(code, imported=TORCH if "torch" in code else JAX)
     assert result.returncode == 0, result.stderr
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from forked import TORCH
 from helpers import python
 from maskedlinear import masks
 from maskedlinear.torch import (
@@ -192,7 +193,7 @@ def read_elsewhere(path: Path, model: nn.Module, names: list[str], code: str) ->
     """Compare what programs of files say in another process, which runs ``code``, with what the model does."""
     x = torch.randn(7, IN)
     torch.save((x, dict.fromkeys(names, model(x).detach())), path / "data.pt")
-    result = python(READ + code, path)
+    result = python(READ + code, path, imported=TORCH)
     assert result.returncode == 0, result.stderr
 
 
