@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -23,12 +24,11 @@ __all__ = ["drawn", "draws_free", "number_to_move", "places_at_random", "regrow"
 
 Places = NDArray[np.int64]  # flat ones, row * in + column, ascending
 
-# Entries of a gradient asked for at a time; twice as many where these are fewer rows than _ROWS, since a product of few rows
-# takes several times as long for each.
-_ASKED = 16 << 20
+# Entries of a gradient asked for at a time; up to four times as many where these are fewer rows than _ROWS, since a product
+# of few rows takes several times as long for each.
+_ASKED = 8 << 20
 _ROWS = 320
 _BLOCK = 1 << 18  # entries looked at at a time: few enough for a cache
-_ALL_SET = np.uint64(0x0101010101010101)  # eight booleans
 _DRAWS = 1 << 16  # places drawn at a time
 
 
@@ -93,9 +93,9 @@ def regrow(
         def blocks(start: int, stop: int) -> Any:
             return full[start:stop]
 
-    gone, come = _moved(places, array.reshape(-1)[places], live.shape, fraction, blocks, seed, exclude_dropped)
+    stays, come, _ = _moved(places, array.reshape(-1)[places], live.shape, fraction, blocks, seed, exclude_dropped)
     found = np.array(live, order="C")
-    found.reshape(-1)[places[gone]] = False
+    found.reshape(-1)[places] = stays
     found.reshape(-1)[come] = True
     return found
 
@@ -117,7 +117,7 @@ def regrow_pattern(
         fraction: the share of connections that move, in [0, 1].
         gradient: a function of two rows, ``start`` and ``stop``, that returns this part of the loss's gradient with respect
             to all weights, ``gᵀ[start:stop] · x``, shape ``(stop - start, in)``. It is asked once for each row, the last
-            ones first, for about sixteen million entries at a time. ``None`` grows at random.
+            ones first, for 8 to 32 million entries at a time. ``None`` grows at random.
         seed: of the random places.
         exclude_dropped: as :func:`regrow` takes it.
 
@@ -131,16 +131,14 @@ def regrow_pattern(
     array = as_numpy(values)
     if array.shape != (pattern.nnz,):
         raise ValueError(f"there must be a value for each of the {pattern.nnz} connections; got {array.shape}")
-    in_ = pattern.shape[1]
-    places = pattern.places
-    gone, come = _moved(places, array, pattern.shape, fraction, gradient, seed, exclude_dropped)
-    kept = np.delete(np.arange(len(places)), gone)
-    found = np.concatenate([places[kept], come])
-    source = np.concatenate([kept, np.full(len(come), -1)])
-    order = np.argsort(found, kind="stable")
-    found = found[order]
-    starts = np.searchsorted(found, np.arange(pattern.shape[0] + 1, dtype=np.int64) * in_)
-    return SparsityPattern(starts, found % max(in_, 1), in_), source[order]
+    out, in_ = pattern.shape
+    stays, come, before = _moved(pattern.places, array, pattern.shape, fraction, gradient, seed, exclude_dropped)
+    stayed = np.concatenate([[0], np.cumsum(stays)])  # of the connections before each
+    source = np.insert(np.flatnonzero(stays), stayed[before], -1)
+    columns = pattern.indices[source]
+    columns[source < 0] = come % max(in_, 1)
+    starts = stayed[pattern.indptr] + np.searchsorted(come, np.arange(out + 1, dtype=np.int64) * in_)
+    return SparsityPattern(starts, columns, in_), source
 
 
 def _moved(
@@ -151,8 +149,8 @@ def _moved(
     gradient: Any,
     seed: int,
     exclude_dropped: bool,
-) -> tuple[NDArray[np.int64], Places]:
-    """Return which of the live places are gone (as indices into ``places``) and which places are new."""
+) -> tuple[NDArray[np.bool_], Places, NDArray[np.int64]]:
+    """Return whether each of the live places stays; which places are new, ascending; and before which of the live ones."""
     nan = first_nan(values)
     if nan is not None:
         raise ValueError(f"a live weight must be a number; got NaN at {where(int(places[nan]), shape)}")
@@ -162,11 +160,20 @@ def _moved(
     magnitudes = np.abs(values)
     dtype = np.result_type(np.float32, magnitudes.dtype)
     clear_smallest([np.ascontiguousarray(magnitudes, dtype)], [stays], count)
-    seed, gone = checked_seed(seed), np.flatnonzero(~stays)
+    seed = checked_seed(seed)
     taken = places if exclude_dropped else places[stays]
     come = places_at_random(taken, size, count, seed) if gradient is None else _largest(taken, shape, count, gradient)
-    back = np.isin(places[gone], come, assume_unique=True)
-    return gone[~back], np.setdiff1d(come, places[gone[back]], assume_unique=True)
+    near, back = _found_in(places, come)
+    stays[near[back]] = True
+    return stays, come[~back], near[~back]
+
+
+def _found_in(places: Places, chosen: Places) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+    """Return before which of ``places``, ascending, each of the chosen ones belongs, and whether it is that one."""
+    near = np.searchsorted(places, chosen)
+    if not len(places):
+        return near, np.zeros(len(chosen), bool)
+    return near, places.take(near, mode="clip") == chosen
 
 
 def number_to_move(fraction: Sparsity, live: int, size: int, exclude_dropped: bool = False) -> int:
@@ -186,9 +193,9 @@ def _largest(taken: Places, shape: tuple[int, int], count: int, gradient: Callab
     in_ = shape[1]
     scores: list[NDArray[Any]] = []
     at: list[Places] = []
-    gathered = 0
-    least, wrong = -1.0, None
-    rows = max(1, min(max(_ASKED // max(in_, 1), _ROWS), 2 * _ASKED // max(in_, 1)))
+    gathered, wrong = 0, None
+    least = -1.0 if count else math.inf  # above infinity are those alone that are no numbers
+    rows = max(1, min(max(_ASKED // max(in_, 1), _ROWS), 4 * _ASKED // max(in_, 1)))
     for start in range(shape[0] - 1 - (shape[0] - 1) % rows, -1, -rows) if shape[0] else ():
         stop = min(start + rows, shape[0])
         asked = as_numpy(gradient(start, stop))
@@ -197,16 +204,17 @@ def _largest(taken: Places, shape: tuple[int, int], count: int, gradient: Callab
                 f"the gradient of rows {start} to {stop} must have shape {(stop - start, in_)}; got {asked.shape}"
             )
         flat = asked.reshape(-1)
-        for offset in range((flat.size - 1) // _BLOCK * _BLOCK, -1, -_BLOCK) if flat.size else ():
-            own, begin = np.abs(flat[offset : offset + _BLOCK]), start * in_ + offset
-            first, last = np.searchsorted(taken, (begin, begin + own.size))
-            live = taken[first:last] - begin
+        begins = range(start * in_, stop * in_, _BLOCK)
+        edges = np.searchsorted(taken, [*begins, stop * in_])
+        for begin, (first, last) in reversed([*zip(begins, pairwise(edges), strict=True)]):
+            own, live = np.abs(flat[begin - start * in_ :][:_BLOCK]), taken[first:last] - begin
             found = _above(own, least, live)
-            if np.isnan(own[live]).any() or np.isnan(own[found]).any():
-                wrong = begin + int(np.argmax(np.isnan(own)))
-            if wrong is not None or not count:
-                continue  # looking for the first that is no number
-            scores.append(own[found])
+            values = own[found]
+            if np.isnan(own[live]).any() or np.isnan(values).any():
+                wrong, least = begin + int(np.argmax(np.isnan(own))), math.inf
+            if not count or wrong is not None:
+                continue
+            scores.append(values)
             at.append(found + begin)
             gathered += len(found)
             if gathered > 2 * count:
@@ -219,14 +227,12 @@ def _largest(taken: Places, shape: tuple[int, int], count: int, gradient: Callab
 
 def _above(magnitudes: NDArray[Any], least: float, live: Places) -> Places:
     """Return the places, ascending, of magnitudes above ``least``, or no numbers, that are not among those ``live``."""
-    edge: Any = magnitudes.dtype.type(least)
-    flags = np.ones(-(-len(magnitudes) // 8) * 8, bool)
-    np.less_equal(magnitudes, edge if edge == least else np.float64(least), out=flags[: len(magnitudes)])
-    flags[live] = True
-    eights = np.flatnonzero(flags.view(np.uint64) != _ALL_SET)  # few of many: looked for eight at a time
-    among = np.flatnonzero(~flags.reshape(-1, 8)[eights].reshape(-1))
-    places: Places = eights[among >> 3] * 8 + (among & 7)
-    return places
+    whole = magnitudes.dtype.kind in "biu"  # numbers, among which neither -1 nor infinity need be
+    edge: Any = np.float64(least) if whole else magnitudes.dtype.type(least)
+    flags = np.less_equal(magnitudes, edge if edge == least else np.float64(least))
+    np.logical_not(flags, out=flags)  # not "greater", which no number is not
+    flags[live] = False
+    return np.flatnonzero(flags)
 
 
 def _best_of(
@@ -238,7 +244,7 @@ def _best_of(
     values, places = np.concatenate(scores), np.concatenate(at)
     if len(values) <= count:
         return [values], [places], -1.0
-    least = np.partition(values, len(values) - count)[len(values) - count] if count else np.inf
+    least = np.partition(values, len(values) - count)[len(values) - count]
     above, equal = np.flatnonzero(values > least), np.flatnonzero(values == least)
     equal = equal[np.argsort(places[equal])[len(equal) - (count - len(above)) :]]
     best = np.concatenate([above, equal])
@@ -248,13 +254,11 @@ def _best_of(
 def places_at_random(places: Places, size: int, count: int, seed: int) -> Places:
     """Return ``count`` places other than those given, ascending, drawn at random."""
 
-    def are_live(chosen: Places) -> NDArray[np.bool_]:
-        near = np.minimum(np.searchsorted(places, chosen), max(len(places) - 1, 0))
-        return places[near] == chosen if len(places) else np.zeros(len(chosen), bool)
-
     among_free = draws_free(len(places), size)
     free = np.setdiff1d(np.arange(size), places, assume_unique=True) if among_free else np.empty(0, np.int64)
-    return drawn(count, len(places), size, seed, are_live, lambda numbers: free[numbers])
+    return drawn(
+        count, len(places), size, seed, lambda chosen: _found_in(places, chosen)[1], lambda numbers: free[numbers]
+    )
 
 
 def draws_free(live: int, size: int) -> bool:
