@@ -22,7 +22,18 @@ from numpy.typing import NDArray
 
 from maskedlinear_jax._compat import is_traced
 
-__all__ = ["counter", "full_like", "is_shared", "is_spread", "laid", "replicated", "to_host", "to_like"]
+__all__ = [
+    "copied",
+    "counter",
+    "full_like",
+    "is_shared",
+    "is_spread",
+    "laid",
+    "on_device",
+    "replicated",
+    "to_host",
+    "to_like",
+]
 
 
 def is_spread(array: Any) -> bool:
@@ -40,6 +51,24 @@ def to_host(array: Any) -> NDArray[Any]:
     if is_shared(array) and is_spread(array):
         return np.asarray(multihost_utils.process_allgather(array, tiled=True))
     return np.asarray(array)
+
+
+def on_device(array: Any, dtype: Any = None) -> Array:
+    """Return a copy of the host's array as JAX's, which no program is compiled for.
+
+    ``jnp.asarray`` compiles one for each shape, and XLA keeps a megabyte or two of each.
+    """
+    mesh_of = getattr(jax.sharding, "get_abstract_mesh", None)
+    if mesh_of is None or not mesh_of().empty:  # the array's type may be one of the mesh
+        return jnp.asarray(array, dtype)
+    return jax.device_put(np.array(array, dtype))  # which would share the memory of the array itself
+
+
+def copied(array: Any) -> Array:
+    """Return a copy of an array, which no program is compiled for where one device has it."""
+    if is_traced(array) or not isinstance(array, jax.Array) or len(array.sharding.device_set) > 1:
+        return jnp.copy(array)
+    return jax.device_put(array, may_alias=False)
 
 
 def to_like(array: Any, like: Any, name: str = "a mask") -> Array:

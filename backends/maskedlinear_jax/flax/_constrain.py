@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import linen
 
@@ -14,7 +13,7 @@ from maskedlinear.constraints import Constraints
 from maskedlinear.models import WeightAxes
 from maskedlinear.pruning._layers import check_known
 from maskedlinear_jax._compat import is_traced
-from maskedlinear_jax._placement import to_host, to_like
+from maskedlinear_jax._placement import on_device, to_host, to_like
 from maskedlinear_jax.flax._constraint_variables import (
     Constraint,
     hold_constraints,
@@ -71,8 +70,9 @@ def constrain(model: Model, constraints: Mapping[str, Given] | Given) -> Model:
     """
     if is_linen(model) or isinstance(model, linen.Module):
         raise TypeError(
-            "constrain changes an nnx module in place; for linen's variables give constraints to apply_constraints and "
-            "freeze_masked(..., constraints=...) of maskedlinear.jax"
+            "constrain changes an nnx module in place; linen's variables hold no constraints: give them to "
+            "apply_constraints(params, constraints) and freeze_masked(..., constraints=...) of maskedlinear.jax, and to "
+            "prune_tree and regrow_tree in place of prune_model and regrow_model, which would take what is fixed out"
         )
     weights = masked_weights(model, sparse=True)
     named = constraints if isinstance(constraints, Mapping) else {"": constraints}
@@ -156,7 +156,7 @@ def _checked(name: str, one: Any, given: Any) -> tuple[dict[str, Constraint], An
             like, mask = value.shape, np.broadcast_to(to_host(one.mask), value.shape)
         if is_wiring and (fixed := entries.entries(like).fixed) is not None:
             values[fixed] = 1
-            value = to_like(jnp.asarray(values), value)
+            value = to_like(on_device(values), value)
         entries.entries(like, values, mask)
     except ValueError as error:
         raise ValueError(f"the constraints of {called}: {error}") from error

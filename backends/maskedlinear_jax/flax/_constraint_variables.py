@@ -18,7 +18,7 @@ from maskedlinear.constraints import FREE, Constraints
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._constraints import keep_constraints
-from maskedlinear_jax._placement import to_host
+from maskedlinear_jax._placement import copied, on_device, to_host
 from maskedlinear_jax._tree import ConstrainedMask
 from maskedlinear_jax.flax._kernel import mask_names
 from maskedlinear_jax.flax._modules import children_of
@@ -81,7 +81,7 @@ def made_variables(constraints: Constraints | None, dtype: Any) -> dict[str, Con
             numbers = np.unique(array[array >= 0])
             kept = np.where(array >= 0, np.searchsorted(numbers, array), -1)
         wanted = dtype if kind in ("lower", "upper") else _DTYPES[kind]
-        made[kind] = Constraint(jnp.asarray(kept, wanted))
+        made[kind] = Constraint(on_device(kept, wanted))
     return made
 
 
@@ -116,10 +116,8 @@ def constrained_mask(owner: Any, parameter: str, mask: Any) -> Any:
         low, high = jnp.where(signs > 0, 0, -infinite), jnp.where(signs < 0, 0, infinite)
         lower = low if lower is None else jnp.maximum(low, lower)
         upper = high if upper is None else jnp.minimum(high, upper)
-    copied = (
-        None if part is None else jnp.copy(part) for part in (arrays.get("fixed"), arrays.get("ties"), lower, upper)
-    )
-    return ConstrainedMask(mask, *copied)
+    parts = (None if part is None else copied(part) for part in (arrays.get("fixed"), arrays.get("ties"), lower, upper))
+    return ConstrainedMask(mask, *parts)
 
 
 def _of_connections(array: Array, inputs: Array, outputs: Array) -> Array:
@@ -180,8 +178,8 @@ def keep_own(owner: Any, parameter: str, mask: Any, trusted: Any = None) -> None
     """
     variable = children_of(owner)[parameter]
     value = variable.get_value()
-    if not constraint_variables(owner, parameter) or isinstance(value, jax.ShapeDtypeStruct):
-        return
+    if constraint_variables(owner, parameter).keys() <= {"fixed"} or isinstance(value, jax.ShapeDtypeStruct):
+        return  # what is fixed stays as it is
     live, sure = (None if part is None else jnp.broadcast_to(part, value.shape) for part in (mask, trusted))
     variable.set_value(keep_constraints(value, constrained_mask(owner, parameter, live), sure))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from maskedlinear.masks import LayeredWiring, Wiring
 from maskedlinear.models import check_hierarchy
+from maskedlinear_jax._placement import on_device
 from maskedlinear_jax.flax._constrain import constrain
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
@@ -50,6 +51,7 @@ class PathwayBlock(nnx.Module):
         dropout: float,
         param_dtype: Any,
         rngs: nnx.Rngs,
+        kernel_init: Any = nnx.initializers.lecun_normal(),  # noqa: B008 - as in SparseLinear
     ) -> None:
         self.linear = SparseLinear(
             len(wiring.inputs),
@@ -57,9 +59,10 @@ class PathwayBlock(nnx.Module):
             pattern=wiring.pattern,
             use_bias=False,
             param_dtype=param_dtype,
+            kernel_init=kernel_init,
             rngs=rngs,
         )
-        self.linear.weight_values.set_value(jnp.asarray(wiring.initial_values(self.linear.weight_values.get_value())))
+        self.linear.weight_values.set_value(on_device(wiring.initial_values(self.linear.weight_values.get_value())))
         new = np.flatnonzero(~wiring.passed_on)
         self._known = _Known(None if len(new) == len(wiring.outputs) else new)
         if wiring.fixed is not None or wiring.signs is not None:
@@ -71,7 +74,7 @@ class PathwayBlock(nnx.Module):
         ):  # Flax makes these in float32, whatever the parameters'
             for statistic in (self.norm.mean, self.norm.var):
                 statistic.set_value(statistic.get_value().astype(param_dtype))
-        self.bias = None if batch_norm else nnx.Param(jnp.zeros(len(new), param_dtype))
+        self.bias = None if batch_norm else nnx.Param(on_device(np.zeros(len(new)), param_dtype))
         self.activation, self.dropout = activation, nnx.Dropout(dropout, rngs=rngs)
 
     def __call__(self, inputs: Array) -> Array:
@@ -147,8 +150,10 @@ class PathwayNetwork(nnx.Module):
     ) -> None:
         check_hierarchy(layers, n_outputs, dropout)
         self.every_level = every_level
+        inits = _inits([wiring.pattern.nnz for wiring in layers], param_dtype, rngs)
         self.blocks = nnx.List(
-            PathwayBlock(wiring, activation, batch_norm, dropout, param_dtype, rngs) for wiring in layers
+            PathwayBlock(wiring, activation, batch_norm, dropout, param_dtype, rngs, init)
+            for wiring, init in zip(layers, inits, strict=True)
         )
         sizes = layers.sizes[1:] if every_level else layers.sizes[-1:]
         self.heads = nnx.List(nnx.Linear(size, n_outputs, param_dtype=param_dtype, rngs=rngs) for size in sizes)
@@ -167,3 +172,13 @@ class PathwayNetwork(nnx.Module):
             last: Array = self.heads[-1](nodes[-1])
             return last
         return jnp.stack([head(level) for head, level in zip(self.heads, nodes[1:], strict=True)], axis=-2)
+
+
+def _inits(sizes: list[int], param_dtype: Any, rngs: nnx.Rngs) -> Iterator[Callable[..., NDArray[Any]]]:
+    """Yield an initializer of each level's values, parts of one draw: XLA compiles one program, and not one a level."""
+    total, start = sum(sizes), 0
+    drawn = np.asarray(nnx.initializers.lecun_normal()(rngs.params(), (max(total, 1), 1), param_dtype))
+    for size in sizes:
+        part = drawn[start : start + size]
+        yield lambda *_, part=part: part * np.sqrt(total / len(part)).astype(part.dtype)
+        start += size

@@ -20,7 +20,7 @@ from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._placement import laid, to_host, to_like
+from maskedlinear_jax._placement import laid, on_device, to_host, to_like
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
 from maskedlinear_jax.flax._constraint_variables import check_keeps_fixed, in_other_form, keep_own, move_constraints
@@ -105,11 +105,14 @@ class SparseLinear(nnx.Module):
         self.in_features, self.out_features, self.init_fan_in = in_features, out_features, init_fan_in
         self.dtype, self.param_dtype, self.keep_dormant = dtype, param_dtype, True
         size, live = pattern.nnz, np.diff(pattern.indptr)
-        values = jnp.zeros(0, param_dtype)
+        values = on_device(np.zeros(0), param_dtype)
         if size:
             of_each = live[pattern.rows] if init_fan_in == "live" else in_features
-            drawn = kernel_init(rngs.params(), (size, 1), param_dtype)[:, 0]
-            values = drawn * jnp.asarray(np.sqrt(size / of_each), param_dtype)
+            drawn, scale = kernel_init(rngs.params(), (size, 1), param_dtype), np.sqrt(size / of_each)
+            if is_traced(drawn) or getattr(drawn, "committed", False):
+                values = drawn[:, 0] * jnp.asarray(scale, param_dtype)
+            else:
+                values = on_device(to_host(drawn)[:, 0] * scale.astype(param_dtype), param_dtype)
         self.weight_values = nnx.Param(values)
         self.bias = nnx.Param(bias_init(rngs.params(), (out_features,), param_dtype)) if use_bias else None
         self._set_pattern(pattern)
@@ -339,8 +342,8 @@ class SparseLinear(nnx.Module):
         return layer
 
     def _set_pattern(self, pattern: SparsityPattern) -> None:
-        for name, array in DevicePattern.of(pattern)._asdict().items():
-            setattr(self, name, PatternIndex(array))
+        for name, array in zip(DevicePattern._fields, jax.tree.leaves(pattern), strict=True):
+            setattr(self, name, PatternIndex(on_device(array)))
 
     def _complete_pattern(self) -> None:
         """Make of ``indptr`` and ``indices``, which a state has brought, the other indices."""
