@@ -139,6 +139,8 @@ def test_pruning_and_regrowth_leave_what_is_fixed(sparse: bool) -> None:
         with pytest.raises(ValueError, match="fixed connections are never pruned or moved"):
             regrow_model(network, 0.5)
         return
+    with pytest.raises(TypeError, match="linen's variables hold no constraints: give them to apply_constraints"):
+        constrain({"params": {"kernel": jnp.ones((IN, OUT))}}, Constraints(lower=0.0))
     before = jax.tree.map(np.asarray, nnx.state(network))
     with pytest.raises(ValueError, match="fixed connections are never pruned or moved"):
         prune_model(network, 1.0, on_empty="allow")

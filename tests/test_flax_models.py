@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
+from forked import JAX
 from helpers import python
 from maskedlinear import masks
 from maskedlinear.costs import Costs
@@ -378,5 +379,5 @@ else:
 
 @pytest.mark.slow
 def test_new_forms_lie_where_the_old_ones_did_and_sharded_ones_stay() -> None:
-    result = python(DEVICES)
+    result = python(DEVICES, imported=JAX)
     assert not result.returncode, result.stderr

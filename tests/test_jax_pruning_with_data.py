@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from flax import linen, nnx
 from jax import Array
 
-from maskedlinear.flax import mask_model, prune_model, record_activations
+from maskedlinear import torch as in_torch
+from maskedlinear.constraints import Constraints
+from maskedlinear.flax import (
+    constrain,
+    fisher_scores,
+    get_masks,
+    mask_model,
+    obd_scores,
+    prune_model,
+    prune_with_updates,
+    record_activations,
+)
+from maskedlinear.flax import grasp_scores as grasp_of_model
 from maskedlinear.jax import grasp_scores, prune_tree, synflow_scores
 from maskedlinear.pruning import grasp
 
@@ -87,3 +102,71 @@ def test_flax_layers_are_recorded_in_both_apis_and_are_as_they_were() -> None:
     np.testing.assert_allclose(recorded.input_norms("last"), activations.input_norms("layers.2"), rtol=1e-5)
     with pytest.raises(ValueError, match="nothing has gone into"), record_activations(variables) as recorded:
         recorded.wanda()
+
+
+class Hidden(linen.Module):
+    @linen.compact
+    def __call__(self, x: Array) -> Array:
+        return linen.Dense(6, name="hidden")(x)
+
+
+def test_flax_models_are_updated_and_scored_as_pytorch_ones() -> None:
+    rngs = nnx.Rngs(0)
+    layers = nnx.Linear(6, 6, rngs=rngs), nnx.tanh, nnx.Linear(6, 6, rngs=rngs)
+    model, x = (
+        mask_model(nnx.Sequential(*layers)),
+        jnp.asarray(np.random.default_rng(0).normal(size=(24, 6)), jnp.float32),
+    )
+    theirs = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.Tanh(), torch.nn.Linear(6, 6))
+    for place in (0, 2):
+        theirs[place].weight.data = torch.from_numpy(np.array(model.layers[place].kernel[...]).T.copy())
+        theirs[place].bias.data = torch.from_numpy(np.array(model.layers[place].bias[...]))
+    in_torch.mask_model(theirs)
+    rows = torch.from_numpy(np.array(x))
+    examples = list(np.asarray(x)[:, None])
+    for own, other in (
+        (
+            fisher_scores(model, lambda model, one: model(one).sum(), examples),
+            in_torch.fisher_scores(theirs, lambda one: theirs(one).sum(), rows[:, None]),
+        ),
+        (
+            grasp_of_model(model, lambda model, batch: (model(batch) ** 2).sum(), [x]),
+            in_torch.grasp_scores(theirs, lambda batch: theirs(batch).square().sum(), [rows]),
+        ),
+    ):
+        assert set(own) == {"layers.0", "layers.2"}
+        for name, scores in own.items():
+            np.testing.assert_allclose(scores, other[name.removeprefix("layers.")], rtol=1e-3, atol=1e-5)
+    single = mask_model(nnx.Linear(6, 6, use_bias=False, rngs=rngs))
+    diagonal = obd_scores(single, lambda model, rows: (model(rows) ** 2).sum() / 2, [jnp.eye(6)], draws=2)[""]
+    np.testing.assert_allclose(diagonal, np.asarray(single.kernel[...]).T ** 2 / 2, rtol=1e-6)  # H is the identity
+    for method in ("sparsegpt", "obs"):
+        own, other = nnx.clone(model), copy.deepcopy(theirs)
+        with record_activations(own, hessian=True) as activations:
+            own(x)
+        with in_torch.record_activations(other, hessian=True, dtype=torch.float64) as recorded, torch.no_grad():
+            other(rows)
+        before = prune_with_updates(own, 0.5, activations, method=method)
+        in_torch.prune_with_updates(other, 0.5, recorded, method=method)
+        for place in (0, 2):
+            layer = own.layers[place]
+            np.testing.assert_array_equal(np.asarray(layer.mask[...]).T, other[place].mask.numpy())
+            np.testing.assert_allclose(np.asarray(layer.kernel[...]).T, other[place].weight.detach(), atol=1e-4)
+            pruned = ~np.asarray(layer.mask[...])
+            np.testing.assert_array_equal(layer.full_kernel[pruned], model.layers[place].kernel[...][pruned])
+            assert before[f"layers.{place}"].all()
+    params = {"hidden": {"kernel": model.layers[0].kernel[...], "bias": jnp.zeros(6)}}
+    with record_activations(variables := mask_model({"params": params}), hessian=True) as activations:
+        Hidden().apply(variables, x)
+    new = prune_with_updates(variables, 0.5, activations, method="obs")
+    np.testing.assert_array_equal(new["params"]["hidden"]["kernel"], own.layers[0].kernel[...])
+    np.testing.assert_array_equal(get_masks(new)["hidden"], own.layers[0].mask[...])
+    with record_activations(own, hessian=True) as activations:
+        own(x)
+    constrain(own, {"layers.0": Constraints(lower=-1.0, upper=1.0)})
+    with pytest.raises(ValueError, match=r"layers.0 has constraints, .* free it"):
+        prune_with_updates(own, 0.7, activations)
+    with pytest.raises(ValueError, match="at least one batch"):
+        fisher_scores(model, lambda model, one: model(one).sum(), [])
+    with pytest.raises(TypeError, match="takes an nnx module; of linen's parameters"):
+        fisher_scores({"params": {}}, lambda model, one: model(one).sum(), examples)

@@ -14,7 +14,16 @@ from torch.nn import functional as F  # noqa: N812
 
 from helpers import in_processes
 from maskedlinear import pruning
-from maskedlinear.torch import MaskedLinear, StraightThrough, TopKAST, get_masks, mask_model, prune_model, summary
+from maskedlinear.torch import (
+    MaskedLinear,
+    StraightThrough,
+    TopKAST,
+    get_masks,
+    mask_model,
+    prune_model,
+    set_masks,
+    summary,
+)
 
 ORIGINAL = "parametrizations.weight.original"
 
@@ -139,6 +148,11 @@ def test_finished_weights_are_ordinary_masked_ones(how: str) -> None:
     assert "finish()" in str(summary(model))
     (x, _), *_ = batches(1)
     outputs, masks, dense = model(x), method.masks, model[3].parametrizations.weight.original.detach().clone()
+    shown = get_masks(model)
+    assert shown.keys() == masks.keys()
+    assert all(torch.equal(mask, masks[name]) for name, mask in shown.items())
+    with pytest.raises(ValueError, match=r"cannot be set: \w+ chooses it, until finish"):
+        set_masks(model, shown)
     copied = copy.deepcopy(model)
     assert method.finish() is model
     assert torch.equal(model(x), outputs)
@@ -157,6 +171,23 @@ def test_finished_weights_are_ordinary_masked_ones(how: str) -> None:
     for again in (None, copied):
         with pytest.raises(ValueError, match="finished"):
             method.finish(again)
+
+
+def test_recurrent_modules_are_copied_and_averaged_after_a_pass() -> None:
+    for make in (StraightThrough, lambda model, **how: TopKAST(model, forward_sparsity=0.5, backward_sparsity=0.2)):
+        model, x = nn.LSTM(3, 4, num_layers=2), torch.randn(5, 3)
+        method: Any = make(model, sparsity=0.5)
+        model(x)[0].sum().backward()
+        copied, average = copy.deepcopy(model), torch.optim.swa_utils.AveragedModel(model)
+        before = model(x)[0]
+        assert torch.equal(copied(x)[0], before)
+        with torch.no_grad():
+            for parameter in copied.parameters():
+                parameter.mul_(2)
+        assert not torch.equal(copied(x)[0], before)
+        assert torch.equal(model(x)[0], before)
+        assert torch.equal(method.finish(average)(x)[0], before)
+        assert torch.equal(copy.deepcopy(method.finish())(x)[0], before)
 
 
 def test_the_decay_takes_the_scale_of_the_loss() -> None:

@@ -246,6 +246,11 @@ def test_synflow_of_transformers_needs_a_signal() -> None:
     model = gpt2()
     synflow_prune(model, 0.7, tokens()[:1], rounds=3)
     assert summary(model).sparsity == pytest.approx(0.7, abs=1e-3)
+    model, place = gpt2(), torch.arange(64) == 5
+    layer = model.transformer.h[0].mlp
+    layer.c_fc.masked_weight.set_mask(~place.expand(16, 64))  # which leaves 16 connections of c_proj without an input
+    table = summary(model, input_ids=tokens()[:1])
+    assert table.effective_connections == sum(row.connections for row in table.rows) - 16, str(table)
     with pytest.raises(ValueError, match="no signal"):
         synflow_prune(encoder(), 0.5, torch.zeros(1, 5, 8), rounds=3)  # which ends in a layer normalisation
     with pytest.raises(TypeError, match="output"):

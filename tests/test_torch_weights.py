@@ -373,6 +373,7 @@ def test_adapters_positions_and_embeddings_are_left_out_without_a_word() -> None
 
 
 def test_layers_in_the_sparse_form_are_not_passed_over_in_silence() -> None:
+    torch.manual_seed(0)
     model = mask_model(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)))
     prune_model(model, 0.5)
     compress(model[0:1], "sparse")

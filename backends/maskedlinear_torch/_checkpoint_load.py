@@ -22,6 +22,7 @@ from maskedlinear_torch._constraints import is_constraint, load_constraints
 from maskedlinear_torch._dtensors import as_dtensor_like, is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
 from maskedlinear_torch._models import become_sparse
+from maskedlinear_torch._packed_layer import PackedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask, child_name
 from maskedlinear_torch._weights import mask_of, model_weights
@@ -285,7 +286,7 @@ def _copy(array: StateArray, source: PlainArray | MaskedArray) -> None:
         mask._split(as_dtensor_like(full.to(array.value.device), array.value))
 
 
-def _copy_sparse(layer: SparseLinear, source: PlainArray | MaskedArray) -> None:
+def _copy_sparse(layer: SparseLinear | PackedLinear, source: PlainArray | MaskedArray) -> None:
     """Give a layer in the sparse form the connections of a file, and their values."""
     if isinstance(source, PlainArray):
         held = source.data()

@@ -9,6 +9,7 @@ from torch import nn
 
 from maskedlinear.models import WeightAxes
 from maskedlinear_torch._checkpoint_state import StateArray
+from maskedlinear_torch._packed_layer import PackedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weights import module_axes
 
@@ -46,6 +47,7 @@ def _recurrent(kind: str) -> Roles:
 _ROLES: dict[str, Roles] = {
     "Linear": _LINEAR,
     "SparseLinear": _LINEAR,
+    "PackedLinear": _LINEAR,
     "Conv1D": _LINEAR,  # Hugging Face's, (in, out)
     "Bilinear": {"weight": "bilinear.weight", "bias": "bilinear.bias"},
     "Embedding": _EMBEDDING,
@@ -71,7 +73,7 @@ def axes_and_role(array: StateArray) -> tuple[WeightAxes | None, str]:
     module, attribute = array.module, array.attribute
     if module is None:
         return None, ""
-    if isinstance(module, SparseLinear) and attribute == "weight_values":
+    if isinstance(module, SparseLinear | PackedLinear) and attribute == "weight_values":
         return WeightAxes(out_axis=0, in_axis=1), "linear.weight"
     axes = module_axes(module, attribute, array.value) if isinstance(array.value, nn.Parameter) else None
     if isinstance(array.parent, nn.MultiheadAttention) and attribute in _ATTENTION_OUT:

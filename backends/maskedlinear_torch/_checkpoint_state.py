@@ -14,6 +14,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._masked_weight import MaskedWeight
+from maskedlinear_torch._packed_layer import PackedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._sparse_shards import Cut, whole_values
 from maskedlinear_torch._weight_mask import WeightMask, child_name
@@ -77,9 +78,10 @@ class StateArray:
     users: list[tuple[nn.Module, str]] = field(default_factory=list)
 
     @property
-    def sparse(self) -> SparseLinear | None:
-        """The layer, if this is the weight of one in the sparse form."""
-        return self.module if isinstance(self.module, SparseLinear) and self.attribute == "weight_values" else None
+    def sparse(self) -> SparseLinear | PackedLinear | None:
+        """The layer, if this is the weight of one in the sparse form, packed or not."""
+        is_sparse = isinstance(self.module, SparseLinear | PackedLinear) and self.attribute == "weight_values"
+        return self.module if is_sparse else None  # type: ignore[return-value]
 
     @property
     def holds_mask(self) -> bool:

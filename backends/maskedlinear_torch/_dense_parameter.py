@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from maskedlinear_torch._dtensors import is_sharded
 from maskedlinear_torch._selection import Order, largest_entries, largest_in_groups
 
-__all__ = ["DenseParameter", "LossScale", "StraightThroughParameter", "TopKASTParameter", "refuse_cut"]
+__all__ = [
+    "DenseParameter",
+    "LossScale",
+    "StraightThroughParameter",
+    "TopKASTParameter",
+    "copy_without_graph",
+    "refuse_cut",
+]
 
 LossScale = Callable[[], float] | None
 
@@ -132,3 +139,21 @@ def refuse_cut(dense: Tensor, name: str = "") -> None:
             f"a dense parameter is chosen from as a whole; processes have cut {name or 'it'} (FSDP2, tensor parallelism): "
             "train with DistributedDataParallel"
         )
+
+
+def copy_without_graph(module: nn.Module) -> None:
+    """Let ``copy.deepcopy`` take a module that keeps weights of its last pass, as ``nn.LSTM`` does, once they are computed:
+    torch copies leaves of the graph alone."""
+    own: Any = type(module)
+    if "__deepcopy__" not in vars(own):  # the class has one that it had before parametrize made it
+        return
+    plain = own.__deepcopy__
+
+    def deepcopy(self: nn.Module, memo: dict[int, Any]) -> Any:
+        for kept in vars(self).values():
+            for tensor in kept if isinstance(kept, list) else ():
+                if isinstance(tensor, Tensor) and not tensor.is_leaf:
+                    memo[id(tensor)] = tensor.detach().clone()
+        return plain(self, memo)
+
+    own.__deepcopy__ = deepcopy

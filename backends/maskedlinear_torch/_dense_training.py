@@ -22,11 +22,12 @@ from maskedlinear_torch._dense_parameter import (
     LossScale,
     StraightThroughParameter,
     TopKASTParameter,
+    copy_without_graph,
     refuse_cut,
 )
 from maskedlinear_torch._masked_weight import KeepDormant, check_keep_dormant
 from maskedlinear_torch._selection import Order
-from maskedlinear_torch._weights import model_weights
+from maskedlinear_torch._weights import computed_weights, model_weights
 from maskedlinear_torch._whole import mask_model
 
 __all__ = ["StraightThrough", "TopKAST"]
@@ -64,6 +65,8 @@ class _DenseTraining:
             for module, name in users:
                 parametrize.register_parametrization(module, name, computed[weight.name])
             self._weights[weight.name] = computed[weight.name], users
+        for module in dict.fromkeys(module for _, users in self._weights.values() for module, _ in users):
+            copy_without_graph(module)
         if include is None:
             left_out = [(weight.name, weight.why) for weight in weights] + [(name, "masked already") for name in masked]
             warn_of_left_out(left_out, stacklevel=4, by=type(self).__name__)
@@ -284,13 +287,10 @@ def _computed_in(model: nn.Module, method: str) -> Weights:
     """Return the weights of a model that are computed by a method, by name, each once."""
     found: dict[int, str] = {}
     weights: Weights = {}
-    for path, module in model.named_modules():
-        for name, parts in getattr(module, "parametrizations", {}).items():
-            computed = next((own for own in parts if isinstance(own, DenseParameter) and own.method == method), None)
-            if computed is not None:
-                called = path if name == "weight" else f"{path}.{name}" if path else name
-                first = found.setdefault(id(parts.original), called)
-                weights.setdefault(first, (computed, []))[1].append((module, name))
+    for one in computed_weights(model):
+        if one.computed.method == method:
+            first = found.setdefault(id(one.dense), one.name)
+            weights.setdefault(first, (one.computed, []))[1].append((one.module, one.parameter))
     return weights
 
 

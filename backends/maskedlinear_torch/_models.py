@@ -37,7 +37,7 @@ from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._sparse_shards import settle
 from maskedlinear_torch._trial import measured_seconds
 
-__all__ = ["become_sparse", "compress", "expand", "get_forms"]
+__all__ = ["become_sparse", "compress", "expand", "get_forms", "masked_layers"]
 
 _IN_DDP = (
     "DistributedDataParallel sends the gradients of the parameters that it was made with, not of new ones: compress or "
@@ -111,7 +111,7 @@ def compress(
         raise TypeError(f"compress takes a torch.nn.Module; got {type(model).__name__}")
     together = distributed.is_available() and distributed.is_initialized()
     patterns = dict(patterns or {})
-    layers = _masked_layers(model, patterns, forms or {}, "cpu" if costs is None else costs.device)
+    layers = masked_layers(model, patterns, forms or {}, "cpu" if costs is None else costs.device)
     measured = None
     if measure or (measure is None and not together):
         measured = [
@@ -160,7 +160,7 @@ def get_forms(model: nn.Module) -> dict[str, Literal["dense", "sparse"]]:
     }
 
 
-def _masked_layers(
+def masked_layers(
     model: nn.Module,
     patterns: Mapping[str, SparsityPattern] | None = None,
     forms: Collection[str] = (),
@@ -277,7 +277,7 @@ def _exchange(
 @torch.inference_mode(False)
 def become_sparse(model: nn.Module, keys: Collection[int]) -> nn.Module:
     """Give masked layers, by their identity, the sparse form, but for those that must keep theirs; return the model."""
-    layers = _masked_layers(model).items() if keys else ()
+    layers = masked_layers(model).items() if keys else ()
     made = {
         key: _in_other_form(layer)
         for key, (layer, facts) in layers

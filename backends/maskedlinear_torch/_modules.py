@@ -33,6 +33,10 @@ LAYERS_OWN = {
     "_matrix",
     "_cut",
     "_output_layouts",
+    "_packed",
+    "_source",
+    "_version",
+    "_trained",
 }
 LAYERS_OWN |= set(DevicePattern._fields)
 _READ_WEIGHTS = (nn.MultiheadAttention, nn.TransformerEncoderLayer)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from maskedlinear.masks._random import Sparsity
-from maskedlinear.models import WeightAxes
-from maskedlinear.pruning import obs, obs_update, sparsegpt
+from maskedlinear.models import UpdatesMethod, WeightAxes, check_updates_method, update_weight
 from maskedlinear.pruning._layers import Include, matches
 from maskedlinear_torch._activations import Activations
 from maskedlinear_torch._masked_weight import MaskedWeight
@@ -28,7 +27,7 @@ def prune_with_updates(
     sparsity: Sparsity | None,
     activations: Activations,
     *,
-    method: Literal["sparsegpt", "obs"] = "sparsegpt",
+    method: UpdatesMethod = "sparsegpt",
     n_of_m: tuple[int, int] | None = None,
     block_size: int = 128,
     damping: float = 0.01,
@@ -65,19 +64,12 @@ def prune_with_updates(
         ValueError: as by these functions; if there is no masked weight, one of them was not recorded, or has values that are
             computed. The model is left as it was.
     """
-    if method not in ("sparsegpt", "obs"):
-        raise ValueError(f"method must be 'sparsegpt' or 'obs'; got {method!r}")
-    if method == "obs" and n_of_m is not None:
-        raise ValueError(
-            "n_of_m is for method='sparsegpt'; pass it, or take masks of n_of_m and sparsity=None with 'obs'"
-        )
+    how = check_updates_method(method, n_of_m, block_size, damping)
     layers = {name: layer for name, layer in one_a_weight(model).items() if matches(name, module_of(layer), include)}
     if not layers:
         raise ValueError(
             "prune_with_updates prunes masked weights, and there is none: make them with mask_model(model)"
         )
-    how: dict[str, Any] = {"damping": damping}
-    how |= {"n_of_m": n_of_m, "block_size": block_size} if method == "sparsegpt" else {}
     made = {
         name: _of_weight(name, layer, activations.hessian(name), method, sparsity, how)
         for name, layer in layers.items()
@@ -103,19 +95,6 @@ def _of_weight(
         raise ValueError(
             f"the weight of {name or 'the layer'} is computed (parametrize, prune): its values cannot change"
         )
-    axes, shape = layer.weight_axes or WeightAxes(), tuple(layer.weight.shape)
     full = layer.full_weight if sparsity is None and method == "obs" else layer.weight.detach()
-    arrays = [axes.matrices(array.double().cpu().numpy())[0] for array in (full, layer.mask)]
-    parts = [array.reshape(len(hessians), -1, hessians.shape[2]) for array in arrays]
-    masks, weights = [], []
-    for values, live, hessian in zip(*parts, hessians, strict=True):
-        if method == "sparsegpt":
-            live, values = sparsegpt(values, hessian, sparsity, mask=live, **how)
-        elif sparsity is None:
-            values = obs_update(values, hessian, live, **how)
-        else:
-            live, values = obs(values, hessian, sparsity, mask=live, **how)
-        masks.append(live.astype(bool))
-        weights.append(values)
-    mask, weight = (np.ascontiguousarray(axes.from_matrices(np.stack(rows), shape)) for rows in (masks, weights))
-    return mask, weight
+    value, mask = full.double().cpu().numpy(), layer.mask.cpu().numpy()
+    return update_weight(value, mask, layer.weight_axes or WeightAxes(), hessians, method, sparsity, how)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,9 @@ from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._weight_mask import WeightMask, child_name
 
 __all__ = [
+    "ComputedWeight",
     "axes_of_mask",
+    "computed_weights",
     "mask_of",
     "masked_weights",
     "model_weights",
@@ -176,6 +179,25 @@ def model_weights(model: nn.Module) -> list[ModelWeight]:
         if weight.sparse is None:
             describe_weight(weight, _EMBEDDINGS, _why_fixed, _axes_of, _why_left_out)
     return list(weights.values())
+
+
+class ComputedWeight(NamedTuple):
+    """A weight that :class:`StraightThrough` or :class:`TopKAST` computes: its name, its module's, by what and of what."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    computed: DenseParameter
+    dense: Tensor
+
+
+def computed_weights(model: nn.Module) -> Iterator[ComputedWeight]:
+    """Yield the weights that are computed of dense parameters, once for each module that reads one."""
+    for path, module in model.named_modules():
+        for name, parts in getattr(module, "parametrizations", {}).items():
+            computed = next((own for own in parts if isinstance(own, DenseParameter)), None)
+            if computed is not None:
+                yield ComputedWeight(_called(path, name), module, name, computed, parts.original)
 
 
 def mask_of(module: nn.Module, parameter: str) -> MaskedWeight | None:

@@ -44,12 +44,14 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight, check_keep_dormant
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._ranks import Group, Ranks, averaged, check_alike, group_of
+from maskedlinear_torch._reach import UnknownPathsError, connections_on_paths
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._sparse_shards import refuse_cut_twice
 from maskedlinear_torch._together import count_nodes, cut_like, new_masks, places_of
 from maskedlinear_torch._weight_mask import WeightMask
 from maskedlinear_torch._weights import (
     axes_of_mask,
+    computed_weights,
     masked_weights,
     model_weights,
     module_of,
@@ -158,9 +160,13 @@ def get_masks(model: nn.Module) -> dict[str, Any]:
     """Return a copy of the mask of each masked weight, by its name, for :func:`set_masks` to bring back.
 
     Of a layer in the sparse form it is its :class:`maskedlinear.pattern.SparsityPattern`; ``to_mask`` makes an array of it.
+    Of whole weights that :class:`StraightThrough` or :class:`TopKAST` computes it is the mask of now, which cannot be set.
     """
     masked_weights(model)  # which projects them
-    return {
+    computed = {
+        one.name: one.computed.mask_of(one.dense) for one in computed_weights(model) if not is_sharded(one.dense)
+    }
+    return computed | {
         name: layer.pattern if isinstance(layer, SparseLinear) else layer.mask.clone()
         for name, layer in walk_masked(model)
     }
@@ -185,6 +191,11 @@ def set_masks(model: nn.Module, masks: Masks, *, group: Group = "model") -> None
     if not any(name in layers for name in masks):  # those of the model that an average, DDP or a compiled module holds
         held = {_name_inside(name): name for name in layers}
         masks = {held.get(_name_inside(name), name): mask for name, mask in masks.items()}
+    for one in computed_weights(model):
+        if one.name in masks:
+            raise ValueError(
+                f"the mask of {one.name or 'the layer'} cannot be set: {one.computed.method} chooses it, until finish()"
+            )
     check_known("masks", masks, list(layers))
     moved = {
         name: pattern_of(name, layers[name].pattern, mask)
@@ -344,11 +355,22 @@ def _zeros_left(model: nn.Module, sparsity: float, of: Of, pruned: Mapping[str, 
     return zeros_left(table, sparsity, of, masked)
 
 
-def summary(model: nn.Module) -> ModelSummary:
+def summary(model: nn.Module, *inputs: Any, **named: Any) -> ModelSummary:
     """Return a table of a model's parameters: of the masked weights, of both forms, shape, sparsity, dead nodes, bytes and
     FLOPs; of the others, what could be masked, and why the rest is left out.
 
+    How many connections lie on a path from an input to an output is known of a plain ``Sequential``; of another model if it
+    is given an example of its inputs, with which it is called once in evaluation, on what the inputs reach in place of
+    numbers. Residual sums, products (gates, attention), convolutions and norms are followed: each operand of a product
+    brings on what reaches it, and what is divided by a norm reaches all that is normed. Biases and other constants are
+    reached by no input. Where a model does something else, the table says what, and no number.
+
     Of a model that is cut over processes all of them call this, and get the table of the whole.
+
+    Args:
+        model: any module.
+        inputs: what it is called with, if paths are to be counted: shapes count, and whole numbers as they are.
+        named: the same by name.
     """
     rows, unmasked, weights = [], [], model_weights(model)
     masked = {weight.name: weight.value for weight in weights if weight.mask is not None}
@@ -381,7 +403,13 @@ def summary(model: nn.Module) -> ModelSummary:
             uninitialized = isinstance(weight.value, UninitializedParameter)
             shape = () if uninitialized else tuple(weight.value.shape)
             unmasked.append(UnmaskedParameter(weight.full_name, shape, weight.why))
-    return ModelSummary(rows, unmasked, number_effective(chain_of(model)))
+    effective, why = number_effective(chain_of(model)), ""
+    if effective is None and rows and (inputs or named):
+        try:
+            effective = connections_on_paths(model, inputs, named)
+        except UnknownPathsError as error:
+            why = str(error)
+    return ModelSummary(rows, unmasked, effective, why)
 
 
 def _without_mask(model: nn.Module) -> list[ModelWeight]:

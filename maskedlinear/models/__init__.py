@@ -20,6 +20,7 @@ from maskedlinear.models._prune import (
 from maskedlinear.models._regrow import refuse_shared, regrow_weight
 from maskedlinear.models._sharded import AddUp, Shard, ShardedWeight, count_live, prune_shards, regrow_shards
 from maskedlinear.models._summary import MaskCheck, ModelSummary, UnmaskedParameter, WeightSummary, first_names
+from maskedlinear.models._updates import UpdatesMethod, check_updates_method, update_weight
 from maskedlinear.models._weights import ModelWeight, ParameterUser, check_one_mask, describe_weight, weights_to_mask
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Shard",
     "ShardedWeight",
     "UnmaskedParameter",
+    "UpdatesMethod",
     "WeightAxes",
     "WeightSummary",
     "axes_by_name",
@@ -45,6 +47,7 @@ __all__ = [
     "check_of",
     "check_one_mask",
     "check_patterns",
+    "check_updates_method",
     "checked_axes",
     "choose_weight",
     "count_live",
@@ -63,6 +66,7 @@ __all__ = [
     "refuse_unknown",
     "regrow_shards",
     "regrow_weight",
+    "update_weight",
     "warn_of_cut",
     "warn_of_drift",
     "warn_of_left_out",

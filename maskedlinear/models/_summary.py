@@ -130,12 +130,15 @@ class ModelSummary:
         unmasked: the other parameters.
         effective_connections: how many live connections of the masked weights lie on a path from an input of the model to an
             output, where that is known: in a plain ``Sequential`` of linear layers and of modules that act on each node by
-            itself. ``None`` elsewhere; :func:`maskedlinear.pruning.effective_masks` tells it of masks in their order.
+            itself; in PyTorch of other models too, if ``summary`` is given an example of their inputs. ``None`` elsewhere;
+            :func:`maskedlinear.pruning.effective_masks` tells it of masks in their order.
+        why_unknown: why it is ``None`` although ``summary`` was given inputs; else empty.
     """
 
     rows: Sequence[WeightSummary]
     unmasked: Sequence[UnmaskedParameter] = ()
     effective_connections: int | None = None
+    why_unknown: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -199,6 +202,10 @@ class ModelSummary:
             text.append(
                 f"{self.effective_connections} live connections lie on a path from an input to an output: an effective "
                 f"sparsity of {self.effective_sparsity:.4g}."
+            )
+        if self.why_unknown:
+            text.append(
+                f"How many connections lie on a path from an input to an output is not known: {self.why_unknown}."
             )
         if self.unmasked:
             text += [

@@ -31,6 +31,7 @@ __all__ = [
     "load_masks",
     "mask_variables",
     "set_linen_masks",
+    "set_linen_values",
     "unmask_variables",
 ]
 
@@ -96,6 +97,14 @@ def set_linen_masks(
         for name, value in zip(_COLLECTIONS, (kernel, new, dormant), strict=True):
             if name in boxes:
                 flat[name][places[name]] = jax.tree.map(lambda _, value=value: value, boxes[name])
+    return _like(variables, flat)
+
+
+def set_linen_values(variables: Mapping[str, Any], values: Mapping[Path, Array]) -> dict[str, Any]:
+    """Return variables in which parameters, by their paths, have other values."""
+    flat = _flattened(variables)
+    for path, value in values.items():
+        flat["params"][path] = jax.tree.map(lambda _, value=value: value, flat["params"][path])
     return _like(variables, flat)
 
 

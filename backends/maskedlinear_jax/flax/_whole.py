@@ -57,7 +57,7 @@ from maskedlinear_jax.flax._variables import (
 )
 from maskedlinear_jax.flax._weights import mask_weight, share_mask
 
-__all__ = ["get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
+__all__ = ["full_value", "get_masks", "mask_model", "prune_model", "set_masks", "summary", "unmask_model"]
 
 Masks = Mapping[str, Any]
 Model = TypeVar("Model")
@@ -278,7 +278,7 @@ def prune_model(
     masked_here = 0 if of == "masked" else count_masked(masks_on_host(weights))
     if not keep_masked:
         every = {name: np.ones(weight.mask.shape, bool) for name, weight in weights.items()}
-        full = {name: _full_value(model, chosen[name]) for name in weights}
+        full = {name: full_value(model, chosen[name]) for name in weights}
         weights = {name: one._replace(weight=full[name], mask=every[name]) for name, one in weights.items()}
     if isinstance(score, Mapping):  # of more weights too
         check_known("scores", score, list(masked_of(model, axes)))
@@ -308,7 +308,7 @@ def prune_model(
     return changed if is_linen(model) else before
 
 
-def _full_value(model: Any, one: Any) -> Any:
+def full_value(model: Any, one: Any) -> Any:
     """Return the live and the dormant values of a masked weight together."""
     if is_linen(model):
         return full_kernel(one.value, one.mask, dormant_of(model, one.key))
