@@ -5,7 +5,7 @@ WORKERS ?= 2
 BIN = .venv/bin
 PYTEST = $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
-.PHONY: demo test test-all lint conformance bench clean
+.PHONY: demo test test-all lint conformance bench bench-gpu clean
 
 demo: .venv/installed
 	$(BIN)/maskedlinear demo
@@ -23,6 +23,10 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/maskedlinear bench --out benchmarks/results
+
+# On the machine's own torch and JAX, which see the GPU: those of .venv do not. `make bench-gpu PYTHON=python3`
+bench-gpu:
+	PYTHONPATH=.:backends:conformance $(PYTHON) benchmarks/gpu.py
 
 conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --backend numpy --backend torch --backend jax --backend nnx --backend linen

@@ -13,6 +13,7 @@ from maskedlinear_jax._dense_training import n_of_m_tree, straight_through, top_
 from maskedlinear_jax._flow_scores import grasp_scores, synflow_scores
 from maskedlinear_jax._functional import masked_linear
 from maskedlinear_jax._optim import freeze_masked, set_optimizer_masks
+from maskedlinear_jax._packed import PackedWeights, pack
 from maskedlinear_jax._schedule import PruningState, scheduled_pruning
 from maskedlinear_jax._scheduled_regrowth import RegrowthState, scheduled_regrowth
 from maskedlinear_jax._sparse import sparse_linear, stack_patterns
@@ -20,6 +21,7 @@ from maskedlinear_jax._trace_axes import trace_axes
 from maskedlinear_jax._tree import apply_masks, prune_tree, regrow_tree
 
 __all__ = [
+    "PackedWeights",
     "PruningState",
     "RegrowthState",
     "apply_constraints",
@@ -28,6 +30,7 @@ __all__ = [
     "grasp_scores",
     "masked_linear",
     "n_of_m_tree",
+    "pack",
     "prune_tree",
     "regrow_tree",
     "scheduled_pruning",

@@ -12,6 +12,7 @@ from jax import Array
 
 from maskedlinear_jax._constraints import HeldTree, constraints_of_masks
 from maskedlinear_jax._functional import as_array, boolean_mask
+from maskedlinear_jax._placement import copied
 from maskedlinear_jax._tree import ConstrainedMask, is_unmasked, named_leaves, plain_masks
 
 __all__ = [
@@ -177,7 +178,7 @@ def _arrays_of(masks: Any) -> dict[str, dict[str, Array]] | None:
     named = named_leaves(masks, of_masks=True)
     of_masks = {name: vars(mask) for name, mask in named.items() if isinstance(mask, ConstrainedMask)}
     return {
-        name: {kind: jnp.copy(array) for kind, array in parts.items() if kind != "mask" and array is not None}
+        name: {kind: copied(array) for kind, array in parts.items() if kind != "mask" and array is not None}
         for name, parts in of_masks.items()
     } or None
 

@@ -21,6 +21,8 @@ from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._models import compress, expand, get_forms
 from maskedlinear_torch._optim import freeze_masked
 from maskedlinear_torch._over_time import ScheduledPruning, ScheduledRegrowth, lottery_rounds, rewind_model
+from maskedlinear_torch._pack import pack, unpack
+from maskedlinear_torch._packed_layer import PackedLinear
 from maskedlinear_torch._pathways import PathwayNetwork
 from maskedlinear_torch._recurrent import SparseGRUCell, SparseLSTMCell, SparseRNNCell
 from maskedlinear_torch._regrow import dense_gradients, regrow_model
@@ -35,6 +37,7 @@ from maskedlinear_torch._whole import get_masks, mask_model, prune_model, set_ma
 __all__ = [
     "Activations",
     "MaskedLinear",
+    "PackedLinear",
     "PathwayNetwork",
     "ScheduledPruning",
     "ScheduledRegrowth",
@@ -66,6 +69,7 @@ __all__ = [
     "obd_scores",
     "onnx_translations",
     "operator_decompositions",
+    "pack",
     "prune_model",
     "prune_with_updates",
     "record_activations",
@@ -78,4 +82,5 @@ __all__ = [
     "summary",
     "synflow_prune",
     "unmask_model",
+    "unpack",
 ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,7 @@ __all__ = [
     "pruning_hooks",
     "take_hooks_along",
     "takes_load_hooks",
+    "without_torch_function",
 ]
 
 # Where a module keeps its hooks: on its calls, and on its state. One that is not there any more is an error.
@@ -210,3 +212,11 @@ def end_pruning(module: nn.Module, name: str) -> None:
     module._parameters.clear()
     module._parameters.update(parameters)
     setattr(module, name, module._parameters[name])  # a recurrent layer keeps a list of its own
+
+
+def without_torch_function() -> AbstractContextManager[Any]:
+    """Return a context in which subclasses of tensors are computed as plain ones; an error under a torch without it."""
+    try:
+        return torch._C.DisableTorchFunctionSubclass()
+    except AttributeError as error:
+        raise NotImplementedError(f"torch {torch.__version__} has no way past subclasses of tensors") from error

@@ -22,6 +22,7 @@ from maskedlinear_torch._hub_names import SavedNames
 from maskedlinear_torch._masked_weight import KeepDormant, MaskedWeight
 from maskedlinear_torch._models import become_sparse
 from maskedlinear_torch._modules import replace_modules
+from maskedlinear_torch._packed_layer import PackedLinear
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._storage import bits_of
 from maskedlinear_torch._weight_mask import child_name
@@ -44,7 +45,16 @@ Convert = Callable[[Callable[[str], NDArray[Any]]], dict[str, NDArray[Any]]]
 
 
 def has_masks(model: nn.Module) -> bool:
-    """Whether a model has masked weights, of either form."""
+    """Whether a model has masked weights, of either form.
+
+    Raises:
+        ValueError: if it has packed layers, which folders of models do not hold.
+    """
+    if packed := [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
+        raise ValueError(
+            f"folders of Hugging Face's hold no packed layers; got {len(packed)}, as {packed[0] or 'the model'}: "
+            "maskedlinear.torch.unpack(model) before it is saved, and pack it when it is loaded"
+        )
     return next(iter(walk_masked(model)), None) is not None
 
 

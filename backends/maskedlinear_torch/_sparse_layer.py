@@ -369,7 +369,7 @@ class SparseLinear(nn.Module):
             raise ValueError(f"source must say where each of the {old.nnz} connections was, or -1")
         refuse_cut_twice(self)
         check_keeps_fixed(self, np.asarray(source))
-        check_alike_where_shared(self.weight_values, {"connections": new.places, "places": np.asarray(source)})
+        check_alike_where_shared(self.weight_values, lambda: {"connections": new.places, "places": np.asarray(source)})
         with torch.no_grad():
             cut = None if self._cut is None else replace(self._cut, pattern=new)
             resize_and_copy(

@@ -209,11 +209,11 @@ def refuse_cut_twice(layer: Any) -> None:
         )
 
 
-def check_alike_where_shared(parameter: Tensor, arrays: Mapping[str, Any]) -> None:
+def check_alike_where_shared(parameter: Tensor, arrays: Callable[[], Mapping[str, Any]]) -> None:
     """Raise a ``ValueError`` if processes that share a parameter have different arrays."""
     if is_sharded(parameter):
         mesh: Any = parameter.device_mesh  # type: ignore[attr-defined]
-        check_alike("what is moved", arrays, Ranks(tuple(mesh.get_all_groups()), mesh.device_type))
+        check_alike("what is moved", arrays(), Ranks(tuple(mesh.get_all_groups()), mesh.device_type))
 
 
 def draw(parameter: Tensor, bound: Tensor, cut: Cut | None = None) -> None:

@@ -9,6 +9,7 @@ from maskedlinear_jax.flax._check import check_masks
 from maskedlinear_jax.flax._constrain import constrain
 from maskedlinear_jax.flax._constraint_variables import Constraint
 from maskedlinear_jax.flax._dense_gradients import dense_gradients
+from maskedlinear_jax.flax._derivative_scores import fisher_scores, grasp_scores, obd_scores
 from maskedlinear_jax.flax._kernel import Dormant, Mask
 from maskedlinear_jax.flax._linen import MaskedDense
 from maskedlinear_jax.flax._models import compress, expand, get_forms
@@ -25,6 +26,7 @@ from maskedlinear_jax.flax._pathways import PathwayNetwork
 from maskedlinear_jax.flax._regrow import regrow_model
 from maskedlinear_jax.flax._shrink import shrink
 from maskedlinear_jax.flax._sparse_nnx import PatternIndex, SparseLinear
+from maskedlinear_jax.flax._updates import prune_with_updates
 from maskedlinear_jax.flax._weights import register_axes
 from maskedlinear_jax.flax._whole import get_masks, mask_model, prune_model, set_masks, summary, unmask_model
 
@@ -45,13 +47,17 @@ __all__ = [
     "constrain",
     "dense_gradients",
     "expand",
+    "fisher_scores",
     "get_forms",
     "get_masks",
+    "grasp_scores",
     "load_state",
     "lottery_rounds",
     "mask_model",
+    "obd_scores",
     "param_masks",
     "prune_model",
+    "prune_with_updates",
     "record_activations",
     "register_axes",
     "regrow_model",
