@@ -112,7 +112,7 @@ def packed_product(x: Array, packed: PackedWeights) -> Array:
     """Return x · Wᵀ, shape ``(*batch, out)`` for a float32 x ``(*batch, in)``."""
     pattern = DevicePattern.of(packed.pattern)
     if _packed_p is None or not packed.kind:
-        return multiplied(packed.values, x, pattern)
+        return multiplied(_without_gradient(packed.values), x, pattern)
     return _bound(packed.kind, packed.values, x, *pattern, *packed.layout)
 
 
@@ -135,11 +135,28 @@ def _axes(values: Any, x: Any, *rest: Any, kind: str) -> Axes:
     return Axes((("k",), (*batch, "i"), *pattern_axes(rest[2], ()), *layout), (*batch, "o"), 6)
 
 
+_NO_GRADIENT = (
+    "packed weights are for inference, and have no gradient: differentiate in x alone, or take values and pattern"
+)
+
+
+@jax.custom_jvp
+def _without_gradient(values: Array) -> Array:
+    return values
+
+
+def _refuse(primals: Any, tangents: Any) -> tuple[Array, Any]:
+    if not isinstance(tangents[0], jax.custom_derivatives.SymbolicZero):
+        raise TypeError(_NO_GRADIENT)
+    return primals[0], tangents[0]
+
+
+_without_gradient.defjvp(_refuse, symbolic_zeros=True)
+
+
 def _jvp(primals: Any, tangents: Any, *, kind: str) -> tuple[Array, Any]:
     if any(not isinstance(tangents[place], ad.Zero) for place in (0, len(tangents) - 1)):
-        raise TypeError(
-            "packed weights are for inference, and have no gradient: differentiate in x alone, or take values and pattern"
-        )
+        raise TypeError(_NO_GRADIENT)
     return _packed_p.bind(*primals, kind=kind), multiplied(primals[0], tangents[1], DevicePattern(*primals[2:8]))
 
 
