@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 
 from forked import JAX, SUITE, TORCH, forked
-from maskedlinear import masks
+from maskedlinear import kernels, masks
 
 _PATIENCE = 240  # seconds that a program in several processes is given
 ROOT = Path(__file__).parent.parent
@@ -79,6 +80,19 @@ def distribution(path: Path, code: str) -> None:
     (info / "entry_points.txt").write_text("[maskedlinear.backends]\nother = other:Other\n")
 
 
+def _packs() -> bool:
+    if not kernels.is_available():
+        return False
+    from maskedlinear.kernels import _packing
+
+    return _packing.host_way() is not None
+
+
+needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="the CPU kernels are not used here")
+needs_packing = pytest.mark.skipif(not _packs(), reason="this processor has no instruction that picks numbers of x")
+needs_x86 = pytest.mark.skipif(
+    platform.machine().lower() not in ("x86_64", "amd64"), reason="LLVM is here for another kind of processor"
+)
 needs_fsdp = pytest.mark.skipif(version("torch").startswith("2.6."), reason="torch 2.6 has no fully_shard on the CPU")
 
 IN_A_GROUP = """

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
+from helpers import needs_packing
 from maskedlinear import kernels, masks
 from maskedlinear.jax import PackedWeights, pack, sparse_linear
 from maskedlinear.pattern import SparsityPattern
@@ -77,10 +78,9 @@ def test_values_have_no_gradient_in_silence():
         jax.jit(pack)(*problem())
 
 
+@needs_packing
 def test_whatever_the_arrays_hold_no_other_memory_is_touched():
     packed, x = pack(*problem()), numbers(3, IN)
-    if not packed.is_packed:
-        pytest.skip("nothing is packed on this machine")
     run, whole = jax.jit(apply), apply(x, packed)
     for place, number in itertools.product(range(4), (2**31 - 1, -1, -(2**31), 77)):
         wrong = [jnp.asarray(leaf) for leaf in packed.layout]
@@ -91,13 +91,14 @@ def test_whatever_the_arrays_hold_no_other_memory_is_touched():
     np.testing.assert_array_equal(run(x, packed), whole)
 
 
-def test_other_dtypes_and_ways_go_by_rows():
-    values, pattern = problem()
-    packed = pack(values, pattern)
-    half = apply(numbers(1, IN).astype(jnp.bfloat16), packed)
+def test_other_dtypes_go_by_rows():
+    half = apply(numbers(1, IN).astype(jnp.bfloat16), pack(*problem()))
     assert half.dtype == jnp.float32
-    if not packed.is_packed:
-        return
+
+
+@needs_packing
+def test_what_another_machine_packed_goes_by_rows():
+    packed = pack(*problem())
     other = PackedWeights(packed.values, packed.pattern, packed.layout, "permute_avx512x")  # of another machine
     assert not is_called(numbers(1, IN), other)
     np.testing.assert_allclose(apply(numbers(1, IN), other), apply(numbers(1, IN), packed), rtol=1e-5, atol=1e-5)

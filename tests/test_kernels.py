@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from helpers import needs_x86
 from maskedlinear import kernels
 from maskedlinear.pattern import SparsityPattern
 
@@ -163,12 +164,14 @@ def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
     rng = np.random.default_rng(3)
     values = rng.standard_normal(pattern.nnz).astype(np.float32)
     x = rng.standard_normal((30, batch)).astype(np.float32)
+    before = spmm(pattern, values, x)
     for name, wrong in itertools.product(("indices", "indptr"), (-1, 2**31 - 1)):
         bad: Any = object.__new__(SparsityPattern)
         bad.indptr, bad.indices, bad.shape = pattern.indptr.copy(), pattern.indices.copy(), pattern.shape
         getattr(bad, name)[1::3] = wrong
-        spmm(bad, values, x, by_batch=True)
-        sddmm(bad, np.ones((40, batch), np.float32), x)
+        assert spmm(bad, values, x, by_batch=True).shape == (40, batch)
+        assert sddmm(bad, np.ones((40, batch), np.float32), x).shape == values.shape
+    np.testing.assert_array_equal(spmm(pattern, values, x), before)
 
 
 def test_threads_of_python_may_call_at_once() -> None:
@@ -265,12 +268,11 @@ for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
     subprocess.run([sys.executable, "-c", code], timeout=300, check=True)
 
 
+@needs_x86
 @pytest.mark.parametrize("processor", ["skylake-avx512", "znver4"])
 def test_avx512_keeps_a_whole_tile_in_registers(processor: str) -> None:
     """Compiled for processors that this may not be: no sum leaves its register in the loop over connections."""
-    llvm = pytest.importorskip("llvmlite.binding")
-    if _engine.platform.machine().lower() not in ("x86_64", "amd64"):
-        pytest.skip("not a machine of that kind")
+    llvm = _engine.llvm
     module = _engine.ir.Module()
     module.triple = llvm.get_default_triple()
     _engine.host()

@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 
+from helpers import needs_kernels, needs_packing, needs_x86
 from maskedlinear import masks
 from maskedlinear.kernels._packed import MOST_STEPS, PADDING, Layout
 from maskedlinear.pattern import SparsityPattern
@@ -17,10 +18,10 @@ from llvmlite import ir
 from maskedlinear.kernels import _packing, _permute, is_available
 from maskedlinear.kernels._packing import PackedMatrix
 
-if not is_available():
-    pytest.skip("no kernels for this processor", allow_module_level=True)
-
-HERE = [name for name in ("permute_any", getattr(_packing.host_way(), "kind", "")) if name]
+pytestmark = needs_kernels
+HERE = ["permute_any"]
+if is_available() and (way := _packing.host_way()) is not None:
+    HERE.append(way.kind)
 SHAPES = [(16, 33), (37, 100), (129, 257)]
 
 
@@ -99,9 +100,8 @@ def test_a_layout_has_each_connection_once_and_stays_within_x(lanes, block, shap
     assert len(np.unique(layout.places)) == pattern.nnz
 
 
+@needs_packing
 def test_what_is_thin_or_small_is_not_packed():
-    if _packing.host_way() is None:
-        pytest.skip("nothing is packed on this machine")
     for pattern in (SparsityPattern.full((4, 64)), SparsityPattern.full((64, 4)), random_pattern((256, 256), 0.001)):
         assert PackedMatrix.of(pattern, np.ones(pattern.nnz, np.float32)) is None
     pattern = SparsityPattern.from_mask(masks.random((256, 256), sparsity=0.9, seed=0))
@@ -120,10 +120,9 @@ def on_stack(code):
     return re.findall(r"zmm\d+, -?\d*\(%r[sb]p|\(%r[sb]p[^\n]*zmm", code)
 
 
+@needs_x86
 @pytest.mark.parametrize("processor", ["znver4", "skylake-avx512"])
 def test_with_avx512_numbers_are_picked_by_one_instruction_and_stay_in_registers(processor):
-    if "x86" not in llvm.get_default_triple():
-        pytest.skip("not LLVM for x86")
     target = llvm.Target.from_default_triple()
     machine = target.create_target_machine(opt=2, cpu=processor, features="")
     for batch in (1, _packing.MOST_VECTORS):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from helpers import needs_kernels
 from maskedlinear import checkpoint, kernels, masks
 from maskedlinear.constraints import Constraints
 from maskedlinear.torch import MaskedLinear, PackedLinear, SparseLinear, compress, constrain, pack, unpack
@@ -47,7 +48,7 @@ def test_a_packed_layer_computes_what_the_layer_did(bias):
         torch.testing.assert_close(packed(x).double(), dense(layer, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.skipif(not kernels.is_available(), reason="of MKL's products threads may change bits")
+@needs_kernels  # of MKL's products threads may change bits
 def test_threads_do_not_change_a_bit():
     torch.manual_seed(0)
     packed, x = pack(SparseLinear(300, 900, mask=torch.rand(900, 300) < 0.5)), torch.randn(4, 300)
