@@ -23,7 +23,7 @@ from maskedlinear_jax import _kernels
 pytest.importorskip("llvmlite")
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not for this machine")
 
-OURS = r"maskedlinear_(spmm|spmm_ordered|sddmm)_float\d\d_v1"
+OURS = r"maskedlinear_(spmm|spmm_ordered|sddmm)_float\d\d_v2"
 SHAPES = {"few": (33, 17, 0.3), "full": (40, 300, 1.0), "one": (1, 1, 1.0)}
 BATCHES = ((), (3,), (4, 31))
 
@@ -227,7 +227,7 @@ def call(name, shapes, *arrays):
     except (ValueError, RuntimeError) as error:
         return str(error)
     raise AssertionError("taken")
-name, given = "maskedlinear_spmm_float32_v1", (values, x, pattern.indptr, pattern.indices)
+name, given = "maskedlinear_spmm_float32_v2", (values, x, pattern.indptr, pattern.indices)
 for shapes, arrays in (
     (((90, 300), (5,)), given),
     (((90, 299), (500 * 92,)), given),

@@ -67,7 +67,6 @@ def spmm(
     shape, dtype, batch = pattern.shape[:: -1 if transposed else 1], str(right.dtype), right.shape[1]
     starts, across, order = pattern.csc if transposed else (pattern.indptr, pattern.indices, None)
     given, panels = lay(right, by_batch), room(len(right), batch, by_batch, dtype)
-    gathered = None if order is None else np.empty_like(values)
     out = np.full((batch, shape[0]) if by_batch else (shape[0], batch), np.nan, dtype)
     kernels.spmm(
         dtype,
@@ -80,7 +79,6 @@ def spmm(
         right=address(given),
         out=address(out),
         order=address(order),
-        gathered=address(gathered),
         panels=address(panels),
         right_by_batch=by_batch,
         out_by_batch=by_batch,
@@ -276,7 +274,7 @@ def test_avx512_keeps_a_whole_tile_in_registers(processor: str) -> None:
     module = _engine.ir.Module()
     module.triple = llvm.get_default_triple()
     _engine.host()
-    _rows.spmm_task(module, "task", _rows.Shape(16), "float32", 128, 0, checked=True)
+    _rows.spmm_task(module, "task", _rows.Shape(16), "float32", 128, 0, checked=True, ordered=False)
     parsed = llvm.parse_assembly(str(module))
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=processor, opt=2, features="-prefer-256-bit")
     assembly = machine.emit_assembly(parsed)

@@ -115,7 +115,7 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
     shapes, operands = [(batch, rows), _room(depth, batch, dtype)], [values, right, starts, across]
     if not transposed:
         return _call("spmm", (rows, depth), batch, dtype, shapes, operands)
-    return _call("spmm_ordered", (rows, depth), batch, dtype, [*shapes, values.shape], [*operands, pattern.order])
+    return _call("spmm_ordered", (rows, depth), batch, dtype, shapes, [*operands, pattern.order])
 
 
 def sddmm(left: Array, right: Array, pattern: Any) -> Array:
@@ -136,8 +136,8 @@ def _room(features: int, batch: int, dtype: Any) -> tuple[int]:
 def _call(kind: str, shape: tuple[int, int], batch: int, dtype: Any, shapes: list[Any], operands: list[Array]) -> Array:
     from maskedlinear.kernels import _calls, _xla
 
-    name, product = str(jnp.dtype(dtype)), kind.removesuffix("_ordered")
+    name = str(jnp.dtype(dtype))
     connections = operands[3].shape[0]
-    _calls.prepare(product, name, shape, batch, connections, ordered=product != kind)
+    _calls.prepare(kind, name, shape, batch, connections)
     results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
     return jax.ffi.ffi_call(_xla.target(kind, name), results)(*operands)[0]

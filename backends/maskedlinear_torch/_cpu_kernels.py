@@ -56,7 +56,6 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
     # Not a view of another tensor: forward mode wants a view's tangent to lie as the view does.
     out = right.new_empty_strided((rows, batch), (1, rows) if out_by_batch else (batch, 1))
     starts, across, order = _indices(csr, values.numel())
-    gathered = None if order is None else torch.empty_like(values)
     panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
     kernels.spmm(
         dtype,
@@ -66,7 +65,6 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
         starts=starts.data_ptr(),
         across=across.data_ptr(),
         order=_address(order),
-        gathered=_address(gathered),
         values=values.data_ptr(),
         right=right.data_ptr(),
         panels=_address(panels),

@@ -63,13 +63,18 @@ def compile_task(kind: str, dtype: str, task: int, checked: bool) -> None:
     elif task in (_programs.PACK_RIGHT, _programs.PACK_LEFT):
         found = _engine.address("pack_right" if task == _programs.PACK_RIGHT else "pack_left", dtype)
     else:
-        found = _engine.address("gather" if task == _programs.GATHER else f"{kind}_vector", dtype, checked=checked)
+        found = _engine.address(f"{kind}_vector", dtype, checked=checked)
     _table(kind, dtype, checked)[task] = found
 
 
 @cache
 def _program(kind: str, dtype: str) -> Any:
-    return _CALL(_engine.address(f"{kind}_program", dtype))
+    return _CALL(_engine.address(program_of(kind), dtype))
+
+
+def program_of(kind: str) -> str:
+    """Return the kind of the program of a product: one with values in another order differs in its tasks alone."""
+    return f"{kind.removesuffix('_ordered')}_program"
 
 
 def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: int, *, dry: bool = False) -> None:
@@ -81,10 +86,10 @@ def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: i
         compile_task(kind, dtype, missing - 1, checked)
 
 
-def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int, *, ordered: bool) -> None:
+def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int) -> None:
     """Compile what a product of matrices by batch runs, with checks: its program is gone through, and nothing multiplied."""
     told = {
-        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "order": int(ordered),
+        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz,
         "direct": is_direct(batch, by_batch=True, dtype=dtype),
     }  # fmt: skip
     _call(kind, dtype, told, True, 1, dry=True)
@@ -102,7 +107,6 @@ def spmm(
     right: int,
     out: int,
     order: int = 0,
-    gathered: int = 0,
     panels: int = 0,
     right_by_batch: bool = False,
     out_by_batch: bool = False,
@@ -124,7 +128,6 @@ def spmm(
         right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
         out: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
         order: int32, shape ``(nnz,)``: connection k has the value ``values[order[k]]``; 0 if values are in order.
-        gathered: room for ``nnz`` numbers, if there is an order.
         panels: room for :func:`panel_numbers` numbers; not needed if :func:`is_direct`.
         right_by_batch: which way right lies.
         out_by_batch: which way out lies.
@@ -133,11 +136,11 @@ def spmm(
     """
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
-        "order": order, "gathered": gathered, "values": values, "right": right, "right_by_batch": right_by_batch,
+        "order": order, "values": values, "right": right, "right_by_batch": right_by_batch,
         "panels": panels or right, "direct": is_direct(batch, right_by_batch, dtype), "out": out,
         "out_by_batch": out_by_batch,
     }  # fmt: skip
-    _call("spmm", dtype, told, checked, threads)
+    _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
 
 
 def sddmm(

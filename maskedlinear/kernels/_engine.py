@@ -60,10 +60,10 @@ def host() -> Host:
 def address(kind: str, dtype: str = "", width: int = 0, *, checked: bool = False) -> int:
     """Return where a function begins, compiled if it was not yet.
 
-    ``kind`` is "serial", "openmp" or "dry", "read_panel" or "write_panel", "pack_right" or "pack_left", "gather",
-    "spmm_vector" or "sddmm_vector", "spmm" or "sddmm" (a task of one width), one of ``_permute.WAYS`` (a task of as
-    many vectors as ``width``), or "spmm_program", "sddmm_program" or "permute_program"; "count", "list" and
-    "place" are of masks.
+    ``kind`` is "serial", "openmp" or "dry", "read_panel" or "write_panel", "pack_right" or "pack_left",
+    "spmm", "spmm_ordered" or "sddmm" (a task of one width), the same with "_vector" behind, one of ``_permute.WAYS``
+    (a task of as many vectors as ``width``), or "spmm_program", "sddmm_program" or "permute_program"; "count",
+    "list" and "place" are of masks.
     """
     key = (kind, dtype, width, checked)
     found = _made.get(key)
@@ -92,16 +92,17 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _panels.emit_panels(module, shape.lanes, dtype)
     elif kind in ("pack_right", "pack_left"):
         _rows.pack_task(module, kind, shape, dtype, kind.removeprefix("pack_"), address("read_panel", dtype))
-    elif kind in ("gather", "spmm_vector", "sddmm_vector"):
-        emit = {"gather": _rows.gather_task, "spmm_vector": _rows.vector_task}.get(kind, _rows.sampled_vector_task)
-        emit(module, kind, dtype, checked=checked)
+    elif kind in ("spmm_vector", "spmm_ordered_vector"):
+        _rows.vector_task(module, kind, dtype, checked=checked, ordered=kind == "spmm_ordered_vector")
+    elif kind == "sddmm_vector":
+        _rows.sampled_vector_task(module, kind, dtype, checked=checked)
     elif kind in ("count", "list"):
         {"count": _mask.count_task, "list": _mask.list_task}[kind](module, kind)
     elif kind == "place":
         _mask.place_task(module, kind, dtype)
-    elif kind == "spmm":
+    elif kind in ("spmm", "spmm_ordered"):
         write = address("write_panel", dtype)
-        _rows.spmm_task(module, kind, shape, dtype, width, write, checked=checked)
+        _rows.spmm_task(module, kind, shape, dtype, width, write, checked=checked, ordered=kind == "spmm_ordered")
     elif kind == "sddmm":
         _rows.sddmm_task(module, kind, shape, dtype, width, checked=checked)
     elif kind in _permute.WAYS:

@@ -14,17 +14,18 @@ from llvmlite import ir
 from maskedlinear.kernels._emit import I64, PTR, Emitter, function
 from maskedlinear.kernels._panels import STRIP
 from maskedlinear.kernels._pool import PARALLEL
-from maskedlinear.kernels._rows import GATHERED, MOST_ROWS, Arguments, tile_columns
+from maskedlinear.kernels._rows import MOST_ROWS, Arguments, tile_columns
 
-__all__ = ["GATHER", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program"]
+__all__ = ["PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program"]
 
 # The entries of the table of tasks; from the last on, one a width.
-GATHER, PACK_RIGHT, PACK_LEFT, VECTOR, WIDTHS = range(5)
+PACK_RIGHT, PACK_LEFT, VECTOR, WIDTHS = range(4)
 PROGRAM = ir.FunctionType(I64, [PTR, PTR, PTR])  # what it is told, the parallel way, the pool
 
-_BLOCK_BYTES = 32 << 10  # of a panel's block, in the first cache
+_BLOCK_BYTES = 32 << 10  # of a panel's block at least: the first cache; at most twice that
 _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
-_FULL_BLOCK = 20  # connections of a row in a block, on average, from which blocks pay
+_FULL_BLOCK = 16  # connections of a row that a block should have, on average
+_FEWEST_IN_BLOCK = 7  # from which blocks pay
 _GRAIN = 40_000  # additions of vectors that are worth a thread
 
 
@@ -43,10 +44,6 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
             _run(code, told, task, parts, threads)
 
         by_tiles = code.append_basic_block()
-        if not sampled:
-            with code.if_then(told.flag("order")):
-                run(GATHER, code.over(code.sum(told.number("nnz"), GATHERED - 1), GATHERED))
-                told.put("values", told.number("gathered"))
         with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
             run(VECTOR, chunks)
             code.ret(I64(0))
@@ -82,8 +79,11 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     width: Any = I64(sizes[-1])
     for size in reversed(sizes):  # that of the first tile
         width = code.select(code.less(batch, size), width, I64(size))
-    columns = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
-    is_full = code.less(code.times(rows, depth, _FULL_BLOCK), code.sum(code.times(nnz, columns), 1))
+    places = code.times(rows, depth)
+    least = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
+    columns = code.over(code.times(places, _FULL_BLOCK), code.most(nnz, 1))
+    columns = code.least(code.most(columns, least), code.times(least, 2))
+    is_full = code.less(code.times(places, _FEWEST_IN_BLOCK), code.sum(code.times(nnz, columns), 1))
     # Without blocks the panel of all columns stays in the second cache, down to half of the widest tile.
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
     told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))

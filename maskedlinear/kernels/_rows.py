@@ -18,13 +18,11 @@ from maskedlinear.kernels._emit import I32, I64, PTR, Emitter, float_type, funct
 from maskedlinear.kernels._panels import COPY, STRIP
 
 __all__ = [
-    "GATHERED",
     "MOST_ROWS",
     "SLOTS",
     "Arguments",
     "Shape",
     "chunk_rows",
-    "gather_task",
     "pack_task",
     "sampled_vector_task",
     "sddmm_task",
@@ -38,13 +36,12 @@ _CHAINS = 8  # sums that are added to at once, so that none waits for its last a
 _AHEAD = (
     2  # rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's
 )
-_LINES = 5  # of the cache that are fetched
+_LINES = 3  # of the cache that are fetched
 MOST_ROWS = 128  # rows of a tile at most
-GATHERED = 1 << 13  # values that are brought into order at a time
 
 # What a task is told, as numbers of 64 bits: pointers, sizes, flags.
 SLOTS = (
-    "rows", "depth", "batch", "nnz", "starts", "across", "order", "gathered", "values", "right", "right_by_batch",
+    "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
     "tasks", "column", "tiles", "widest", "threads",
 )  # fmt: skip
@@ -88,13 +85,17 @@ class Arguments:
 
 
 class _Pattern:
-    """Starts and indices of the rows, none of which is ever beyond the end."""
+    """Starts, indices and values of the rows, read at no place beyond the end.
 
-    def __init__(self, code: Emitter, told: Arguments, *, checked: bool) -> None:
+    ``ordered``, the values lie in another order, and each is found by its place in it.
+    """
+
+    def __init__(self, code: Emitter, told: Arguments, *, checked: bool, ordered: bool = False) -> None:
         self._code, self._checked = code, checked
         self._starts, self._across = told.pointer("starts"), told.pointer("across")
         self._nnz, self._last = told.number("nnz"), code.sub(told.number("depth"), I64(1))
-        self.values = told.pointer("values")
+        self._last_value = code.sub(self._nnz, I64(1))
+        self._order, self._values = (told.pointer("order") if ordered else None), told.pointer("values")
 
     def start(self, row: Any) -> Any:
         start = self._code.whole(self._code.get(self._starts, row, I32))
@@ -104,14 +105,22 @@ class _Pattern:
         column = self._code.whole(self._code.get(self._across, connection, I32))
         return self._code.least(column, self._last) if self._checked else column
 
-    def fetch(self, connection: Any, numbers: Any, kind: Any) -> None:
-        """Have what belongs to some connections brought into the first cache: their columns, and ``numbers`` of a kind."""
+    def fetch(self, connection: Any, kind: Any, numbers: Any = None) -> None:
+        """Have what belongs to some connections brought into the first cache: their columns, and ``numbers`` of a kind.
+
+        Without numbers, their values, or where these are.
+        """
+        if numbers is None:
+            numbers, kind = (self._values, kind) if self._order is None else (self._order, I32)
         for line in range(_LINES):
             self._code.fetch(self._code.place(self._across, connection, I32), 64 * line)
             self._code.fetch(self._code.place(numbers, connection, kind), 64 * line)
 
     def value(self, connection: Any, kind: Any) -> Any:
-        return self._code.get(self.values, connection, kind)
+        if self._order is not None:
+            connection = self._code.whole(self._code.get(self._order, connection, I32))
+            connection = self._code.least(connection, self._last_value) if self._checked else connection
+        return self._code.get(self._values, connection, kind)
 
 
 def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
@@ -145,30 +154,6 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
             column = stop
 
 
-def gather_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
-    """Emit the task that brings values into the order of the transposed pattern; chunks are of some connections."""
-    kind, together = float_type(dtype), 8
-    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        told = Arguments(code, code.function.args[0])
-        values, order, gathered = (told.pointer(name) for name in ("values", "order", "gathered"))
-        nnz = told.number("nnz")
-        last = code.sub(nnz, I64(1))
-        place = code.times(code.function.args[1], GATHERED)
-        stop = code.least(code.sum(place, GATHERED), nnz)
-        for number in (together, 1):
-            with code.while_loop([place], _until(code, stop, number)) as (
-                carried,
-                following,
-            ):
-                for one in range(number):
-                    at = code.sum(carried[0], one)
-                    source = code.whole(code.get(order, at, I32))
-                    source = code.least(source, last) if checked else source
-                    code.put(code.get(values, source, kind), gathered, at)
-                following.append(code.sum(carried[0], number))
-            place = carried[0]
-
-
 def tile_columns(code: Emitter, told: Arguments, column: Any, width: int, sizes: list[int]) -> Any:
     """Return how many of the columns from ``column`` on tiles of ``width`` take: the narrowest are filled up."""
     batch = told.number("batch")
@@ -180,11 +165,20 @@ def tile_columns(code: Emitter, told: Arguments, column: Any, width: int, sizes:
 
 
 def spmm_task(
-    module: ir.Module, name: str, shape: Shape, dtype: str, width: int, write_panel: int, *, checked: bool
+    module: ir.Module,
+    name: str,
+    shape: Shape,
+    dtype: str,
+    width: int,
+    write_panel: int,
+    *,
+    checked: bool,
+    ordered: bool,
 ) -> None:
     """Emit the task that multiplies some rows of W with one tile of the batch: chunk = tile · chunks + rows.
 
-    ``write_panel`` is the address of what writes a tile to the product.
+    ``write_panel`` is the address of what writes a tile to the product. ``ordered``, values are found by their order: a
+    pass that brought them into the pattern's order would read, write and read them, and take room for them.
     """
     kind = float_type(dtype)
     vector = ir.VectorType(kind, min(shape.lanes, width))
@@ -192,7 +186,7 @@ def spmm_task(
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
         told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked)
+        pattern = _Pattern(code, told, checked=checked, ordered=ordered)
         chunks, height = told.number("chunks"), code.function.args[1]
         first, last = chunk_rows(code, told, code.urem(height, chunks))
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
@@ -217,7 +211,7 @@ def spmm_task(
             mine = code.times(at, width)
             sums = [code.get(tile, code.sum(mine, k * vector.count), vector, kind) for k in range(count)]
             place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), pattern.values, kind)
+            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), kind)
             for together in sorted({max(1, _CHAINS // count), 1}, reverse=True):
                 others = [zero] * (count * (together - 1))
                 loop = _Connections(code, pattern, together, end, bound)
@@ -284,13 +278,13 @@ def _total(code: Emitter, parts: list[Any]) -> Any:
     return parts[0]
 
 
-def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
-    """Emit the task that multiplies some rows of W with one vector."""
+def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool, ordered: bool) -> None:
+    """Emit the task that multiplies some rows of W with one vector; ``ordered`` as in :func:`spmm_task`."""
     kind = float_type(dtype)
     together = 8
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked)
+        pattern = _Pattern(code, told, checked=checked, ordered=ordered)
         first, last = chunk_rows(code, told, code.function.args[1])
         right, out = told.pointer("right"), told.pointer("out")
         with code.loop(first, last) as row:
@@ -344,7 +338,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
             for row, bound in _rows_by_blocks(code, told, first, last):
                 at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
                 place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out, kind)
+                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), kind, out)
                 for together in (_CHAINS, 1):
                     loop = _Connections(code, pattern, together, end, bound)
                     with loop.over([place]) as (carried, following):

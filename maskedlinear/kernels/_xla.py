@@ -39,7 +39,8 @@ __all__ = [
     "target",
 ]
 
-_VERSION = 1  # of what a handler is handed: raise it when operands, results or attributes change
+_KINDS = ("spmm", "spmm_ordered", "sddmm")  # of products
+_VERSION = 2  # of what a handler is handed: raise it when operands, results or attributes change
 
 # Where things lie, in bytes.
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_ARGS, _FRAME_RETS = 8, 16, 24, 40, 80
@@ -94,16 +95,16 @@ def handlers(dtype: str, api: Api) -> dict[str, int]:
     """Return the addresses of the handlers of a dtype, by kind.
 
     ``spmm`` takes values (nnz,), right (batch, columns), starts (rows + 1,) and across (nnz,), and gives out (batch, rows)
-    and room for panels; ``spmm_ordered`` takes order (nnz,) too and gives room for values in order, (nnz,), too. ``sddmm``
-    takes left (batch, rows), right, starts and across, and gives out (nnz,) and room for panels of left and of right.
+    and room for panels; ``spmm_ordered`` takes order (nnz,) too. ``sddmm`` takes left (batch, rows), right, starts and
+    across, and gives out (nnz,) and room for panels of left and of right.
     """
     start, module = time.perf_counter(), ir.Module()
     emit_pool(module, api)
-    for kind in ("spmm", "spmm_ordered", "sddmm"):
+    for kind in _KINDS:
         _emit_handler(module, api, kind, dtype)
     engine = _engine.machine_code(module, is_hot=False)
     _engine.compiled[f"handlers for XLA {dtype}"] = time.perf_counter() - start
-    return {kind: int(engine.get_function_address(kind)) for kind in ("spmm", "spmm_ordered", "sddmm")}
+    return {kind: int(engine.get_function_address(kind)) for kind in _KINDS}
 
 
 class Frame:
@@ -224,19 +225,18 @@ def _pause(code: Emitter) -> None:
 
 
 def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
-    product = kind.removesuffix("_ordered")
     with function(module, kind, PTR, [PTR]) as code:
         frame = Frame(code, api, code.function.args[0])
         told, threads = code.room(I64, len(SLOTS)), code.room(I64, 1)
         answer_version(code, frame, api.minor)
-        operands, results = (5 if kind == "spmm_ordered" else 4), (2 if kind == "spmm" else 3)
+        operands, results = (5 if kind == "spmm_ordered" else 4), (3 if kind == "sddmm" else 2)
         given, asked = frame.counts()
         is_wrong = code.or_(
             code.icmp_unsigned("!=", given, I64(operands)), code.icmp_unsigned("!=", asked, I64(results))
         )
         with code.if_then(is_wrong):
             frame.refuse("a sparse product of another version of maskedlinear", FAILED_PRECONDITION)
-        arguments, is_right = (_sddmm if product == "sddmm" else _spmm)(
+        arguments, is_right = (_sddmm if kind == "sddmm" else _spmm)(
             code, frame, frame.operands(operands), frame.results(results), dtype
         )
         with code.if_then(code.not_(is_right)):
@@ -244,18 +244,18 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         code.put(I64(1), threads, 0)
         unknown = frame.fails("ThreadPool_NumThreads", threads)
         arguments["threads"] = code.select(unknown, I64(1), code.most(code.get(threads, 0, I64), 1))
-        arguments["tasks"] = I64(_calls.table_address(product, dtype, checked=True))
+        arguments["tasks"] = I64(_calls.table_address(kind, dtype, checked=True))
         to_compile = ctypes.cast(_compile_missing, ctypes.c_void_p).value or 0
         with code.while_loop([I64(-1)], lambda state: code.icmp_unsigned("!=", state[0], I64(0))) as (state, following):
             with code.if_then(code.icmp_unsigned("!=", state[0], I64(-1))):
-                of = [I64(_products.index((product, dtype))), code.sum(state[0], -1)]
+                of = [I64(_products.index((kind, dtype))), code.sum(state[0], -1)]
                 failed = code.call_address(to_compile, ir.FunctionType(I64, [I64, I64]), of)
                 with code.if_then(code.icmp_unsigned("!=", failed, I64(0))):
                     frame.refuse("a kernel of a sparse product could not be compiled", INTERNAL)
             for place, slot in enumerate(SLOTS):
                 code.put(arguments.get(slot, I64(0)), told, place, I64)
             way = [told, code.address("parallel"), frame.pointer]
-            following.append(code.call_address(_engine.address(f"{product}_program", dtype), PROGRAM, way))
+            following.append(code.call_address(_engine.address(_calls.program_of(kind), dtype), PROGRAM, way))
         code.ret(PTR(None))
 
 
@@ -276,7 +276,7 @@ def _spmm(
 ) -> tuple[dict[str, Any], Any]:
     """Return what a product is told, and whether its arrays belong together."""
     values, right, starts, across, *order = operands
-    out, panels, *gathered = results
+    out, panels = results
     nnz, batch, depth, rows = frame.size(values), frame.size(right), frame.size(right, 1), frame.size(out, 1)
     right_panels, has_room = _panels(code, frame, right, panels, batch, depth, dtype)
     told = {
@@ -293,8 +293,8 @@ def _spmm(
         _equal(code, frame.size(out), batch),
     ]
     if order:
-        told |= {"order": frame.data(order[0]), "gathered": frame.data(gathered[0])}
-        conditions += [_equal(code, frame.size(one), nnz) for one in (*order, *gathered)]
+        told["order"] = frame.data(order[0])
+        conditions.append(_equal(code, frame.size(order[0]), nnz))
     return told, _all(code, conditions)
 
 
@@ -345,7 +345,7 @@ def _all(code: Emitter, conditions: Sequence[Any]) -> Any:
     return every
 
 
-_products = [(kind, dtype) for kind in ("spmm", "sddmm") for dtype in ("float32", "float64")]
+_products = [(kind, dtype) for kind in _KINDS for dtype in ("float32", "float64")]
 
 
 def _compile(product: int, task: int) -> int:
