@@ -1,15 +1,19 @@
 """Claim: packed, a sparse layer multiplies one row of x faster than MKL's compressed rows and than a dense layer.
 
 Prints the least time of each through the module, in one run and in turns, and ratios to ``nn.Linear``, with one thread and
-with all; then which kernels were used.
+with all; then which kernels were used. In JAX the peers are a jitted dense product and one of the sparse form.
+
+    python benchmarks/packed.py [--framework torch|jax]
 """
 
 from __future__ import annotations
 
+import argparse
 import time
 import warnings
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -54,8 +58,46 @@ def measure(in_features: int, out_features: int, live: float, batch: int) -> str
     return f"{in_features} -> {out_features}, batch {batch}, {live:4.0%}: {told}{'' if packed.is_packed else '  (by rows)'}"
 
 
+def measure_jax(in_features: int, out_features: int, live: float) -> str:
+    """Return a line of the times of one row in JAX."""
+    import jax
+
+    from maskedlinear.jax import pack as pack_weights
+    from maskedlinear.jax import sparse_linear
+    from maskedlinear.pattern import SparsityPattern
+
+    rng = np.random.default_rng(0)
+    pattern = SparsityPattern.from_mask(masks.random((out_features, in_features), sparsity=1 - live, seed=0))
+    x, kernel = (
+        rng.standard_normal((size, to), np.float32) for size, to in ((1, in_features), (in_features, out_features))
+    )
+    x, kernel, values = (
+        jax.numpy.asarray(array) for array in (x, kernel, rng.standard_normal(pattern.nnz, np.float32))
+    )
+    packed = pack_weights(values, pattern)
+    dense = jax.jit(lambda x: x @ kernel)
+    by_rows, by_pack = jax.jit(lambda x: sparse_linear(x, values, pattern)), jax.jit(lambda x: sparse_linear(x, packed))
+    np.testing.assert_allclose(by_pack(x), by_rows(x), rtol=1e-4, atol=1e-4)
+    ways: dict[str, Callable[[], object]] = {
+        "dense": lambda: dense(x).block_until_ready(),
+        "sparse": lambda: by_rows(x).block_until_ready(),
+        "packed": lambda: by_pack(x).block_until_ready(),
+    }
+    times = least(ways)
+    told = "  ".join(f"{name} {1e6 * t:7.1f} us ({t / times['dense']:5.3f})" for name, t in times.items())
+    return f"{in_features} -> {out_features}, batch 1, {live:4.0%}: {told}"
+
+
 def main() -> None:
     """Print all lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=("torch", "jax"), default="torch")
+    if parser.parse_args().framework == "jax":
+        for in_features, out_features in SHAPES:
+            for live in LIVE:
+                print(measure_jax(in_features, out_features, live), flush=True)
+        print(kernels.info())
+        return
     warnings.filterwarnings("ignore", ".*[Ss]parse")
     for threads in sorted({1, torch.get_num_threads()}):
         torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ from maskedlinear.pattern import SparsityPattern
 
 pytest.importorskip("llvmlite")
 
-from maskedlinear.kernels import _engine, _rows
+from maskedlinear.kernels import _engine, _openmp, _rows
 
 Array = NDArray[Any]
 SHAPES = [(33, 17, 0.3), (70, 300, 0.1), (300, 257, 0.6), (1, 1, 1.0), (5, 900, 0.9), (260, 130, 0.01)]
@@ -307,3 +307,15 @@ def test_a_mask_is_listed_and_values_are_put_back(shape: tuple[int, int]) -> Non
             dense = np.zeros(shape, dtype)
             dense[mask] = values
             np.testing.assert_array_equal(out, dense)
+
+
+def test_a_pool_is_looked_for_again_only_when_modules_were_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[int] = []
+    monkeypatch.setattr(_openmp, "_found", {})
+    monkeypatch.setattr(_openmp, "_looked", -1)
+    monkeypatch.setattr(_openmp, "_loaded", lambda: looks.append(1) or [])
+    assert _openmp.library() == _openmp.library() == ("", 0)
+    assert len(looks) == 1
+    monkeypatch.setitem(sys.modules, "a_module_that_brings_a_pool", sys)
+    assert _openmp.library() == ("", 0)
+    assert len(looks) == 2

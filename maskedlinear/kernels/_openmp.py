@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 from maskedlinear.kernels import _engine
@@ -12,6 +13,7 @@ __all__ = ["library", "pool"]
 
 _found: dict[str, tuple[str, int]] = {}
 _forked = False
+_looked = -1  # how many modules there were when the library was looked for
 
 
 def _after_fork() -> None:
@@ -26,9 +28,12 @@ if hasattr(os, "register_at_fork"):
 def library() -> tuple[str, int]:
     """Return the OpenMP library of this process, PyTorch's before others, and where its ``GOMP_parallel`` is.
 
-    ("", 0) as long as none is loaded: threads of our own would be a second pool.
+    ("", 0) as long as none is loaded: threads of our own would be a second pool. Another look, which takes longer than a
+    small product, is taken only when modules have been imported since.
     """
-    if "it" not in _found:
+    global _looked
+    if "it" not in _found and _looked != len(sys.modules):
+        _looked = len(sys.modules)
         for path in _loaded():
             try:
                 mode = getattr(os, "RTLD_NOLOAD", 0) | getattr(os, "RTLD_NOW", 0)
