@@ -34,6 +34,7 @@ __all__ = [
     "is_nested",
     "is_sending_state",
     "is_tracing",
+    "is_zero_tensor",
     "nothing_looks_on",
     "pruning_hooks",
     "take_hooks_along",
@@ -93,6 +94,12 @@ def is_forward_mode() -> bool:
 def is_grads_batched(tensor: Tensor) -> bool:
     """Whether ``tensor`` is a batch of gradients that ``torch.autograd.grad`` was asked for with ``is_grads_batched``."""
     return _is_batch is None or bool(_is_batch(tensor))
+
+
+def is_zero_tensor(tensor: Tensor) -> bool:
+    """Whether a tensor is one of zeros that has no memory: autograd and forward mode make such gradients."""
+    asked = getattr(tensor, "_is_zerotensor", None)
+    return asked is not None and bool(asked())
 
 
 def is_nested(mode: Literal["Grad", "Jvp"]) -> bool:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from maskedlinear import kernels
+from maskedlinear_torch._compat import is_zero_tensor
 
 __all__ = ["CSR", "are_for", "lies_well", "masked_gradient", "sddmm", "spmm"]
 
@@ -40,7 +41,13 @@ def are_for(*operands: Tensor) -> bool:
 
 def lies_well(matrix: Tensor) -> Tensor:
     """Return a matrix that lies by features or by batch: itself, or a copy."""
+    matrix = _settled(matrix)
     return matrix if matrix.is_contiguous() or matrix.mT.is_contiguous() else matrix.contiguous()
+
+
+def _settled(tensor: Tensor) -> Tensor:
+    """Return a tensor whose memory holds its numbers: not their negatives, and not nothing, for zeros."""
+    return tensor.clone() if is_zero_tensor(tensor) else tensor.resolve_neg()
 
 
 def _lies_by_batch(matrix: Tensor) -> bool:
@@ -49,7 +56,7 @@ def _lies_by_batch(matrix: Tensor) -> bool:
 
 def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor:
     """Return the product, which lies as ``right`` does, or by features."""
-    right, values = lies_well(right), values.contiguous()
+    right, values = lies_well(right), _settled(values).contiguous()
     (depth, batch), rows = right.shape, len(csr.starts) - 1
     dtype, by_batch = _DTYPES[right.dtype], _lies_by_batch(right)
     out_by_batch = by_batch and as_it_lies
@@ -62,13 +69,13 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
         (rows, depth),
         batch,
         values.numel(),
-        starts=starts.data_ptr(),
-        across=across.data_ptr(),
+        starts=_address(starts),
+        across=_address(across),
         order=_address(order),
-        values=values.data_ptr(),
-        right=right.data_ptr(),
+        values=_address(values),
+        right=_address(right),
         panels=_address(panels),
-        out=out.data_ptr(),
+        out=_address(out),
         right_by_batch=by_batch,
         out_by_batch=out_by_batch,
         threads=torch.get_num_threads(),
@@ -95,11 +102,11 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         (len(left), len(right)),
         batch,
         across.numel(),
-        starts=starts.data_ptr(),
-        across=across.data_ptr(),
-        left=left.data_ptr(),
-        right=right.data_ptr(),
-        out=out.data_ptr(),
+        starts=_address(starts),
+        across=_address(across),
+        left=_address(left),
+        right=_address(right),
+        out=_address(out),
         left_panels=_address(panels[0]),
         right_panels=_address(panels[1]),
         left_by_batch=ways[0],
@@ -127,7 +134,15 @@ def _room(matrix: Tensor, dtype: str) -> Tensor:
 
 
 def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+    if tensor is None:
+        return 0
+    place = tensor.data_ptr()
+    if not place and tensor.numel():
+        raise RuntimeError(
+            f"the kernels read memory, and a tensor of shape {tuple(tensor.shape)} has none: its storage was freed "
+            "(by FSDP, or to offload it); bring it back before the call"
+        )
+    return place
 
 
 # Up to which fraction of live weights, and from which batch on, their gradients take less time by themselves than with all
@@ -145,14 +160,14 @@ def masked_gradient(g: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> bool:
         return False
     shape, threads = (out.shape[0], out.shape[1]), torch.get_num_threads()
     starts = torch.zeros(shape[0] + 1, dtype=torch.int32)
-    kernels.count_mask(shape, mask=mask.data_ptr(), starts=starts.data_ptr(), threads=threads)
+    kernels.count_mask(shape, mask=_address(mask), starts=starts.data_ptr(), threads=threads)
     live = int(starts.sum())
     if live > _FEW * mask.numel() or not live:
         return False
     torch.cumsum(starts, 0, dtype=torch.int32, out=starts)
     across = torch.empty(live, dtype=torch.int32)
     where = {"starts": starts.data_ptr(), "across": across.data_ptr()}
-    kernels.list_mask(shape, mask=mask.data_ptr(), threads=threads, **where)
+    kernels.list_mask(shape, mask=_address(mask), threads=threads, **where)
     values = sddmm(g.mT, x.mT, CSR(starts, across, None))
     kernels.place_values(
         _DTYPES[out.dtype], shape, values=values.data_ptr(), out=out.data_ptr(), threads=threads, **where

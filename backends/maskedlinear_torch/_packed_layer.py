@@ -36,7 +36,9 @@ torch.fx.wrap("_by_rows")  # one node of a traced graph: the checks of its argum
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    """Whether the numbers of a tensor lie in its memory as they are."""
+    is_float = tensor.dtype is torch.float32 and tensor.is_cpu and tensor.is_contiguous()
+    return is_float and not tensor.is_neg() and tensor.data_ptr() != 0
 
 
 class PackedLinear(nn.Module):

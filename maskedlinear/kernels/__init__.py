@@ -109,10 +109,11 @@ class Info:
     def __str__(self) -> str:
         if not self.available:
             return f"CPU kernels: those of the frameworks (MKL, XLA), because {self.why_not}"
+        pool = self.pool or "no OpenMP library is loaded yet: one thread until torch is imported"
         lines = [
             f"CPU kernels: by rows, in tiles of registers of {self.register_bytes} bytes, for every pattern and batch",
             f"compiled by: {self.llvm} for {self.processor}",
-            f"threads: PyTorch's own ({self.pool or 'no OpenMP library is loaded: one thread'}); in JAX XLA's own",
+            f"threads: PyTorch's own ({pool}); in JAX XLA's own",
         ]
         lines += [f"not used in {one}" for one in self.refused]
         picked = f"by {self.packed}, if a step multiplies two connections or more" if self.packed else "as what is not"

@@ -29,10 +29,11 @@ def library() -> tuple[str, int]:
     """Return the OpenMP library of this process, PyTorch's before others, and where its ``GOMP_parallel`` is.
 
     ("", 0) as long as none is loaded: threads of our own would be a second pool. Another look, which takes longer than a
-    small product, is taken only when modules have been imported since.
+    small product, is taken only when modules have been imported since, and PyTorch's is not found yet.
     """
     global _looked
-    if "it" not in _found and _looked != len(sys.modules):
+    is_torchs = "torch" in Path(_found.get("it", ("", 0))[0]).parts
+    if not is_torchs and _looked != len(sys.modules):
         _looked = len(sys.modules)
         for path in _loaded():
             try:

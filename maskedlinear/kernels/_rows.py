@@ -33,9 +33,8 @@ __all__ = [
 ]
 
 _CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
-_AHEAD = (
-    2  # rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's
-)
+# Rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's.
+_AHEAD = 2
 _LINES = 3  # of the cache that are fetched
 MOST_ROWS = 128  # rows of a tile at most
 
