@@ -19,11 +19,10 @@ from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, are_ordinary_rows
 from maskedlinear_torch._sparse import check_values, product
 from maskedlinear_torch._sparse_layer import SparseLinear
-from maskedlinear_torch._sparse_state import named_buffers, pattern_of_state, take_pattern
+from maskedlinear_torch._sparse_state import load_pattern, named_buffers, save_pattern
 
 __all__ = ["PackedLinear"]
 
-_KEPT = ("indptr", "indices")
 _MOST_ROWS = 4  # of x, from which on the products by rows are faster
 
 
@@ -195,8 +194,7 @@ class PackedLinear(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        indices = DevicePattern.of(self._pattern, self.weight_values.device)
-        destination.update({prefix + name: getattr(indices, name).clone() for name in _KEPT})
+        save_pattern(self, destination, prefix)
         save_constraints(self, destination, prefix)
 
     def named_buffers(
@@ -217,20 +215,15 @@ class PackedLinear(nn.Module):
     ) -> None:
         state_dict = dict(state_dict)
         constraints = taken_from(state_dict, prefix)
-        keys = [prefix + name for name in _KEPT]
-        if any(key in state_dict for key in keys):
+        if not load_pattern(self, state_dict, prefix, strict, missing_keys, error_msgs):
+            return
+        if constraints or self.constraints is not None:
             try:
-                indptr, indices = (state_dict.pop(key, None) for key in keys)
-                values = state_dict.get(prefix + "weight_values", self.weight_values)
-                take_pattern(self, pattern_of_state(self, indptr, indices, values))
-                if constraints or self.constraints is not None:
-                    made = Constraints(**constraints) if constraints else self.constraints
-                    self.constraints = made.for_pattern(self._pattern)  # type: ignore[union-attr]
+                made = Constraints(**constraints) if constraints else self.constraints
+                self.constraints = made.for_pattern(self._pattern)  # type: ignore[union-attr]
             except (ValueError, TypeError) as error:
-                error_msgs.append(f"{prefix}indices: {error}")
+                error_msgs.append(f"{prefix}constraints: {error}")
                 return
-        elif strict:
-            missing_keys.extend(keys)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )

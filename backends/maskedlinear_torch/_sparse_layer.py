@@ -42,11 +42,9 @@ from maskedlinear_torch._sparse_shards import (
     settle,
     whole_values,
 )
-from maskedlinear_torch._sparse_state import named_buffers, pattern_of_state, shared_out_as, take_pattern
+from maskedlinear_torch._sparse_state import load_pattern, named_buffers, save_pattern, shared_out_as
 
 __all__ = ["SparseLinear"]
-
-_KEPT = ("indptr", "indices")  # the others are derived of them
 
 
 def _forward(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
@@ -430,9 +428,7 @@ class SparseLinear(nn.Module):
         if self._cut is not None:
             values = self.weight_values if keep_vars else self.weight_values.detach()
             destination[prefix + "weight_values"] = self._cut.evenly(values)
-        indices = DevicePattern.of(self._pattern, self.weight_values.device)
-        # Copies: a distributed checkpoint is loaded into them, and layers and copies of models may share the layer's own.
-        destination.update({prefix + name: getattr(indices, name).clone() for name in _KEPT})
+        save_pattern(self, destination, prefix)
         save_constraints(self, destination, prefix)
 
     def named_buffers(
@@ -457,22 +453,14 @@ class SparseLinear(nn.Module):
             state_dict = {now if key == earlier else key: kept for key, kept in state_dict.items()}
         state_dict = dict(state_dict)
         constraints = taken_from(state_dict, prefix)
-        keys = [prefix + name for name in _KEPT]
-        if any(key in state_dict for key in keys):
-            try:
-                indptr, indices = (state_dict.get(key) for key in keys)
-                values = state_dict.get(now, self.weight_values)
-                take_pattern(self, pattern_of_state(self, indptr, indices, values))
-            except (ValueError, TypeError) as error:
-                error_msgs.append(f"{prefix}indices: {error}")
-                return
-        elif strict:
-            missing_keys.extend(keys)
-        rest = {key: kept for key, kept in state_dict.items() if key not in keys}
+        if not load_pattern(self, state_dict, prefix, strict, missing_keys, error_msgs):
+            return
         for key, own in ((now, self.weight_values), (prefix + "bias", self.bias)):
-            if isinstance(given := rest.get(key), Tensor) and own is not None and is_sharded(own):
-                rest[key] = shared_out_as(given, own, self)
-        super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+            if isinstance(given := state_dict.get(key), Tensor) and own is not None and is_sharded(own):
+                state_dict[key] = shared_out_as(given, own, self)
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
         self._place()
         load_constraints(self, constraints, prefix, error_msgs)
 

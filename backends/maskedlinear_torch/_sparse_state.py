@@ -1,4 +1,4 @@
-"""A sparse layer takes the connections of a state, and shares out its values, before they are copied."""
+"""The connections in a sparse layer's state: written, and taken before its values are shared out and copied."""
 
 from __future__ import annotations
 
@@ -16,7 +16,42 @@ from maskedlinear_torch._dtensors import as_dtensor_like, full_tensor, is_sharde
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse_shards import part_of, refuse_cut_twice, resize_and_copy
 
-__all__ = ["named_buffers", "pattern_of_state", "shared_out_as", "take_pattern"]
+__all__ = ["load_pattern", "named_buffers", "pattern_of_state", "save_pattern", "shared_out_as", "take_pattern"]
+
+_KEPT = ("indptr", "indices")  # the others are derived of them
+
+
+def _kept(layer: Any) -> dict[str, Tensor]:
+    """Return copies: distributed checkpoints are loaded into them, and copies of models may share the layer's own."""
+    indices = DevicePattern.of(layer.pattern, layer.weight_values.device)
+    return {name: getattr(indices, name).clone() for name in _KEPT}
+
+
+def save_pattern(layer: Any, state: dict[str, Any], prefix: str) -> None:
+    """Write a layer's connections to a state."""
+    state.update({prefix + name: kept for name, kept in _kept(layer).items()})
+
+
+def load_pattern(
+    layer: Any, state: dict[str, Any], prefix: str, strict: bool, missing_keys: list[str], error_msgs: list[str]
+) -> bool:
+    """Take the connections out of a state, and into a layer; return whether there is nothing wrong with them.
+
+    The other arguments are those of ``nn.Module._load_from_state_dict``. A state without connections leaves the layer its
+    own.
+    """
+    keys = [prefix + name for name in _KEPT]
+    if any(key in state for key in keys):
+        try:
+            indptr, indices = (state.pop(key, None) for key in keys)
+            values = state.get(prefix + "weight_values", layer.weight_values)
+            take_pattern(layer, pattern_of_state(layer, indptr, indices, values))
+        except (ValueError, TypeError) as error:
+            error_msgs.append(f"{prefix}indices: {error}")
+            return False
+    elif strict:
+        missing_keys.extend(keys)
+    return True
 
 
 def named_buffers(layer: Any, buffers: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -26,8 +61,7 @@ def named_buffers(layer: Any, buffers: Iterator[tuple[str, Tensor]]) -> Iterator
     """
     if not is_sending_state():
         return buffers
-    indices = DevicePattern.of(layer.pattern, layer.weight_values.device)
-    return chain(buffers, [(name, getattr(indices, name).clone()) for name in ("indptr", "indices")])
+    return chain(buffers, _kept(layer).items())
 
 
 def pattern_of_state(layer: Any, indptr: Any, indices: Any, values: Any) -> SparsityPattern:
