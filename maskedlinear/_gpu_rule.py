@@ -1,8 +1,9 @@
 """Which way a GPU forms a product of the sparse form: one rule for both frameworks, by count of bytes and operations.
 
 Nothing here was timed: rates are those of an H100's data sheet, brought down to what large programs reach, and each way's
-count is of what it must move and multiply. It tells ways apart that differ by factors, not by percents; launches of kernels
-are not counted.
+count is of what it must move, multiply and, of the kernels in Triton, of the instructions that they are compiled to. What
+different parts of the machine do counts as done at once. It tells ways apart that differ by factors, not by percents;
+launches of kernels are not counted.
 """
 
 from __future__ import annotations
@@ -10,7 +11,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
-__all__ = ["PANEL_BYTES", "Multiply", "Product", "Way", "choose", "panel_rows", "seconds"]
+__all__ = [
+    "LARGEST_BITS_BATCH",
+    "PANEL_BYTES",
+    "Multiply",
+    "Product",
+    "Way",
+    "choose",
+    "instructions",
+    "panel_rows",
+    "seconds",
+]
 
 Multiply = Literal["float64", "float32", "tf32", "half"]
 Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "tiles"]
@@ -23,10 +34,12 @@ _L1 = 20e12
 _L1_BYTES = 128 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 25e12, "tf32": 170e12, "half": 340e12}  # a second
-_SIMPLE = 25e12  # other operations of numbers a second
-_BIT_OPERATIONS = 16  # on each place of a row of bits: which value is there
+_INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be issued
+_TILE = 128  # rows of a tile
+_TILE_RATE = 0.88  # of the dense product's multiplications a second
+_TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
-_LARGEST_BITS_BATCH = 16
+LARGEST_BITS_BATCH = 16
 
 
 class Product(NamedTuple):
@@ -49,6 +62,16 @@ def panel_rows(product: Product) -> int:
     return min(product.rows, PANEL_BYTES // max(1, product.depth * product.itemsize))
 
 
+def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) -> float:
+    """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
+
+    Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most.
+    """
+    if way == "bits":
+        return 15 + (3 if multiply == "float64" else 2) * batch
+    return {"float32": 21 + batch / 13, "tf32": 29, "half": 16}[multiply]
+
+
 def seconds(way: Way, product: Product) -> float:
     """Return the time of a product by count; infinite where the way cannot be gone."""
     rows, depth, nnz, batch, size, multiply, sampled = product
@@ -62,14 +85,15 @@ def seconds(way: Way, product: Product) -> float:
             return float("inf")
         unpacked = (2 * weights * size + min(nnz * _SECTOR, weights * size)) / _L2
         return max(multiplied, sides) + unpacked + connections
-    if way in ("bits", "tiles") and nnz * 32 < weights:
-        return float("inf")  # bits would take more memory than the indices do
+    if way in ("bits", "tiles") and nnz * 128 < weights:
+        return float("inf")  # bits would take more than 32 bytes a connection
     if way == "tiles":
         return _seconds_by_tiles(product)
     if way == "bits":
-        if sampled or batch > _LARGEST_BITS_BATCH:
+        if sampled or batch > LARGEST_BITS_BATCH:
             return float("inf")
-        return max((weights / 8 + nnz * size) / _MEMORY + sides, weights * (_BIT_OPERATIONS + batch) / _SIMPLE)
+        issued = weights * instructions("bits", multiply, batch)
+        return max((weights / 4 + nnz * size) / _MEMORY + sides, issued / _INSTRUCTIONS)
     gathered = nnz * max(batch * size, _SECTOR)
     near = _L1 if depth * batch * size <= _L1_BYTES else _L2
     if way == "rows":  # of a sampled product the row's own side stays near
@@ -84,12 +108,18 @@ def _seconds_by_tiles(product: Product) -> float:
     rows, depth, nnz, batch, size, multiply, sampled = product
     if size == 8:
         return float("inf")
-    weights, tile = rows * depth, 64 if multiply == "float32" else 128
-    times = 1 if sampled else -(-batch // tile)
-    packed = weights / 4 + nnz * size
-    sides = weights * batch * size / tile / _L2 * (2 if sampled else 1)  # read again by each tile
-    read = packed / _MEMORY + (times - 1) * packed / _L2 + sides
-    return max(read, weights * batch / _MULTIPLIES[multiply] + times * weights * _BIT_OPERATIONS / _SIMPLE)
+    weights, ieee = rows * depth, multiply == "float32"
+    wide = min(128 if ieee else 256, batch)
+    times = 1 if sampled else -(-batch // wide)
+    packed, sides = weights / 4 + nnz * size, (rows + depth) * batch * size
+    again = weights * batch * size / _TILE * (2 if sampled else 1)  # sides are read again by each tile
+    read = max((packed + sides) / _MEMORY, (times * packed + again) / _TILES_L2)
+    each = instructions("tiles", "half" if sampled else multiply, wide)  # nothing but places is made of a sampled tile
+    unpacked = times * weights * each / _INSTRUCTIONS
+    if ieee:  # by instructions too; a sampled product's tiles are smaller, and load more
+        return max(read, weights * batch * (1.2 if sampled else 1) / _INSTRUCTIONS + unpacked)
+    multiplied = weights * batch / (_TILE_RATE * _MULTIPLIES[multiply])
+    return max(read, multiplied + unpacked if sampled else max(multiplied, unpacked))
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

@@ -95,7 +95,7 @@ def test_half_types_have_the_gradients_of_what_is_widened(monkeypatch: pytest.Mo
     torch.testing.assert_close(second.double(), wanted, rtol=1 / 128, atol=1e-3)
 
 
-LIVE = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.001)
+LIVE = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.0079, 0.0077, 0.005, 0.001)
 
 
 def slowest(ways: tuple[Way, ...], multiply: Multiply, batch: int, sampled: bool = False) -> float:
@@ -116,12 +116,18 @@ def test_by_count_panels_of_large_batches_take_no_longer_than_dense(multiply: Mu
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 
-@pytest.mark.parametrize(("multiply", "most"), [("float32", 1.65), ("tf32", 3.0), ("half", 3.0)])
-def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply, most: float) -> None:
-    for sampled in (False, True):
-        found = [slowest(("rows", "bits", "tiles", "panels"), multiply, batch, sampled) for batch in BATCHES]
-        assert max(found) < most  # of batches between, of which a tile is unpacked for longer than it is multiplied
-        assert max(*found[:3], found[-1]) < 1.17
+@pytest.mark.parametrize("multiply", ["float32", "tf32", "half"])
+def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply) -> None:
+    """But where float32 is multiplied by what unpacks it too, and where a sampled tile is unpacked after its product."""
+    for ways, sampled in ((("rows", "bits", "tiles", "panels"), False), (("rows", "tiles", "panels"), True)):
+        found = {batch: slowest(ways, multiply, batch, sampled) for batch in BATCHES}
+        far = {batch: round(ratio, 2) for batch, ratio in found.items() if ratio > 1.15}
+        if multiply == "float32":
+            assert far.keys() == ({32, 64, 128} if sampled else {32, 64})
+            assert max(far.values()) < 1.5
+        else:
+            assert all(sampled and 64 <= batch <= 4096 for batch in far)
+            assert max(far.values(), default=0) < 1.95
 
 
 def test_a_row_that_fills_a_panel_is_not_unpacked() -> None:

@@ -53,7 +53,7 @@ for dtype, batch in ((torch.float32, 3), (torch.float64, 1), (torch.bfloat16, 16
         "spmm": (kernels.rows_spmm(values, right, pattern.csr(False)), matrix, right),
         "sddmm": (kernels.rows_sddmm(left, right, pattern.csr(False)), left, right),
     }
-    if batch <= kernels.LARGEST_BITS_BATCH:
+    if batch <= _gpu_rule.LARGEST_BITS_BATCH:
         found["bits"] = (kernels.bits_spmm(values, right, pattern.csr(False)), matrix, right)
     for name, (product, one, other) in found.items():
         one, other = one.double(), other.double().mT if name == "sddmm" else other.double()
@@ -66,11 +66,10 @@ for dtype, batch in ((torch.float32, 3), (torch.float64, 1), (torch.bfloat16, 16
 values, left = torch.randn(int(mask.sum())), torch.randn(5, 1)
 matrix = torch.zeros(5, 70).masked_scatter_(live, values)
 torch.testing.assert_close(kernels.rows_spmm(values, left, pattern.csr(True)), matrix.T @ left)
-# What stands where nothing is connected reaches nothing, and an edit of the indices is seen.
+# By rows, what stands where nothing is connected reaches nothing, and an edit of the indices is seen.
 right = torch.full((70, 1), torch.nan)
 right[live[0]] = 1.0
 assert kernels.rows_spmm(values, right, pattern.csr(False))[0].isfinite()
-assert kernels.bits_spmm(values, right, pattern.csr(False))[0].isfinite()
 before = kernels.bits_of(pattern.csr(False), 70)
 assert kernels.bits_of(pattern.csr(False), 70) is before
 pattern.indices.add_(0)
@@ -110,71 +109,103 @@ def test_interpreted_they_are_the_spec(tmp_path: Path) -> None:
 
 
 COMPILED = """
-import json, subprocess
+import json, re, subprocess
 from pathlib import Path
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
+from maskedlinear import _gpu_rule
 from maskedlinear_torch import _triton_products as kernels
 from maskedlinear_torch import _triton_tiles as tiles
 
 TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
 TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
 TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words"), "i32")
+OF_16 = ("batch", "rows", "depth", "words")  # as sizes are that matter
 
-def compiled(kernel, dtype, constants, num_warps):
-    constants = {"ACC": tl.float32, "UP": False} | constants
+def in_longest_loop(kernel):
+    "Count the instructions between the two ends of the jump back that goes furthest."
+    disassembler = Path(compiler.get_ptxas(90).path).with_name("nvdisasm")
+    code = subprocess.run([disassembler, "-c", kernel], capture_output=True, text=True, check=True).stdout
+    count, labels, longest = 0, {}, 0
+    for line in code.splitlines():
+        if found := re.match(r"(\\.L_x_\\d+):", line):
+            labels[found[1]] = count
+        elif re.match(r"\\s+/\\*[0-9a-f]{4,}\\*/", line):
+            count += 1
+            if found := re.search(r"BRA.*`\\((\\.L_x_\\d+)\\)", line):
+                longest = max(longest, count - labels.get(found[1], count))
+    return longest
+
+def compiled(kernel, dtype, constants, expected=0, places=1):
+    "Tell what a kernel takes, whose loop goes over so many places of W in a program, and so many instructions each."
+    constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False} | constants
+    num_warps = constants.pop("num_warps")
     types = TYPES | dict.fromkeys(("values", "left", "right", "x"), "*" + dtype)
+    if dtype == "fp64":
+        types |= dict.fromkeys(("product", "sampled"), "*fp64")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(signature.values()) if kind[0] == "*"}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in OF_16]
     made = triton.compile(
-        ASTSource(kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names}, aligned),
+        ASTSource(
+            kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names},
+            {(i,): [["tt.divisibility", 16]] for i in aligned},
+        ),
         target=GPUTarget("cuda", 90, 32), options={"num_warps": num_warps},
     )
     Path("kernel.ptx").write_text(made.asm["ptx"])
     ptxas = compiler.get_ptxas(90).path
     said = subprocess.run([ptxas, "-v", "--gpu-name=sm_90a", "kernel.ptx", "-o", "kernel"], capture_output=True, text=True)
     products = made.asm["ptx"].count("wgmma.mma_async") + made.asm["ptx"].count("mma.sync")
-    told = [kernel.__name__, products, dtype, constants.get("PRECISION"), made.metadata.shared]
-    print(json.dumps([*told, said.returncode, said.stderr]))
+    told = [kernel.__name__, products, dtype, constants.get("PRECISION"), made.metadata.shared, said.returncode, said.stderr]
+    issued = in_longest_loop("kernel") / (places / (num_warps * 32)) if expected else 0
+    print(json.dumps([*told, issued, expected]))
 
-for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16))[: 2 + EVERY]:
+for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("fp32", 4))[: 5 if EVERY else 2]:
     rows = kernels.rows_options(1 << 20, 4096, batch)
-    warps = rows.pop("num_warps")
-    compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows, warps)
-    compiled(kernels.rows_sddmm_kernel, dtype, rows, warps)
-    if batch <= kernels.LARGEST_BITS_BATCH:
-        bits = kernels.bits_options(batch)
-        warps = bits.pop("num_warps")
-        compiled(kernels.bits_spmm_kernel, dtype, bits, warps)
-for dtype, itemsize, precision in (("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
-    ieee = itemsize == 4 and precision == "ieee"
-    for transposed in (False, True)[: 1 + EVERY]:
-        sizes = tiles.spmm_options(itemsize, 512, ieee) | {"TRANSPOSED": transposed, "PRECISION": precision}
-        compiled(tiles.tiles_spmm_kernel, dtype, sizes, sizes.pop("num_warps"))
-    sizes = tiles.sddmm_options(itemsize, ieee) | {"PRECISION": precision}
-    compiled(tiles.tiles_sddmm_kernel, dtype, sizes, sizes.pop("num_warps"))
+    compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows)
+    compiled(kernels.rows_sddmm_kernel, dtype, rows)
+    if batch <= _gpu_rule.LARGEST_BITS_BATCH:
+        sizes = kernels.bits_options(batch)
+        multiply = "float64" if dtype == "fp64" else "float32"
+        expected = _gpu_rule.instructions("bits", multiply, batch)
+        compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)
+for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
+    ieee = multiply == "float32"
+    precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
+    for transposed in (False, True):
+        for batch in (16, 32, 64, 128, 512) if EVERY else (512,):
+            sizes = tiles.spmm_options(itemsize, batch, ieee, transposed)
+            expected = _gpu_rule.instructions("tiles", multiply, sizes["BN"]) + ieee * sizes["BN"]
+            places = sizes["BM"] * sizes["BW"] * 32
+            compiled(tiles.tiles_spmm_kernel, dtype, sizes | {"TRANSPOSED": transposed} | precision, expected, places)
+    compiled(tiles.tiles_sddmm_kernel, dtype, tiles.sddmm_options(itemsize, ieee) | precision)
 """
 
-# Registers of a thread and bytes of a program, at most: five programs by rows, one or two by tiles, fit a multiprocessor.
-LIMITS = {"rows": (96, 8 << 10), "bits": (96, 8 << 10), "tiles": (224, 84 << 10)}
+# Registers of a thread and bytes of a program, at most: five programs by rows, four by bits, two of float64, one by tiles
+# fit a multiprocessor.
+LIMITS = {"rows": (96, 8 << 10), "bits": (128, 8 << 10), "tiles": (232, 132 << 10)}
+FLOAT64 = 208
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_for_an_h100_they_spill_nothing(tmp_path: Path, every: bool) -> None:
+def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
     lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
-    assert len(lines) == (17 if every else 9)
+    assert len(lines) == (47 if every else 11)
     for line in lines:
-        name, products, dtype, precision, shared, status, said = json.loads(line)
+        name, products, dtype, precision, shared, status, said, issued, expected = json.loads(line)
         assert status == 0, said
         registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
         assert spilled is not None
         assert spilled.groups() == ("0", "0"), (name, dtype, said)
-        most = LIMITS[name.partition("_")[0]]
-        assert registers <= most[0], (name, dtype, registers)
+        kind = name.partition("_")[0]
+        most = LIMITS[kind]
+        assert registers <= (FLOAT64 if dtype == "fp64" else most[0]), (name, dtype, registers)
         assert shared <= most[1], (name, dtype, shared)
-        by_tensor_cores = "tiles" in name and (dtype == "bf16" or precision == "tf32")
+        by_tensor_cores = kind == "tiles" and (dtype == "bf16" or precision == "tf32")
         assert bool(products) == by_tensor_cores, (name, dtype, precision)
+        assert (issued > 0) == (expected > 0)
+        assert issued <= 1.03 * expected, (name, dtype, precision, issued, expected)

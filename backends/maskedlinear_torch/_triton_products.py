@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["LARGEST_BITS_BATCH", "bits_of", "bits_spmm", "count_ones", "on_device", "rows_sddmm", "rows_spmm"]
+__all__ = ["bits_of", "bits_spmm", "on_device", "places_of", "rows_sddmm", "rows_spmm"]
 
-LARGEST_BITS_BATCH = 16
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
 
@@ -86,35 +85,39 @@ def count_ones(word):
 
 
 @triton.jit
-def bits_spmm_kernel(
-    values, x, starts, bits, product, depth, words, batch,
-    ACC: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
-):  # fmt: skip
-    """One row of the product for a whole batch (batch, depth): BW words of 32 places at a time."""
-    row = tl.program_id(0)
+def places_of(bits, firsts, row, word, rows, words):
+    """Return of a tile of rows and words which places are live, and which value stands there: (BM, BW, 32)."""
     lane = tl.arange(0, 32)
-    below = (1 << lane) - 1
+    there = (row < rows)[:, None] & (word < words)[None, :]
+    place = row[:, None].to(tl.int64) * words + word[None, :]
+    held = tl.load(bits + place, mask=there, other=0)
+    first = tl.load(firsts + place, mask=there, other=0)
+    live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
+    return live, first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+
+
+@triton.jit
+def bits_spmm_kernel(
+    values, x, bits, firsts, product, rows, depth, words, batch,
+    ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """BM rows of the product for a whole batch (batch, depth), BW words at a time, whose x is loaded once for all rows."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
     one = tl.arange(0, BB)
-    inside = one < batch
-    done = tl.load(starts + row)
-    total = tl.zeros((BB, BW, 32), ACC)
-    for first in range(0, words, BW):
-        place = first + tl.arange(0, BW)
-        word = tl.load(bits + row.to(tl.int64) * words + place, mask=place < words, other=0)
-        count = count_ones(word)
-        before = done + tl.cumsum(count, 0) - count
-        done += tl.sum(count, 0)
-        live = ((word[:, None] >> lane[None, :]) & 1) != 0
-        which = before[:, None] + count_ones(word[:, None] & below[None, :])
+    total = tl.zeros((BB, BM, BW, 32), ACC)
+    for begin in range(0, words, BW):
+        word = begin + tl.arange(0, BW)
+        live, which = places_of(bits, firsts, row, word, rows, words)
         value = tl.load(values + which, mask=live, other=0.0).to(ACC)
-        source = place[:, None] * 32 + lane[None, :]
+        source = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         numbers = tl.load(
             x + one[:, None, None].to(tl.int64) * depth + source[None, :, :],
-            mask=live[None, :, :] & inside[:, None, None],
+            mask=(source < depth)[None, :, :] & (one < batch)[:, None, None],
             other=0.0,
         )
-        total += value[None, :, :] * numbers.to(ACC)  # 0 times 0 where nothing is
-    tl.store(product + row.to(tl.int64) * batch + one, tl.sum(tl.sum(total, 2), 1), mask=inside)
+        total += value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+    target = product + row[None, :].to(tl.int64) * batch + one[:, None]
+    tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=(row < rows)[None, :] & (one < batch)[:, None])
 
 
 def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
@@ -127,8 +130,9 @@ def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
 
 def bits_options(batch: int) -> dict[str, int]:
     """Return the sizes of a program of the product by bits."""
-    wide = triton.next_power_of_2(batch)
-    return {"BW": 16 if wide < 16 else 8, "BB": wide, "num_warps": 4}
+    wide = triton.next_power_of_2(batch)  # at most _gpu_rule.LARGEST_BITS_BATCH
+    tall, words = {1: (8, 16), 2: (8, 16), 4: (8, 8), 8: (8, 4), 16: (4, 4)}[wide]
+    return {"BM": tall, "BW": words, "BB": wide, "num_warps": 4}
 
 
 def rows_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
@@ -160,12 +164,13 @@ def rows_sddmm(left: Tensor, right: Tensor, csr: Any) -> Tensor:
 def bits_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     """Return W · right, shape (rows, batch), for right (depth, batch) of at most 16 columns; not transposed."""
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
-    bits, _ = bits_of(csr, depth)
+    bits, firsts = bits_of(csr, depth)
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
+    options = bits_options(batch)
     with on_device(right):
-        bits_spmm_kernel[(rows,)](
-            values, right.mT.contiguous(), csr.starts, bits, product, depth, bits.shape[1], batch,
-            ACC=_type(right.dtype), **bits_options(batch),
+        bits_spmm_kernel[(triton.cdiv(rows, options["BM"]),)](
+            values, right.mT.contiguous(), bits, firsts, product, rows, depth, bits.shape[1], batch,
+            ACC=_type(right.dtype), **options,
         )  # fmt: skip
     return product
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from maskedlinear_torch._triton_products import bits_of, count_ones, on_device
+from maskedlinear_torch._triton_products import bits_of, on_device, places_of
 
 __all__ = ["tiles_sddmm", "tiles_spmm"]
 
@@ -24,13 +24,7 @@ __all__ = ["tiles_sddmm", "tiles_spmm"]
 @triton.jit
 def _places(bits, firsts, row, word, rows, words, BM: tl.constexpr, BW: tl.constexpr):
     """Return of a tile of BM rows and BW words which places are live, and which value stands there: (BM, BW * 32)."""
-    lane = tl.arange(0, 32)
-    there = (row < rows)[:, None] & (word < words)[None, :]
-    place = row[:, None].to(tl.int64) * words + word[None, :]
-    held = tl.load(bits + place, mask=there, other=0)
-    first = tl.load(firsts + place, mask=there, other=0)
-    live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
-    which = first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+    live, which = places_of(bits, firsts, row, word, rows, words)
     return tl.reshape(live, (BM, BW * 32)), tl.reshape(which, (BM, BW * 32))
 
 
@@ -95,12 +89,15 @@ def tiles_sddmm_kernel(
     tl.store(sampled + which, total, mask=live)
 
 
-def spmm_options(itemsize: int, batch: int, ieee: bool) -> dict[str, int]:
-    """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers."""
-    wide = min(64 if ieee else 128, max(16, triton.next_power_of_2(batch)))
-    if ieee:
-        return {"BM": 64, "BN": wide, "BW": 1, "num_warps": 4}
-    return {"BM": 128, "BN": wide, "BW": 4 // itemsize, "num_warps": 8}
+def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dict[str, int]:
+    """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers.
+
+    A tile of the product is 128 high, and as wide as registers allow, so that W is unpacked for few of them.
+    """
+    wide = min(128 if ieee else 256, max(16, triton.next_power_of_2(batch)))
+    deep = 32 if itemsize == 4 else 64
+    tall, words = (deep, 4) if transposed else (128, deep // 32)
+    return {"BM": tall, "BN": wide, "BW": words, "num_warps": 8}
 
 
 def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:
@@ -119,7 +116,7 @@ def tiles_spmm(
     """
     rows, batch = len(csr.starts) - 1, right.shape[1]
     bits, firsts = bits_of(csr, depth)
-    options = spmm_options(right.itemsize, batch, right.dtype is torch.float32 and not tf32)
+    options = spmm_options(right.itemsize, batch, right.dtype is torch.float32 and not tf32, transposed)
     product = right.new_empty((depth if transposed else rows, batch), dtype=torch.float32)
     tall = options["BW"] * 32 if transposed else options["BM"]
     with on_device(right):
