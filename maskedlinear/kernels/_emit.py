@@ -65,6 +65,10 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
         """Return the quotient of whole numbers, rounded down."""
         return self.udiv(self.number(numerator), self.number(denominator))
 
+    def rounded_up(self, numerator: Any, denominator: Any) -> Any:
+        """Return the quotient of whole numbers, rounded up."""
+        return self.over(self.sum(numerator, denominator, -1), denominator)
+
     def least(self, one: Any, other: Any) -> Any:
         """Return the smaller of two whole numbers, which count from 0."""
         one, other = self.number(one), self.number(other)

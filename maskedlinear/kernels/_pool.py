@@ -1,5 +1,7 @@
 """How a task is divided among threads: chunk by chunk, each taken by whoever is free; nobody waits for a thread to begin.
 
+Every other thread begins at the last chunk, so that of two that run a task after another each finds what it has written.
+
 ``parallel(pool, threads, task, told, chunks)`` has one form for each pool. None of them starts threads of its own where
 there is a pool already: PyTorch's is OpenMP's, JAX's is XLA's.
 """
@@ -24,12 +26,13 @@ PARALLEL = ir.FunctionType(
 class Job(IntEnum):
     """The entries of a job, numbers of 64 bits that its threads share; the last two only in XLA's pool."""
 
-    NEXT = 0
+    TAKEN = 0  # chunks, from the first one on, and, 32 bits higher, from the last one on
     CHUNKS = 1
     TASK = 2
     TOLD = 3
-    DONE = 4  # chunks that are finished
-    HOLDERS = 5  # threads that will look at it yet
+    COME = 4  # threads that have begun
+    DONE = 5  # chunks that are finished
+    HOLDERS = 6  # threads that will look at it yet
 
 
 def emit_parallel(module: ir.Module) -> None:
@@ -63,8 +66,10 @@ def emit_serial(module: ir.Module) -> None:
 
 def fill(code: Emitter, job: Any, task: Any, told: Any, chunks: Any) -> None:
     """Emit the beginning of a job."""
-    for place, entry in ((Job.NEXT, I64(0)), (Job.CHUNKS, chunks), (Job.TASK, task), (Job.TOLD, told)):
+    for place, entry in ((Job.CHUNKS, chunks), (Job.TASK, task), (Job.TOLD, told)):
         code.put(entry, job, int(place), I64)
+    for place in (Job.TAKEN, Job.COME):
+        code.put(I64(0), job, int(place), I64)
 
 
 def drive(code: Emitter, job: Any, *, counted: bool = False) -> None:
@@ -72,11 +77,20 @@ def drive(code: Emitter, job: Any, *, counted: bool = False) -> None:
     chunks, task = code.get(job, int(Job.CHUNKS), I64), code.get(job, int(Job.TASK), PTR, I64)
     told = code.get(job, int(Job.TOLD), PTR, I64)
 
-    def take() -> Any:
-        return code.atomic_rmw("add", code.place(job, int(Job.NEXT), I64), I64(1), "monotonic")
+    come = code.atomic_rmw("add", code.place(job, int(Job.COME), I64), I64(1), "monotonic")
+    is_last_first = code.icmp_unsigned("!=", code.and_(come, I64(1)), I64(0))
 
-    with code.while_loop([take()], lambda taken: code.less(taken[0], chunks)) as (taken, following):
-        code.call_pointer(task, TASK, [told, taken[0]])
+    def take() -> Any:
+        one = code.select(is_last_first, I64(1 << 32), I64(1))
+        return code.atomic_rmw("add", code.place(job, int(Job.TAKEN), I64), one, "monotonic")
+
+    def sides(taken: Any) -> tuple[Any, Any]:
+        return code.and_(taken, I64((1 << 32) - 1)), code.lshr(taken, I64(32))
+
+    with code.while_loop([take()], lambda taken: code.less(code.sum(*sides(taken[0])), chunks)) as (taken, following):
+        lower, upper = sides(taken[0])
+        chunk = code.select(is_last_first, code.sub(code.sub(chunks, I64(1)), upper), lower)
+        code.call_pointer(task, TASK, [told, chunk])
         if counted:
             code.atomic_rmw("add", code.place(job, int(Job.DONE), I64), I64(1), "release")
         following.append(take())

@@ -50,12 +50,13 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         code.branch(by_tiles)
         code.position_at_end(by_tiles)
         with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
-            run(PACK_RIGHT, _strips(code, told.number("depth")))
+            tiles = code.rounded_up(batch, told.number("widest"))
+            run(PACK_RIGHT, code.times(tiles, code.rounded_up(told.number("depth"), STRIP)))
             if sampled:
-                run(PACK_LEFT, _strips(code, told.number("rows")))
+                run(PACK_LEFT, code.times(tiles, code.rounded_up(told.number("rows"), STRIP)))
         column: Any = I64(0)
         for place, width in enumerate(sizes):
-            taken = tile_columns(code, told, column, width, sizes)
+            taken = tile_columns(code, told, column, batch, width, sizes)
             with code.if_then(code.icmp_unsigned("!=", taken, I64(0))):
                 tiles = code.over(taken, width)
                 told.put("column", column)
@@ -74,7 +75,7 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     work = code.over(code.times(nnz, code.over(code.sum(batch, 7), 8)), _GRAIN)
     threads = code.least(told.number("threads"), code.sum(work, 1))
     # Some chunks for each thread, of whole cache lines of a product by batch.
-    height = code.times(_up(code, _up(code, rows, code.times(threads, 4)), 16), 16)
+    height = code.times(code.rounded_up(code.rounded_up(rows, code.times(threads, 4)), 16), 16)
     height = code.least(code.most(height, 16), MOST_ROWS)
     width: Any = I64(sizes[-1])
     for size in reversed(sizes):  # that of the first tile
@@ -88,17 +89,9 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
     told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))
     told.put("height", height)
-    told.put("chunks", _up(code, rows, height))
+    told.put("chunks", code.rounded_up(rows, height))
     told.put("block", code.select(is_full, columns, code.most(depth, 1)))
     return threads
-
-
-def _up(code: Emitter, numerator: Any, denominator: Any) -> Any:
-    return code.over(code.sum(numerator, denominator, -1), denominator)
-
-
-def _strips(code: Emitter, features: Any) -> Any:
-    return code.over(code.sum(features, STRIP - 1), STRIP)
 
 
 def _run(code: Emitter, told: Arguments, task: int, chunks: Any, threads: Any) -> None:

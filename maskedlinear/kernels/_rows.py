@@ -129,9 +129,9 @@ def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
 
 
 def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str, read_panel: int) -> None:
-    """Emit the task that packs ``side``, "right" or "left", into panels; chunks are of some features.
+    """Emit the task that packs ``side``, "right" or "left", into panels: chunk = tile · strips + strip of features.
 
-    ``read_panel`` is the address of what packs one.
+    ``read_panel`` is the address of what packs one. In the order of tiles, most of them are read by who packs them.
     """
     kind = float_type(dtype)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
@@ -140,12 +140,14 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
         batch = told.number("batch")
         source, by_batch = told.pointer(side), told.number(f"{side}_by_batch")
         panels = told.pointer("panels" if side == "right" else "left_panels")
-        first = code.times(code.function.args[1], STRIP)
+        strips, chunk = code.rounded_up(features, STRIP), code.function.args[1]
+        first = code.times(code.urem(chunk, strips), STRIP)
         last = code.least(code.sum(first, STRIP), features)
-        column: Any = I64(0)
+        column: Any = code.times(code.udiv(chunk, strips), told.number("widest"))
+        end = code.least(code.sum(column, told.number("widest")), batch)
         sizes = widths(shape, dtype)
         for width in sizes:
-            stop = code.sum(column, tile_columns(code, told, column, width, sizes))
+            stop = code.sum(column, tile_columns(code, told, column, end, width, sizes))
             with code.loop(column, stop, width) as at:
                 panel = code.place(panels, code.sum(code.times(at, features), code.times(first, width)), kind)
                 where = (features, batch, at, I64(width))
@@ -153,10 +155,9 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
             column = stop
 
 
-def tile_columns(code: Emitter, told: Arguments, column: Any, width: int, sizes: list[int]) -> Any:
-    """Return how many of the columns from ``column`` on tiles of ``width`` take: the narrowest are filled up."""
-    batch = told.number("batch")
-    left = code.sub(batch, code.least(column, batch))
+def tile_columns(code: Emitter, told: Arguments, column: Any, end: Any, width: int, sizes: list[int]) -> Any:
+    """Return how many of the columns from ``column`` to ``end`` tiles of ``width`` take: the narrowest are filled up."""
+    left = code.sub(end, code.least(column, end))
     if width == sizes[-1]:
         left = code.sum(left, width - 1)
     is_too_wide = code.less(told.number("widest"), width)
