@@ -47,14 +47,15 @@ refused: dict[str, str] = {}  # why a framework, by name, does not call the kern
 
 
 def __getattr__(name: str) -> Any:
-    """Import what needs LLVM when it is asked for."""
+    """Import what needs LLVM when it is asked for, once."""
     if name not in _CALLS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     try:
         from maskedlinear.kernels import _calls, _packing
     except ImportError as error:
         raise ImportError(f"{name} needs llvmlite; pip install 'maskedlinear[cpu]' brings it") from error
-    return getattr(_packing if name in _packing.__all__ else _calls, name)
+    found = globals()[name] = getattr(_packing if name in _packing.__all__ else _calls, name)
+    return found
 
 
 @cache

@@ -13,6 +13,7 @@ __all__ = ["library", "pool"]
 
 _found: dict[str, tuple[str, int]] = {}
 _forked = False
+_is_torchs = False
 _looked = -1  # how many modules there were when the library was looked for
 
 
@@ -31,9 +32,8 @@ def library() -> tuple[str, int]:
     ("", 0) as long as none is loaded: threads of our own would be a second pool. Another look, which takes longer than a
     small product, is taken only when modules have been imported since, and PyTorch's is not found yet.
     """
-    global _looked
-    is_torchs = "torch" in Path(_found.get("it", ("", 0))[0]).parts
-    if not is_torchs and _looked != len(sys.modules):
+    global _looked, _is_torchs
+    if not _is_torchs and _looked != len(sys.modules):
         _looked = len(sys.modules)
         for path in _loaded():
             try:
@@ -42,6 +42,7 @@ def library() -> tuple[str, int]:
             except (AttributeError, OSError):
                 continue
             _found["it"] = path, ctypes.cast(parallel, ctypes.c_void_p).value or 0
+            _is_torchs = "torch" in Path(path).parts
             break
     return _found.get("it", ("", 0))
 
