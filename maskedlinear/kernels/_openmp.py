@@ -11,9 +11,8 @@ from maskedlinear.kernels import _engine
 
 __all__ = ["library", "pool"]
 
-_found: dict[str, tuple[str, int]] = {}
+_found: dict[str, tuple[str, int]] = {}  # "torch", PyTorch's, or "other"
 _forked = False
-_is_torchs = False
 _looked = -1  # how many modules there were when the library was looked for
 
 
@@ -32,8 +31,8 @@ def library() -> tuple[str, int]:
     ("", 0) as long as none is loaded: threads of our own would be a second pool. Another look, which takes longer than a
     small product, is taken only when modules have been imported since, and PyTorch's is not found yet.
     """
-    global _looked, _is_torchs
-    if not _is_torchs and _looked != len(sys.modules):
+    global _looked
+    if "torch" not in _found and _looked != len(sys.modules):
         _looked = len(sys.modules)
         for path in _loaded():
             try:
@@ -41,10 +40,10 @@ def library() -> tuple[str, int]:
                 parallel = ctypes.CDLL(path, mode=mode).GOMP_parallel
             except (AttributeError, OSError):
                 continue
-            _found["it"] = path, ctypes.cast(parallel, ctypes.c_void_p).value or 0
-            _is_torchs = "torch" in Path(path).parts
+            whose = "torch" if "torch" in Path(path).parts else "other"
+            _found[whose] = path, ctypes.cast(parallel, ctypes.c_void_p).value or 0
             break
-    return _found.get("it", ("", 0))
+    return _found.get("torch") or _found.get("other", ("", 0))
 
 
 def _loaded() -> list[str]:
