@@ -111,7 +111,8 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _permute.emit_program(module, kind)
     else:
         _programs.emit_program(module, kind, dtype, _rows.widths(shape, dtype), sampled=kind == "sddmm_program")
-    engine = machine_code(module, is_hot=kind not in ("serial", "openmp", "dry") and not kind.endswith("_program"))
+    runs_little = kind in ("serial", "openmp", "dry") or kind.startswith("pack_") or kind.endswith("_program")
+    engine = machine_code(module, is_hot=not runs_little)
     for name in names:
         _made[(name, *key)] = engine.get_function_address(name)
 
@@ -119,7 +120,7 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
 def machine_code(module: ir.Module, *, is_hot: bool = True) -> Any:
     """Compile a module as it is: kernels are written as they should run, and passes over them cost more than they win.
 
-    What runs once a product, not ``is_hot``, is compiled in a quarter of the time.
+    What runs a few times a product, not ``is_hot``, is compiled in a quarter of the time.
     """
     parsed = llvm.parse_assembly(str(module))
     target = llvm.Target.from_default_triple()
