@@ -68,7 +68,7 @@ def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) 
     Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most.
     """
     if way == "bits":
-        return 15 + (3 if multiply == "float64" else 2) * batch
+        return 25 + 8 * batch if multiply == "float64" else 19 + 2.5 * batch
     return {"float32": 21 + batch / 13, "tf32": 29, "half": 16}[multiply]
 
 

@@ -66,10 +66,11 @@ for dtype, batch in ((torch.float32, 3), (torch.float64, 1), (torch.bfloat16, 16
 values, left = torch.randn(int(mask.sum())), torch.randn(5, 1)
 matrix = torch.zeros(5, 70).masked_scatter_(live, values)
 torch.testing.assert_close(kernels.rows_spmm(values, left, pattern.csr(True)), matrix.T @ left)
-# By rows, what stands where nothing is connected reaches nothing, and an edit of the indices is seen.
+# What stands where nothing is connected reaches nothing, and an edit of the indices is seen.
 right = torch.full((70, 1), torch.nan)
 right[live[0]] = 1.0
 assert kernels.rows_spmm(values, right, pattern.csr(False))[0].isfinite()
+assert kernels.bits_spmm(values, right, pattern.csr(False))[0].isfinite()
 before = kernels.bits_of(pattern.csr(False), 70)
 assert kernels.bits_of(pattern.csr(False), 70) is before
 pattern.indices.add_(0)
@@ -168,7 +169,7 @@ for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("f
     compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows)
     compiled(kernels.rows_sddmm_kernel, dtype, rows)
     if batch <= _gpu_rule.LARGEST_BITS_BATCH:
-        sizes = kernels.bits_options(batch)
+        sizes = kernels.bits_options(batch, 8 if dtype == "fp64" else 4)
         multiply = "float64" if dtype == "fp64" else "float32"
         expected = _gpu_rule.instructions("bits", multiply, batch)
         compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)

@@ -115,7 +115,8 @@ def bits_spmm_kernel(
             mask=(source < depth)[None, :, :] & (one < batch)[:, None, None],
             other=0.0,
         )
-        total += value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+        added = total + value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+        total = tl.where(live[None, :, :, :], added, total)  # 0 times NaN must not reach it
     target = product + row[None, :].to(tl.int64) * batch + one[:, None]
     tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=(row < rows)[None, :] & (one < batch)[:, None])
 
@@ -128,11 +129,11 @@ def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
     return {"BK": tall, "BB": wide, "num_warps": max(1, min(4, tall * wide // 256))}
 
 
-def bits_options(batch: int) -> dict[str, int]:
+def bits_options(batch: int, itemsize: int) -> dict[str, int]:
     """Return the sizes of a program of the product by bits."""
     wide = triton.next_power_of_2(batch)  # at most _gpu_rule.LARGEST_BITS_BATCH
     tall, words = {1: (8, 16), 2: (8, 16), 4: (8, 8), 8: (8, 4), 16: (4, 4)}[wide]
-    return {"BM": tall, "BW": words, "BB": wide, "num_warps": 4}
+    return {"BM": tall if itemsize < 8 else tall // 2, "BW": words, "BB": wide, "num_warps": 4}
 
 
 def rows_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
@@ -166,7 +167,7 @@ def bits_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
     bits, firsts = bits_of(csr, depth)
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
-    options = bits_options(batch)
+    options = bits_options(batch, right.itemsize)
     with on_device(right):
         bits_spmm_kernel[(triton.cdiv(rows, options["BM"]),)](
             values, right.mT.contiguous(), bits, firsts, product, rows, depth, bits.shape[1], batch,
