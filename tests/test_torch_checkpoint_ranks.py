@@ -88,6 +88,7 @@ def check(model, alone, how, wrong):
     checkpoint.load_into(model, folder / how)
     dist.barrier()
     assert not [path for path in folder.iterdir() if path.name.endswith(".tmp")]
+    dist.barrier()  # the other may write what comes next only once this one has looked
 
 
 def failing(path, tensors, *rest, **more):
