@@ -147,6 +147,25 @@ def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
         np.testing.assert_array_equal(spmm(pattern, values, x, checked=False), one[0])
 
 
+@pytest.mark.parametrize("depth", [40, 64, 200, 768])
+@pytest.mark.parametrize("scattered", [False, True], ids=["even", "in two heaps"])
+def test_one_vector_by_windows_or_number_by_number(depth: int, scattered: bool) -> None:
+    """Rows of all densities, whose next connections lie within a window of x, or now and then far from each other."""
+    rng = np.random.default_rng(8)
+    mask = rng.random((60, depth)) < np.linspace(0, 1, 60)[:, None]
+    mask[:, depth // 8 : -(depth // 8)] &= not scattered
+    pattern = SparsityPattern.from_mask(mask)
+    values = rng.standard_normal(pattern.nnz).astype(np.float32)
+    x, g = (rng.standard_normal((size, 1)).astype(np.float32) for size in (depth, 60))
+    W, live = matrix(pattern, values), rng.integers(depth)
+    y = spmm(pattern, values, x)
+    assert (np.abs(y - W @ x.astype(float)) <= 8 * np.finfo(np.float32).eps * (np.abs(W) @ np.abs(x))).all()
+    np.testing.assert_array_equal(spmm(pattern, values, x, checked=False), y)
+    np.testing.assert_array_equal(sddmm(pattern, g, x), (g * x.T)[mask])
+    x[live] = np.nan  # which reaches the rows that it is connected to, and no other
+    np.testing.assert_array_equal(np.isnan(spmm(pattern, values, x))[:, 0], mask[:, live])
+
+
 def test_what_is_not_a_number_reaches_only_what_it_is_connected_to() -> None:
     pattern = SparsityPattern.from_mask([[1, 0, 1], [0, 1, 0]])
     x = np.array([[1.0], [np.nan], [2.0]], np.float32)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from maskedlinear.kernels import _mask, _panels, _permute, _pool, _programs, _rows
+from maskedlinear.kernels import _mask, _panels, _permute, _pool, _programs, _rows, _vectors
 
 __all__ = ["Host", "address", "compiled", "host", "machine_code"]
 
@@ -31,6 +31,11 @@ class Host(NamedTuple):
     processor: str
     features: str
     register_bytes: int
+
+    @property
+    def picks(self) -> bool:
+        """Whether one instruction picks numbers from two registers, those of AVX-512."""
+        return "+avx512f" in self.features.split(",")
 
     def shape(self, dtype: str) -> _rows.Shape:
         """Return the lanes of a register of ``dtype``, and how many registers a tile has."""
@@ -93,9 +98,10 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
     elif kind in ("pack_right", "pack_left"):
         _rows.pack_task(module, kind, shape, dtype, kind.removeprefix("pack_"), address("read_panel", dtype))
     elif kind in ("spmm_vector", "spmm_ordered_vector"):
-        _rows.vector_task(module, kind, dtype, checked=checked, ordered=kind == "spmm_ordered_vector")
+        ordered = kind == "spmm_ordered_vector"
+        _vectors.vector_task(module, kind, dtype, checked=checked, ordered=ordered, picks=host().picks)
     elif kind == "sddmm_vector":
-        _rows.sampled_vector_task(module, kind, dtype, checked=checked)
+        _vectors.sampled_vector_task(module, kind, dtype, checked=checked, picks=host().picks)
     elif kind in ("count", "list"):
         {"count": _mask.count_task, "list": _mask.list_task}[kind](module, kind)
     elif kind == "place":

@@ -11,7 +11,7 @@ from maskedlinear.kernels._emit import I8, I32, I64, PTR, Emitter, float_type, f
 from maskedlinear.kernels._packed import MOST_STEPS
 from maskedlinear.kernels._pool import PARALLEL
 
-__all__ = ["PROGRAM", "SLOTS", "WAYS", "Way", "emit_program", "permute_task"]
+__all__ = ["PROGRAM", "SLOTS", "WAYS", "Way", "emit_program", "permute_task", "pick"]
 
 # What a packed matrix tells, as numbers of 64 bits.
 SLOTS = (
@@ -105,7 +105,7 @@ def permute_task(module: ir.Module, name: str, way: Way, batch: int = 1, *, chec
                         value = code.get(values, here, vector, kind)
                         for one, numbers in enumerate(blocks):
                             sum_ = 2 * one + k % 2
-                            picked = _pick(code, way, numbers, index, room)
+                            picked = pick(code, way, numbers, index, room)
                             picked = code.select(is_live, picked, zero)  # what fills up meets no NaN and no infinity
                             sums[sum_] = code.multiply_add(value, picked, sums[sum_])
                     following += [code.sum(carried[0], 1), code.sum(carried[1], height), *sums]
@@ -140,8 +140,8 @@ def _put(code: Emitter, total: Any, target: Any, bias: Any, row: Any, rows: Any,
                 code.put(code.fadd(total, code.get(bias, row, total.type, kind)), target, 0, kind)
 
 
-def _pick(code: Emitter, way: Way, numbers: Sequence[Any], index: Any, room: Any) -> Any:
-    """Return for each lane the number of a block that its index says."""
+def pick(code: Emitter, way: Way, numbers: Sequence[Any], index: Any, room: Any = None) -> Any:
+    """Return for each lane the number of a block that its index says; ``room`` for a block if any processor is to do it."""
     vector = numbers[0].type
     if way.instruction == "avx512":
         return code.intrinsic("llvm.x86.avx512.vpermi2var.ps.512", vector, [numbers[0], index, numbers[1]])

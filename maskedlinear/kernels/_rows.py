@@ -21,14 +21,16 @@ __all__ = [
     "MOST_ROWS",
     "SLOTS",
     "Arguments",
+    "PatternOf",
     "Shape",
     "chunk_rows",
     "pack_task",
-    "sampled_vector_task",
     "sddmm_task",
     "spmm_task",
+    "sums_of",
     "tile_columns",
-    "vector_task",
+    "total_of",
+    "until",
     "widths",
 ]
 
@@ -83,7 +85,7 @@ class Arguments:
         return self._code.icmp_unsigned("!=", self.number(name), I64(0))
 
 
-class _Pattern:
+class PatternOf:
     """Starts, indices and values of the rows, read at no place beyond the end.
 
     ``ordered``, the values lie in another order, and each is found by its place in it.
@@ -186,7 +188,7 @@ def spmm_task(
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
         told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked, ordered=ordered)
+        pattern = PatternOf(code, told, checked=checked, ordered=ordered)
         chunks, height = told.number("chunks"), code.function.args[1]
         first, last = chunk_rows(code, told, code.urem(height, chunks))
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
@@ -221,7 +223,7 @@ def spmm_task(
                         part = carried[1 + one * count : 1 + (one + 1) * count]
                         following.extend(add(part, code.sum(carried[0], one), across))
                 place, *parts = carried
-                sums = [_total(code, parts[k::count]) for k in range(count)]
+                sums = [total_of(code, parts[k::count]) for k in range(count)]
             code.put(place, cursors, at)
             for k, total in enumerate(sums):
                 code.put(total, tile, code.sum(mine, k * vector.count), kind)
@@ -251,12 +253,12 @@ def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> It
 class _Connections:
     """A loop over a row's connections in a block, ``together`` at a time; the first value carried says where it is."""
 
-    def __init__(self, code: Emitter, pattern: _Pattern, together: int, end: Any, bound: Any) -> None:
+    def __init__(self, code: Emitter, pattern: PatternOf, together: int, end: Any, bound: Any) -> None:
         self._code, self._pattern, self._together, self._end, self._bound = code, pattern, together, end, bound
         self._last: Any = None
 
     def over(self, starts: list[Any]) -> AbstractContextManager[tuple[list[Any], list[Any]]]:
-        return self._code.while_loop(starts, _until(self._code, self._end, self._together), self._is_in_block)
+        return self._code.while_loop(starts, until(self._code, self._end, self._together), self._is_in_block)
 
     def _is_in_block(self, carried: list[Any]) -> Any:
         self._last = self._pattern.column(self._code.sum(carried[0], self._together - 1))
@@ -267,53 +269,15 @@ class _Connections:
         return [*(self._pattern.column(self._code.sum(place, one)) for one in range(self._together - 1)), self._last]
 
 
-def _until(code: Emitter, end: Any, together: int) -> Callable[[list[Any]], Any]:
+def until(code: Emitter, end: Any, together: int) -> Callable[[list[Any]], Any]:
     """Return the condition that ``together`` of what is counted are left before ``end``."""
     return lambda carried: code.less(code.sum(carried[0], together - 1), end)
 
 
-def _total(code: Emitter, parts: list[Any]) -> Any:
+def total_of(code: Emitter, parts: list[Any]) -> Any:
     while len(parts) > 1:
         parts = [code.fadd(*parts[at : at + 2]) for at in range(0, len(parts), 2)]
     return parts[0]
-
-
-def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool, ordered: bool) -> None:
-    """Emit the task that multiplies some rows of W with one vector; ``ordered`` as in :func:`spmm_task`."""
-    kind = float_type(dtype)
-    together = 8
-    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked, ordered=ordered)
-        first, last = chunk_rows(code, told, code.function.args[1])
-        right, out = told.pointer("right"), told.pointer("out")
-        with code.loop(first, last) as row:
-            place, end = pattern.start(row), pattern.start(code.sum(row, 1))
-            sums = [ir.Constant(kind, 0.0)] * together
-            for number in (together, 1):
-                with code.while_loop([place, *sums[:number]], _until(code, end, number)) as (carried, following):
-                    following.append(code.sum(carried[0], number))
-                    for one, total in enumerate(carried[1:]):
-                        connection = code.sum(carried[0], one)
-                        number_of_x = code.get(right, pattern.column(connection), kind)
-                        value = pattern.value(connection, kind)
-                        following.append(code.multiply_add(value, number_of_x, total))
-                place, sums = carried[0], [_total(code, carried[1:])]
-            code.put(sums[0], out, row)
-
-
-def sampled_vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool) -> None:
-    """Emit the task that multiplies the two numbers at the ends of each connection of some rows, of a batch of one."""
-    kind = float_type(dtype)
-    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked)
-        left, right, out = (told.pointer(name) for name in ("left", "right", "out"))
-        first, last = chunk_rows(code, told, code.function.args[1])
-        with code.loop(first, last) as row:
-            side = code.get(left, row, kind)
-            with code.loop(pattern.start(row), pattern.start(code.sum(row, 1))) as connection:
-                code.put(code.fmul(side, code.get(right, pattern.column(connection), kind)), out, connection)
 
 
 def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: int, *, checked: bool) -> None:
@@ -323,7 +287,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
     count = width // vector.count
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = _Pattern(code, told, checked=checked)
+        pattern = PatternOf(code, told, checked=checked)
         first, last = chunk_rows(code, told, code.function.args[1])
         out, cursors = told.pointer("out"), code.room(I64, MOST_ROWS + _AHEAD)
         for ahead in range(_AHEAD):
@@ -346,7 +310,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                         columns = loop.columns(carried[0])
                         sources = [code.place(right, code.times(across, right_stride), kind) for across in columns]
                         dots = _dots(code, line, sources, vector, count)
-                        found = _sums(code, dots, kind)
+                        found = sums_of(code, dots, kind)
                         before = code.get(out, carried[0], found.type, kind)
                         before = code.select(is_first, ir.Constant(found.type, None), before)
                         code.put(code.fadd(before, found), out, carried[0], kind)
@@ -368,14 +332,14 @@ def _dots(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int)
     return totals
 
 
-def _sums(code: Emitter, vectors: list[Any], kind: Any) -> Any:
+def sums_of(code: Emitter, vectors: list[Any], kind: Any) -> Any:
     """Return the sums of the lanes of some vectors, as one vector; of one vector as a number.
 
     Two vectors are added up to one, which has partial sums of both, until there is one; numbers are of powers of two.
     """
     lanes, many = vectors[0].type.count, len(vectors)
     if many > lanes:  # two halves, side by side
-        halves = [_sums(code, part, kind) for part in (vectors[: many // 2], vectors[many // 2 :])]
+        halves = [sums_of(code, part, kind) for part in (vectors[: many // 2], vectors[many // 2 :])]
         return code.lanes(halves[0], halves[1], range(many)) if many > 2 else _pair(code, halves)
     group = lanes
     while len(vectors) > 1:
