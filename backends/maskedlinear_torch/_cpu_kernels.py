@@ -13,6 +13,7 @@ from torch import Tensor
 
 from maskedlinear import kernels
 from maskedlinear_torch._compat import is_zero_tensor
+from maskedlinear_torch._storage import new_memory
 
 __all__ = ["CSR", "are_for", "lies_well", "masked_gradient", "sddmm", "spmm"]
 
@@ -26,6 +27,9 @@ class CSR(NamedTuple):
     by_rows: Any = None  # of the transposed pattern: the CSR that it is the transpose of
 
 
+# Bytes of panels that are given back to the system: in the heap of glibc such pieces leave holes that no other one fits in,
+# so that a process grew by half a gigabyte in ten steps. Getting smaller ones anew costs more than it saves.
+_GIVEN_BACK = 24 << 20
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 
@@ -130,7 +134,8 @@ def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def _room(matrix: Tensor, dtype: str) -> Tensor:
-    return matrix.new_empty(kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype))
+    numbers = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype)
+    return new_memory((numbers,), matrix.dtype, _GIVEN_BACK)
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -318,18 +318,18 @@ def bits_of(tensor: Tensor) -> Tensor:
     return tensor.view(_BITS[tensor.itemsize])
 
 
-def new_memory(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+def new_memory(shape: Sequence[int], dtype: torch.dtype, large: int = _GIVEN_BACK) -> Tensor:
     """Return a tensor on the CPU whose entries are not set.
 
-    A large one has NumPy's memory, which asks Linux for huge pages, from the start of one on: the allocator gets such
-    memory anew for every gradient, and a page fault for each 4 KiB of it takes longer than the product that is written
-    there.
+    A large one, of more than ``large`` bytes, has NumPy's memory, which asks Linux for huge pages, from the start of one
+    on: the allocator gets such memory anew for every gradient, and a page fault for each 4 KiB of it takes longer than the
+    product that is written there.
     """
     size = math.prod(shape) * dtype.itemsize
     with torch.inference_mode(False), torch.no_grad():  # it may outlive the call
-        if size <= _GIVEN_BACK:
+        if size <= large:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        spare = np.empty(size + _HUGE_PAGE, np.int8)
+        spare = np.empty(max(size, _GIVEN_BACK) + _HUGE_PAGE, np.int8)  # what is not written takes no memory
         start = -spare.ctypes.data % _HUGE_PAGE
         return torch.from_numpy(spare[start : start + size]).view(dtype).view(*shape)
 
