@@ -43,6 +43,15 @@ def emit_panels(module: ir.Module, lanes: int, dtype: str) -> None:
 
     What a batch has not is 0 in a panel, and is not written to a matrix.
     """
+    kind = float_type(dtype)
+    with function(
+        module, "turn", ir.VoidType(), [PTR, I64, PTR, I64]
+    ) as code:  # once for both: it takes long to compile
+        source, source_step, target, target_step = code.function.args
+        vector = ir.VectorType(kind, lanes)
+        rows = [code.get(source, code.times(source_step, one), vector, kind) for one in range(lanes)]
+        for one, row in enumerate(transposed(code, rows)):
+            code.put(row, target, code.times(target_step, one), kind)
     for name in ("read_panel", "write_panel"):
         with function(module, name, ir.VoidType(), COPY.args) as code:
             _emit_copy(code, lanes, dtype, to_panel=name == "read_panel")
@@ -78,12 +87,10 @@ def _emit_copy(code: Emitter, lanes: int, dtype: str, *, to_panel: bool) -> None
             squares = code.times(code.over(live, lanes), lanes)
             whole = code.sub(last, code.urem(code.sub(last, first), I64(lanes)))
             with code.loop(first, whole, lanes) as feature, code.loop(0, squares, lanes) as lane:
-                here = [in_panel(code.sum(feature, one), lane) for one in range(lanes)]
-                there = [code.sum(code.times(code.sum(column, lane, one), features), feature) for one in range(lanes)]
-                source, target, places = (matrix, panel, here) if to_panel else (panel, matrix, there)
-                rows = [code.get(source, place, vector, kind) for place in (there if to_panel else here)]
-                for place, row in zip(places, transposed(code, rows), strict=True):
-                    code.put(row, target, place, kind)
+                of_batch = code.sum(code.times(code.sum(column, lane), features), feature)
+                sides = [(code.place(matrix, of_batch, kind), features)]
+                sides.insert(1 if to_panel else 0, (code.place(panel, in_panel(feature, lane), kind), width))
+                code.call(code.module.globals["turn"], [part for side in sides for part in side])
             with code.loop(first, last) as feature:
                 start = code.select(code.less(feature, whole), squares, I64(0))
                 with code.loop(start, width) as lane:
