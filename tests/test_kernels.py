@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from maskedlinear.pattern import SparsityPattern
 pytest.importorskip("llvmlite")
 
 from maskedlinear.kernels import _engine, _openmp, _rows
+from maskedlinear.kernels._emit import wide
 
 Array = NDArray[Any]
 SHAPES = [(33, 17, 0.3), (70, 300, 0.1), (300, 257, 0.6), (1, 1, 1.0), (5, 900, 0.9), (260, 130, 0.01)]
@@ -50,7 +52,7 @@ def address(array: Array | None) -> int:
 def room(features: int, batch: int, by_batch: bool, dtype: str) -> Array | None:
     if kernels.is_direct(batch, by_batch, dtype):
         return None
-    return np.full(kernels.panel_numbers(features, batch, dtype), np.nan, dtype)
+    return np.full(kernels.panel_numbers(features, batch, dtype), np.nan, wide(dtype))
 
 
 def spmm(
@@ -67,7 +69,7 @@ def spmm(
     shape, dtype, batch = pattern.shape[:: -1 if transposed else 1], str(right.dtype), right.shape[1]
     starts, across, order = pattern.csc if transposed else (pattern.indptr, pattern.indices, None)
     given, panels = lay(right, by_batch), room(len(right), batch, by_batch, dtype)
-    out = np.full((batch, shape[0]) if by_batch else (shape[0], batch), np.nan, dtype)
+    out = np.full((batch, shape[0]) if by_batch else (shape[0], batch), np.nan, wide(dtype))
     kernels.spmm(
         dtype,
         shape,
@@ -93,7 +95,7 @@ def sddmm(pattern: SparsityPattern, left: Array, right: Array, *, by_batch: bool
     is_any = by_batch
     sides = [lay(side, by_batch) for side in (left, right)]
     panels = [room(len(side), batch, is_any, dtype) for side in (left, right)]
-    out = np.full(pattern.nnz, np.nan, dtype)
+    out = np.full(pattern.nnz, np.nan, wide(dtype))
     kernels.sddmm(
         dtype,
         pattern.shape,
@@ -131,6 +133,28 @@ def test_products_are_those_in_float64(shape: tuple[int, int, float], dtype: str
             exact = (g.astype(float) @ x.astype(float).T)[pattern.rows, pattern.indices]
             bound = unit * (np.abs(g) @ np.abs(x).T)[pattern.rows, pattern.indices]
             assert (np.abs(sddmm(pattern, g, x, by_batch=by_batch) - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_half_types_are_read_as_float32(shape: tuple[int, int, float], dtype: str) -> None:
+    """To the last bit what is computed of the same numbers in float32, and of infinities, NaN and the smallest ones too."""
+    rng, pattern = np.random.default_rng(9), pattern_of(*shape)
+    half = np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = rng.standard_normal(pattern.nnz).astype(half)
+    values[:4] = [np.inf, -np.inf, np.nan, np.finfo(np.float16).smallest_subnormal][: len(values)]
+    for batch in (1, 2, 3, 7, 16, 33, 130):
+        x, g = (rng.standard_normal((size, batch)).astype(half) for size in reversed(pattern.shape))
+        for by_batch in (False, True):
+            for transposed, side in ((False, x), (True, g)):
+                found, same = (
+                    spmm(pattern, *both, transposed=transposed, by_batch=by_batch)
+                    for both in ((values, side), (values.astype(np.float32), side.astype(np.float32)))
+                )
+                assert found.dtype == np.float32
+                np.testing.assert_array_equal(found, same)
+            same = sddmm(pattern, g.astype(np.float32), x.astype(np.float32), by_batch=by_batch)
+            np.testing.assert_array_equal(sddmm(pattern, g, x, by_batch=by_batch), same)
 
 
 def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
@@ -182,12 +206,15 @@ def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
     values = rng.standard_normal(pattern.nnz).astype(np.float32)
     x = rng.standard_normal((30, batch)).astype(np.float32)
     before = spmm(pattern, values, x)
+    halves, half_x = values.astype(np.float16), x.astype(np.float16)
     for name, wrong in itertools.product(("indices", "indptr"), (-1, 2**31 - 1)):
         bad: Any = object.__new__(SparsityPattern)
         bad.indptr, bad.indices, bad.shape = pattern.indptr.copy(), pattern.indices.copy(), pattern.shape
         getattr(bad, name)[1::3] = wrong
         assert spmm(bad, values, x, by_batch=True).shape == (40, batch)
         assert sddmm(bad, np.ones((40, batch), np.float32), x).shape == values.shape
+        assert spmm(bad, halves, half_x).shape == (40, batch)
+        assert sddmm(bad, np.ones((40, batch), np.float16), half_x).shape == values.shape
     np.testing.assert_array_equal(spmm(pattern, values, x), before)
 
 

@@ -30,11 +30,16 @@ class CSR(NamedTuple):
 # Bytes of panels that are given back to the system: in the heap of glibc such pieces leave holes that no other one fits in,
 # so that a process grew by half a gigabyte in ten steps. Getting smaller ones anew costs more than it saves.
 _GIVEN_BACK = 24 << 20
-_DTYPES = {torch.float32: "float32", torch.float64: "float64"}
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+    torch.float16: "float16",
+}
 
 
 def are_for(*operands: Tensor) -> bool:
-    """Whether the kernels take these: numbers of one wide dtype on the CPU, on a machine for which there are kernels."""
+    """Whether the kernels take these: numbers of one dtype on the CPU, on a machine for which there are kernels."""
     dtype = operands[0].dtype
     return (
         dtype in _DTYPES
@@ -59,13 +64,14 @@ def _lies_by_batch(matrix: Tensor) -> bool:
 
 
 def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor:
-    """Return the product, which lies as ``right`` does, or by features."""
+    """Return the product, which lies as ``right`` does, or by features; of half types as float32."""
     right, values = lies_well(right), _settled(values).contiguous()
     (depth, batch), rows = right.shape, len(csr.starts) - 1
     dtype, by_batch = _DTYPES[right.dtype], _lies_by_batch(right)
     out_by_batch = by_batch and as_it_lies
     # Not a view of another tensor: forward mode wants a view's tangent to lie as the view does.
-    out = right.new_empty_strided((rows, batch), (1, rows) if out_by_batch else (batch, 1))
+    strides = (1, rows) if out_by_batch else (batch, 1)
+    out = right.new_empty_strided((rows, batch), strides, dtype=_wide(right.dtype))
     starts, across, order = _indices(csr, values.numel())
     panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
     kernels.spmm(
@@ -88,7 +94,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
 
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    """Return the sampled product."""
+    """Return the sampled product; of half types as float32."""
     left, right = lies_well(left), lies_well(right)
     batch, dtype = right.shape[1], _DTYPES[right.dtype]
     starts, across, _ = _indices(csr, csr.across.numel())
@@ -96,7 +102,7 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         raise ValueError(
             f"left must have shape {(len(starts) - 1, batch)}, as the pattern and right have; got {tuple(left.shape)}"
         )
-    out = right.new_empty(across.shape)
+    out = right.new_empty(across.shape, dtype=_wide(right.dtype))
     sides = (left, right)
     ways = [_lies_by_batch(side) for side in sides]
     direct = kernels.is_direct(batch, any(ways), dtype)
@@ -134,8 +140,14 @@ def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def _room(matrix: Tensor, dtype: str) -> Tensor:
-    numbers = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype)
-    return new_memory((numbers,), matrix.dtype, _GIVEN_BACK)
+    numbers, wide = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), _wide(matrix.dtype)
+    if numbers * wide.itemsize <= _GIVEN_BACK:
+        return matrix.new_empty(numbers, dtype=wide)
+    return new_memory((numbers,), wide, _GIVEN_BACK)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _address(tensor: Tensor | None) -> int:
@@ -162,6 +174,8 @@ def masked_gradient(g: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> bool:
     The mask is read at each call, eight entries at a time, so that nothing has to be kept, and nothing can be out of date.
     """
     if not (are_for(g, x, out) and mask.is_contiguous() and mask.dtype is torch.bool and len(g) >= _FEWEST_ROWS):
+        return False
+    if _wide(out.dtype) is not out.dtype:
         return False
     shape, threads = (out.shape[0], out.shape[1]), torch.get_num_threads()
     starts = torch.zeros(shape[0] + 1, dtype=torch.int32)

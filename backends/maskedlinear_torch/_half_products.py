@@ -1,7 +1,7 @@
-"""W · x of half types off the CPU, without a copy of x in float32: cuBLAS and Triton read halves, and add up in float32.
+"""W · x of half types without copies in float32: the kernels on CPUs, cuBLAS and Triton read halves, and add up in float32.
 
-On the CPU there are no narrow kernels, and under transforms, forward mode and the compiler operands are widened first, which
-gives the same: products of halves are exact in float32.
+Without kernels on the CPU, and under transforms, forward mode and the compiler, operands are widened first, which gives the
+same: products of halves are exact in float32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskedlinear_torch import _gpu_products, _products
+from maskedlinear_torch import _cpu_kernels, _gpu_products, _products
 from maskedlinear_torch._compat import is_grads_batched, nothing_looks_on
 from maskedlinear_torch._products import CSR, DevicePattern
 
@@ -19,10 +19,10 @@ __all__ = ["half_spmm", "is_half_product"]
 
 
 def is_half_product(x: Tensor, values: Tensor) -> bool:
-    """Whether :func:`half_spmm` takes these: ordinary tensors of a half type, off the CPU, that nothing looks on at."""
+    """Whether :func:`half_spmm` takes these: tensors of a half type that something reads, and nothing looks on at."""
     return (
         x.dtype in (torch.bfloat16, torch.float16)
-        and x.device.type not in ("cpu", "meta")
+        and (_cpu_kernels.are_for(x, values) if x.device.type == "cpu" else x.device.type != "meta")
         and not torch.compiler.is_compiling()
         and type(x) in (Tensor, torch.nn.Parameter)
         and type(values) in (Tensor, torch.nn.Parameter)
@@ -36,12 +36,22 @@ def half_spmm(values: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
 
 
 def _spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    product = _gpu_products.spmm(values, right, csr) if values.numel() and right.numel() else None
+    if not values.numel() or not right.numel():
+        product = None
+    elif right.device.type == "cpu":
+        product = _cpu_kernels.spmm(values, right, csr, as_it_lies=True)
+    else:
+        product = _gpu_products.spmm(values, right, csr)
     return _products._spmm(values.float(), right.float(), csr) if product is None else product
 
 
 def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    product = _gpu_products.sddmm(left, right, csr) if csr.across.numel() and right.numel() else None
+    if not csr.across.numel() or not right.numel():
+        product = None
+    elif right.device.type == "cpu":
+        product = _cpu_kernels.sddmm(left, right, csr)
+    else:
+        product = _gpu_products.sddmm(left, right, csr)
     return _products._sddmm(left.float(), right.float(), csr) if product is None else product
 
 
@@ -63,7 +73,7 @@ class _HalfSpmm(torch.autograd.Function):
             dvalues = _products.sddmm(g, right.float(), pattern).to(values.dtype) if needs_values else None
             dright = _products.spmm(values.float(), g, pattern, True).to(right.dtype) if needs_right else None
             return dvalues, dright, *(None,) * 5
-        g = g.to(right.dtype).contiguous()
+        g = _products.laid_out(g.to(right.dtype))
         if needs_values:
             dvalues = _sddmm(g, right, pattern.csr(False)).to(values.dtype)
         if needs_right:

@@ -70,7 +70,7 @@ def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int,
     x, values, bias = autocast_arguments(x, values, bias, "values")
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_half_product(x, values):
-        columns = half_spmm(values, flatten_batch(x).mT.contiguous(), pattern)
+        columns = half_spmm(values, laid_out(flatten_batch(x).mT), pattern)
     else:
         columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide)), pattern)
     y = columns.mT.contiguous().reshape(*x.shape[:-1], out)

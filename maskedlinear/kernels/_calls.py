@@ -8,6 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from maskedlinear.kernels import _engine, _openmp, _programs
+from maskedlinear.kernels._emit import HALF_TYPES
 from maskedlinear.kernels._rows import SLOTS, widths
 
 __all__ = [
@@ -34,8 +35,8 @@ def _sizes(dtype: str) -> tuple[int, ...]:
 
 
 def is_direct(batch: int, by_batch: bool, dtype: str) -> bool:
-    """Whether a product reads a matrix as it is, because it is one panel already, or a vector."""
-    return batch == 1 or (not by_batch and batch in _sizes(dtype))
+    """Whether a product reads a matrix as it is, because it is one panel already, or a vector, and not of a half type."""
+    return dtype not in HALF_TYPES and (batch == 1 or (not by_batch and batch in _sizes(dtype)))
 
 
 def panel_numbers(features: int, batch: int, dtype: str) -> int:
@@ -123,7 +124,8 @@ def spmm(
     The bits of the result depend on nothing but the arguments' values and the machine: not on ``threads``.
 
     Args:
-        dtype: ``"float32"`` or ``"float64"``, of values, right, out and panels.
+        dtype: ``"float32"`` or ``"float64"``, of values, right, out and panels; or ``"bfloat16"`` or ``"float16"``, of
+            values and right, which are widened as they are read: out and panels are float32.
         shape: the rows and the columns of W.
         batch: the columns of right; from 1 on.
         nnz: the number of connections; from 1 on.
@@ -169,7 +171,7 @@ def sddmm(
     """Write left · rightᵀ at the connections to ``out``, shape ``(nnz,)``; for the rest see :func:`spmm`.
 
     Args:
-        dtype: of left, right, out and panels.
+        dtype: of left, right, out and panels; of half types as in :func:`spmm`.
         shape: the rows and the columns of W.
         batch: the columns of left and right.
         nnz: the number of connections.

@@ -8,15 +8,29 @@ from typing import Any
 
 from llvmlite import ir
 
-__all__ = ["I8", "I32", "I64", "PTR", "Emitter", "float_type", "function"]
+__all__ = ["HALF_TYPES", "I8", "I32", "I64", "PTR", "Emitter", "float_type", "function", "wide"]
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 PTR = ir.PointerType()
 
 
+HALF_TYPES = ("bfloat16", "float16")  # which are read as float32
+
+
+def wide(dtype: str) -> str:
+    """Return the dtype in which numbers of ``dtype`` are multiplied and added up, and products are written."""
+    return "float32" if dtype in HALF_TYPES else dtype
+
+
 def float_type(dtype: str) -> Any:
-    """Return the type of ``"float32"`` or ``"float64"``."""
-    return {"float32": ir.FloatType(), "float64": ir.DoubleType()}[dtype]
+    """Return the type in which numbers of ``dtype`` are multiplied and added up."""
+    return {"float32": ir.FloatType(), "float64": ir.DoubleType()}[wide(dtype)]
+
+
+def _stored(dtype: str, lanes: int) -> tuple[Any, Any]:
+    """Return the type of one number, and of ``lanes``, as they lie in memory."""
+    one = {"bfloat16": ir.IntType(16), "float16": ir.HalfType()}.get(dtype) or float_type(dtype)
+    return one, ir.VectorType(one, lanes) if lanes else one
 
 
 @contextmanager
@@ -91,6 +105,21 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
         """Return what lies at entry ``index`` of an array of ``of``, taken for a ``kind``, aligned as an entry is."""
         of = of or kind
         return self.load(self.place(pointer, index, of), align=_size(of), typ=kind)
+
+    def read(self, pointer: Any, index: Any, dtype: str, lanes: int = 0) -> Any:
+        """Return the number at entry ``index`` of an array of a dtype, or a vector of ``lanes`` from there on, widened."""
+        one, many = _stored(dtype, lanes)
+        found, kind = self.get(pointer, index, many, one), float_type(dtype)
+        kind = ir.VectorType(kind, lanes) if lanes else kind
+        if dtype == "bfloat16":  # the upper half of a float32
+            bits = ir.VectorType(I32, lanes) if lanes else I32
+            sixteen = ir.Constant(bits, [16] * lanes if lanes else 16)
+            return self.bitcast(self.shl(self.zext(found, bits), sixteen), kind)
+        return self.fpext(found, kind) if dtype == "float16" else found
+
+    def at(self, pointer: Any, index: Any, dtype: str) -> Any:
+        """Return where entry ``index`` of an array of a dtype lies."""
+        return self.place(pointer, index, _stored(dtype, 0)[0])
 
     def put(self, value: Any, pointer: Any, index: Any, of: Any = None) -> None:
         """Write ``value`` from entry ``index`` of an array of ``of`` on."""
@@ -192,4 +221,4 @@ class _AtPointer:
 def _size(kind: Any) -> int:
     if isinstance(kind, ir.IntType):
         return int(kind.width) // 8
-    return {ir.FloatType: 4, ir.DoubleType: 8, ir.PointerType: 8}[type(kind)]
+    return {ir.HalfType: 2, ir.FloatType: 4, ir.DoubleType: 8, ir.PointerType: 8}[type(kind)]

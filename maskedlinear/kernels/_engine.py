@@ -16,6 +16,7 @@ import llvmlite.binding as llvm
 from llvmlite import ir
 
 from maskedlinear.kernels import _mask, _panels, _permute, _pool, _programs, _rows, _vectors
+from maskedlinear.kernels._emit import HALF_TYPES, wide
 
 __all__ = ["Host", "address", "compiled", "host", "machine_code"]
 
@@ -39,7 +40,7 @@ class Host(NamedTuple):
 
     def shape(self, dtype: str) -> _rows.Shape:
         """Return the lanes of a register of ``dtype``, and how many registers a tile has."""
-        return _rows.Shape(self.register_bytes // (4 if dtype == "float32" else 8))
+        return _rows.Shape(self.register_bytes // (8 if dtype == "float64" else 4))
 
 
 @cache
@@ -93,7 +94,7 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         names = ["serial", "openmp", "dry"]
         _pool.emit_parallel(module)
     elif kind in ("read_panel", "write_panel"):
-        names = ["read_panel", "write_panel"]
+        names = ["read_panel"] if dtype in HALF_TYPES else ["read_panel", "write_panel"]
         _panels.emit_panels(module, shape.lanes, dtype)
     elif kind in ("pack_right", "pack_left"):
         _rows.pack_task(module, kind, shape, dtype, kind.removeprefix("pack_"), address("read_panel", dtype))
@@ -107,7 +108,7 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
     elif kind == "place":
         _mask.place_task(module, kind, dtype)
     elif kind in ("spmm", "spmm_ordered"):
-        write = address("write_panel", dtype)
+        write = address("write_panel", wide(dtype))
         _rows.spmm_task(module, kind, shape, dtype, width, write, checked=checked, ordered=kind == "spmm_ordered")
     elif kind == "sddmm":
         _rows.sddmm_task(module, kind, shape, dtype, width, checked=checked)

@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from maskedlinear.kernels._emit import I64, PTR, Emitter, float_type, function
+from maskedlinear.kernels._emit import HALF_TYPES, I64, PTR, Emitter, float_type, function
 
 __all__ = ["COPY", "STRIP", "emit_panels", "transposed"]
 
@@ -41,18 +41,16 @@ def transposed(code: Emitter, rows: list[Any]) -> list[Any]:
 def emit_panels(module: ir.Module, lanes: int, dtype: str) -> None:
     """Emit ``read_panel`` and ``write_panel``: some features of a matrix from and to a panel, which starts with the first.
 
-    What a batch has not is 0 in a panel, and is not written to a matrix.
+    What a batch has not is 0 in a panel, and is not written to a matrix. Panels are of :func:`wide` numbers; of half types
+    nothing is written.
     """
-    kind = float_type(dtype)
-    with function(
-        module, "turn", ir.VoidType(), [PTR, I64, PTR, I64]
-    ) as code:  # once for both: it takes long to compile
+    arguments = [PTR, I64, PTR, I64]
+    with function(module, "turn", ir.VoidType(), arguments) as code:  # once for both: it takes long to compile
         source, source_step, target, target_step = code.function.args
-        vector = ir.VectorType(kind, lanes)
-        rows = [code.get(source, code.times(source_step, one), vector, kind) for one in range(lanes)]
+        rows = [code.read(source, code.times(source_step, one), dtype, lanes) for one in range(lanes)]
         for one, row in enumerate(transposed(code, rows)):
-            code.put(row, target, code.times(target_step, one), kind)
-    for name in ("read_panel", "write_panel"):
+            code.put(row, target, code.times(target_step, one), float_type(dtype))
+    for name in ("read_panel",) if dtype in HALF_TYPES else ("read_panel", "write_panel"):
         with function(module, name, ir.VoidType(), COPY.args) as code:
             _emit_copy(code, lanes, dtype, to_panel=name == "read_panel")
 
@@ -75,7 +73,7 @@ def _emit_copy(code: Emitter, lanes: int, dtype: str, *, to_panel: bool) -> None
         with code.if_else(is_there) as (there, missing):
             with there:
                 if to_panel:
-                    code.put(code.get(matrix, place, kind), panel, in_panel(feature, lane))
+                    code.put(code.read(matrix, place, dtype), panel, in_panel(feature, lane))
                 else:
                     code.put(code.get(panel, in_panel(feature, lane), kind), matrix, place)
             with missing:
@@ -88,7 +86,7 @@ def _emit_copy(code: Emitter, lanes: int, dtype: str, *, to_panel: bool) -> None
             whole = code.sub(last, code.urem(code.sub(last, first), I64(lanes)))
             with code.loop(first, whole, lanes) as feature, code.loop(0, squares, lanes) as lane:
                 of_batch = code.sum(code.times(code.sum(column, lane), features), feature)
-                sides = [(code.place(matrix, of_batch, kind), features)]
+                sides = [(code.at(matrix, of_batch, dtype), features)]
                 sides.insert(1 if to_panel else 0, (code.place(panel, in_panel(feature, lane), kind), width))
                 code.call(code.module.globals["turn"], [part for side in sides for part in side])
             with code.loop(first, last) as feature:
@@ -100,7 +98,7 @@ def _emit_copy(code: Emitter, lanes: int, dtype: str, *, to_panel: bool) -> None
             with code.loop(0, whole, lanes) as lane:
                 place, here = code.sum(code.times(feature, batch), column, lane), in_panel(feature, lane)
                 if to_panel:
-                    code.put(code.get(matrix, place, vector, kind), panel, here, kind)
+                    code.put(code.read(matrix, place, dtype, lanes), panel, here, kind)
                 else:
                     code.put(code.get(panel, here, vector, kind), matrix, place, kind)
             with code.loop(whole, width) as lane:

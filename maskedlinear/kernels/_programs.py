@@ -37,23 +37,23 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
     """
     with function(module, name, I64, PROGRAM.args) as code:
         told = Arguments(code, code.function.args[0])
-        batch, threads = told.number("batch"), _plan(code, told, sizes, 4 if dtype == "float32" else 8)
+        batch, threads = told.number("batch"), _plan(code, told, sizes, 8 if dtype == "float64" else 4)
         chunks = told.number("chunks")
 
         def run(task: int, parts: Any) -> None:
             _run(code, told, task, parts, threads)
 
+        with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
+            tiles = code.rounded_up(batch, told.number("widest"))
+            run(PACK_RIGHT, code.times(tiles, code.rounded_up(told.number("depth"), STRIP)))
+            if sampled:
+                run(PACK_LEFT, code.times(tiles, code.rounded_up(told.number("rows"), STRIP)))
         by_tiles = code.append_basic_block()
         with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
             run(VECTOR, chunks)
             code.ret(I64(0))
         code.branch(by_tiles)
         code.position_at_end(by_tiles)
-        with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
-            tiles = code.rounded_up(batch, told.number("widest"))
-            run(PACK_RIGHT, code.times(tiles, code.rounded_up(told.number("depth"), STRIP)))
-            if sampled:
-                run(PACK_LEFT, code.times(tiles, code.rounded_up(told.number("rows"), STRIP)))
         column: Any = I64(0)
         for place, width in enumerate(sizes):
             taken = tile_columns(code, told, column, batch, width, sizes)

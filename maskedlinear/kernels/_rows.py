@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from maskedlinear.kernels._emit import I32, I64, PTR, Emitter, float_type, function
+from maskedlinear.kernels._emit import HALF_TYPES, I32, I64, PTR, Emitter, float_type, function, wide
 from maskedlinear.kernels._panels import COPY, STRIP
 
 __all__ = [
@@ -57,7 +57,7 @@ class Shape(NamedTuple):
 
 def widths(shape: Shape, dtype: str) -> list[int]:
     """Return the widths of the tiles, from the widest on."""
-    smallest = 4 if dtype == "float32" else 2
+    smallest = 2 if dtype == "float64" else 4
     width = shape.lanes * shape.registers
     found = [width]
     while width > smallest:
@@ -91,8 +91,8 @@ class PatternOf:
     ``ordered``, the values lie in another order, and each is found by its place in it.
     """
 
-    def __init__(self, code: Emitter, told: Arguments, *, checked: bool, ordered: bool = False) -> None:
-        self._code, self._checked = code, checked
+    def __init__(self, code: Emitter, told: Arguments, dtype: str, *, checked: bool, ordered: bool = False) -> None:
+        self._code, self._dtype, self._checked = code, dtype, checked
         self._starts, self._across = told.pointer("starts"), told.pointer("across")
         self._nnz, self._last = told.number("nnz"), code.sub(told.number("depth"), I64(1))
         self._last_value = code.sub(self._nnz, I64(1))
@@ -106,22 +106,31 @@ class PatternOf:
         column = self._code.whole(self._code.get(self._across, connection, I32))
         return self._code.least(column, self._last) if self._checked else column
 
-    def fetch(self, connection: Any, kind: Any, numbers: Any = None) -> None:
-        """Have what belongs to some connections brought into the first cache: their columns, and ``numbers`` of a kind.
+    def fetch(self, connection: Any, numbers: Any = None) -> None:
+        """Have what belongs to some connections brought into the first cache: their columns, and ``numbers``, of results.
 
         Without numbers, their values, or where these are.
         """
-        if numbers is None:
-            numbers, kind = (self._values, kind) if self._order is None else (self._order, I32)
+        code = self._code
+        if numbers is not None:
+            there = code.at(numbers, connection, wide(self._dtype))
+        elif self._order is not None:
+            there = code.place(self._order, connection, I32)
+        else:
+            there = code.at(self._values, connection, self._dtype)
         for line in range(_LINES):
-            self._code.fetch(self._code.place(self._across, connection, I32), 64 * line)
-            self._code.fetch(self._code.place(numbers, connection, kind), 64 * line)
+            code.fetch(code.place(self._across, connection, I32), 64 * line)
+            code.fetch(there, 64 * line)
 
-    def value(self, connection: Any, kind: Any) -> Any:
+    def value(self, connection: Any) -> Any:
         if self._order is not None:
             connection = self._code.whole(self._code.get(self._order, connection, I32))
             connection = self._code.least(connection, self._last_value) if self._checked else connection
-        return self._code.get(self._values, connection, kind)
+        return self._code.read(self._values, connection, self._dtype)
+
+    def values(self, connection: Any, lanes: int) -> Any:
+        """Return the values of as many connections from one on; not of an order."""
+        return self._code.read(self._values, connection, self._dtype, lanes)
 
 
 def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
@@ -143,6 +152,16 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
         source, by_batch = told.pointer(side), told.number(f"{side}_by_batch")
         panels = told.pointer("panels" if side == "right" else "left_panels")
         strips, chunk = code.rounded_up(features, STRIP), code.function.args[1]
+        if dtype in HALF_TYPES:  # a vector is widened
+            one_by_one = code.append_basic_block()
+            with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
+                begin = code.times(chunk, STRIP)
+                end = code.least(code.sum(begin, STRIP), features)
+                told_of = (features, batch, I64(0), I64(1), code.place(panels, begin, kind), begin, end)
+                code.call_address(read_panel, COPY, [source, by_batch, *told_of])
+                code.ret_void()
+            code.branch(one_by_one)
+            code.position_at_end(one_by_one)
         first = code.times(code.urem(chunk, strips), STRIP)
         last = code.least(code.sum(first, STRIP), features)
         column: Any = code.times(code.udiv(chunk, strips), told.number("widest"))
@@ -188,7 +207,7 @@ def spmm_task(
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, checked=checked, ordered=ordered)
+        pattern = PatternOf(code, told, dtype, checked=checked, ordered=ordered)
         chunks, height = told.number("chunks"), code.function.args[1]
         first, last = chunk_rows(code, told, code.urem(height, chunks))
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
@@ -204,7 +223,7 @@ def spmm_task(
 
         def add(sums: list[Any], connection: Any, across: Any) -> list[Any]:
             source = code.place(panel, code.times(across, stride), kind)
-            value = code.spread(pattern.value(connection, kind), vector)
+            value = code.spread(pattern.value(connection), vector)
             numbers = [code.get(source, k * vector.count, vector, kind) for k in range(count)]
             return [code.multiply_add(value, *pair) for pair in zip(numbers, sums, strict=True)]
 
@@ -213,7 +232,7 @@ def spmm_task(
             mine = code.times(at, width)
             sums = [code.get(tile, code.sum(mine, k * vector.count), vector, kind) for k in range(count)]
             place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), kind)
+            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64))
             for together in sorted({max(1, _CHAINS // count), 1}, reverse=True):
                 others = [zero] * (count * (together - 1))
                 loop = _Connections(code, pattern, together, end, bound)
@@ -287,7 +306,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
     count = width // vector.count
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, checked=checked)
+        pattern = PatternOf(code, told, dtype, checked=checked)
         first, last = chunk_rows(code, told, code.function.args[1])
         out, cursors = told.pointer("out"), code.room(I64, MOST_ROWS + _AHEAD)
         for ahead in range(_AHEAD):
@@ -302,7 +321,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
             for row, bound in _rows_by_blocks(code, told, first, last):
                 at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
                 place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), kind, out)
+                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out)
                 for together in (_CHAINS, 1):
                     loop = _Connections(code, pattern, together, end, bound)
                     with loop.over([place]) as (carried, following):

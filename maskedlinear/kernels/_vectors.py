@@ -21,7 +21,7 @@ _CHAINS = 8  # sums that are added to at once, so that none waits for its last a
 _PAIRS = (2, 4)  # of registers that a window has
 _FILLED = 10, 16  # of a window, so much should the next connections take on average: most then do lie in it
 
-_WAY = WAYS["permute_avx512"]
+_WAY, _WAY_KIND = WAYS["permute_avx512"], float_type("float32")
 
 Use = Callable[[Any, Any, list[Any]], list[Any]]
 
@@ -34,13 +34,13 @@ def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool, orde
     kind = float_type(dtype)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, checked=checked, ordered=ordered)
+        pattern = PatternOf(code, told, dtype, checked=checked, ordered=ordered)
         first, last = chunk_rows(code, told, code.function.args[1])
-        right, out, values = told.pointer("right"), told.pointer("out"), told.pointer("values")
-        windows = _Windows(code, told, checked=checked) if picks and dtype == "float32" and not ordered else None
+        right, out = told.pointer("panels"), told.pointer("out")
+        windows = _Windows(code, told, checked=checked) if picks and kind == _WAY_KIND and not ordered else None
 
         def add(place: Any, numbers: Any, totals: list[Any]) -> list[Any]:
-            return [code.multiply_add(code.get(values, place, numbers.type, kind), numbers, totals[0])]
+            return [code.multiply_add(pattern.values(place, numbers.type.count), numbers, totals[0])]
 
         zero = ir.Constant(kind, 0.0)
         with code.loop(first, last) as row:
@@ -54,7 +54,7 @@ def vector_task(module: ir.Module, name: str, dtype: str, *, checked: bool, orde
                     for one, total in enumerate(carried[1:]):
                         connection = code.sum(carried[0], one)
                         number_of_x = code.get(right, pattern.column(connection), kind)
-                        value = pattern.value(connection, kind)
+                        value = pattern.value(connection)
                         following.append(code.multiply_add(value, number_of_x, total))
                 place, sums = carried[0], [total_of(code, carried[1:])]
             code.put(sums[0], out, row)
@@ -65,10 +65,10 @@ def sampled_vector_task(module: ir.Module, name: str, dtype: str, *, checked: bo
     kind = float_type(dtype)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, checked=checked)
-        left, right, out = (told.pointer(name) for name in ("left", "right", "out"))
+        pattern = PatternOf(code, told, dtype, checked=checked)
+        left, right, out = (told.pointer(name) for name in ("left_panels", "panels", "out"))
         first, last = chunk_rows(code, told, code.function.args[1])
-        windows = _Windows(code, told, checked=checked) if picks and dtype == "float32" else None
+        windows = _Windows(code, told, checked=checked) if picks and kind == _WAY_KIND else None
         with code.loop(first, last) as row:
             side = code.get(left, row, kind)
             place, end = pattern.start(row), pattern.start(code.sum(row, 1))
@@ -88,9 +88,9 @@ class _Windows:
 
     def __init__(self, code: Emitter, told: Arguments, *, checked: bool) -> None:
         self._code, self._lanes = code, _WAY.lanes
-        self._vector = ir.VectorType(float_type("float32"), self._lanes)
+        self._vector = ir.VectorType(_WAY_KIND, self._lanes)
         self._indices = ir.VectorType(I32, self._lanes)
-        self._right, self._across, self._depth = told.pointer("right"), told.pointer("across"), told.number("depth")
+        self._right, self._across, self._depth = told.pointer("panels"), told.pointer("across"), told.number("depth")
         self._fewest = [self._fewest_in_row(pairs * _WAY.block) for pairs in _PAIRS]
         last = code.trunc(code.sub(self._depth, I64(1)), I32)
         self._last = code.spread(last, self._indices) if checked else None
