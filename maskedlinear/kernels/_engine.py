@@ -51,13 +51,13 @@ def host() -> Host:
     features = llvm.get_host_cpu_features()
     if features.get("avx512f") and features.get("avx512vl"):
         bytes_ = 64
-    elif features.get("avx2") and features.get("fma"):
+    elif features.get("avx2") and features.get("fma") and features.get("f16c"):
         bytes_ = 32
     elif platform.machine().lower() in ("aarch64", "arm64"):
         bytes_ = 16
     else:
         raise ImportError(
-            f"the kernels need AVX2 with FMA, AVX-512 or NEON; this processor, {llvm.get_host_cpu_name()}, has none: "
+            f"the kernels need AVX2 with FMA and F16C, AVX-512 or NEON; this processor, {llvm.get_host_cpu_name()}, has none: "
             "everything works without them"
         )
     return Host(llvm.get_host_cpu_name(), features.flatten(), bytes_)
@@ -100,9 +100,9 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _rows.pack_task(module, kind, shape, dtype, kind.removeprefix("pack_"), address("read_panel", dtype))
     elif kind in ("spmm_vector", "spmm_ordered_vector"):
         ordered = kind == "spmm_ordered_vector"
-        _vectors.vector_task(module, kind, dtype, checked=checked, ordered=ordered, picks=host().picks)
+        _vectors.vector_task(module, kind, shape, dtype, checked=checked, ordered=ordered, picks=host().picks)
     elif kind == "sddmm_vector":
-        _vectors.sampled_vector_task(module, kind, dtype, checked=checked, picks=host().picks)
+        _vectors.sampled_vector_task(module, kind, shape, dtype, checked=checked, picks=host().picks)
     elif kind in ("count", "list"):
         {"count": _mask.count_task, "list": _mask.list_task}[kind](module, kind)
     elif kind == "place":
