@@ -57,8 +57,8 @@ def host() -> Host:
         bytes_ = 16
     else:
         raise ImportError(
-            f"the kernels need AVX2 with FMA and F16C, AVX-512 or NEON; this processor, {llvm.get_host_cpu_name()}, has none: "
-            "everything works without them"
+            "the kernels need AVX2 with FMA and F16C, AVX-512 or NEON; "
+            f"this processor, {llvm.get_host_cpu_name()}, has none: everything works without them"
         )
     return Host(llvm.get_host_cpu_name(), features.flatten(), bytes_)
 
