@@ -66,8 +66,10 @@ def strict_jax() -> Iterator[None]:
     """64-bit types on; implicit promotion of dtypes and ranks is an error."""
     import jax
 
+    from maskedlinear_jax._compat import enable_x64
+
     with (
-        jax.enable_x64(True),
+        enable_x64(True),
         jax.numpy_dtype_promotion("strict"),
         jax.numpy_rank_promotion("raise"),
         jax.default_matmul_precision("highest"),
