@@ -9,10 +9,10 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
-import jax
 import pytest
 
 from helpers import ROOT
+from maskedlinear_jax._compat import enable_x64
 
 
 def example(name: str) -> ModuleType:
@@ -72,7 +72,7 @@ def test_many_processes_and_devices_have_the_losses_of_one(tmp_path: Path) -> No
 
 
 def test_a_pathway_network_is_the_same_in_both_frameworks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         assert example("pathway_network").main(["--epochs", "3", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "LayeredWiring: 30 -> 13 -> 6 -> 1, 79 connections, of them 3 fixed" in out

@@ -16,6 +16,7 @@ from maskedlinear.constraints import Constraints, dale
 from maskedlinear.flax import MaskedLinear, param_masks
 from maskedlinear.jax import apply_constraints, freeze_masked, masked_linear, prune_tree, regrow_tree, sparse_linear
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._compat import enable_x64
 from test_torch_constraints import ALL, FIXED, IN, MASK, OUT, SIGNS, TIES, UPPER
 
 X = np.random.default_rng(5).standard_normal((9, IN)).astype(np.float32)
@@ -84,7 +85,7 @@ def test_kept_in_both_forms_under_every_optimizer(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["momentum", "adam"])
 def test_tied_connections_train_as_one_parameter(name: str) -> None:
-    with jax.enable_x64(True):
+    with enable_x64(True):
         ties = np.where(MASK, np.arange(OUT * IN).reshape(OUT, IN) % 7, -1)
         groups, shared = np.where(ties < 0, 0, ties), np.random.default_rng(8).standard_normal(7)
         tx = freeze_masked(OPTIMIZERS[name](), constraints={"weight": Constraints(ties=ties)})

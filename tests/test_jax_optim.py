@@ -17,6 +17,7 @@ from jax import Array
 from helpers import problem
 from maskedlinear.jax import freeze_masked, masked_linear, scheduled_pruning
 from maskedlinear.pruning import CubicSchedule
+from maskedlinear_jax._compat import enable_x64
 
 pytestmark = pytest.mark.usefixtures("strict_jax")
 
@@ -106,7 +107,7 @@ def test_masked_weights_are_positive_zeros(p: list[Array], name: str) -> None:
     def bits(params: Any, where: Array) -> Any:
         return np.asarray(params["weight"]).view(np.int32)[np.asarray(where)]
 
-    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's
+    with enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optax's
         params, state = start, tx.init(start)
         for which in (mask, ~mask):  # a change of mask leaves moments behind for what is dormant now
             params |= {"weight": jnp.where(params["weight"] == 0, weight, params["weight"])}  # too much comes back

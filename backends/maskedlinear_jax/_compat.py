@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +25,7 @@ __all__ = [
     "children",
     "custom_partitioning",
     "enable_x64",
+    "from_the_start",
     "holds_data",
     "is_for_export",
     "is_traced",
@@ -187,6 +190,16 @@ def is_traced(value: Any) -> bool:
     except jax.errors.TracerArrayConversionError:
         return True
     return False
+
+
+def from_the_start(array: Any) -> dict[str, bool]:
+    """Return what ``array.at[places].get`` is told so that no place counts from the end, where JAX has such an argument."""
+    return {"wrap_negative_indices": False} if _has_wrapping(type(array.at[0])) else {}
+
+
+@functools.cache
+def _has_wrapping(places: type) -> bool:
+    return "wrap_negative_indices" in inspect.signature(places.get).parameters  # type: ignore[attr-defined]
 
 
 def enable_x64(on: bool) -> Any:

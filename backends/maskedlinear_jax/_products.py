@@ -19,6 +19,7 @@ from jax import Array, export, lax
 from jax.experimental import sparse
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._compat import from_the_start
 
 __all__ = ["DevicePattern", "sddmm", "spmm", "to_columns", "to_rows"]
 
@@ -84,7 +85,7 @@ def _taken(array: Array, places: Array) -> Array:
     As XLA's gather does by itself: ``array[places]`` adds instructions for places from the end and beyond it, which cost
     time and, in a program of many layers, a good part of the memory that compiling it takes.
     """
-    return array.at[places].get(mode="promise_in_bounds", wrap_negative_indices=False)
+    return array.at[places].get(mode="promise_in_bounds", **from_the_start(array))
 
 
 def _none(wrong: Array) -> Array:
