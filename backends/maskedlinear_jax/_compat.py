@@ -198,8 +198,8 @@ def from_the_start(array: Any) -> dict[str, bool]:
 
 
 @functools.cache
-def _has_wrapping(places: type) -> bool:
-    return "wrap_negative_indices" in inspect.signature(places.get).parameters  # type: ignore[attr-defined]
+def _has_wrapping(places: Any) -> bool:
+    return "wrap_negative_indices" in inspect.signature(places.get).parameters
 
 
 def enable_x64(on: bool) -> Any:

@@ -85,7 +85,7 @@ def _taken(array: Array, places: Array) -> Array:
     As XLA's gather does by itself: ``array[places]`` adds instructions for places from the end and beyond it, which cost
     time and, in a program of many layers, a good part of the memory that compiling it takes.
     """
-    return array.at[places].get(mode="promise_in_bounds", **from_the_start(array))
+    return array.at[places].get(mode="promise_in_bounds", **from_the_start(array))  # type: ignore[arg-type, unused-ignore]
 
 
 def _none(wrong: Array) -> Array:
