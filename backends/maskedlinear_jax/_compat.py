@@ -194,7 +194,7 @@ def is_traced(value: Any) -> bool:
 
 def from_the_start(array: Any) -> dict[str, bool]:
     """Return what ``array.at[places].get`` is told so that no place counts from the end, where JAX has such an argument."""
-    return {"wrap_negative_indices": False} if _has_wrapping(type(array.at[0])) else {}
+    return {"wrap_negative_indices": False} if _has_wrapping(type(array.at[0])) else {}  # type: ignore[arg-type]
 
 
 @functools.cache
