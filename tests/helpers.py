@@ -83,9 +83,9 @@ def distribution(path: Path, code: str) -> None:
 def _packs() -> bool:
     if not kernels.is_available():
         return False
-    from maskedlinear.kernels import _packing
+    from maskedlinear.kernels import _engine
 
-    return _packing.host_way() is not None
+    return _engine.host().way is not None
 
 
 needs_kernels = pytest.mark.skipif(not kernels.is_available(), reason="the CPU kernels are not used here")

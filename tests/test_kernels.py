@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import re
@@ -22,7 +23,7 @@ from maskedlinear.pattern import SparsityPattern
 
 pytest.importorskip("llvmlite")
 
-from maskedlinear.kernels import _engine, _openmp, _rows
+from maskedlinear.kernels import _engine, _openmp, _permute, _rows, _vectors
 from maskedlinear.kernels._emit import wide
 
 Array = NDArray[Any]
@@ -171,7 +172,7 @@ def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
         np.testing.assert_array_equal(spmm(pattern, values, x, checked=False), one[0])
 
 
-@pytest.mark.parametrize("depth", [40, 64, 200, 768])
+@pytest.mark.parametrize("depth", [40, 64, 128, 200, 768])
 @pytest.mark.parametrize("scattered", [False, True], ids=["even", "in two heaps"])
 def test_one_vector_by_windows_or_number_by_number(depth: int, scattered: bool) -> None:
     """Rows of all densities, whose next connections lie within a window of x, or now and then far from each other."""
@@ -214,6 +215,13 @@ def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
         assert spmm(bad, values, x, by_batch=True).shape == (40, batch)
         assert sddmm(bad, np.ones((40, batch), np.float32), x).shape == values.shape
         assert spmm(bad, halves, half_x).shape == (40, batch)
+        bad_columns: Any = copy.copy(pattern)
+        starts, outputs, order = (index.copy() for index in pattern.csc)
+        order[1::3] = wrong
+        vars(bad_columns)["csc"] = starts, outputs, order
+        for some in (values, halves):
+            g = np.ones((40, batch), some.dtype)
+            assert spmm(bad_columns, some, g, transposed=True).shape == (30, batch)
         assert sddmm(bad, np.ones((40, batch), np.float16), half_x).shape == values.shape
     np.testing.assert_array_equal(spmm(pattern, values, x), before)
 
@@ -294,10 +302,12 @@ def test_other_widths_of_registers_give_the_same_numbers(register_bytes: int) ->
 import sys
 sys.path.insert(0, {os.fspath(Path(__file__).parent)!r})
 import numpy as np
-from maskedlinear.kernels import _engine
+from maskedlinear.kernels import _engine, _permute
 here = _engine.host()
+if {register_bytes} == 64:  # windows of x as well, lane by lane
+    _engine.Host.way = _permute.WAYS["permute_any"]
 _engine.host = lambda: here._replace(register_bytes={register_bytes})
-from test_kernels import SHAPES, matrix, pattern_of, sddmm, spmm
+from test_kernels import matrix, pattern_of, sddmm, spmm
 rng, pattern = np.random.default_rng(5), pattern_of(70, 90, 0.4)
 for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
     values = rng.standard_normal(pattern.nnz).astype(dtype)
@@ -325,6 +335,33 @@ def test_avx512_keeps_a_whole_tile_in_registers(processor: str) -> None:
     machine = llvm.Target.from_default_triple().create_target_machine(cpu=processor, opt=2, features="-prefer-256-bit")
     assembly = machine.emit_assembly(parsed)
     assert len(re.findall(r"vfmadd231ps\s.*\(.*zmm", assembly)) == 8
+
+
+@needs_x86
+def test_a_window_is_picked_from_registers() -> None:
+    """Two pairs of registers and four, compiled for a processor that this may not be."""
+    llvm, module = _engine.llvm, _engine.ir.Module()
+    module.triple = llvm.get_default_triple()
+    _engine.host()
+    way = _permute.WAYS["permute_avx512"]
+    _vectors.vector_task(module, "task", _rows.Shape(16), "float32", checked=True, ordered=False, way=way)
+    machine = llvm.Target.from_default_triple().create_target_machine(cpu="znver4", opt=2, features="-prefer-256-bit")
+    assembly = machine.emit_assembly(llvm.parse_assembly(str(module)))
+    assert len(re.findall(r"vperm[it]2ps", assembly)) == 6
+
+
+def test_panels_are_asked_for_where_they_are_needed_and_nowhere_else() -> None:
+    pattern = pattern_of(5, 6, 0.5)
+    x, values = np.arange(6, dtype=np.float32), np.ones(pattern.nnz, np.float32)
+    y, room_that_is_not_read = np.empty(5, np.float32), np.full(64, np.nan, np.float32)
+    given = {"starts": address(pattern.indptr), "across": address(pattern.indices), "values": address(values)}
+    sides = {"right": address(x), "out": address(y)}
+    kernels.spmm("float32", (5, 6), 1, pattern.nnz, **given, **sides, panels=address(room_that_is_not_read))
+    np.testing.assert_array_equal(y, matrix(pattern, values) @ x)
+    with pytest.raises(ValueError, match="panels must be given for float16 and a batch of 1"):
+        kernels.spmm("float16", (5, 6), 1, pattern.nnz, **given, **sides)
+    with pytest.raises(ValueError, match="panels must be given for float32 and a batch of 3"):
+        kernels.spmm("float32", (5, 6), 3, pattern.nnz, **given, **sides, right_by_batch=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (70, 37), (33, 64), (5, 1000)])

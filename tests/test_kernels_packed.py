@@ -15,12 +15,12 @@ pytest.importorskip("llvmlite")
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from maskedlinear.kernels import _packing, _permute, is_available
+from maskedlinear.kernels import _engine, _packing, _permute, is_available
 from maskedlinear.kernels._packing import PackedMatrix
 
 pytestmark = needs_kernels
 HERE = ["permute_any"]
-if is_available() and (way := _packing.host_way()) is not None:
+if is_available() and (way := _engine.host().way) is not None:
     HERE.append(way.kind)
 SHAPES = [(16, 33), (37, 100), (129, 257)]
 

@@ -76,9 +76,9 @@ def multiplies_packed(kind: str, batch: Any) -> bool:
 def _packed_kind(batch: int) -> str:
     if not kernels.is_available() or not hasattr(jax, "ffi"):
         return ""
-    from maskedlinear.kernels import _packing, _xla_packed
+    from maskedlinear.kernels import _engine, _packing, _xla_packed
 
-    way = _packing.host_way()
+    way = _engine.host().way
     if way is None or batch > _packing.MOST_VECTORS or not _is_packed_registered():
         return ""
     _xla_packed.compile_task(batch)

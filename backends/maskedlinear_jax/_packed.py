@@ -99,9 +99,9 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     layout: tuple[Any, ...] = ()
     kind = ""
     if kernels.is_available():
-        from maskedlinear.kernels import _packing
+        from maskedlinear.kernels import _engine, _packing
 
-        way, made = _packing.host_way(), _packing.layout_of(own)
+        way, made = _engine.host().way, _packing.layout_of(own)
         if way is not None and made is not None:
             kind = way.kind
             layout = made.counts, made.starts, made.columns, made.indices, made.values(numbers)

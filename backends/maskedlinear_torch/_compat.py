@@ -27,6 +27,7 @@ __all__ = [
     "gradient_hooks",
     "in_transform",
     "is_any_autocast_on",
+    "is_dispatch_mode_on",
     "is_exporting",
     "is_forward_mode",
     "is_fsdp_hook",
@@ -65,6 +66,7 @@ _peek: Callable[[], Any] | None = getattr(_functorch, "peek_interpreter_stack", 
 _is_batch: Callable[[Any], bool] | None = getattr(_functorch, "is_legacy_batchedtensor", None)
 
 _tracing: Callable[[], Any] | None = getattr(torch._C, "_get_tracing_state", None)
+_dispatch_modes: Callable[[], int] = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 
 # Whether autocast is on for any kind of device, asked in one call.
 is_any_autocast_on: Callable[[], bool] = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
@@ -84,6 +86,11 @@ def nothing_looks_on() -> bool:
 def in_transform() -> bool:
     """Whether a transform of ``torch.func`` is on."""
     return _peek is None or _peek() is not None
+
+
+def is_dispatch_mode_on() -> bool:
+    """Whether a ``TorchDispatchMode`` looks at operators, as ``make_fx`` does; it is on for a torch that cannot say."""
+    return _dispatch_modes() > 0
 
 
 def is_forward_mode() -> bool:

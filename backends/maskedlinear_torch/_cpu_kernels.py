@@ -15,7 +15,7 @@ from maskedlinear import kernels
 from maskedlinear_torch._compat import is_zero_tensor
 from maskedlinear_torch._storage import new_memory
 
-__all__ = ["CSR", "are_for", "lies_well", "masked_gradient", "sddmm", "spmm"]
+__all__ = ["CSR", "are_for", "lies_well", "masked_gradient", "sddmm", "spmm", "wide"]
 
 
 class CSR(NamedTuple):
@@ -29,7 +29,7 @@ class CSR(NamedTuple):
 
 # Bytes of panels that are given back to the system: in the heap of glibc such pieces leave holes that no other one fits in,
 # so that a process grew by half a gigabyte in ten steps. Getting smaller ones anew costs more than it saves.
-_GIVEN_BACK = 24 << 20
+_PANELS_GIVEN_BACK = 24 << 20
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -71,7 +71,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
     out_by_batch = by_batch and as_it_lies
     # Not a view of another tensor: forward mode wants a view's tangent to lie as the view does.
     strides = (1, rows) if out_by_batch else (batch, 1)
-    out = right.new_empty_strided((rows, batch), strides, dtype=_wide(right.dtype))
+    out = right.new_empty_strided((rows, batch), strides, dtype=wide(right.dtype))
     starts, across, order = _indices(csr, values.numel())
     panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
     kernels.spmm(
@@ -102,7 +102,7 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         raise ValueError(
             f"left must have shape {(len(starts) - 1, batch)}, as the pattern and right have; got {tuple(left.shape)}"
         )
-    out = right.new_empty(across.shape, dtype=_wide(right.dtype))
+    out = right.new_empty(across.shape, dtype=wide(right.dtype))
     sides = (left, right)
     ways = [_lies_by_batch(side) for side in sides]
     direct = kernels.is_direct(batch, any(ways), dtype)
@@ -140,13 +140,14 @@ def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def _room(matrix: Tensor, dtype: str) -> Tensor:
-    numbers, wide = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), _wide(matrix.dtype)
-    if numbers * wide.itemsize <= _GIVEN_BACK:
-        return matrix.new_empty(numbers, dtype=wide)
-    return new_memory((numbers,), wide, _GIVEN_BACK)
+    numbers, of = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), wide(matrix.dtype)
+    if numbers * of.itemsize <= _PANELS_GIVEN_BACK:
+        return matrix.new_empty(numbers, dtype=of)
+    return new_memory((numbers,), of, _PANELS_GIVEN_BACK)
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of products of numbers of ``dtype``: float32 for half types."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -173,9 +174,9 @@ def masked_gradient(g: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> bool:
 
     The mask is read at each call, eight entries at a time, so that nothing has to be kept, and nothing can be out of date.
     """
-    if not (are_for(g, x, out) and mask.is_contiguous() and mask.dtype is torch.bool and len(g) >= _FEWEST_ROWS):
+    if wide(out.dtype) is not out.dtype:
         return False
-    if _wide(out.dtype) is not out.dtype:
+    if not (are_for(g, x, out) and mask.is_contiguous() and mask.dtype is torch.bool and len(g) >= _FEWEST_ROWS):
         return False
     shape, threads = (out.shape[0], out.shape[1]), torch.get_num_threads()
     starts = torch.zeros(shape[0] + 1, dtype=torch.int32)

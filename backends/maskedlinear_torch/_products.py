@@ -19,6 +19,7 @@ from maskedlinear_torch import _cpu_kernels, _gpu_products
 from maskedlinear_torch._compat import (
     in_transform,
     is_any_autocast_on,
+    is_dispatch_mode_on,
     is_forward_mode,
     is_grads_batched,
     is_nested,
@@ -89,6 +90,7 @@ def are_ordinary_rows(x: Any, in_features: int) -> bool:
         type(x) is Tensor
         and not torch.compiler.is_compiling()
         and not is_tracing()
+        and not is_dispatch_mode_on()
         and not in_transform()
         and x.shape[-1:] == (in_features,)
         and not is_any_autocast_on()
@@ -138,7 +140,7 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
 
     W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64.
     """
-    if torch.compiler.is_compiling() or is_fake(right):
+    if _is_looked_at(right):
         if _is_past_operators():
             return spmm_expression(values, right, pattern, transposed)
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
@@ -158,7 +160,7 @@ def laid_out(matrix: Tensor) -> Tensor:
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
-    if torch.compiler.is_compiling() or is_fake(right):
+    if _is_looked_at(right):
         if _is_past_operators():
             return sddmm_expression(left, right, pattern)
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
@@ -190,7 +192,7 @@ def _places(rows: Tensor, gathered: Tensor) -> Tensor:
 
 
 def _rows_of(matrix: Tensor, rows: Tensor) -> Tensor:
-    return matrix.gather(0, rows.long()[:, None].expand(len(rows), matrix.shape[1]))
+    return matrix.gather(0, rows.long()[:, None].expand(-1, matrix.shape[1]))
 
 
 def sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
@@ -198,10 +200,15 @@ def sddmm_expression(left: Tensor, right: Tensor, pattern: DevicePattern) -> Ten
     return (_rows_of(left, rows) * _rows_of(right, columns)).sum(1)
 
 
+def _is_looked_at(tensor: Tensor) -> bool:
+    """Whether a product becomes part of a program, or something looks at operators: kernels read memory, unseen by these."""
+    return torch.compiler.is_compiling() or is_fake(tensor) or is_dispatch_mode_on() or is_tracing()
+
+
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _is_past_operators() -> bool:
-    """Whether a transform of ``torch.func`` or forward mode was on when a program that is compiled was traced."""
-    return is_forward_mode() or in_transform()
+    """Whether a transform of ``torch.func`` or forward mode was on when a program was traced, or ``torch.jit`` traces it."""
+    return is_forward_mode() or in_transform() or is_tracing()
 
 
 def is_fake(tensor: Tensor) -> bool:
@@ -209,14 +216,19 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor) not in (Tensor, torch.nn.Parameter) and hasattr(tensor, "fake_mode")
 
 
+# Half types are read by kernels of ours alone, and widened for all others; these products are float32.
+
+
 def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -> Tensor:
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
+    wide = _cpu_kernels.wide(right.dtype)
     if not values.numel() or not batch:
-        return right.new_zeros(rows, batch)
+        return right.new_zeros(rows, batch, dtype=wide)
     if _cpu_kernels.are_for(values, right) and not any(is_grads_batched(operand) for operand in (values, right)):
         return _cpu_kernels.spmm(values, right, csr, as_it_lies=as_it_lies)
     if _is_on_gpu(right) and (product := _gpu_products.spmm(values, right, csr)) is not None:
         return product
+    values, right = values.to(wide), right.to(wide)
     if csr.order is not None:
         values = values.index_select(0, csr.order)
     if not _has_kernels(values, right):
@@ -230,12 +242,14 @@ def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -
 
 def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     depth, batch = right.shape
+    wide = _cpu_kernels.wide(right.dtype)
     if not csr.across.numel() or not batch:
-        return right.new_zeros(csr.across.shape)
+        return right.new_zeros(csr.across.shape, dtype=wide)
     if _cpu_kernels.are_for(left, right) and not any(is_grads_batched(operand) for operand in (left, right)):
         return _cpu_kernels.sddmm(left, right, csr)
     if _is_on_gpu(right) and (product := _gpu_products.sddmm(left, right, csr)) is not None:
         return product
+    left, right = left.to(wide), right.to(wide)
     if not _has_kernels(left, right):
         return _sddmm_plain(left, right, csr)
     if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
@@ -439,7 +453,7 @@ def _(
     transposed: bool,
 ) -> Tensor:
     rows = (starts if transposed else indptr).shape[0] - 1
-    return right.new_empty(rows, right.shape[1])
+    return right.new_empty(rows, right.shape[1], dtype=_cpu_kernels.wide(right.dtype))
 
 
 @torch.library.custom_op("maskedlinear::sddmm", mutates_args=())
@@ -453,7 +467,7 @@ def _sddmm_op(
 def _(
     left: Tensor, right: Tensor, indptr: Tensor, indices: Tensor, starts: Tensor, outputs: Tensor, order: Tensor
 ) -> Tensor:
-    return right.new_empty(indices.shape)
+    return right.new_empty(indices.shape, dtype=_cpu_kernels.wide(right.dtype))
 
 
 def _spmm_saved(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -329,7 +329,8 @@ def new_memory(shape: Sequence[int], dtype: torch.dtype, large: int = _GIVEN_BAC
     with torch.inference_mode(False), torch.no_grad():  # it may outlive the call
         if size <= large:
             return torch.empty(shape, dtype=dtype, device="cpu")
-        spare = np.empty(max(size, _GIVEN_BACK) + _HUGE_PAGE, np.int8)  # what is not written takes no memory
+        # Less would come from glibc's heap; there and in others', what is not written takes addresses only.
+        spare = np.empty(max(size, _GIVEN_BACK) + _HUGE_PAGE, np.int8)
         start = -spare.ctypes.data % _HUGE_PAGE
         return torch.from_numpy(spare[start : start + size]).view(dtype).view(*shape)
 

@@ -113,6 +113,7 @@ class Info:
         pool = self.pool or "no OpenMP library is loaded yet: one thread until torch is imported"
         lines = [
             f"CPU kernels: by rows, in tiles of registers of {self.register_bytes} bytes, for every pattern and batch",
+            "but for one row of x in float32 or float64 through PyTorch's SparseLinear without gradients: MKL, if it is there",
             f"compiled by: {self.llvm} for {self.processor}",
             f"threads: PyTorch's own ({pool}); in JAX XLA's own",
         ]
@@ -133,7 +134,7 @@ def info() -> Info:
         return Info(available=False, why_not=_reason())
     import llvmlite.binding
 
-    from maskedlinear.kernels import _engine, _openmp, _packing
+    from maskedlinear.kernels import _engine, _openmp
 
     llvm = ".".join(str(part) for part in llvmlite.binding.llvm_version_info)
     host = _engine.host()
@@ -144,6 +145,6 @@ def info() -> Info:
         register_bytes=host.register_bytes,
         pool=_openmp.library()[0],
         refused=tuple(f"{name}, because of this: {why}" for name, why in refused.items()),
-        packed=getattr(_packing.host_way(), "instruction", ""),
+        packed=getattr(host.way, "instruction", ""),
         compiled=tuple((kind, 1000 * seconds) for kind, seconds in _engine.compiled.items()),
     )

@@ -39,6 +39,16 @@ def is_direct(batch: int, by_batch: bool, dtype: str) -> bool:
     return dtype not in HALF_TYPES and (batch == 1 or (not by_batch and batch in _sizes(dtype)))
 
 
+def _is_direct(batch: int, by_batch: bool, dtype: str, *panels: int) -> bool:
+    direct = is_direct(batch, by_batch, dtype)
+    if not direct and not all(panels):
+        raise ValueError(
+            f"panels must be given for {dtype} and a batch of {batch}, since is_direct({batch}, {by_batch}, {dtype!r}) is "
+            "False; got none: pass room for panel_numbers(...) numbers"
+        )
+    return direct
+
+
 def panel_numbers(features: int, batch: int, dtype: str) -> int:
     """Return how many numbers the panels of a matrix hold."""
     smallest = _sizes(dtype)[-1]
@@ -135,16 +145,20 @@ def spmm(
         right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
         out: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
         order: int32, shape ``(nnz,)``: connection k has the value ``values[order[k]]``; 0 if values are in order.
-        panels: room for :func:`panel_numbers` numbers; not needed if :func:`is_direct`.
+        panels: room for :func:`panel_numbers` numbers; neither needed nor used if :func:`is_direct`.
         right_by_batch: which way right lies.
         out_by_batch: which way out lies.
         threads: the most threads that take part.
         checked: whether indices beyond their ends are taken for the last; pass ``False`` only for valid patterns.
+
+    Raises:
+        ValueError: if panels are needed, and there are none.
     """
+    direct = _is_direct(batch, right_by_batch, dtype, panels)
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
         "order": order, "values": values, "right": right, "right_by_batch": right_by_batch,
-        "panels": panels or right, "direct": is_direct(batch, right_by_batch, dtype), "out": out,
+        "panels": right if direct else panels, "direct": direct, "out": out,
         "out_by_batch": out_by_batch,
     }  # fmt: skip
     _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
@@ -187,11 +201,12 @@ def sddmm(
         threads: as in :func:`spmm`.
         checked: as in :func:`spmm`.
     """
+    direct = _is_direct(batch, left_by_batch or right_by_batch, dtype, left_panels, right_panels)
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
-        "left": left, "left_by_batch": left_by_batch, "left_panels": left_panels or left, "right": right,
-        "right_by_batch": right_by_batch, "panels": right_panels or right,
-        "direct": is_direct(batch, left_by_batch or right_by_batch, dtype), "out": out,
+        "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
+        "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
+        "direct": direct, "out": out,
     }  # fmt: skip
     _call("sddmm", dtype, told, checked, threads)
 

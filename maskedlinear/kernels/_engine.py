@@ -34,9 +34,11 @@ class Host(NamedTuple):
     register_bytes: int
 
     @property
-    def picks(self) -> bool:
-        """Whether one instruction picks numbers from two registers, those of AVX-512."""
-        return "+avx512f" in self.features.split(",")
+    def way(self) -> _permute.Way | None:
+        """How numbers are picked from registers; ``None`` if there is no instruction for that."""
+        if self.register_bytes == 64:
+            return _permute.WAYS["permute_avx512"] if "+avx512f" in self.features.split(",") else None
+        return _permute.WAYS["permute_avx2"] if self.register_bytes == 32 else None
 
     def shape(self, dtype: str) -> _rows.Shape:
         """Return the lanes of a register of ``dtype``, and how many registers a tile has."""
@@ -100,9 +102,9 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _rows.pack_task(module, kind, shape, dtype, kind.removeprefix("pack_"), address("read_panel", dtype))
     elif kind in ("spmm_vector", "spmm_ordered_vector"):
         ordered = kind == "spmm_ordered_vector"
-        _vectors.vector_task(module, kind, shape, dtype, checked=checked, ordered=ordered, picks=host().picks)
+        _vectors.vector_task(module, kind, shape, dtype, checked=checked, ordered=ordered, way=host().way)
     elif kind == "sddmm_vector":
-        _vectors.sampled_vector_task(module, kind, shape, dtype, checked=checked, picks=host().picks)
+        _vectors.sampled_vector_task(module, kind, shape, dtype, checked=checked, way=host().way)
     elif kind in ("count", "list"):
         {"count": _mask.count_task, "list": _mask.list_task}[kind](module, kind)
     elif kind == "place":

@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from maskedlinear.kernels import _engine, _openmp
 from maskedlinear.kernels._packed import Layout
-from maskedlinear.kernels._permute import SLOTS, WAYS, Way
+from maskedlinear.kernels._permute import SLOTS, Way
 from maskedlinear.pattern import SparsityPattern
 
-__all__ = ["CHUNKS", "GRAIN", "MOST_VECTORS", "PackedMatrix", "host_way", "layout_of"]
+__all__ = ["CHUNKS", "GRAIN", "MOST_VECTORS", "PackedMatrix", "layout_of"]
 
 MOST_VECTORS = 4  # from five on, the products by rows are faster
 _LEAST_CONNECTIONS = 2  # of a step, on average, from which permutations are faster than the products by rows
@@ -29,19 +29,13 @@ _CALL = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.
 _Told = ctypes.c_int64 * len(SLOTS)
 
 
-@cache
-def host_way() -> Way | None:
-    """Return how this machine picks numbers from registers; ``None`` if it has no instruction for that."""
-    return WAYS.get({64: "permute_avx512", 32: "permute_avx2"}.get(_engine.host().register_bytes, ""))
-
-
 def layout_of(pattern: SparsityPattern) -> Layout | None:
     """Return the layout of a pattern for this machine, or ``None`` where the products by rows are as fast.
 
     The rule: this machine has AVX-512 or AVX2, W has at least a group of rows and a block of columns, and a step of the
     kernel multiplies two connections or more on average; below, it would mostly multiply the zeros that fill up.
     """
-    way = host_way()
+    way = _engine.host().way
     if way is None or not pattern.nnz or pattern.shape[0] < way.lanes or pattern.shape[1] < way.block:
         return None
     layout = Layout.of(pattern, way.lanes, way.block)
@@ -86,7 +80,7 @@ class PackedMatrix:
     @classmethod
     def of(cls, pattern: SparsityPattern, values: NDArray[np.float32]) -> Self | None:
         """Return a packed matrix, or ``None`` where :func:`layout_of` gives no layout."""
-        layout, way = layout_of(pattern), host_way()
+        layout, way = layout_of(pattern), _engine.host().way
         return None if layout is None or way is None else cls(layout, values, way)
 
     def times(self, right: int, out: int, batch: int = 1, *, bias: int = 0, threads: int = 1) -> None:

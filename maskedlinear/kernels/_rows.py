@@ -18,6 +18,7 @@ from maskedlinear.kernels._emit import HALF_TYPES, I32, I64, PTR, Emitter, float
 from maskedlinear.kernels._panels import COPY, STRIP
 
 __all__ = [
+    "CHAINS",
     "MOST_ROWS",
     "SLOTS",
     "Arguments",
@@ -34,7 +35,7 @@ __all__ = [
     "widths",
 ]
 
-_CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
+CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
 # Rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's.
 _AHEAD = 2
 _LINES = 3  # of the cache that are fetched
@@ -157,8 +158,10 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
             with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
                 begin = code.times(chunk, STRIP)
                 end = code.least(code.sum(begin, STRIP), features)
-                told_of = (features, batch, I64(0), I64(1), code.place(panels, begin, kind), begin, end)
-                code.call_address(read_panel, COPY, [source, by_batch, *told_of])
+                whole = code.sub(end, code.urem(code.sub(end, begin), I64(shape.lanes)))
+                for start, stop, lanes in ((begin, whole, shape.lanes), (whole, end, 0)):
+                    with code.loop(start, stop, lanes or 1) as feature:
+                        code.put(code.read(source, feature, dtype, lanes), panels, feature, kind)
                 code.ret_void()
             code.branch(one_by_one)
             code.position_at_end(one_by_one)
@@ -233,7 +236,7 @@ def spmm_task(
             sums = [code.get(tile, code.sum(mine, k * vector.count), vector, kind) for k in range(count)]
             place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
             pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64))
-            for together in sorted({max(1, _CHAINS // count), 1}, reverse=True):
+            for together in sorted({max(1, CHAINS // count), 1}, reverse=True):
                 others = [zero] * (count * (together - 1))
                 loop = _Connections(code, pattern, together, end, bound)
                 with loop.over([place, *sums, *others]) as (carried, following):
@@ -322,7 +325,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                 at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
                 place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
                 pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out)
-                for together in (_CHAINS, 1):
+                for together in (CHAINS, 1):
                     loop = _Connections(code, pattern, together, end, bound)
                     with loop.over([place]) as (carried, following):
                         following.append(code.sum(carried[0], together))

@@ -13,13 +13,11 @@ from typing import Any
 from llvmlite import ir
 
 from maskedlinear.kernels._emit import I32, I64, PTR, Emitter, float_type, function
-from maskedlinear.kernels._permute import WAYS, pick
-from maskedlinear.kernels._rows import Arguments, PatternOf, Shape, chunk_rows, sums_of, total_of, until
+from maskedlinear.kernels._permute import Way, pick
+from maskedlinear.kernels._rows import CHAINS, Arguments, PatternOf, Shape, chunk_rows, sums_of, total_of, until
 
 __all__ = ["sampled_vector_task", "vector_task"]
 
-_CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
-_WAY = WAYS["permute_avx512"]
 _PAIRS = (2, 4)  # of registers that a window has
 _FILLED = 10, 16  # of a window, so much should the next connections take on average: most then do lie in it
 
@@ -27,11 +25,11 @@ Use = Callable[[Any, Any, list[Any]], list[Any]]
 
 
 def vector_task(
-    module: ir.Module, name: str, shape: Shape, dtype: str, *, checked: bool, ordered: bool, picks: bool
+    module: ir.Module, name: str, shape: Shape, dtype: str, *, checked: bool, ordered: bool, way: Way | None
 ) -> None:
     """Emit the task that multiplies some rows of W with one vector; ``ordered`` as in :func:`_rows.spmm_task`.
 
-    ``picks``, for a processor that has AVX-512.
+    ``way`` is how the processor picks numbers from registers, if it does: windows need two registers at a time.
     """
     kind = float_type(dtype)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
@@ -40,17 +38,17 @@ def vector_task(
         first, last = chunk_rows(code, told, code.function.args[1])
         right, out = told.pointer("panels"), told.pointer("out")
         zero = ir.Constant(kind, 0.0)
-        groups = _Groups(code, told, ir.VectorType(kind, shape.lanes), checked=checked, picks=picks)
+        groups = _Groups(code, told, ir.VectorType(kind, shape.lanes), checked=checked, way=way)
 
         def add(place: Any, numbers: Any, totals: list[Any]) -> list[Any]:
             return [code.multiply_add(pattern.values(place, shape.lanes), numbers, totals[0])]
 
         with code.loop(first, last) as row:
             place, end = pattern.start(row), pattern.start(code.sum(row, 1))
-            sums = [zero] * _CHAINS
+            sums = [zero] * CHAINS
             if not ordered:
                 place, sums[0] = groups.over(place, end, add, zero)
-            for number in (_CHAINS, 1):
+            for number in (CHAINS, 1):
                 with code.while_loop([place, *sums[:number]], until(code, end, number)) as (carried, following):
                     following.append(code.sum(carried[0], number))
                     for one, total in enumerate(carried[1:]):
@@ -61,8 +59,10 @@ def vector_task(
             code.put(sums[0], out, row)
 
 
-def sampled_vector_task(module: ir.Module, name: str, shape: Shape, dtype: str, *, checked: bool, picks: bool) -> None:
-    """Emit the task that multiplies the two numbers at the ends of each connection of some rows; ``picks`` as above."""
+def sampled_vector_task(
+    module: ir.Module, name: str, shape: Shape, dtype: str, *, checked: bool, way: Way | None
+) -> None:
+    """Emit the task that multiplies the two numbers at the ends of each connection of some rows; ``way`` as above."""
     kind = float_type(dtype)
     vector = ir.VectorType(kind, shape.lanes)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
@@ -70,7 +70,7 @@ def sampled_vector_task(module: ir.Module, name: str, shape: Shape, dtype: str, 
         pattern = PatternOf(code, told, dtype, checked=checked)
         left, right, out = (told.pointer(name) for name in ("left_panels", "panels", "out"))
         first, last = chunk_rows(code, told, code.function.args[1])
-        groups = _Groups(code, told, vector, checked=checked, picks=picks)
+        groups = _Groups(code, told, vector, checked=checked, way=way)
         with code.loop(first, last) as row:
             side = code.get(left, row, kind)
             place, end = pattern.start(row), pattern.start(code.sum(row, 1))
@@ -87,12 +87,15 @@ def sampled_vector_task(module: ir.Module, name: str, shape: Shape, dtype: str, 
 class _Groups:
     """A row's connections, as many at a time as a register holds, and the numbers of x for them."""
 
-    def __init__(self, code: Emitter, told: Arguments, vector: Any, *, checked: bool, picks: bool) -> None:
+    def __init__(self, code: Emitter, told: Arguments, vector: Any, *, checked: bool, way: Way | None) -> None:
         self._code, self._vector, self._lanes, self._checked = code, vector, vector.count, checked
         self._right, self._across, self._depth = told.pointer("panels"), told.pointer("across"), told.number("depth")
         self._indices = ir.VectorType(I32, self._lanes)
-        self._pairs = _PAIRS if picks and vector.element == ir.FloatType() and self._lanes == _WAY.lanes else ()
-        self._fewest = [self._fewest_in_row(pairs * _WAY.block) for pairs in self._pairs]
+        picks = way is not None and vector.element == ir.FloatType() and way.block == 2 * way.lanes == 2 * self._lanes
+        self._way: Any = way
+        self._room = code.room(vector.element, 2 * self._lanes) if picks else None
+        self._windows = [pairs * 2 * self._lanes for pairs in _PAIRS] if picks else []
+        self._fewest = [self._fewest_in_row(window) for window in self._windows]
         self._within: Any = None
 
     def over(self, place: Any, end: Any, use: Use, zero: Any = None) -> tuple[Any, Any]:
@@ -106,10 +109,10 @@ class _Groups:
         code.position_at_end(inside)
         count = code.sub(end, place)
         totals = [] if zero is None else [ir.Constant(self._vector, [0.0] * self._lanes)]
-        for pairs, fewest in zip(self._pairs, self._fewest, strict=True):
+        for window, fewest in zip(self._windows, self._fewest, strict=True):
             stop = code.select(code.icmp_unsigned(">=", count, fewest), end, I64(0))
-            conditions = [until(code, stop, self._lanes), self._lie_in_window(pairs * _WAY.block)]
-            place, totals = self._each(place, totals, conditions, partial(self._picked, pairs), use)
+            conditions = [until(code, stop, self._lanes), self._lie_in_window(window)]
+            place, totals = self._each(place, totals, conditions, partial(self._picked, window), use)
         conditions = [until(code, end, self._lanes), *([self._are_of_x] if self._checked else [])]
         place, totals = self._each(place, totals, conditions, self._loaded, use)
         results = [place, *(sums_of(code, [total], self._vector.element) for total in totals)]
@@ -162,13 +165,13 @@ class _Groups:
         are_below = code.bitcast(code.icmp_unsigned("<", numbers, bound), lanes)
         return code.icmp_unsigned("==", are_below, lanes(-1))
 
-    def _picked(self, pairs: int, _: Any) -> Any:
+    def _picked(self, window: int, _: Any) -> Any:
         """Return the numbers of the group that was found to lie in a window."""
         code, picked, (first, places) = self._code, None, self._within
         source = code.place(self._right, first, self._vector.element)
-        for start in range(0, pairs * _WAY.block, _WAY.block):
-            two = [code.get(source, start + part, self._vector, self._vector.element) for part in (0, _WAY.lanes)]
-            of_pair = pick(code, _WAY, two, places)  # by the lower bits of places
+        for start in range(0, window, 2 * self._lanes):
+            two = [code.get(source, start + part, self._vector, self._vector.element) for part in (0, self._lanes)]
+            of_pair = pick(code, self._way, two, places, self._room)  # by the lower bits of places
             if picked is not None:
                 is_here = code.icmp_unsigned(">=", places, ir.Constant(places.type, [start] * self._lanes))
                 of_pair = code.select(is_here, of_pair, picked)

@@ -11,7 +11,7 @@ from llvmlite import ir
 from maskedlinear.kernels import _engine, _xla
 from maskedlinear.kernels._emit import I64, PTR, function
 from maskedlinear.kernels._packed import MOST_STEPS
-from maskedlinear.kernels._packing import CHUNKS, GRAIN, MOST_VECTORS, host_way
+from maskedlinear.kernels._packing import CHUNKS, GRAIN, MOST_VECTORS
 from maskedlinear.kernels._permute import PROGRAM, SLOTS
 
 __all__ = ["compile_task", "handler", "target"]
@@ -23,13 +23,13 @@ _tasks = (ctypes.c_int64 * (MOST_VECTORS + 1))()  # by how many vectors they mul
 
 def target() -> str:
     """Return the name by which XLA knows the handler, which says the way of packing."""
-    way = host_way()
+    way = _engine.host().way
     return f"maskedlinear_{way.kind if way else 'none'}_v{_VERSION}"
 
 
 def compile_task(batch: int) -> int:
     """Have the task for some vectors compiled."""
-    way = host_way()
+    way = _engine.host().way
     assert way is not None
     _tasks[batch] = _engine.address(way.kind, "float32", batch, checked=True)
     return _tasks[batch]
@@ -51,7 +51,7 @@ def handler(api: _xla.Api) -> int:
     """Return the address of the handler. It takes x (batch, columns), and counts, starts, columns, indices and values as in
     :class:`maskedlinear.kernels._packed.Layout`, and gives y (batch, rows).
     """
-    way = host_way()
+    way = _engine.host().way
     assert way is not None
     module = ir.Module()
     _xla.emit_pool(module, api)

@@ -1,0 +1,161 @@
+"""Half types of the sparse form, whatever looks on: as of the same numbers in float32, rounded once."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from maskedlinear import masks
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear.torch import SparseLinear, sparse_linear
+from maskedlinear_torch import _half_products
+
+OUT, IN, BATCH = 30, 50, 4
+PATTERN = SparsityPattern.from_mask(masks.random((OUT, IN), sparsity=0.7, seed=0))
+HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+Sides = tuple[Tensor, Tensor, Tensor]
+
+
+def problem(dtype: torch.dtype) -> tuple[Sides, Tensor]:
+    """Return x, values and bias, and a cotangent."""
+    draw = torch.Generator().manual_seed(0)
+    shapes = ((BATCH, IN), (PATTERN.nnz,), (OUT,), (BATCH, OUT))
+    x, values, bias, g = (torch.randn(shape, generator=draw).to(dtype) for shape in shapes)
+    return (x.requires_grad_(), values.requires_grad_(), bias.requires_grad_()), g
+
+
+def product(x: Tensor, values: Tensor, bias: Tensor) -> Tensor:
+    return sparse_linear(x, values, PATTERN, bias)
+
+
+def exact(sides: Sides, g: Tensor) -> tuple[Tensor, ...]:
+    """Return y and the gradients in float64, by a dense matrix."""
+    x, values, bias = (side.detach().double().requires_grad_() for side in sides)
+    rows, columns = (torch.tensor(index).long() for index in (PATTERN.rows, PATTERN.indices))
+    weight = torch.zeros(OUT, IN, dtype=torch.float64).index_put((rows, columns), values)
+    y = nn.functional.linear(x, weight, bias)
+    return y.detach(), *torch.autograd.grad(y, (x, values, bias), g.double())
+
+
+def check(found: Any, wanted: Any, dtype: torch.dtype) -> None:
+    for one, other in zip(found, wanted, strict=True):
+        assert one.dtype is dtype
+        torch.testing.assert_close(one.double(), other, rtol=2 * torch.finfo(dtype).eps, atol=2e-2)
+
+
+@HALF
+def test_eager(dtype: torch.dtype) -> None:
+    sides, g = problem(dtype)
+    y = product(*sides)
+    check((y.detach(), *torch.autograd.grad(y, sides, g)), exact(sides, g), dtype)
+
+
+@HALF
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_compiled(dtype: torch.dtype, fullgraph: bool) -> None:
+    sides, g = problem(dtype)
+    torch.compiler.reset()
+    y = torch.compile(product, backend="aot_eager", fullgraph=fullgraph)(*sides)
+    check((y.detach(), *torch.autograd.grad(y, sides, g)), exact(sides, g), dtype)
+
+
+@HALF
+def test_compiled_under_autocast(dtype: torch.dtype) -> None:
+    (x, *_), _ = problem(torch.float32)
+    layer = SparseLinear(IN, OUT, pattern=PATTERN)
+    torch.compiler.reset()
+    compiled = torch.compile(layer, backend="aot_eager")
+    with torch.autocast("cpu", dtype):
+        y, wanted = compiled(x), layer(x)
+    assert y.dtype is dtype
+    torch.testing.assert_close(y, wanted)
+
+
+@HALF
+@pytest.mark.parametrize("strict", [False, True])
+def test_exported(dtype: torch.dtype, strict: bool) -> None:
+    (x, *_), _ = problem(dtype)
+    layer = SparseLinear(IN, OUT, pattern=PATTERN, dtype=dtype)
+    program = torch.export.export(layer, (x.detach(),), strict=strict)
+    torch.testing.assert_close(program.module()(x.detach()), layer(x.detach()))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_a_program_that_is_recorded_multiplies(dtype: torch.dtype, grad: bool, rows: int) -> None:
+    """By ``make_fx`` and by ``torch.jit.trace``, with other numbers than those that it was recorded of."""
+    layer = SparseLinear(IN, OUT, pattern=PATTERN, dtype=dtype)
+    x, other = torch.ones(rows, IN, dtype=dtype), torch.randn(rows, IN, dtype=dtype)
+    near = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 1e-2 if dtype is not torch.float32 else 1e-5}
+    with torch.set_grad_enabled(grad), warnings.catch_warnings():
+        graph = make_fx(lambda x: layer(x))(x)
+        torch.testing.assert_close(graph(other), layer(other), **near)
+        warnings.simplefilter("ignore")  # torch's own, of sizes that become constants, and of the trace itself
+        traced = torch.jit.trace(layer, (x,))  # type: ignore[no-untyped-call]
+        torch.testing.assert_close(traced(other), layer(other), **near)
+
+
+@HALF
+def test_a_cotangent_may_have_a_tangent(dtype: torch.dtype) -> None:
+    sides, g = problem(dtype)
+    tangent = torch.randn(BATCH, OUT).to(dtype)
+    y = product(*sides)
+    with forward_ad.dual_level():
+        found = torch.autograd.grad(y, sides, forward_ad.make_dual(g, tangent))
+        tangents = [forward_ad.unpack_dual(one).tangent for one in found]
+    check(tangents, exact(sides, tangent)[1:], dtype)  # gradients are linear in it
+
+
+@HALF
+@pytest.mark.parametrize("how", ["torch.func.vmap", "is_grads_batched"])
+def test_cotangents_may_be_mapped_over(dtype: torch.dtype, how: str) -> None:
+    sides, g = problem(dtype)
+    y, stack = product(*sides), torch.stack([g, 2 * g, -g])
+
+    def pull(g: Tensor, **more: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, sides, g, retain_graph=True, **more)
+
+    ways: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "torch.func.vmap": lambda: torch.func.vmap(pull)(stack),
+        "is_grads_batched": lambda: pull(stack, is_grads_batched=True),
+    }
+    found = ways[how]()
+    for place, one in enumerate(stack):
+        check([grad[place] for grad in found], exact(sides, one)[1:], dtype)
+
+
+@HALF
+def test_gradients_may_be_differentiated_again(dtype: torch.dtype) -> None:
+    sides, g = problem(dtype)
+    x, values, _ = sides
+    (dx,) = torch.autograd.grad(product(*sides), x, g, create_graph=True)
+    (again,) = torch.autograd.grad(dx.sum(), values)
+    rows = torch.tensor(PATTERN.rows).long()
+    check([again], [g.double().sum(0)[rows]], dtype)
+
+
+@HALF
+def test_what_a_gradient_does_not_need_may_change(dtype: torch.dtype) -> None:
+    """Of frozen values, x may be overwritten after the call, and is not kept; of x without gradient, values may."""
+    (x, values, bias), g = problem(dtype)
+    assert _half_products.is_half_product(x, values)
+    wanted = exact((x, values, bias), g)
+    inner = x.detach().clone().requires_grad_()
+    overwritten = inner * 1
+    y = product(overwritten, values.detach(), bias.detach())
+    overwritten.detach().zero_()
+    overwritten.relu_()
+    check(torch.autograd.grad(y, inner, g, allow_unused=True), wanted[1:2], dtype)
+    own = values.detach().clone().requires_grad_()
+    y = product(x.detach(), own, bias.detach())
+    with torch.no_grad():
+        own.zero_()
+    check(torch.autograd.grad(y, own, g), wanted[2:3], dtype)
