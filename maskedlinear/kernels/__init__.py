@@ -113,7 +113,7 @@ class Info:
         pool = self.pool or "no OpenMP library is loaded yet: one thread until torch is imported"
         lines = [
             f"CPU kernels: by rows, in tiles of registers of {self.register_bytes} bytes, for every pattern and batch",
-            "but for one row of x in float32 or float64 through PyTorch's SparseLinear without gradients: MKL, if it is there",
+            "but for a float32 or float64 row of x through PyTorch's SparseLinear without gradients: MKL where it is there",
             f"compiled by: {self.llvm} for {self.processor}",
             f"threads: PyTorch's own ({pool}); in JAX XLA's own",
         ]
