@@ -159,6 +159,8 @@ def active_ddp_module() -> Any:
 def is_sending_state() -> bool:
     """Whether the caller's caller was called by what sends a state to other processes, as
     ``set_model_state_dict(..., broadcast_from_rank0=True)`` does; a torch that has it elsewhere is taken not to."""
+    if torch.compiler.is_compiling():  # ``functional_call`` is, and frames are nothing that it traces
+        return False
     frame = sys._getframe(3)
     return frame.f_globals.get("__name__") == "torch.distributed.checkpoint.state_dict"
 

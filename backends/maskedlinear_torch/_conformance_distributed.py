@@ -61,7 +61,7 @@ class DistributedTorchLayer:
             return nn.parallel.DistributedDataParallel(model)
         from torch.distributed.device_mesh import init_device_mesh
 
-        mesh = init_device_mesh("cpu", (self.size,))
+        self.mesh = mesh = init_device_mesh("cpu", (self.size,))
         if self.way == "FSDP2":
             from torch.distributed.fsdp import fully_shard
 
@@ -102,12 +102,22 @@ class DistributedTorchLayer:
         values[where], held[where] = as_numpy(_local(part)), True
         return [Shard(values, held)]
 
+    def _call(self, part: Tensor, inputs: int) -> Tensor:
+        """Return y of a part of x; of inputs that processes have not the same number of, torch wants to be told how many."""
+        if self.way == "RowwiseParallel" and not isinstance(self.layer, SparseLinear):
+            from torch.distributed.tensor import DTensor
+            from torch.distributed.tensor import Shard as Cut
+
+            shape = torch.Size((len(part), inputs))
+            part = DTensor.from_local(part, self.mesh, [Cut(1)], run_check=False, shape=shape, stride=(inputs, 1))
+        return self.model(part)  # type: ignore[no-any-return]
+
     # The protocol
 
     def value(self, x: Tensor) -> Shards:
         """Return ``y`` without gradients."""
         with torch.no_grad():
-            y = self.model(self._part(x, "inputs"))
+            y = self._call(self._part(x, "inputs"), x.shape[-1])
         return self._shard(y, (len(x), self.shape[0]), "outputs")
 
     def gradients(self, x: Tensor, g: Tensor) -> tuple[Shards, Shards, Shards | None]:
@@ -127,7 +137,7 @@ class DistributedTorchLayer:
 
     def _backward(self, part: Tensor, g: Tensor) -> None:
         along = self._part(g, "outputs")
-        self.model(part).backward(along * (self.size if self.division.startswith("batch") else 1))
+        self._call(part, self.shape[1]).backward(along * (self.size if self.division.startswith("batch") else 1))
 
     @property
     def _weight(self) -> Any:

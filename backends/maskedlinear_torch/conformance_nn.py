@@ -51,6 +51,14 @@ class TorchNnBackend(TorchBackend):
             self._sparse_calls[key] = _sparse_call(mask, bias is not None, weight.device)
         return self._sparse_calls[key]
 
+    def vmap(
+        self, axes: Sequence[int | None], x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Return what the layer gives mapped over: it is made before, since what it draws is refused in a map."""
+        single = weight if axes[1] is None else weight.select(axes[1], 0)
+        self.traceable(single, self._prepared(mask if axes[2] is None else mask.select(axes[2], 0)), bias)
+        return super().vmap(axes, x, weight, mask, bias, g)
+
     def through(
         self,
         transform: Callable[[Call], Call],

@@ -103,7 +103,7 @@ class Distribution:
         for case in shared_cases(subject):
             data, mask = case.data(subject.dtype), case.mask()
             with subject.shared(placement, data) as layer:
-                for sparsity in (0.7, 0.9):
+                for sparsity in (0.8, 0.9):
                     layer.ask("prune", sparsity)
                     score = abs(np.where(mask, data.weight, 0))
                     mask = pruning.prune(score, num_zeros=math.floor(sparsity * mask.size), masks=mask)
