@@ -42,21 +42,30 @@ class TorchNnBackend(TorchBackend):
         fixed = Placed.of(mask, x.device) if isinstance(mask, SparsityPattern) else mask
         return self.traceable(weight, mask, bias)(x, weight, fixed, bias)
 
+    def _prepared(self, mask: Tensor) -> Any:
+        """Return the mask as layers take it, and make them: in a transform, theirs would be tensors of the transform."""
+        prepared = super()._prepared(mask)
+        for bias in (False, True) if mask.dim() == 2 else ():
+            self._call_of(mask.shape, prepared, bias, mask.device)
+        return prepared
+
     def traceable(self, weight: Tensor, mask: Any, bias: Bias) -> Call:
         """Return the call of a layer with other parameters: one for each shape, or for each pattern."""
+        return self._call_of(weight.shape, mask, bias is not None, weight.device)
+
+    def _call_of(self, shape: Any, mask: Any, bias: bool, device: torch.device) -> Call:
         if not isinstance(mask, SparsityPattern):
-            return self._calls(weight.shape, bias is not None)
-        key = (mask.shape, mask.indptr.tobytes(), mask.indices.tobytes(), bias is not None, weight.device)
+            return self._calls(shape, bias)
+        key = (mask.shape, mask.indptr.tobytes(), mask.indices.tobytes(), bias, device)
         if key not in self._sparse_calls:
-            self._sparse_calls[key] = _sparse_call(mask, bias is not None, weight.device)
+            self._sparse_calls[key] = _sparse_call(mask, bias, device)
         return self._sparse_calls[key]
 
     def vmap(
         self, axes: Sequence[int | None], x: Tensor, weight: Tensor, mask: Tensor, bias: Bias, g: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """Return what the layer gives mapped over: it is made before, since what it draws is refused in a map."""
-        single = weight if axes[1] is None else weight.select(axes[1], 0)
-        self.traceable(single, self._prepared(mask if axes[2] is None else mask.select(axes[2], 0)), bias)
+        self._prepared(mask if axes[2] is None else mask.select(axes[2], 0))
         return super().vmap(axes, x, weight, mask, bias, g)
 
     def through(
