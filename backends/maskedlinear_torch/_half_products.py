@@ -54,7 +54,7 @@ class _HalfSpmm(torch.autograd.Function):
         pattern, dtype = DevicePattern(*rest), (right if values is None else values).dtype
         dvalues = dright = None
         needs_values, needs_right = ctx.needs_input_grad[:2]
-        # Differentiated again, or mapped, or compiled: those, too, of the calls that backward was not there for yet.
+        # Differentiated again, mapped, recorded or compiled, which may have begun after the forward pass.
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or is_grads_batched(g) or not _nothing_looks_on():
             dvalues = _products.sddmm(g, right.float(), pattern).to(dtype) if needs_values else None
             dright = _products.spmm(values.float(), g, pattern, True).to(dtype) if needs_right else None
