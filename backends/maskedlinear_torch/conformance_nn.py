@@ -16,6 +16,8 @@ from maskedlinear_torch.conformance import Bias, Call, TorchBackend
 
 __all__ = ["TorchNnBackend"]
 
+_TOGETHER = 16  # modules whose compiled calls are kept at once
+
 
 class TorchNnBackend(TorchBackend):
     """``MaskedLinear`` and ``SparseLinear``: values as in inference, gradients as in training.
@@ -32,6 +34,7 @@ class TorchNnBackend(TorchBackend):
         self._kept: dict[Any, TorchLayer] = {}
         self._calls = cache(_dense_call)
         self._sparse_calls: dict[Any, Call] = {}
+        self._compiled_modules = 0
 
     def masked_linear(self, x: Tensor, weight: Tensor, mask: Tensor, bias: Bias) -> Tensor:
         """Return ``y`` of a layer, without gradients."""
@@ -90,6 +93,9 @@ class TorchNnBackend(TorchBackend):
 
     def compiled(self, compiler: Callable[[Call], Call], module: Call) -> Call:
         """Return the call of a module compiled, with the module as an argument."""
+        self._compiled_modules += 1
+        if self._compiled_modules % _TOGETHER == 0:
+            torch.compiler.reset()  # each is compiled anew, and torch refuses what has changed too often
         call = compiler(_call)
         return lambda x: call(module, x)
 
