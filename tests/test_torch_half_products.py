@@ -15,7 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from maskedlinear import masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import SparseLinear, sparse_linear
-from maskedlinear_torch import _half_products
+from maskedlinear_torch import _compat, _half_products
 
 OUT, IN, BATCH = 30, 50, 4
 PATTERN = SparsityPattern.from_mask(masks.random((OUT, IN), sparsity=0.7, seed=0))
@@ -140,6 +140,17 @@ def test_gradients_may_be_differentiated_again(dtype: torch.dtype) -> None:
     (again,) = torch.autograd.grad(dx.sum(), values)
     rows = torch.tensor(PATTERN.rows).long()
     check([again], [g.double().sum(0)[rows]], dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_torch_that_cannot_say_what_looks_on_goes_by_operators(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_compat, "_dispatch_modes", lambda: 1)
+    sides, g = problem(dtype)
+    assert not _half_products.is_half_product(*sides[:2])
+    y = product(*sides)
+    check((y.detach(), *torch.autograd.grad(y, sides, g)), exact(sides, g), dtype)
 
 
 @HALF

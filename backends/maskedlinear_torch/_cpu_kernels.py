@@ -174,9 +174,10 @@ def masked_gradient(g: Tensor, x: Tensor, mask: Tensor, out: Tensor) -> bool:
 
     The mask is read at each call, eight entries at a time, so that nothing has to be kept, and nothing can be out of date.
     """
-    if wide(out.dtype) is not out.dtype:
-        return False
-    if not (are_for(g, x, out) and mask.is_contiguous() and mask.dtype is torch.bool and len(g) >= _FEWEST_ROWS):
+    is_wide = wide(out.dtype) is out.dtype  # half types' values would have to be placed
+    if not (
+        is_wide and are_for(g, x, out) and mask.is_contiguous() and mask.dtype is torch.bool and len(g) >= _FEWEST_ROWS
+    ):
         return False
     shape, threads = (out.shape[0], out.shape[1]), torch.get_num_threads()
     starts = torch.zeros(shape[0] + 1, dtype=torch.int32)

@@ -22,7 +22,7 @@ __all__ = [
     "MOST_ROWS",
     "SLOTS",
     "Arguments",
-    "PatternOf",
+    "Pattern",
     "Shape",
     "chunk_rows",
     "pack_task",
@@ -86,7 +86,7 @@ class Arguments:
         return self._code.icmp_unsigned("!=", self.number(name), I64(0))
 
 
-class PatternOf:
+class Pattern:
     """Starts, indices and values of the rows, read at no place beyond the end.
 
     ``ordered``, the values lie in another order, and each is found by its place in it.
@@ -154,7 +154,7 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
         panels = told.pointer("panels" if side == "right" else "left_panels")
         strips, chunk = code.rounded_up(features, STRIP), code.function.args[1]
         if dtype in HALF_TYPES:  # a vector is widened
-            one_by_one = code.append_basic_block()
+            of_tiles = code.append_basic_block()
             with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
                 begin = code.times(chunk, STRIP)
                 end = code.least(code.sum(begin, STRIP), features)
@@ -163,8 +163,8 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
                     with code.loop(start, stop, lanes or 1) as feature:
                         code.put(code.read(source, feature, dtype, lanes), panels, feature, kind)
                 code.ret_void()
-            code.branch(one_by_one)
-            code.position_at_end(one_by_one)
+            code.branch(of_tiles)
+            code.position_at_end(of_tiles)
         first = code.times(code.urem(chunk, strips), STRIP)
         last = code.least(code.sum(first, STRIP), features)
         column: Any = code.times(code.udiv(chunk, strips), told.number("widest"))
@@ -210,7 +210,7 @@ def spmm_task(
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, dtype, checked=checked, ordered=ordered)
+        pattern = Pattern(code, told, dtype, checked=checked, ordered=ordered)
         chunks, height = told.number("chunks"), code.function.args[1]
         first, last = chunk_rows(code, told, code.urem(height, chunks))
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
@@ -275,7 +275,7 @@ def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> It
 class _Connections:
     """A loop over a row's connections in a block, ``together`` at a time; the first value carried says where it is."""
 
-    def __init__(self, code: Emitter, pattern: PatternOf, together: int, end: Any, bound: Any) -> None:
+    def __init__(self, code: Emitter, pattern: Pattern, together: int, end: Any, bound: Any) -> None:
         self._code, self._pattern, self._together, self._end, self._bound = code, pattern, together, end, bound
         self._last: Any = None
 
@@ -309,7 +309,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
     count = width // vector.count
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, dtype, checked=checked)
+        pattern = Pattern(code, told, dtype, checked=checked)
         first, last = chunk_rows(code, told, code.function.args[1])
         out, cursors = told.pointer("out"), code.room(I64, MOST_ROWS + _AHEAD)
         for ahead in range(_AHEAD):

@@ -14,7 +14,7 @@ from llvmlite import ir
 
 from maskedlinear.kernels._emit import I32, I64, PTR, Emitter, float_type, function
 from maskedlinear.kernels._permute import Way, pick
-from maskedlinear.kernels._rows import CHAINS, Arguments, PatternOf, Shape, chunk_rows, sums_of, total_of, until
+from maskedlinear.kernels._rows import CHAINS, Arguments, Pattern, Shape, chunk_rows, sums_of, total_of, until
 
 __all__ = ["sampled_vector_task", "vector_task"]
 
@@ -34,7 +34,7 @@ def vector_task(
     kind = float_type(dtype)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, dtype, checked=checked, ordered=ordered)
+        pattern = Pattern(code, told, dtype, checked=checked, ordered=ordered)
         first, last = chunk_rows(code, told, code.function.args[1])
         right, out = told.pointer("panels"), told.pointer("out")
         zero = ir.Constant(kind, 0.0)
@@ -67,7 +67,7 @@ def sampled_vector_task(
     vector = ir.VectorType(kind, shape.lanes)
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
-        pattern = PatternOf(code, told, dtype, checked=checked)
+        pattern = Pattern(code, told, dtype, checked=checked)
         left, right, out = (told.pointer(name) for name in ("left_panels", "panels", "out"))
         first, last = chunk_rows(code, told, code.function.args[1])
         groups = _Groups(code, told, vector, checked=checked, way=way)
