@@ -19,7 +19,7 @@ __all__ = [
     "Way",
     "choose",
     "instructions",
-    "panel_rows",
+    "panels",
     "seconds",
 ]
 
@@ -45,7 +45,9 @@ LARGEST_BITS_BATCH = 16
 class Product(NamedTuple):
     """W (rows, depth) of ``nnz`` connections times (depth, batch); or, sampled, (rows, batch) times (batch, depth) at them.
 
-    ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them.
+    ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
+    W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
+    connection, to know where in a panel it is.
     """
 
     rows: int
@@ -55,11 +57,27 @@ class Product(NamedTuple):
     itemsize: int
     multiply: Multiply
     sampled: bool = False
+    transposed: bool = False
+    place_bytes: int = 8
 
 
-def panel_rows(product: Product) -> int:
-    """Return how many rows a panel has: at most :data:`PANEL_BYTES`, 0 if a single row has more."""
-    return min(product.rows, PANEL_BYTES // max(1, product.depth * product.itemsize))
+def panels(product: Product) -> int:
+    """Return how many panels there are, of rows that are stored or of the sampled product; 0 if a single row is too large.
+
+    A panel has at most :data:`PANEL_BYTES`. Transposed, when each of them adds to the whole product, it may be as large as
+    the product, so that no more is moved for that than for the panels.
+    """
+    rows, depth, most = product.rows, product.depth, PANEL_BYTES
+    size = _sum_bytes(product) if product.sampled else product.itemsize
+    if product.transposed:
+        most = max(most, rows * product.batch * _sum_bytes(product))
+        rows, depth = depth, rows
+    height = min(rows, most // max(1, depth * size))
+    return -(-rows // height) if height else 0
+
+
+def _sum_bytes(product: Product) -> int:
+    return max(4, product.itemsize)  # half types are added up in float32
 
 
 def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) -> float:
@@ -74,17 +92,21 @@ def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) 
 
 def seconds(way: Way, product: Product) -> float:
     """Return the time of a product by count; infinite where the way cannot be gone."""
-    rows, depth, nnz, batch, size, multiply, sampled = product
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes = product
     weights, connections = rows * depth, nnz * (size + 4) / _MEMORY
     sides = (rows + depth) * batch * size / _MEMORY
     multiplied = weights * batch / _MULTIPLIES[multiply]
     if way == "dense":
         return max(multiplied, weights * size / _MEMORY + sides)
     if way == "panels":  # made and read in the cache, and, once more, the sectors where connections are
-        if not panel_rows(product):
+        count = panels(product)
+        if not count:
             return float("inf")
         unpacked = (2 * weights * size + min(nnz * _SECTOR, weights * size)) / _L2
-        return max(multiplied, sides) + unpacked + connections
+        if transposed:
+            whole = rows * batch * _sum_bytes(product)
+            unpacked += 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
+        return max(multiplied, sides) + unpacked + nnz * (size + place_bytes) / _MEMORY
     if way in ("bits", "tiles") and nnz * 128 < weights:
         return float("inf")  # bits would take more than 32 bytes a connection
     if way == "tiles":
@@ -105,7 +127,7 @@ def seconds(way: Way, product: Product) -> float:
 
 def _seconds_by_tiles(product: Product) -> float:
     """Return the time of a product whose tiles of W are unpacked once for each tile of the batch, or once if sampled."""
-    rows, depth, nnz, batch, size, multiply, sampled = product
+    rows, depth, nnz, batch, size, multiply, sampled, *_ = product
     if size == 8:
         return float("inf")
     weights, ieee = rows * depth, multiply == "float32"

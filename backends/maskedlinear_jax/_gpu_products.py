@@ -4,6 +4,7 @@ XLA's compiler for GPUs makes one kernel, without temporaries, of a gather, a mu
 around them: so nothing is cut into parts. Above a few per cent of live connections the dense product is faster: W, or the
 product that is sampled, is there in panels of at most ``PANEL_BYTES``, one after the other. Which way is gone is said by
 ``maskedlinear._gpu_rule``. Panels are multiplied as ``jnp.dot`` multiplies, by the user's precision, as a dense layer is.
+Operands may be of half types, of which no copy in float32 is made: products are float32 then, added up in float32.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -11,7 +12,7 @@ product that is sampled, is there in panels of at most ``PANEL_BYTES``, one afte
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jax import Array, lax
 
 from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product
+from maskedlinear_jax._partition import wide
 
 __all__ = ["is_stack_in_panels", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
@@ -26,9 +28,13 @@ _UNROLLED = 4  # panels that stand in the program one by one, each of which look
 _SPREAD = 1.5  # of how many connections a panel has on average, so many are unpacked in one step
 
 
-def _is_in_panels(rows: int, depth: int, nnz: int, batch: int, dtype: Any, sampled: bool) -> bool:
+def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Product:
+    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
+
+
+def _is_in_panels(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> bool:
     """Whether the rule says panels, and not gathers."""
-    product = Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), sampled)
+    product = _product(rows, depth, nnz, batch, dtype, **of)
     return _gpu_rule.choose(("gathered", "panels"), product) == "panels"
 
 
@@ -39,117 +45,164 @@ def is_stack_in_panels(one: Array, other: Array, pattern: Any) -> bool:
     """
     rows, depth = (index.shape[-1] - 1 for index in (pattern.indptr, pattern.starts))
     nnz, batch = pattern.indices.shape[-1], other.shape[-1]
-    return bool(one.size and other.size) and _is_in_panels(rows, depth, nnz, batch, other.dtype, one.ndim > 2)
+    return bool(one.size and other.size) and _is_in_panels(rows, depth, nnz, batch, other.dtype, sampled=one.ndim > 2)
 
 
 def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
     """Return W · right, shape (out, batch) for right (in, batch); or, transposed, Wᵀ · right."""
     depth, batch = right.shape
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
-    count = starts.shape[0] - 1
+    count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
-        return jnp.zeros((count, batch), right.dtype)
+        return jnp.zeros((count, batch), of)
+    if _is_in_panels(count, depth, values.size, batch, right.dtype, transposed=transposed):
+        return spmm_in_panels(values, right, pattern, transposed=transposed)
     rows = pattern.indices[pattern.order] if transposed else pattern.rows
     values = values[pattern.order] if transposed else values
-    if _is_in_panels(count, depth, values.size, batch, right.dtype, sampled=False):
-        return spmm_in_panels(values, right, starts, rows, across)
-    gathered = values[:, None] * right[across]
-    return jnp.zeros((count, batch), right.dtype).at[rows].add(gathered, indices_are_sorted=True)
+    gathered = values[:, None].astype(of) * right[across].astype(of)
+    return jnp.zeros((count, batch), of).at[rows].add(gathered, indices_are_sorted=True)
 
 
 def sddmm(left: Array, right: Array, pattern: Any) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,), for left (out, batch) and right (in, batch)."""
-    size, batch = pattern.indices.size, right.shape[1]
+    size, batch, of = pattern.indices.size, right.shape[1], wide(right.dtype)
     if not size or not batch:
-        return jnp.zeros(size, right.dtype)
+        return jnp.zeros(size, of)
     if _is_in_panels(left.shape[0], right.shape[0], size, batch, right.dtype, sampled=True):
-        return sddmm_in_panels(left, right, pattern.indptr, pattern.rows, pattern.indices)
-    return (left[pattern.rows] * right[pattern.indices]).sum(1)
+        return sddmm_in_panels(left, right, pattern)
+    return (left[pattern.rows].astype(of) * right[pattern.indices].astype(of)).sum(1)
 
 
-def spmm_in_panels(values: Array, right: Array, starts: Array, rows: Array, across: Array) -> Array:
-    """Return the product of W in compressed rows with right (depth, batch), panel by panel."""
-    (depth, batch), count = right.shape, starts.shape[0] - 1
+def spmm_in_panels(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
+    """Return W · right, panel by panel; or, transposed, Wᵀ · right, to which each panel of W adds.
 
-    def step(product: Array, first: Any, height: int) -> Array:
-        def unpack(panel: Array, part: tuple[Array, ...]) -> Array:
-            of, columns, numbers = part
-            return panel.at[_within(of, first, height), columns].set(numbers, mode="drop")
+    So values are read as they lie: to find those of a column takes several times as long.
+    """
+    count, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
+    batch, of = right.shape[1], wide(right.dtype)
 
-        panel = jnp.zeros((height, depth), right.dtype)
-        panel = _visit(unpack, panel, (rows, across, values), starts, first, height)
-        return lax.dynamic_update_slice_in_dim(product, panel @ right, first, 0)
+    def step(product: Array, panel: _Panel) -> Array:
+        def unpack(unpacked: Array, places: Array, places_in_panel: Array) -> Array:
+            return unpacked.at[places_in_panel].set(_at(values, places), mode="drop", unique_indices=True)
 
-    return _panels(step, jnp.zeros((count, batch), right.dtype), count, depth)
+        unpacked = jnp.full(panel.size, panel.zero.astype(right.dtype))
+        unpacked = panel.visit(unpack, unpacked).reshape(panel.height, depth)
+        if transposed:
+            side = lax.dynamic_slice_in_dim(right, panel.first, panel.height)
+            return product + jnp.matmul(unpacked.T, side, preferred_element_type=of)
+        found = jnp.matmul(unpacked, right, preferred_element_type=of)
+        return lax.dynamic_update_slice_in_dim(product, found, panel.first, 0)
+
+    sizes = (depth, count) if transposed else (count, depth)
+    product = _product(*sizes, values.size, batch, right.dtype, transposed=transposed)
+    return _over_panels(step, jnp.zeros((sizes[0], batch), of), pattern, product)
 
 
-def sddmm_in_panels(left: Array, right: Array, starts: Array, rows: Array, across: Array) -> Array:
+def sddmm_in_panels(left: Array, right: Array, pattern: Any) -> Array:
     """Return left · rightᵀ at the connections, of which a panel is there in full at a time."""
-    count, size = left.shape[0], across.size
+    (count, batch), depth, size, of = left.shape, right.shape[0], pattern.indices.size, wide(right.dtype)
 
-    def step(sampled: Array, first: Any, height: int) -> Array:
-        panel = lax.dynamic_slice_in_dim(left, first, height) @ right.T
+    def step(sampled: Array, panel: _Panel) -> Array:
+        # From where the compiler does not know: of two panels it would make one product.
+        side = lax.dynamic_slice_in_dim(left, panel.first + panel.zero.astype(jnp.int32), panel.height)
+        dense = jnp.matmul(side, right.T, preferred_element_type=of).reshape(-1)
 
-        def sample(sampled: Array, part: tuple[Array, ...]) -> Array:
-            of, columns, places = part
-            local = _within(of, first, height)
-            numbers = panel.at[local, columns].get(mode="fill", fill_value=0)
+        def sample(sampled: Array, places: Array, places_in_panel: Array) -> Array:
+            numbers = dense.at[places_in_panel].get(mode="fill", fill_value=0)
+            if panel.height == count:
+                return numbers
             # Those of other panels are written nowhere.
-            return sampled.at[jnp.where(local < height, places, size)].set(numbers, mode="drop", unique_indices=True)
+            places = jnp.where(places_in_panel < panel.size, places, size)
+            return sampled.at[places].set(numbers, mode="drop", unique_indices=True)
 
-        return _visit(sample, sampled, (rows, across, jnp.arange(size, dtype=jnp.int32)), starts, first, height)
+        return panel.visit(sample, sampled)
 
-    return _panels(step, jnp.zeros(size, right.dtype), count, right.shape[0])
-
-
-def _within(rows: Array, first: Any, height: int) -> Array:
-    """Return the place of rows in a panel, ``height`` for those that are not in it."""
-    local = rows - first
-    return jnp.where((local >= 0) & (local < height), local, height)
+    product = _product(count, depth, size, batch, of, sampled=True)
+    return _over_panels(step, jnp.zeros(size, of), pattern, product)
 
 
-def _panels(step: Callable[[Array, Any, int], Array], state: Array, count: int, depth: int) -> Array:
-    """Go over all panels, one after the other: the last may go over rows of the one before it once more."""
-    height = _gpu_rule.panel_rows(Product(count, depth, 0, 0, state.dtype.itemsize, "float32"))
-    panels = -(-count // height)
+class _Panel(NamedTuple):
+    """Rows of W, or of what is sampled, from ``first`` on, of which those before ``fresh`` are empty.
+
+    ``zero`` is one that no other panel has, for all that the compiler knows: it would keep zeros for two of them.
+    """
+
+    pattern: Any
+    first: Any
+    fresh: Any
+    height: int
+    zero: Array
+
+    @property
+    def depth(self) -> int:
+        return int(self.pattern.starts.shape[0]) - 1
+
+    @property
+    def size(self) -> int:
+        return self.height * self.depth
+
+    def visit(self, visit: Callable[[Array, Array, Array], Array], state: Array) -> Array:
+        """Return ``state`` after ``visit`` of all connections of the panel: their places, and those in the panel.
+
+        In steps, which may see others', that lie behind the panel's end, and some twice.
+        """
+        pattern, size = self.pattern, self.pattern.indices.size
+        panels = -(-(pattern.indptr.shape[0] - 1) // self.height)
+        most = min(size, int(_SPREAD * size / panels) + 1)
+        if panels <= _UNROLLED or most == size:
+            places = jnp.arange(size, dtype=jnp.int32)
+            return visit(state, places, self._within(pattern.rows, pattern.indices))
+        ends = (self.fresh, self.first + self.height)
+        start, end = (jnp.clip(pattern.indptr[row], 0, size) for row in ends)  # a state may have brought any
+
+        def step(i: Array, state: Array) -> Array:
+            first = jnp.minimum(start + i * most, size - most)
+            rows, columns = (lax.dynamic_slice_in_dim(of, first, most) for of in (pattern.rows, pattern.indices))
+            return visit(state, first + jnp.arange(most, dtype=jnp.int32), self._within(rows, columns))
+
+        return lax.fori_loop(0, -((start - end) // most), step, state)
+
+    def _within(self, rows: Array, columns: Array) -> Array:
+        """Return where connections lie in the panel, row by row; behind its end, those that are not in it.
+
+        One number for both indices, since XLA writes pairs of them to memory before it reads them.
+        """
+        inside = (rows >= self.fresh) & (rows < self.first + self.height) & (columns >= 0) & (columns < self.depth)
+        return jnp.where(inside, (rows - self.first) * self.depth + columns, self.size)
+
+
+def _at(values: Array, places: Array) -> Array:
+    """Return values at consecutive places; as they are, if these are all."""
+    return values if places.size == values.size else lax.dynamic_slice_in_dim(values, places[0], places.size)
+
+
+def _over_panels(step: Callable[[Array, _Panel], Array], state: Array, pattern: Any, product: Product) -> Array:
+    """Go over all panels, one after the other: the last may begin with rows of the one before it, made once more.
+
+    But not where panels add up.
+    """
+    count, panels = pattern.indptr.shape[0] - 1, _gpu_rule.panels(product)
+    height = -(-count // panels)
+
+    def at(i: Any, state: Array, first: Any, zero: Array) -> Array:
+        return step(state, _Panel(pattern, first, i * height if product.transposed else first, height, zero))
+
     if panels > _UNROLLED:
         return lax.fori_loop(
-            0, panels, lambda i, state: step(state, jnp.minimum(i * height, count - height), height), state
+            0, panels, lambda i, state: at(i, state, jnp.minimum(i * height, count - height), i < 0), state
         )
+    zero = jnp.asarray(False)
     for i in range(panels):
-        first = min(i * height, count - height)
         if i:  # not side by side, which would have several panels there at once
-            state, after = lax.optimization_barrier((state, jnp.int32(first)))
-            state = step(state, after, height)
-        else:
-            state = step(state, first, height)
+            state, zero = lax.optimization_barrier((state, zero))
+        state = at(i, state, min(i * height, count - height), zero)
     return state
-
-
-def _visit(
-    visit: Callable[[Array, tuple[Array, ...]], Array],
-    state: Array,
-    entries: tuple[Array, ...],
-    starts: Array,
-    first: Any,
-    height: int,
-) -> Array:
-    """Return ``state`` after ``visit`` of all connections of a panel, in steps that may see others', and some twice."""
-    size, panels = entries[0].size, -(-(starts.shape[0] - 1) // height)
-    most = min(size, int(_SPREAD * size / panels) + 1)
-    if panels <= _UNROLLED or most == size:
-        return visit(state, entries)
-    start, end = (jnp.clip(starts[place], 0, size) for place in (first, first + height))  # a state may have brought any
-
-    def step(i: Array, state: Array) -> Array:
-        place = jnp.minimum(start + i * most, size - most)
-        return visit(state, tuple(lax.dynamic_slice_in_dim(entry, place, most) for entry in entries))
-
-    return lax.fori_loop(0, -((start - end) // most), step, state)
 
 
 def _multiply(dtype: Any) -> Multiply:
     """How the dense product multiplies numbers of ``dtype`` on a GPU: float32 by TF32, unless a precision is set."""
+    if jnp.dtype(dtype).itemsize < 4:
+        return "half"
     if jnp.dtype(dtype) == jnp.float64:
         return "float64"
     exact = getattr(jax.config, "jax_default_matmul_precision", None) in ("highest", "float32")

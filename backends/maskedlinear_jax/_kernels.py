@@ -21,6 +21,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from maskedlinear import kernels
+from maskedlinear_jax._partition import wide
+
+_DTYPES = {"float32", "float64", "bfloat16", "float16"}
 
 __all__ = ["are_used", "multiplies_packed", "multiply_packed", "sddmm", "spmm"]
 
@@ -28,10 +31,10 @@ _lock = threading.Lock()
 
 
 def are_used(*arrays: Array) -> bool:
-    """Whether the kernels multiply these arrays on CPUs: floats of one of two dtypes and int32, of known sizes."""
+    """Whether the kernels multiply these arrays on CPUs: floats of one dtype and int32, of known sizes."""
     known = all(isinstance(size, int) for array in arrays for size in array.shape)
     dtypes = {str(array.dtype) for array in arrays} - {"int32"}
-    return known and len(dtypes) == 1 and dtypes <= {"float32", "float64"} and _are_registered(dtypes.pop())
+    return known and len(dtypes) == 1 and dtypes <= _DTYPES and _are_registered(dtypes.pop())
 
 
 def _are_registered(dtype: str) -> bool:
@@ -106,12 +109,15 @@ def multiply_packed(x: Array, layout: Any, rows: int) -> Array:
 
 
 def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
-    """Return the product of a matrix by batch with Wᵀ, or, ``transposed``, with W: (batch, out) for right (batch, in)."""
+    """Return the product of a matrix by batch with Wᵀ, or, ``transposed``, with W: (batch, out) for right (batch, in).
+
+    Of half types it is float32.
+    """
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     rows, dtype = starts.shape[0] - 1, right.dtype
     batch, depth = right.shape
     if not (values.size and rows and right.size):
-        return jnp.zeros((batch, rows), dtype)
+        return jnp.zeros((batch, rows), wide(dtype))
     shapes, operands = [(batch, rows), _room(depth, batch, dtype)], [values, right, starts, across]
     if not transposed:
         return _call("spmm", (rows, depth), batch, dtype, shapes, operands)
@@ -119,10 +125,13 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
 
 
 def sddmm(left: Array, right: Array, pattern: Any) -> Array:
-    """Return the sum over the batch of left (batch, out) times right (batch, in) at the connections, shape (nnz,)."""
+    """Return the sum over the batch of left (batch, out) times right (batch, in) at the connections, shape (nnz,).
+
+    Of half types it is float32.
+    """
     dtype, shape = right.dtype, pattern.indices.shape
     if not (pattern.indices.size and left.size and right.size):
-        return jnp.zeros(shape, dtype)
+        return jnp.zeros(shape, wide(dtype))
     shapes = [shape, *(_room(side.shape[1], side.shape[0], dtype) for side in (left, right))]
     layer = (left.shape[1], right.shape[1])
     return _call("sddmm", layer, right.shape[0], dtype, shapes, [left, right, pattern.indptr, pattern.indices])
@@ -139,5 +148,5 @@ def _call(kind: str, shape: tuple[int, int], batch: int, dtype: Any, shapes: lis
     name = str(jnp.dtype(dtype))
     connections = operands[3].shape[0]
     _calls.prepare(kind, name, shape, batch, connections)
-    results = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+    results = [jax.ShapeDtypeStruct(shape, wide(dtype)) for shape in shapes]
     return jax.ffi.ffi_call(_xla.target(kind, name), results)(*operands)[0]

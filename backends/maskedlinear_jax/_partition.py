@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from maskedlinear_jax._compat import ShardingTypeError, custom_partitioning
 
-__all__ = ["Axes", "partitioned", "result_type"]
+__all__ = ["Axes", "partitioned", "result_type", "wide"]
 
 _FREE = "nbf"  # what the names of axes begin with that may be sharded
 
@@ -29,12 +29,13 @@ class Axes(NamedTuple):
     """The axes of a product's operands and of its result, by name, as in :func:`jax.numpy.einsum`.
 
     ``code`` tells products from each other whose axes are alike: programs that XLA keeps on disk are told by what they are
-    of, which says nothing of what it calls.
+    of, which says nothing of what it calls. ``is_sum``, the result of half types is the sum in float32.
     """
 
     operands: tuple[tuple[str, ...], ...]
     result: tuple[str, ...]
     code: int
+    is_sum: bool = True
 
     @property
     def names(self) -> list[str]:
@@ -52,6 +53,11 @@ class Axes(NamedTuple):
         return f"{', '.join(operands)} -> {result}"
 
 
+def wide(dtype: Any) -> Any:
+    """Return the dtype of sums of products of numbers of ``dtype``: float32 for half types."""
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+
+
 def result_type(axes: Axes, avals: Sequence[Any]) -> Any:
     """Return the type of a product of arrays of these types.
 
@@ -61,12 +67,13 @@ def result_type(axes: Axes, avals: Sequence[Any]) -> Any:
     sizes = {name: size for names, aval in zip(axes.operands, avals, strict=True) for name, size in _pairs(names, aval)}
     sizes |= {name: sizes[end] - 1 for name, end in (("o", "p"), ("i", "q")) if end in sizes}
     like, shape = avals[min(1, len(avals) - 1)], tuple(sizes[name] for name in axes.result)
+    dtype = wide(like.dtype) if axes.is_sum else like.dtype
     mesh = next((mesh for mesh in map(_mesh_of, avals) if mesh is not None), None)
     if mesh is None:
-        return like.update(shape=shape, weak_type=False)
+        return like.update(shape=shape, dtype=dtype, weak_type=False)
     where = _sharded_axes(axes, avals)
     spec = PartitionSpec(*(where.get(name) for name in axes.result))
-    return like.update(shape=shape, weak_type=False, sharding=NamedSharding(mesh, spec))
+    return like.update(shape=shape, dtype=dtype, weak_type=False, sharding=NamedSharding(mesh, spec))
 
 
 def _pairs(names: tuple[str, ...], aval: Any) -> Iterator[tuple[str, Any]]:

@@ -5,6 +5,9 @@ forward mode, and JAX's own sparse products are differentiated through a dense m
 (https://github.com/jax-ml/jax/issues/14623). Batches have any number of axes, and so have stacks of patterns, so that
 nothing is reshaped that lies on several devices: ``_partition`` says which axes may. A fourth primitive turns x around.
 
+Of half types the products are float32, and their cotangents are taken for numbers of the half type, which they are: whoever
+multiplies half types rounds the product to them, and a cotangent comes by way of that.
+
 On CPUs they are kernels of the core, if these are there (``_kernels``), or those that JAX brings along (``_products``). For
 ``jax.export`` they are gathered sums on every platform, CPUs too: JAX vouches for none of its sparse kernels in a
 program that is kept, and a batch may have a name for a size there. ``_compat.placement`` says so, when they are lowered.
@@ -36,7 +39,7 @@ from maskedlinear_jax._compat import (
     sharding_of,
     without_mesh,
 )
-from maskedlinear_jax._partition import Axes, partitioned, result_type
+from maskedlinear_jax._partition import Axes, partitioned, result_type, wide
 from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["multiplied", "pattern_axes", "primitive", "sddmm", "spmm", "turn"]
@@ -47,8 +50,8 @@ _LIMIT = (1 << 31) - 1  # of an index
 def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool = False) -> Array:
     """Return W · right, shape (out, \\*batch) for right (in, \\*batch); or Wᵀ · right, the other way round.
 
-    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. float32 or float64. Values and right may have axes
-    in front, the same; the pattern has them too, or is one for all.
+    W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. Values and right have one dtype; of half types the
+    product is float32. They may have axes in front, the same; the pattern has them too, or is one for all.
     """
     values, right, *rest = make_varying([values, right, *pattern])
     if _spmm_p is None:
@@ -59,7 +62,7 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool =
 def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,), for left (out, \\*batch) and right (in, \\*batch).
 
-    ``lead`` is how many axes both have in front, as in :func:`spmm`.
+    ``lead`` is how many axes both have in front, and dtypes are as in :func:`spmm`.
     """
     left, right, *rest = make_varying([left, right, *pattern])
     if _sddmm_p is None:
@@ -95,6 +98,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: s
     def product(values: Array, right: Array, pattern: DevicePattern) -> Array:
         if kernel == "gpu":
             return _gpu_products.spmm(values, right, pattern, transposed=transposed)
+        values, right = _widened(values, right)
         return _products.spmm(values, right, *pattern, transposed=transposed, cpu=kernel == "cpu")
 
     found = _each(product, values, right.reshape(*shape, math.prod(batch)), pattern, lead, kernel)
@@ -110,9 +114,14 @@ def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> A
     def product(left: Array, right: Array, pattern: DevicePattern) -> Array:
         if kernel == "gpu":
             return _gpu_products.sddmm(left, right, pattern)
+        left, right = _widened(left, right)
         return _products.sddmm(left, right, *pattern, cpu=kernel == "cpu")
 
     return _each(product, left, right, DevicePattern(*rest), lead, kernel)
+
+
+def _widened(*sides: Array) -> list[Array]:
+    return [side.astype(wide(side.dtype)) for side in sides]
 
 
 def _by_batch(array: Array, lead: int) -> Array:
@@ -204,7 +213,7 @@ def _sddmm_axes(left: Any, right: Any, *rest: Any, lead: int) -> Axes:
 def _turn_axes(array: Any, *, to_columns: bool) -> Axes:
     batch = tuple(f"b{place}" for place in range(array.ndim - 1))
     rows, columns = (*batch, "f"), ("f", *batch)
-    return Axes((rows,), columns, 4) if to_columns else Axes((columns,), rows, 5)
+    return Axes((rows,), columns, 4, is_sum=False) if to_columns else Axes((columns,), rows, 5, is_sum=False)
 
 
 # How they are differentiated.
@@ -241,18 +250,25 @@ def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: boo
     if ad.is_undefined_primal(values):
         if isinstance(g, ad.Zero):
             return [ad.Zero(values.aval), None, *(None,) * 6]
+        g = g.astype(right.dtype)
         left, right = (right, g) if transposed else (g, right)
-        return [sddmm(left, right, pattern, values.aval.ndim - 1), None, *(None,) * 6]
+        found = sddmm(left, right, pattern, values.aval.ndim - 1)
+        return [found.astype(values.aval.dtype), None, *(None,) * 6]
     if isinstance(g, ad.Zero):
         return [None, ad.Zero(right.aval), *(None,) * 6]
-    return [None, spmm(values, g, pattern, not transposed), *(None,) * 6]
+    found = spmm(values, g.astype(values.dtype), pattern, not transposed)
+    return [None, found.astype(right.aval.dtype), *(None,) * 6]
 
 
 def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any, lead: int) -> list[Any]:
     pattern = DevicePattern(*rest)
-    if ad.is_undefined_primal(left):
-        return [ad.Zero(left.aval) if isinstance(g, ad.Zero) else spmm(g, right, pattern), None, *(None,) * 6]
-    return [None, ad.Zero(right.aval) if isinstance(g, ad.Zero) else spmm(g, left, pattern, True), *(None,) * 6]
+    is_left = ad.is_undefined_primal(left)
+    of, other = (left.aval, right) if is_left else (right.aval, left)
+    if isinstance(g, ad.Zero):
+        found = ad.Zero(of)
+    else:
+        found = spmm(g.astype(other.dtype), other, pattern, not is_left).astype(of.dtype)
+    return [found, None, *(None,) * 6] if is_left else [None, found, *(None,) * 6]
 
 
 def _turn_transpose(g: Any, array: Any, *, to_columns: bool) -> list[Any]:

@@ -1,7 +1,7 @@
 """The products of the sparse form off the CPU: by Triton, by panels and the dense product, or by torch's compressed rows.
 
 ``maskedlinear._gpu_rule`` says which. A panel is some rows of W, or of the product that is sampled, unpacked to at most
-``PANEL_BYTES``, beside which are 24 bytes of indices for each of its connections. It is multiplied by ``torch.mm``, by
+``PANEL_BYTES``, beside which are 16 bytes of indices for each of its connections. It is multiplied by ``torch.mm``, by
 cuBLAS on CUDA, with the user's precision, as a dense layer is. Operands may be of half types: products are float32
 then, added up in float32.
 """
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["has_triton", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
 _HALF = (torch.bfloat16, torch.float16)
+_PLACE_BYTES = 36  # that are moved to find the place of a connection in a panel: one row's, twice, and that of it
 _WIDEST = 1 << 21  # of a batch or of features, that Triton's programs are launched over
 _HAS_OUT_DTYPE = hasattr(torch.ops.aten.mm, "dtype_out")  # CUDA's product of half types as float32
 
@@ -55,30 +56,32 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
 
     ``values`` are in the pattern's order, which ``csr.order`` turns into that of its rows.
     """
-    rows, (depth, batch) = len(csr.starts) - 1, right.shape
-    product = Product(rows, depth, values.numel(), batch, right.itemsize, _multiply(right))
-    way = _way(product, (values, right), by_rows=csr.order is None)
+    rows, depth, is_transposed = len(csr.starts) - 1, right.shape[0], csr.order is not None
+    product = _product(rows, depth, values.numel(), right, transposed=is_transposed)
+    way = _way(product, (values, right))
     if way == "rows":
         return _triton().rows_spmm(values.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
-        by_rows, columns = (csr, depth) if csr.order is None else (csr.by_rows, rows)
+        by_rows, columns = (csr.by_rows, rows) if is_transposed else (csr, depth)
         tf32 = _multiply(right) == "tf32"
         return _triton_tiles().tiles_spmm(  # type: ignore[no-any-return]
-            values.contiguous(), right.contiguous(), by_rows, columns, csr.order is not None, tf32
+            values.contiguous(), right.contiguous(), by_rows, columns, is_transposed, tf32
         )
     if way == "bits":
         return _triton().bits_spmm(values.contiguous(), right, csr)  # type: ignore[no-any-return]
     if way == "panels":
-        return spmm_in_panels(values if csr.order is None else values.index_select(0, csr.order), right, csr)
+        return spmm_in_panels(values, right, csr)
     return None
+
+
+def _product(rows: int, depth: int, nnz: int, right: Tensor, **of: bool) -> Product:
+    return Product(rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), place_bytes=_PLACE_BYTES, **of)
 
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     """Return left · rightᵀ at the connections, shape (nnz,); ``None`` if torch's own rows are the way."""
-    (rows, batch), depth = left.shape, right.shape[0]
-    nnz = csr.across.numel()
-    product = Product(rows, depth, nnz, batch, right.itemsize, _multiply(right), sampled=True)
-    way = _way(product, (left, right), by_rows=True)
+    rows, depth, nnz = left.shape[0], right.shape[0], csr.across.numel()
+    way = _way(_product(rows, depth, nnz, right, sampled=True), (left, right))
     if way == "rows":
         return _triton().rows_sddmm(left.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
@@ -87,44 +90,58 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     return sddmm_in_panels(left, right, csr) if way == "panels" else None
 
 
-def _way(product: Product, operands: tuple[Tensor, Tensor], by_rows: bool) -> Way:
-    """Return how a product is formed on the operands' device, of W by rows, or of its transpose."""
+def _way(product: Product, operands: tuple[Tensor, Tensor]) -> Way:
+    """Return how a product is formed on the operands' device."""
     if any(is_grads_batched(operand) for operand in operands):
         return "gathered"
     ways: list[Way] = ["cusparse" if operands[0].is_cuda else "gathered"]
     if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
-        ways += ["rows", "bits", "tiles"] if by_rows else ["rows", "tiles"]
-    itemsize = max(4, product.itemsize) if product.sampled else product.itemsize
-    height = _gpu_rule.panel_rows(product._replace(itemsize=itemsize))
+        ways += ["rows", "tiles"] if product.transposed else ["rows", "bits", "tiles"]
     capturing = operands[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if height >= product.rows or not capturing:  # a graph that is captured cannot ask where panels begin
+    if _gpu_rule.panels(product) == 1 or not capturing:  # a graph that is captured cannot ask where panels begin
         ways += ["panels"]
     return _gpu_rule.choose(ways, product)
 
 
 def spmm_in_panels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    """Return W · right, for values in the order of rows: a panel after the other, in one piece of memory."""
-    rows, (depth, batch) = len(csr.starts) - 1, right.shape
+    """Return W · right, a panel after the other in one piece of memory; of a transpose each adds to the whole product.
+
+    So values are read as they lie: to find those of a column takes several times as long.
+    """
+    rows, (depth, batch), is_transposed = len(csr.starts) - 1, right.shape, csr.order is not None
     product = right.new_empty((rows, batch), dtype=torch.promote_types(right.dtype, torch.float32))
-    panel = None
-    for first, last, part, places in _panels(csr, rows, depth, right.itemsize):
-        size = (last - first) * depth
+    by_rows, columns = (csr.by_rows, rows) if is_transposed else (csr, depth)
+    panels = _gpu_rule.panels(_product(rows, depth, values.numel(), right, transposed=is_transposed))
+    panel = added = None
+    for first, last, part, places in _panels(by_rows, columns, panels):
+        size = (last - first) * columns
         if panel is None:
             panel = right.new_zeros(size)
         else:
             panel.zero_()
         panel.index_copy_(0, places, values[part])
-        _multiply_into(product[first:last], panel[:size].view(last - first, depth), right)
+        dense = panel[:size].view(last - first, columns)
+        if not is_transposed:
+            _multiply_into(product[first:last], dense, right)
+        elif not first:
+            _multiply_into(product, dense.mT, right[:last])
+        elif right.dtype is product.dtype:
+            product.addmm_(dense.mT, right[first:last])
+        else:
+            added = torch.empty_like(product) if added is None else added
+            _multiply_into(added, dense.mT, right[first:last])
+            product += added
     return product
 
 
 def sddmm_in_panels(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return left · rightᵀ at the connections: a panel after the other is formed in full, and sampled."""
-    rows, depth = left.shape[0], right.shape[0]
-    wide = torch.promote_types(right.dtype, torch.float32)
-    sampled = right.new_empty(csr.across.shape, dtype=wide)
+    rows, depth, nnz = left.shape[0], right.shape[0], csr.across.numel()
+    sampled = right.new_empty(csr.across.shape, dtype=torch.promote_types(right.dtype, torch.float32))
     panel = None
-    for first, last, part, places in _panels(csr, rows, depth, wide.itemsize):
+    for first, last, part, places in _panels(
+        csr, depth, _gpu_rule.panels(_product(rows, depth, nnz, right, sampled=True))
+    ):
         if panel is None:
             panel = sampled.new_empty(last - first, depth)
         dense = panel[: last - first]
@@ -133,9 +150,10 @@ def sddmm_in_panels(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     return sampled
 
 
-def _panels(csr: CSR, rows: int, depth: int, itemsize: int) -> Iterator[tuple[int, int, slice, Tensor]]:
+def _panels(csr: CSR, columns: int, panels: int) -> Iterator[tuple[int, int, slice, Tensor]]:
     """Yield for each panel its first row, and the one past its last, its connections, and their places in it."""
-    height = max(1, _gpu_rule.panel_rows(Product(rows, depth, 0, 0, itemsize, "float32")))
+    rows = len(csr.starts) - 1
+    height = -(-rows // max(1, panels))
     firsts = range(0, rows, height)
     if len(firsts) == 1:  # nothing to ask the device for
         ends = [0, csr.across.numel()]
@@ -144,7 +162,7 @@ def _panels(csr: CSR, rows: int, depth: int, itemsize: int) -> Iterator[tuple[in
     for i, first in enumerate(firsts):
         last, part = min(first + height, rows), slice(ends[i], ends[i + 1])
         row = torch.repeat_interleave(csr.starts[first : last + 1].diff().long(), output_size=part.stop - part.start)
-        yield first, last, part, row.mul_(depth).add_(csr.across[part])
+        yield first, last, part, torch.add(csr.across[part], row, alpha=columns, out=row)
 
 
 def _multiply_into(product: Tensor, one: Tensor, other: Tensor) -> None:

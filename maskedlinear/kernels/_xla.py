@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 
 from maskedlinear.kernels import _calls, _engine
-from maskedlinear.kernels._emit import I8, I32, I64, PTR, Emitter, function
+from maskedlinear.kernels._emit import HALF_TYPES, I8, I32, I64, PTR, Emitter, function
 from maskedlinear.kernels._pool import PARALLEL, Job, drive, emit_serial, fill
 from maskedlinear.kernels._programs import PROGRAM
 from maskedlinear.kernels._rows import SLOTS
@@ -96,7 +96,7 @@ def handlers(dtype: str, api: Api) -> dict[str, int]:
 
     ``spmm`` takes values (nnz,), right (batch, columns), starts (rows + 1,) and across (nnz,), and gives out (batch, rows)
     and room for panels; ``spmm_ordered`` takes order (nnz,) too. ``sddmm`` takes left (batch, rows), right, starts and
-    across, and gives out (nnz,) and room for panels of left and of right.
+    across, and gives out (nnz,) and room for panels of left and of right. Of half types out and room are float32.
     """
     start, module = time.perf_counter(), ir.Module()
     emit_pool(module, api)
@@ -278,11 +278,12 @@ def _spmm(
     values, right, starts, across, *order = operands
     out, panels = results
     nnz, batch, depth, rows = frame.size(values), frame.size(right), frame.size(right, 1), frame.size(out, 1)
+    direct = _is_direct(code, batch, dtype)
     right_panels, has_room = _panels(code, frame, right, panels, batch, depth, dtype)
     told = {
         "rows": rows, "depth": depth, "batch": batch, "nnz": nnz, "starts": frame.data(starts),
         "across": frame.data(across), "values": frame.data(values), "right": frame.data(right), "right_by_batch": I64(1),
-        "panels": right_panels, "direct": code.zext(_equal(code, batch, 1), I64), "out": frame.data(out),
+        "panels": right_panels, "direct": direct, "out": frame.data(out),
         "out_by_batch": I64(1),
     }  # fmt: skip
     conditions = [
@@ -310,7 +311,7 @@ def _sddmm(
         "rows": rows, "depth": depth, "batch": batch, "nnz": nnz, "starts": frame.data(starts),
         "across": frame.data(across), "left": frame.data(left), "left_by_batch": I64(1), "left_panels": left_panels,
         "right": frame.data(right), "right_by_batch": I64(1), "panels": right_panels,
-        "direct": code.zext(_equal(code, batch, 1), I64), "out": frame.data(out),
+        "direct": _is_direct(code, batch, dtype), "out": frame.data(out),
     }  # fmt: skip
     conditions = [
         left_has,
@@ -329,9 +330,14 @@ def _panels(
     """Return where the panels of a matrix lie, which may be the matrix, and whether there is room for them."""
     smallest = _calls.panel_numbers(1, 1, dtype)
     needed = code.times(features, code.over(code.sum(batch, smallest - 1), smallest), smallest)
-    is_direct = _equal(code, batch, 1)
+    is_direct = _equal(code, _is_direct(code, batch, dtype), 1)
     has_room = code.or_(is_direct, code.not_(code.less(frame.size(room), needed)))
     return code.select(is_direct, frame.data(matrix), frame.data(room)), has_room
+
+
+def _is_direct(code: Emitter, batch: Any, dtype: str) -> Any:
+    """Return 1 if matrices by batch are read as they are, as :func:`maskedlinear.kernels.is_direct` says, and else 0."""
+    return I64(0) if dtype in HALF_TYPES else code.zext(_equal(code, batch, 1), I64)
 
 
 def _equal(code: Emitter, one: Any, other: Any) -> Any:
@@ -345,7 +351,7 @@ def _all(code: Emitter, conditions: Sequence[Any]) -> Any:
     return every
 
 
-_products = [(kind, dtype) for kind in _KINDS for dtype in ("float32", "float64")]
+_products = [(kind, dtype) for kind in _KINDS for dtype in ("float32", "float64", *HALF_TYPES)]
 
 
 def _compile(product: int, task: int) -> int:
