@@ -37,13 +37,17 @@ conformance: .venv/installed
 	$(BIN)/python -m maskedlinear_conformance --faults --tb=no
 
 # Packages are not compiled ahead: few of their files are ever imported. But torchao is: a string of it has an escape that is none,
-# which is a warning while it is compiled, and so an error in tests whose processes import transformers or peft.
+# which is a warning while it is compiled, and so an error in tests whose processes import transformers or peft. XLA's
+# compiler for CUDA, which tests ask what it makes for a GPU that is not there, lies by itself: JAX would look for a GPU at each
+# start. Where there is none for the system, those tests are skipped.
 .venv/installed: pyproject.toml constraints.txt
 	@echo "Installing into .venv: some minutes, the first time"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[all]" --group dev
 	$(BIN)/python -W ignore -m compileall -q .venv/lib/python*/site-packages/torchao
+	-$(BIN)/python -m pip install --quiet --no-compile --target .venv/cuda \
+		jax-cuda13-plugin==$$($(BIN)/python -c "import jaxlib.version as of; print(of.__version__)")
 	@touch $@
 
 clean:

@@ -1,0 +1,144 @@
+"""What XLA makes of the sparse products for an H100, which need not be there: kernels, loops, and memory beside results."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from helpers import ROOT
+
+CUDA = Path(sys.prefix) / "cuda"
+pytestmark = [
+    pytest.mark.skipif(not (CUDA / "jax_plugins").exists(), reason="needs XLA's compiler for CUDA: see Makefile"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="needs ptxas, which Triton brings along"),
+]
+
+PROGRAM = r"""
+import json, re, sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+from maskedlinear import _gpu_rule
+from maskedlinear_jax import _gpu_products
+from maskedlinear_jax._products import DevicePattern
+from maskedlinear_jax._sparse import product
+
+# Of NVIDIA's data sheet, and of what its driver says of such a device.
+H100 = '''
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98
+  device_memory_size: 84942979072 shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 10 } device_description_str: "NVIDIA H100 80GB HBM3"
+'''
+device = topologies.get_topology_desc(platform="cuda", target_config=H100, topology="1x1x1").devices[0]
+
+def like(dtype, *shape):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
+
+def pattern(out, in_, nnz):
+    return DevicePattern(*(like(jnp.int32, size) for size in (out + 1, nnz, nnz, in_ + 1, nnz, nnz)))
+
+def step(x, values, pattern, g):
+    return jax.vjp(lambda x, values: product(x, values, pattern, x.shape[1], None), x, values)[1](g)
+
+choose = _gpu_rule.choose
+for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
+    _gpu_rule.choose = (lambda *_: way) if way else choose
+    number, indices = (lambda *shape: like(jnp.dtype(dtype), *shape)), pattern(out, in_, nnz)
+    x, g, values = (batch, in_), (batch, out), number(nnz)
+    function, arguments = {
+        "W x": (lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=False), (values, number(*x[::-1]), indices)),
+        "Wᵀ g": (lambda v, g, p: _gpu_products.spmm(v, g, p, transposed=True), (values, number(*g[::-1]), indices)),
+        "g xᵀ": (_gpu_products.sddmm, (number(*g[::-1]), number(*x[::-1]), indices)),
+        "forward": (lambda x, v, p: product(x, v, p, x.shape[1], None), (number(*x), values, indices)),
+        "step": (step, (number(*x), values, indices, number(*g))),
+    }[what]
+    made = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    text = made.as_text()
+    entry, side = text[text.index("ENTRY"):], out if what == "Wᵀ g" else in_
+    print(json.dumps({
+        "kernels": len(re.findall(r" (?:fusion|custom-call|copy)\(", entry)),
+        "loops": text.count(" while("),
+        "memory": made.memory_analysis().temp_size_in_bytes,
+        "widened": [size for size in (f"{nnz}", f"{side},{batch}", f"{batch},{side}") if f"f32[{size}]" in text],
+    }), flush=True)
+"""
+
+
+def compiled(*cases: tuple[Any, ...]) -> list[dict[str, Any]]:
+    """Return what is made of each: out, in, connections, batch, dtype, which way is gone or ``None``, and what is formed."""
+    spec = find_spec("triton")
+    assert spec is not None
+    assert spec.origin is not None
+    tools = Path(spec.origin).parent / "backends" / "nvidia" / "bin"
+    here = os.pathsep.join(map(str, (CUDA, ROOT, ROOT / "backends")))
+    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0", "PYTHONPATH": here}
+    environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps(cases)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    found = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert len(found) == len(cases)
+    return found
+
+
+BOTH = ("float32", "bfloat16")
+PRODUCTS = ("W x", "Wᵀ g", "g xᵀ")
+PANEL = 32 << 20
+
+
+def test_gathered_each_is_one_kernel_without_memory_of_its_own() -> None:
+    sizes = ((4096, 4096, 170_000, 4096), (2233, 11876, 46_939, 128), (8192, 8192, 1_000_000, 1))
+    cases = [(*size, dtype, "gathered", what) for size in sizes for dtype in BOTH for what in PRODUCTS]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        *_, nnz, _, dtype, _, what = case
+        assert found["loops"] == 0, case
+        # One more writes zeros, to which is added; and one brings values into the order of columns.
+        assert found["kernels"] <= {"W x": 2, "Wᵀ g": 3, "g xᵀ": 1}[what], (case, found)
+        values = nnz * (4 if dtype == "float32" else 2)
+        assert found["memory"] <= (values + 1024 if what == "Wᵀ g" else 0), (case, found)
+
+
+def test_a_panel_is_unpacked_multiplied_and_no_more() -> None:
+    cases = [(1024, 2048, 209_715, 256, dtype, "panels", what) for dtype in BOTH for what in PRODUCTS]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        assert found["loops"] == 0
+        # Zeros, the values, the product, and the sum of its parts; or the product, and what is sampled of it.
+        assert found["kernels"] <= (2 if case[-1] == "g xᵀ" else 4), (case, found)
+        assert found["memory"] <= 16 << 20, (case, found)
+        if case[4] == "bfloat16" and case[-1] != "g xᵀ":
+            assert found["widened"] == [], case
+
+
+@pytest.mark.parametrize("size", [4096, 16384])  # two panels in the program, and 32 in a loop
+def test_one_panel_is_there_at_a_time(size: int) -> None:
+    cases = [(size, size, size**2 // 10, 64, "float32", "panels", what) for what in PRODUCTS]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        assert found["loops"] == (0 if size == 4096 else 2), (case, found)
+        window = int(1.5 * size**2 / 10 / 32) * 4 if size > 4096 else 0  # of connections that are looked at together
+        products = 3 * 64 * size * 4
+        parts = 16 * 64 * size if case[-1] != "g xᵀ" else 0
+        assert found["memory"] <= PANEL + window + products + parts, (case, found)
+
+
+def test_a_step_is_three_products() -> None:
+    cases = [(2048, 2048, 419_430, 256, dtype, None, what) for dtype in BOTH for what in ("forward", "step")]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        assert found["loops"] == 0
+        assert found["kernels"] <= (4 if case[-1] == "forward" else 7), (case, found)
