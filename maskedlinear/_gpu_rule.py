@@ -17,6 +17,7 @@ __all__ = [
     "Multiply",
     "Product",
     "Way",
+    "bits_bytes",
     "choose",
     "instructions",
     "panels",
@@ -76,6 +77,14 @@ def panels(product: Product) -> int:
     return -(-rows // height) if height else 0
 
 
+def bits_bytes(rows: int, depth: int, nnz: int) -> int:
+    """Return how many bytes the bits of a pattern take, and the numbers beside them, for each connection.
+
+    0 if there are none, since they would take more than 32.
+    """
+    return 0 if nnz * 128 < rows * depth else max(1, rows * depth // (4 * nnz))
+
+
 def _sum_bytes(product: Product) -> int:
     return max(4, product.itemsize)  # half types are added up in float32
 
@@ -86,8 +95,8 @@ def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) 
     Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most.
     """
     if way == "bits":
-        return 25 + 8 * batch if multiply == "float64" else 19 + 2.5 * batch
-    return {"float32": 21 + batch / 13, "tf32": 29, "half": 16}[multiply]
+        return 25 + 8 * batch if multiply == "float64" else 15.5 + 2.5 * batch
+    return {"float32": 21 + batch / 13, "tf32": 22 + batch / 36, "half": 14 + batch / 128}[multiply]
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -102,13 +111,14 @@ def seconds(way: Way, product: Product) -> float:
         count = panels(product)
         if not count:
             return float("inf")
-        unpacked = (2 * weights * size + min(nnz * _SECTOR, weights * size)) / _L2
+        full = weights * (_sum_bytes(product) if sampled else size)
+        unpacked = (2 * full + min(nnz * _SECTOR, full)) / _L2
         if transposed:
             whole = rows * batch * _sum_bytes(product)
             unpacked += 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
         return max(multiplied, sides) + unpacked + nnz * (size + place_bytes) / _MEMORY
-    if way in ("bits", "tiles") and nnz * 128 < weights:
-        return float("inf")  # bits would take more than 32 bytes a connection
+    if way in ("bits", "tiles") and not bits_bytes(rows, depth, nnz):
+        return float("inf")
     if way == "tiles":
         return _seconds_by_tiles(product)
     if way == "bits":

@@ -88,6 +88,21 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
     found = tiles.tiles_sddmm(left, right, by_rows, False, up=True)
     torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
 
+    # Panels of two rows, the last of one, and their transposes.
+    _gpu_rule.PANEL_BYTES, whole, _gpu_products.has_triton = 2 * 70 * 4, _gpu_rule.PANEL_BYTES, lambda tensor: True
+    wide = [side.float() for side in (values, left, right)]
+    found = _gpu_products.spmm_in_panels(wide[0], wide[2], by_rows)
+    torch.testing.assert_close(found.double(), matrix @ right.double(), **near)
+    found = _gpu_products.spmm_in_panels(wide[0], wide[1], pattern.csr(True))
+    torch.testing.assert_close(found.double(), matrix.T @ left.double(), **near)
+    found = _gpu_products.sddmm_in_panels(wide[1], wide[2], by_rows)
+    torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
+    _gpu_rule.PANEL_BYTES = whole
+    for first, last in ((0, 5), (1, 3)):  # of any type, as it is
+        panel = torch.full((last - first, 70), torch.nan, dtype=dtype)
+        kernels.unpack(values, by_rows, first, panel)
+        assert torch.equal(panel, matrix[first:last].to(dtype))
+
 # The way from the function to the kernels, as on CUDA.
 _products._is_on_gpu = _gpu_products.has_triton = lambda tensor: True
 whole = SparsityPattern.from_mask(mask)
@@ -144,7 +159,7 @@ def compiled(kernel, dtype, constants, expected=0, places=1):
     "Tell what a kernel takes, whose loop goes over so many places of W in a program, and so many instructions each."
     constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False} | constants
     num_warps = constants.pop("num_warps")
-    types = TYPES | dict.fromkeys(("values", "left", "right", "x"), "*" + dtype)
+    types = TYPES | dict.fromkeys(("values", "left", "right", "x", "panel"), "*" + dtype)
     if dtype == "fp64":
         types |= dict.fromkeys(("product", "sampled"), "*fp64")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
@@ -173,6 +188,8 @@ for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("f
         multiply = "float64" if dtype == "fp64" else "float32"
         expected = _gpu_rule.instructions("bits", multiply, batch)
         compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)
+for dtype, sampled in (("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True))[: 5 if EVERY else 2]:
+    compiled(kernels.panel_kernel, dtype, kernels.PANEL_OPTIONS | {"SAMPLED": sampled})
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
     ieee = multiply == "float32"
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
@@ -187,14 +204,14 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
 
 # Registers of a thread and bytes of a program, at most: five programs by rows, four by bits, two of float64, one by tiles
 # fit a multiprocessor.
-LIMITS = {"rows": (96, 8 << 10), "bits": (128, 8 << 10), "tiles": (232, 132 << 10)}
+LIMITS = {"rows": (96, 8 << 10), "bits": (128, 8 << 10), "tiles": (232, 132 << 10), "panel": (64, 8 << 10)}
 FLOAT64 = 208
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
     lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
-    assert len(lines) == (47 if every else 11)
+    assert len(lines) == (52 if every else 13)
     for line in lines:
         name, products, dtype, precision, shared, status, said, issued, expected = json.loads(line)
         assert status == 0, said

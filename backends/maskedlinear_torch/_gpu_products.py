@@ -57,8 +57,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     ``values`` are in the pattern's order, which ``csr.order`` turns into that of its rows.
     """
     rows, depth, is_transposed = len(csr.starts) - 1, right.shape[0], csr.order is not None
-    product = _product(rows, depth, values.numel(), right, transposed=is_transposed)
-    way = _way(product, (values, right))
+    way = _way(_product(rows, depth, right, csr), (values, right))
     if way == "rows":
         return _triton().rows_spmm(values.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
@@ -74,14 +73,19 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     return None
 
 
-def _product(rows: int, depth: int, nnz: int, right: Tensor, **of: bool) -> Product:
-    return Product(rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), place_bytes=_PLACE_BYTES, **of)
+def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:
+    nnz, is_transposed = csr.across.numel(), csr.order is not None
+    of_bits = _gpu_rule.bits_bytes(rows, depth, nnz)
+    known = of_bits and has_triton(right) and max(rows, depth) <= _WIDEST
+    place_bytes = min(of_bits, _PLACE_BYTES) if known else _PLACE_BYTES
+    return Product(
+        rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), sampled, is_transposed, place_bytes
+    )
 
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     """Return left · rightᵀ at the connections, shape (nnz,); ``None`` if torch's own rows are the way."""
-    rows, depth, nnz = left.shape[0], right.shape[0], csr.across.numel()
-    way = _way(_product(rows, depth, nnz, right, sampled=True), (left, right))
+    way = _way(_product(left.shape[0], right.shape[0], right, csr, sampled=True), (left, right))
     if way == "rows":
         return _triton().rows_sddmm(left.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
@@ -111,16 +115,15 @@ def spmm_in_panels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     rows, (depth, batch), is_transposed = len(csr.starts) - 1, right.shape, csr.order is not None
     product = right.new_empty((rows, batch), dtype=torch.promote_types(right.dtype, torch.float32))
     by_rows, columns = (csr.by_rows, rows) if is_transposed else (csr, depth)
-    panels = _gpu_rule.panels(_product(rows, depth, values.numel(), right, transposed=is_transposed))
-    panel = added = None
-    for first, last, part, places in _panels(by_rows, columns, panels):
-        size = (last - first) * columns
-        if panel is None:
-            panel = right.new_zeros(size)
+    values, panel, added = values.contiguous(), None, None
+    for first, last, connections in _panels(by_rows, columns, _product(rows, depth, right, csr)):
+        panel = right.new_empty(last - first, columns) if panel is None else panel
+        dense = panel[: last - first]
+        if connections is None:
+            _triton().unpack(values, by_rows, first, dense)
         else:
-            panel.zero_()
-        panel.index_copy_(0, places, values[part])
-        dense = panel[:size].view(last - first, columns)
+            part, places = connections
+            dense.zero_().view(-1).index_copy_(0, places, values[part])
         if not is_transposed:
             _multiply_into(product[first:last], dense, right)
         elif not first:
@@ -136,25 +139,32 @@ def spmm_in_panels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
 
 def sddmm_in_panels(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return left · rightᵀ at the connections: a panel after the other is formed in full, and sampled."""
-    rows, depth, nnz = left.shape[0], right.shape[0], csr.across.numel()
+    rows, depth = left.shape[0], right.shape[0]
     sampled = right.new_empty(csr.across.shape, dtype=torch.promote_types(right.dtype, torch.float32))
     panel = None
-    for first, last, part, places in _panels(
-        csr, depth, _gpu_rule.panels(_product(rows, depth, nnz, right, sampled=True))
-    ):
-        if panel is None:
-            panel = sampled.new_empty(last - first, depth)
+    for first, last, connections in _panels(csr, depth, _product(rows, depth, right, csr, sampled=True)):
+        panel = sampled.new_empty(last - first, depth) if panel is None else panel
         dense = panel[: last - first]
         _multiply_into(dense, left[first:last], right.mT)
-        torch.index_select(dense.view(-1), 0, places, out=sampled[part])
+        if connections is None:
+            _triton().sample(dense, csr, first, sampled)
+        else:
+            part, places = connections
+            torch.index_select(dense.view(-1), 0, places, out=sampled[part])
     return sampled
 
 
-def _panels(csr: CSR, columns: int, panels: int) -> Iterator[tuple[int, int, slice, Tensor]]:
-    """Yield for each panel its first row, and the one past its last, its connections, and their places in it."""
+def _panels(csr: CSR, columns: int, product: Product) -> Iterator[tuple[int, int, tuple[slice, Tensor] | None]]:
+    """Yield for each panel its first row, and the one past its last, and its connections with their places in it.
+
+    ``None`` in place of these where Triton finds them by bits.
+    """
     rows = len(csr.starts) - 1
-    height = -(-rows // max(1, panels))
+    height = -(-rows // max(1, _gpu_rule.panels(product)))
     firsts = range(0, rows, height)
+    if product.place_bytes < _PLACE_BYTES:  # by bits, which take less
+        yield from ((first, min(first + height, rows), None) for first in firsts)
+        return
     if len(firsts) == 1:  # nothing to ask the device for
         ends = [0, csr.across.numel()]
     else:
@@ -162,7 +172,7 @@ def _panels(csr: CSR, columns: int, panels: int) -> Iterator[tuple[int, int, sli
     for i, first in enumerate(firsts):
         last, part = min(first + height, rows), slice(ends[i], ends[i + 1])
         row = torch.repeat_interleave(csr.starts[first : last + 1].diff().long(), output_size=part.stop - part.start)
-        yield first, last, part, torch.add(csr.across[part], row, alpha=columns, out=row)
+        yield first, last, (part, torch.add(csr.across[part], row, alpha=columns, out=row))
 
 
 def _multiply_into(product: Tensor, one: Tensor, other: Tensor) -> None:

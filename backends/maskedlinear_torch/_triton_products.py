@@ -1,7 +1,8 @@
 """The products of the sparse form on CUDA by kernels of our own, in Triton: row by row, and by a bit for each place of W.
 
 ``rows_*`` take compressed rows, any batch; ``bits_spmm`` is for the batches of inference, and so many connections that an
-index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order.
+index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order. ``unpack`` and ``sample`` go by bits too, from and to
+panels that cuBLAS multiplies.
 Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
 and each sum has its order, so that the same call gives the same bits. Imported only where Triton is.
 """
@@ -18,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["bits_of", "bits_spmm", "on_device", "places_of", "rows_sddmm", "rows_spmm"]
+__all__ = ["bits_of", "bits_spmm", "on_device", "places_of", "rows_sddmm", "rows_spmm", "sample", "unpack"]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
@@ -74,14 +75,12 @@ def rows_sddmm_kernel(
 
 @triton.jit
 def count_ones(word):
-    """How many bits of each int32 are set; all shifts are of numbers that are not negative."""
-    high = (word >> 31) & 1
-    word = word & 0x7FFFFFFF
+    """How many bits of each int32 are set; LLVM knows the sums by their form, for one instruction."""
+    word = word.to(tl.uint32, bitcast=True)
     word = word - ((word >> 1) & 0x55555555)
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
-    word = word + (word >> 8)
-    return ((word + (word >> 16)) & 0x3F) + high
+    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -119,6 +118,24 @@ def bits_spmm_kernel(
         total = tl.where(live[None, :, :, :], added, total)  # 0 times NaN must not reach it
     target = product + row[None, :].to(tl.int64) * batch + one[:, None]
     tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=(row < rows)[None, :] & (one < batch)[:, None])
+
+
+@triton.jit
+def panel_kernel(
+    values, panel, bits, firsts, rows, depth, words,
+    SAMPLED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    word = tl.program_id(1) * BW + tl.arange(0, BW)
+    live, which = places_of(bits, firsts, row, word, rows, words)
+    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    place = panel + row[:, None, None].to(tl.int64) * depth + column[None, :, :]
+    if SAMPLED:
+        tl.store(values + which, tl.load(place, mask=live, other=0.0), mask=live)
+    else:
+        inside = (row < rows)[:, None, None] & (column < depth)[None, :, :]
+        tl.store(place, tl.load(values + which, mask=live, other=0.0), mask=inside)
 
 
 def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
@@ -174,6 +191,27 @@ def bits_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
             ACC=_type(right.dtype), **options,
         )  # fmt: skip
     return product
+
+
+PANEL_OPTIONS = {"BM": 4, "BW": 8, "num_warps": 4}
+
+
+def unpack(values: Tensor, csr: Any, first: int, panel: Tensor) -> None:
+    """Write rows of W, from ``first`` on, to a panel (rows, depth)."""
+    _run_panel(values, csr, first, panel, sampled=False)
+
+
+def sample(panel: Tensor, csr: Any, first: int, sampled: Tensor) -> None:
+    """Write what a panel (rows, depth) has at the connections of rows from ``first`` on to their places in ``sampled``."""
+    _run_panel(sampled, csr, first, panel, sampled=True)
+
+
+def _run_panel(values: Tensor, csr: Any, first: int, panel: Tensor, sampled: bool) -> None:
+    rows, depth = panel.shape
+    bits, starts = (of[first : first + rows] for of in bits_of(csr, depth))
+    grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(bits.shape[1], PANEL_OPTIONS["BW"]))
+    with on_device(panel):
+        panel_kernel[grid](values, panel, bits, starts, rows, depth, bits.shape[1], SAMPLED=sampled, **PANEL_OPTIONS)
 
 
 def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
