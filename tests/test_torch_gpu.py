@@ -102,6 +102,9 @@ def slowest(ways: tuple[Way, ...], multiply: Multiply, batch: int, **of: Any) ->
     """Return the longest time of the chosen way, of any density, in those of the dense product."""
     size = {"float64": 8, "half": 2}.get(multiply, 4)
     products = [Product(8192, 8192, int(live * 8192**2), batch, size, multiply, **of) for live in LIVE]
+    if "tiles" in ways:  # with Triton places are found by bits, if there are any
+        each = [_gpu_rule.bits_bytes(*product[:3]) or _gpu_products._PLACE_BYTES for product in products]
+        products = [product._replace(place_bytes=one) for product, one in zip(products, each, strict=True)]
     return max(seconds(choose(ways, product), product) / seconds("dense", product) for product in products)
 
 
@@ -123,15 +126,13 @@ def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: M
     by_most: tuple[Way, ...] = ("rows", "tiles", "panels")
     for ways, of in ((by_all, {}), (by_most, {"transposed": True}), (by_most, {"sampled": True})):
         sampled = "sampled" in of
-        found = {
-            batch: slowest(ways, multiply, batch, place_bytes=_gpu_products._PLACE_BYTES, **of) for batch in BATCHES
-        }
+        found = {batch: slowest(ways, multiply, batch, **of) for batch in BATCHES}
         far = {batch: round(ratio, 2) for batch, ratio in found.items() if ratio > 1.15}
         if multiply == "float32":
             assert far.keys() == ({32, 64, 128} if sampled else {32, 64})
             assert max(far.values()) < 1.5
         else:
-            assert all(sampled and batch >= 64 for batch in far)
+            assert all(sampled and 64 <= batch <= 4096 for batch in far)
             assert max(far.values(), default=0) < 1.95
 
 

@@ -188,7 +188,8 @@ for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("f
         multiply = "float64" if dtype == "fp64" else "float32"
         expected = _gpu_rule.instructions("bits", multiply, batch)
         compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)
-for dtype, sampled in (("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True))[: 5 if EVERY else 2]:
+PANELS = ("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True)
+for dtype, sampled in PANELS[: 5 if EVERY else 2]:
     compiled(kernels.panel_kernel, dtype, kernels.PANEL_OPTIONS | {"SAMPLED": sampled})
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
     ieee = multiply == "float32"

@@ -1,8 +1,9 @@
 """The products of the sparse form on CUDA by kernels of our own, in Triton: row by row, and by a bit for each place of W.
 
 ``rows_*`` take compressed rows, any batch; ``bits_spmm`` is for the batches of inference, and so many connections that an
-index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order. ``unpack`` and ``sample`` go by bits too, from and to
-panels that cuBLAS multiplies.
+index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order.
+``unpack`` and ``sample`` go by bits too, from and to panels that cuBLAS multiplies.
+
 Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
 and each sum has its order, so that the same call gives the same bits. Imported only where Triton is.
 """
