@@ -48,7 +48,7 @@ class Product(NamedTuple):
 
     ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
     W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
-    connection, to know where in a panel it is.
+    connection, to know where in a panel it is. Unless ``are_bits_kept`` with a pattern, each product forms its bits.
     """
 
     rows: int
@@ -60,6 +60,7 @@ class Product(NamedTuple):
     sampled: bool = False
     transposed: bool = False
     place_bytes: int = 8
+    are_bits_kept: bool = True
 
 
 def panels(product: Product) -> int:
@@ -101,7 +102,7 @@ def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) 
 
 def seconds(way: Way, product: Product) -> float:
     """Return the time of a product by count; infinite where the way cannot be gone."""
-    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes = product
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _ = product
     weights, connections = rows * depth, nnz * (size + 4) / _MEMORY
     sides = (rows + depth) * batch * size / _MEMORY
     multiplied = weights * batch / _MULTIPLIES[multiply]
@@ -120,12 +121,13 @@ def seconds(way: Way, product: Product) -> float:
     if way in ("bits", "tiles") and not bits_bytes(rows, depth, nnz):
         return float("inf")
     if way == "tiles":
-        return _seconds_by_tiles(product)
+        return _seconds_by_tiles(product) + _seconds_of_bits(product)
     if way == "bits":
         if sampled or batch > LARGEST_BITS_BATCH:
             return float("inf")
         issued = weights * instructions("bits", multiply, batch)
-        return max((weights / 4 + nnz * size) / _MEMORY + sides, issued / _INSTRUCTIONS)
+        read = (weights / 4 + nnz * size) / _MEMORY + sides
+        return max(read, issued / _INSTRUCTIONS) + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)
     near = _L1 if depth * batch * size <= _L1_BYTES else _L2
     if way == "rows":  # of a sampled product the row's own side stays near
@@ -133,6 +135,14 @@ def seconds(way: Way, product: Product) -> float:
     if way == "gathered":  # read once, and added to or, sampled, read from, another place
         return gathered * (2 if sampled else 3) / _L2 + connections + nnz * 4 / _MEMORY + sides
     return gathered * _CUSPARSE * (2 if sampled else 1) / _L2 + connections + sides
+
+
+def _seconds_of_bits(product: Product) -> float:
+    """Return the time in which bits are formed: rows and indices are read, each adds a bit to a word, and words are read."""
+    if product.are_bits_kept:
+        return 0.0
+    words = product.rows * product.depth / 4  # bytes, of bits and of the numbers beside them
+    return product.nnz * 8 / _MEMORY + min(product.nnz * _SECTOR, 4 * words) / _L2 + words / _MEMORY
 
 
 def _seconds_by_tiles(product: Product) -> float:

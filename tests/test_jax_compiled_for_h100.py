@@ -26,7 +26,7 @@ import jax, jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from maskedlinear import _gpu_rule
-from maskedlinear_jax import _gpu_products
+from maskedlinear_jax import _gpu_products, _triton_products
 from maskedlinear_jax._products import DevicePattern
 from maskedlinear_jax._sparse import product
 
@@ -53,8 +53,10 @@ def step(x, values, pattern, g):
     return jax.vjp(lambda x, values: product(x, values, pattern, x.shape[1], None), x, values)[1](g)
 
 choose = _gpu_rule.choose
+KERNELS = "rows", "bits", "tiles"
 for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
-    _gpu_rule.choose = (lambda *_: way) if way else choose
+    _gpu_rule.choose = (lambda ways, product: way if way in ways else "rows") if way else choose
+    _triton_products._capability = lambda: 90 * (way in KERNELS)
     number, indices = (lambda *shape: like(jnp.dtype(dtype), *shape)), pattern(out, in_, nnz)
     x, g, values = (batch, in_), (batch, out), number(nnz)
     function, arguments = {
@@ -64,11 +66,13 @@ for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
         "forward": (lambda x, v, p: product(x, v, p, x.shape[1], None), (number(*x), values, indices)),
         "step": (step, (number(*x), values, indices, number(*g))),
     }[what]
-    made = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
+    made = jax.jit(lambda *given: function(*given)).trace(*arguments).lower(lowering_platforms=("cuda",)).compile()
     text = made.as_text()
     entry, side = text[text.index("ENTRY"):], out if what == "Wᵀ g" else in_
     print(json.dumps({
         "kernels": len(re.findall(r" (?:fusion|custom-call|copy)\(", entry)),
+        "calls": entry.count('custom_call_target="triton_kernel_call"'),
+        "scatters": len(re.findall(r" scatter\(", text)),
         "loops": text.count(" while("),
         "memory": made.memory_analysis().temp_size_in_bytes,
         "widened": [size for size in (f"{nnz}", f"{side},{batch}", f"{batch},{side}") if f"f32[{size}]" in text],
@@ -142,3 +146,19 @@ def test_a_step_is_three_products() -> None:
     for case, found in zip(cases, compiled(*cases), strict=True):
         assert found["loops"] == 0
         assert found["kernels"] <= (4 if case[-1] == "forward" else 7), (case, found)
+
+
+@pytest.mark.parametrize("dtype", BOTH)
+def test_kernels_in_triton_are_called_and_bits_formed_once(dtype: str) -> None:
+    ways = [(way, batch) for way in ("rows", "tiles", "bits") for batch in (1, 16, 256) if way != "bits" or batch <= 16]
+    cases = [(1024, 2048, 209_715, batch, dtype, way, what) for way, batch in ways for what in ("forward", "step")]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        *_, way, what = case
+        assert found["calls"] == (1 if what == "forward" else 2), (case, found)  # y is not asked for in a step
+        # Bits are formed by three kernels, and read by all products.
+        unpacked = way == "tiles" or (way == "bits" and what == "forward")
+        assert found["scatters"] == unpacked, (case, found)
+        assert found["loops"] == 0
+        assert found["kernels"] <= found["calls"] + (7 if unpacked else 4), (case, found)
+        words = 1024 * 2048 // 32 * 4
+        assert found["memory"] <= 4 * words * unpacked + 4 * 4 * (209_715 + 256 * 3072), (case, found)

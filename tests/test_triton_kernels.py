@@ -37,7 +37,6 @@ from maskedlinear import _gpu_rule
 from maskedlinear.torch import sparse_linear
 from maskedlinear_torch import _gpu_products, _products
 from maskedlinear_torch import _triton_products as kernels
-from maskedlinear_torch import _triton_tiles as tiles
 from maskedlinear_torch._products import DevicePattern
 
 torch.manual_seed(0)
@@ -81,11 +80,12 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
     matrix = torch.zeros(5, 70, dtype=torch.float64)
     matrix[live] = values.double()
     by_rows, near = pattern.csr(False), {"rtol": 0, "atol": 1e-5}
-    found = tiles.tiles_spmm(values, right, by_rows, 70, False, False, up=True)
+    multiply = "float32" if dtype is torch.float32 else "half"
+    found = kernels.tiles_spmm(values, right, by_rows, 70, False, multiply, up=True)
     torch.testing.assert_close(found.double(), matrix @ right.double(), **near)
-    found = tiles.tiles_spmm(values, left, by_rows, 70, True, False, up=True)
+    found = kernels.tiles_spmm(values, left, by_rows, 70, True, multiply, up=True)
     torch.testing.assert_close(found.double(), matrix.T @ left.double(), **near)
-    found = tiles.tiles_sddmm(left, right, by_rows, False, up=True)
+    found = kernels.tiles_sddmm(left, right, by_rows, multiply, up=True)
     torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
 
     # Panels of two rows, the last of one, and their transposes.
@@ -133,13 +133,13 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler
 from triton.compiler import ASTSource
 from maskedlinear import _gpu_rule
-from maskedlinear_torch import _triton_products as kernels
-from maskedlinear_torch import _triton_tiles as tiles
+from maskedlinear import _triton_rows as kernels
+from maskedlinear import _triton_tiles as tiles
 
 TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
 TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
-TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words"), "i32")
-OF_16 = ("batch", "rows", "depth", "words")  # as sizes are that matter
+TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words", "nnz"), "i32")
+OF_16 = ("batch", "rows", "depth", "words", "nnz")  # as sizes are that matter
 
 def in_longest_loop(kernel):
     "Count the instructions between the two ends of the jump back that goes furthest."
@@ -157,7 +157,7 @@ def in_longest_loop(kernel):
 
 def compiled(kernel, dtype, constants, expected=0, places=1):
     "Tell what a kernel takes, whose loop goes over so many places of W in a program, and so many instructions each."
-    constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False} | constants
+    constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False, "CHECKED": False} | constants
     num_warps = constants.pop("num_warps")
     types = TYPES | dict.fromkeys(("values", "left", "right", "x", "panel"), "*" + dtype)
     if dtype == "fp64":

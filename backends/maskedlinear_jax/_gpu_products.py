@@ -1,4 +1,4 @@
-"""The products of the sparse form off the CPU: gathered all at once, or by panels of W, which are multiplied dense.
+"""The products of the sparse form off the CPU: gathered all at once, by kernels in Triton, or by panels multiplied dense.
 
 XLA's compiler for GPUs makes one kernel, without temporaries, of a gather, a multiplication and a sum, unless a loop stands
 around them: so nothing is cut into parts. Above a few per cent of live connections the dense product is faster: W, or the
@@ -19,33 +19,39 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from maskedlinear import _gpu_rule
-from maskedlinear._gpu_rule import Multiply, Product
+from maskedlinear._gpu_rule import Multiply, Product, Way
+from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
 
-__all__ = ["is_stack_in_panels", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
+__all__ = ["is_stack_one_by_one", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
 _UNROLLED = 4  # panels that stand in the program one by one, each of which looks at all connections
 _SPREAD = 1.5  # of how many connections a panel has on average, so many are unpacked in one step
 
 
 def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Product:
-    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
+    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), are_bits_kept=False, **of)
 
 
-def _is_in_panels(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> bool:
-    """Whether the rule says panels, and not gathers."""
+def _way(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Way:
+    """Return how a product is formed."""
     product = _product(rows, depth, nnz, batch, dtype, **of)
-    return _gpu_rule.choose(("gathered", "panels"), product) == "panels"
+    ways: list[Way] = ["gathered", "panels"]
+    if _triton_products.are_used(rows, depth, batch):
+        ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
+    return _gpu_rule.choose(ways, product)
 
 
-def is_stack_in_panels(one: Array, other: Array, pattern: Any) -> bool:
-    """Whether each product of a stack, of (stack, nnz) and (stack, in, batch), or of two sides, is one by panels.
+def is_stack_one_by_one(one: Array, other: Array, pattern: Any) -> bool:
+    """Whether each product of a stack, of (stack, nnz) and (stack, in, batch), or of two sides, is one that unpacks W.
 
     All in one, they would be as if of one pattern with empty corners.
     """
     rows, depth = (index.shape[-1] - 1 for index in (pattern.indptr, pattern.starts))
     nnz, batch = pattern.indices.shape[-1], other.shape[-1]
-    return bool(one.size and other.size) and _is_in_panels(rows, depth, nnz, batch, other.dtype, sampled=one.ndim > 2)
+    if not one.size or not other.size:
+        return False
+    return _way(rows, depth, nnz, batch, other.dtype, sampled=one.ndim > 2) not in ("gathered", "rows")
 
 
 def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
@@ -55,8 +61,15 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
     count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), of)
-    if _is_in_panels(count, depth, values.size, batch, right.dtype, transposed=transposed):
+    way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed)
+    if way == "panels":
         return spmm_in_panels(values, right, pattern, transposed=transposed)
+    if way == "rows":
+        return _triton_products.rows_spmm(values, right, starts, across, pattern.order if transposed else None)
+    if way == "bits":
+        return _triton_products.bits_spmm(values, right, pattern)
+    if way == "tiles":
+        return _triton_products.tiles_spmm(values, right, pattern, _multiply(right.dtype), transposed=transposed)
     rows = pattern.indices[pattern.order] if transposed else pattern.rows
     values = values[pattern.order] if transposed else values
     gathered = values[:, None].astype(of) * right[across].astype(of)
@@ -68,8 +81,13 @@ def sddmm(left: Array, right: Array, pattern: Any) -> Array:
     size, batch, of = pattern.indices.size, right.shape[1], wide(right.dtype)
     if not size or not batch:
         return jnp.zeros(size, of)
-    if _is_in_panels(left.shape[0], right.shape[0], size, batch, right.dtype, sampled=True):
+    way = _way(left.shape[0], right.shape[0], size, batch, right.dtype, sampled=True)
+    if way == "panels":
         return sddmm_in_panels(left, right, pattern)
+    if way == "rows":
+        return _triton_products.rows_sddmm(left, right, pattern)
+    if way == "tiles":
+        return _triton_products.tiles_sddmm(left, right, pattern, _multiply(right.dtype))
     return (left[pattern.rows].astype(of) * right[pattern.indices].astype(of)).sum(1)
 
 

@@ -148,7 +148,7 @@ def _each(
     lead: int,
     kernel: str,
 ) -> Array:
-    """Return the product of each of a stack: one after the other on the CPU, and by panels elsewhere; else all in one."""
+    """Return the product of each of a stack: one after the other on the CPU, and where W is unpacked; else all in one."""
     if not lead:
         return product(one, other, pattern)
     stack = one.shape[:lead]
@@ -158,7 +158,7 @@ def _each(
         pattern = DevicePattern(*(index.reshape(math.prod(stack), index.shape[-1]) for index in pattern))
     count, largest = one.shape[0], max(*(index.shape[-1] for index in pattern))
     one_by_one = kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT
-    if one_by_one or (kernel == "gpu" and _gpu_products.is_stack_in_panels(one, other, pattern)):
+    if one_by_one or (kernel == "gpu" and _gpu_products.is_stack_one_by_one(one, other, pattern)):
         parts = (one, other) if shared else (one, other, pattern)
         found = lax.map(lambda part: product(part[0], part[1], pattern if shared else part[2]), parts)
     else:

@@ -40,10 +40,6 @@ def _triton() -> Any:
         return None
 
 
-def _triton_tiles() -> Any:
-    return importlib.import_module("maskedlinear_torch._triton_tiles")
-
-
 def has_triton(tensor: Tensor) -> bool:
     """Whether Triton's kernels run on a tensor's device."""
     if not tensor.is_cuda or torch.version.hip is not None or _triton() is None:
@@ -62,10 +58,8 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
         return _triton().rows_spmm(values.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
         by_rows, columns = (csr.by_rows, rows) if is_transposed else (csr, depth)
-        tf32 = _multiply(right) == "tf32"
-        return _triton_tiles().tiles_spmm(  # type: ignore[no-any-return]
-            values.contiguous(), right.contiguous(), by_rows, columns, is_transposed, tf32
-        )
+        of = (by_rows, columns, is_transposed, _multiply(right))
+        return _triton().tiles_spmm(values.contiguous(), right.contiguous(), *of)  # type: ignore[no-any-return]
     if way == "bits":
         return _triton().bits_spmm(values.contiguous(), right, csr)  # type: ignore[no-any-return]
     if way == "panels":
@@ -89,8 +83,8 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     if way == "rows":
         return _triton().rows_sddmm(left.contiguous(), right.contiguous(), csr)  # type: ignore[no-any-return]
     if way == "tiles":
-        tf32 = _multiply(right) == "tf32"
-        return _triton_tiles().tiles_sddmm(left.contiguous(), right.contiguous(), csr, tf32)  # type: ignore[no-any-return]
+        multiply = _multiply(right)
+        return _triton().tiles_sddmm(left.contiguous(), right.contiguous(), csr, multiply)  # type: ignore[no-any-return]
     return sddmm_in_panels(left, right, csr) if way == "panels" else None
 
 

@@ -1,8 +1,9 @@
-"""The products of the sparse form on CUDA by tiles of W, in Triton: unpacked in registers, by bits, and multiplied dense.
+"""Triton's kernels that multiply tiles of W, for both frameworks: unpacked in registers, by bits, and multiplied dense.
 
 For batches that are too small for a panel to pay, and too many connections for products by rows. A word of bits says which
 of 32 places of a row are live, and a number which value is its first; so a tile needs nothing but its own words. The sampled
-product writes what is live of each tile. float32 is multiplied as IEEE says, or by TF32 where the user lets torch do so.
+product writes what is live of each tile. float32 is multiplied as IEEE says, or by TF32 where the user lets the framework do
+so. Imported only where Triton is.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -11,14 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from maskedlinear_torch._triton_products import bits_of, on_device, places_of
+from maskedlinear._gpu_rule import Multiply
+from maskedlinear._triton_rows import Launch, places_of, words_of
 
-__all__ = ["tiles_sddmm", "tiles_spmm"]
+__all__ = ["sddmm", "spmm"]
 
 
 @triton.jit
@@ -89,6 +89,36 @@ def tiles_sddmm_kernel(
     tl.store(sampled + which, total, mask=live)
 
 
+def spmm(
+    rows: int, depth: int, batch: int, itemsize: int, multiply: Multiply, *, transposed: bool, up: bool = False
+) -> Launch:
+    """Return what runs W · right by tiles, for W (rows, depth); or, transposed, Wᵀ · right.
+
+    Pointers: values, right, bits, firsts, and the product, float32. ``up`` widens before the product, which the
+    interpreter needs.
+    """
+    options = spmm_options(itemsize, batch, multiply == "float32", transposed)
+    told = {"TRANSPOSED": transposed, **_told(rows, depth, batch, multiply, up)}
+    count, tall = (depth, options["BW"] * 32) if transposed else (rows, options["BM"])
+    return Launch(tiles_spmm_kernel, (triton.cdiv(count, tall), triton.cdiv(batch, options["BN"])), told | options)
+
+
+def sddmm(rows: int, depth: int, batch: int, itemsize: int, multiply: Multiply, *, up: bool = False) -> Launch:
+    """Return what runs left · rightᵀ at the connections by tiles.
+
+    Pointers: left (rows, batch), right (depth, batch), bits, firsts, and what is sampled (nnz,), float32.
+    """
+    options = sddmm_options(itemsize, multiply == "float32")
+    grid = (triton.cdiv(rows, options["BM"]), triton.cdiv(depth, options["BW"] * 32))
+    return Launch(tiles_sddmm_kernel, grid, _told(rows, depth, batch, multiply, up) | options)
+
+
+def _told(rows: int, depth: int, batch: int, multiply: Multiply, up: bool) -> dict[str, Any]:
+    precision = "tf32" if multiply == "tf32" else "ieee"
+    sizes = {"rows": rows, "depth": depth, "words": words_of(depth), "batch": batch}
+    return sizes | {"UP": up, "PRECISION": precision}
+
+
 def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dict[str, int]:
     """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers.
 
@@ -105,37 +135,3 @@ def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:
     if ieee:
         return {"BM": 64, "BW": 2, "BK": 16, "num_warps": 4}
     return {"BM": 128, "BW": 4, "BK": 64 // itemsize, "num_warps": 8}
-
-
-def tiles_spmm(
-    values: Tensor, right: Tensor, csr: Any, depth: int, transposed: bool, tf32: bool, up: bool = False
-) -> Tensor:
-    """Return W · right, shape (rows, batch), for right (depth, batch), or, transposed, Wᵀ · right, as float32.
-
-    ``csr`` is W by rows both times, ``depth`` its columns; ``up`` widens before the product, which the interpreter needs.
-    """
-    rows, batch = len(csr.starts) - 1, right.shape[1]
-    bits, firsts = bits_of(csr, depth)
-    options = spmm_options(right.itemsize, batch, right.dtype is torch.float32 and not tf32, transposed)
-    product = right.new_empty((depth if transposed else rows, batch), dtype=torch.float32)
-    tall = options["BW"] * 32 if transposed else options["BM"]
-    with on_device(right):
-        tiles_spmm_kernel[(triton.cdiv(len(product), tall), triton.cdiv(batch, options["BN"]))](
-            values, right, bits, firsts, product, rows, depth, bits.shape[1], batch,
-            TRANSPOSED=transposed, UP=up, PRECISION="tf32" if tf32 else "ieee", **options,
-        )  # fmt: skip
-    return product
-
-
-def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, tf32: bool, up: bool = False) -> Tensor:
-    """Return left · rightᵀ at the connections, shape (nnz,), as float32."""
-    (rows, batch), depth = left.shape, right.shape[0]
-    bits, firsts = bits_of(csr, depth)
-    options = sddmm_options(right.itemsize, right.dtype is torch.float32 and not tf32)
-    sampled = right.new_empty(csr.across.shape, dtype=torch.float32)
-    with on_device(right):
-        tiles_sddmm_kernel[(triton.cdiv(rows, options["BM"]), triton.cdiv(depth, options["BW"] * 32))](
-            left, right, bits, firsts, sampled, rows, depth, bits.shape[1], batch,
-            UP=up, PRECISION="tf32" if tf32 else "ieee", **options,
-        )  # fmt: skip
-    return sampled

@@ -1,0 +1,227 @@
+"""Triton's kernels for the products of the sparse form, for both frameworks: by rows, and by a bit for each place of W.
+
+By rows they take compressed rows, any batch. By bits they are for the batches of inference, and so many connections that an
+index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order.
+``panel_kernel`` goes by bits too, from and to panels that a dense product multiplies.
+
+Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
+and each sum has its order, so that the same call gives the same bits. Pointers come first, the result's last, then sizes.
+Imported only where Triton is.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+__all__ = ["Launch", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm", "words_of"]
+
+_TILE = 1024  # numbers that a program multiplies at once
+_WIDEST = 128  # columns of a batch that a program takes at once
+PANEL_OPTIONS = {"BM": 4, "BW": 8, "num_warps": 4}  # sizes of a program that goes over a panel
+
+
+@triton.jit
+def within(index, size, CHECKED: tl.constexpr):
+    """Return indices; ``CHECKED``, those that would lead out of memory lead to its ends."""
+    return tl.minimum(tl.maximum(index, 0), size - 1) if CHECKED else index
+
+
+@triton.jit
+def row_ends(starts, row, nnz, CHECKED: tl.constexpr):
+    """Return where a row's connections begin and end."""
+    return within(tl.load(starts + row), nnz + 1, CHECKED), within(tl.load(starts + row + 1), nnz + 1, CHECKED)
+
+
+@triton.jit
+def rows_spmm_kernel(
+    values, right, starts, across, order, product, batch, depth, nnz,
+    ORDERED: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """One row of the product, BB columns of it: BK connections at a time."""
+    row = tl.program_id(0)
+    column = tl.program_id(1) * BB + tl.arange(0, BB)
+    inside = column < batch
+    begin, end = row_ends(starts, row, nnz, CHECKED)
+    total = tl.zeros((BK, BB), ACC)
+    for first in range(begin, end, BK):
+        place = first + tl.arange(0, BK)
+        there = place < end
+        source = within(tl.load(across + place, mask=there, other=0), depth, CHECKED).to(tl.int64)
+        if ORDERED:
+            place = within(tl.load(order + place, mask=there, other=0), nnz, CHECKED)
+        value = tl.load(values + place, mask=there, other=0.0).to(ACC)
+        numbers = tl.load(
+            right + source[:, None] * batch + column[None, :], mask=there[:, None] & inside[None, :], other=0.0
+        )
+        total += value[:, None] * numbers.to(ACC)  # 0 times 0 where nothing is
+    tl.store(product + row.to(tl.int64) * batch + column, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
+def rows_sddmm_kernel(
+    left, right, starts, across, sampled, batch, depth, nnz, splits,
+    CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """The connections of one row, every ``splits``-th BK of them, each a dot product over the whole batch."""
+    row = tl.program_id(0)
+    start, end = row_ends(starts, row, nnz, CHECKED)
+    own = left + row.to(tl.int64) * batch
+    for first in range(start + tl.program_id(1) * BK, end, splits * BK):
+        place = first + tl.arange(0, BK)
+        there = place < end
+        source = within(tl.load(across + place, mask=there, other=0), depth, CHECKED).to(tl.int64)
+        other = right + source[:, None] * batch
+        total = tl.zeros((BK, BB), ACC)
+        for begin in range(0, batch, BB):
+            column = begin + tl.arange(0, BB)
+            inside = column < batch
+            mine = tl.load(own + column, mask=inside, other=0.0).to(ACC)
+            numbers = tl.load(other + column[None, :], mask=there[:, None] & inside[None, :], other=0.0)
+            total += mine[None, :] * numbers.to(ACC)
+        tl.store(sampled + place, tl.sum(total, 1), mask=there)
+
+
+@triton.jit
+def count_ones(word):
+    """How many bits of each int32 are set; LLVM knows the sums by their form, for one instruction."""
+    word = word.to(tl.uint32, bitcast=True)
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def places_of(bits, firsts, row, word, rows, words):
+    """Return of a tile of rows and words which places are live, and which value stands there: (BM, BW, 32)."""
+    lane = tl.arange(0, 32)
+    there = (row < rows)[:, None] & (word < words)[None, :]
+    place = row[:, None].to(tl.int64) * words + word[None, :]
+    held = tl.load(bits + place, mask=there, other=0)
+    first = tl.load(firsts + place, mask=there, other=0)
+    live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
+    return live, first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+
+
+@triton.jit
+def bits_spmm_kernel(
+    values, x, bits, firsts, product, rows, depth, words, batch,
+    ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
+):  # fmt: skip
+    """BM rows of the product for a whole batch (batch, depth), BW words at a time, whose x is loaded once for all rows."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    one = tl.arange(0, BB)
+    total = tl.zeros((BB, BM, BW, 32), ACC)
+    for begin in range(0, words, BW):
+        word = begin + tl.arange(0, BW)
+        live, which = places_of(bits, firsts, row, word, rows, words)
+        value = tl.load(values + which, mask=live, other=0.0).to(ACC)
+        source = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+        numbers = tl.load(
+            x + one[:, None, None].to(tl.int64) * depth + source[None, :, :],
+            mask=(source < depth)[None, :, :] & (one < batch)[:, None, None],
+            other=0.0,
+        )
+        added = total + value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+        total = tl.where(live[None, :, :, :], added, total)  # 0 times NaN must not reach it
+    target = product + row[None, :].to(tl.int64) * batch + one[:, None]
+    tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=(row < rows)[None, :] & (one < batch)[:, None])
+
+
+@triton.jit
+def panel_kernel(
+    values, panel, bits, firsts, rows, depth, words,
+    SAMPLED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
+    row = tl.program_id(0) * BM + tl.arange(0, BM)
+    word = tl.program_id(1) * BW + tl.arange(0, BW)
+    live, which = places_of(bits, firsts, row, word, rows, words)
+    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
+    place = panel + row[:, None, None].to(tl.int64) * depth + column[None, :, :]
+    if SAMPLED:
+        tl.store(values + which, tl.load(place, mask=live, other=0.0), mask=live)
+    else:
+        inside = (row < rows)[:, None, None] & (column < depth)[None, :, :]
+        tl.store(place, tl.load(values + which, mask=live, other=0.0), mask=inside)
+
+
+class Launch(NamedTuple):
+    """A kernel, how many programs of it there are, and what it is told beside pointers."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    told: dict[str, Any]
+
+
+def rows_spmm(rows: int, depth: int, nnz: int, batch: int, itemsize: int, *, ordered: bool, checked: bool) -> Launch:
+    """Return what runs W · right of (rows, depth) and (depth, batch) by rows.
+
+    Pointers: values, right, starts, across, order, or anything unless ``ordered``, and the product (rows, batch).
+    ``checked``, no index leads out of memory.
+    """
+    options = rows_options(nnz, rows, batch)
+    told = {"batch": batch, "depth": depth, "nnz": nnz, "ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_spmm_kernel, (rows, triton.cdiv(batch, options["BB"])), told | options)
+
+
+def rows_sddmm(rows: int, depth: int, nnz: int, batch: int, itemsize: int, *, checked: bool) -> Launch:
+    """Return what runs left · rightᵀ at the connections by rows.
+
+    Pointers: left (rows, batch), right (depth, batch), starts, across, and what is sampled (nnz,).
+    """
+    options = rows_options(nnz, rows, batch)
+    splits = min(16, max(1, nnz // max(1, rows * options["BK"])))
+    told = {"batch": batch, "depth": depth, "nnz": nnz, "splits": splits, "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_sddmm_kernel, (rows, splits), told | options)
+
+
+def bits_spmm(rows: int, depth: int, batch: int, itemsize: int) -> Launch:
+    """Return what runs W · x by bits, for at most :data:`maskedlinear._gpu_rule.LARGEST_BITS_BATCH` rows of x.
+
+    Pointers: values, x (batch, depth), bits, firsts, and the product (rows, batch).
+    """
+    options = bits_options(batch, itemsize)
+    told = {"rows": rows, "depth": depth, "words": words_of(depth), "batch": batch, "ACC": _sums(itemsize)}
+    return Launch(bits_spmm_kernel, (triton.cdiv(rows, options["BM"]),), told | options)
+
+
+def panel(rows: int, depth: int, *, sampled: bool) -> Launch:
+    """Return what writes a panel (rows, depth) from values, or, ``sampled``, values from a panel.
+
+    Pointers: values, panel, and bits and firsts of its rows.
+    """
+    words = words_of(depth)
+    grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(words, PANEL_OPTIONS["BW"]))
+    return Launch(
+        panel_kernel, grid, {"rows": rows, "depth": depth, "words": words, "SAMPLED": sampled} | PANEL_OPTIONS
+    )
+
+
+def words_of(depth: int) -> int:
+    """Return how many words of 32 bits a row of W has."""
+    return -(-depth // 32)
+
+
+def _sums(itemsize: int) -> Any:
+    return tl.float64 if itemsize == 8 else tl.float32
+
+
+def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
+    """Return the sizes of a program of the products by rows, for so many connections in so many rows."""
+    wide = min(_WIDEST, triton.next_power_of_2(batch))
+    each = triton.next_power_of_2(max(8, -(-connections // max(1, rows))))
+    tall = max(8, min(_TILE // wide, each))
+    return {"BK": tall, "BB": wide, "num_warps": max(1, min(4, tall * wide // 256))}
+
+
+def bits_options(batch: int, itemsize: int) -> dict[str, int]:
+    """Return the sizes of a program of the product by bits."""
+    wide = triton.next_power_of_2(batch)  # at most _gpu_rule.LARGEST_BITS_BATCH
+    tall, words = {1: (8, 16), 2: (8, 16), 4: (8, 8), 8: (8, 4), 16: (4, 4)}[wide]
+    return {"BM": tall if itemsize < 8 else tall // 2, "BW": words, "BB": wide, "num_warps": 4}

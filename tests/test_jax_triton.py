@@ -1,0 +1,122 @@
+"""Triton's kernels as JAX calls them, without a GPU: interpreted, on memory of the CPU, in place of the call."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed: there is none but for Linux"
+)
+
+PROGRAM = """
+import jax, jax.numpy as jnp, numpy as np, torch
+from maskedlinear import _gpu_rule, masks
+from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax import _gpu_products, _triton_products
+from maskedlinear_jax._partition import wide
+from maskedlinear_jax._primitives import _each
+from maskedlinear_jax._products import DevicePattern
+from maskedlinear.jax import stack_patterns
+
+called = []
+
+def call(launch, shape, dtype, *pointers):
+    "Run the kernel as jax_triton does: pointers, the result's, and all else by name."
+    def run(*arrays):
+        halves = [array.dtype == jnp.bfloat16 for array in arrays]
+        tensors = [
+            torch.from_numpy(np.array(array.view(np.int16) if half else array)) for array, half in zip(arrays, halves)
+        ]
+        tensors = [tensor.view(torch.bfloat16) if half else tensor for tensor, half in zip(tensors, halves)]
+        # What no program writes stays so.
+        product = torch.full(shape, torch.nan, dtype=getattr(torch, str(wide(dtype))))
+        told = launch.told | ({"UP": True} if "UP" in launch.told else {})
+        launch.kernel[launch.grid](*tensors, product, **told)
+        return product.numpy()
+    called.append(launch.kernel.__name__)
+    return jax.pure_callback(run, jax.ShapeDtypeStruct(shape, wide(dtype)), *pointers)
+
+_triton_products._call = call
+_triton_products._capability = lambda: 90
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
+def choose(wanted):
+    _gpu_rule.choose = lambda ways, product: wanted if wanted in ways else "rows"
+
+mask = masks.random((5, 70), sparsity=0.6)
+mask[1], mask[2] = True, False
+pattern = DevicePattern.of(SparsityPattern.from_mask(mask))
+rng = np.random.default_rng(0)
+TYPES = (jnp.float32, 3), (jnp.float64, 1), (jnp.bfloat16, 16), (jnp.float16, 2), (jnp.float32, 20)
+for dtype, batch in TYPES:
+    numbers = [jnp.asarray(rng.standard_normal(s), dtype) for s in ((int(mask.sum()),), (5, batch), (70, batch))]
+    values, left, right = numbers
+    matrix = np.zeros((5, 70))
+    matrix[mask] = np.asarray(values, np.float64)
+    g, x = (np.asarray(side, np.float64) for side in (left, right))
+    for wanted in ("rows", "bits", "tiles"):
+        if wanted == "tiles" and dtype == jnp.float64 or wanted == "bits" and batch > 16:
+            continue
+        choose(wanted)
+        called.clear()
+        product = jax.jit(lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=False))(values, right, pattern)
+        turned = jax.jit(lambda v, g, p: _gpu_products.spmm(v, g, p, transposed=True))(values, left, pattern)
+        sampled = jax.jit(lambda g, x, p: _gpu_products.sddmm(g, x, p))(left, right, pattern)
+        others = "rows" if wanted == "bits" else wanted
+        assert called == [f"{wanted}_spmm_kernel", f"{others}_spmm_kernel", f"{others}_sddmm_kernel"], called
+        for one, other in ((product, matrix @ x), (turned, matrix.T @ g), (sampled, (g @ x.T)[mask])):
+            assert one.dtype == wide(dtype)
+            np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-12 if dtype == jnp.float64 else 1e-4)
+
+# Patterns that are mapped over: one by one where W is unpacked, else all in one.
+masks_ = [masks.random((4, 40), sparsity=0.5, seed=seed) for seed in range(2)]
+stacked = DevicePattern.of(stack_patterns([SparsityPattern.from_mask(one) for one in masks_]))
+values, right = rng.standard_normal((2, 80)), rng.standard_normal((2, 40, 3))
+for wanted in ("rows", "bits"):
+    choose(wanted)
+    spmm = lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=False)
+    found = jax.jit(lambda v, x, p: _each(spmm, v, x, p, 1, "gpu"))(values, right, stacked)
+    for one, mask_, numbers, side in zip(found, masks_, values, right):
+        dense = np.zeros(mask_.shape)
+        dense[mask_] = numbers
+        np.testing.assert_allclose(one, dense @ side, atol=1e-12)
+
+# Of indices that are none, the ends of memory are read: as of a pattern that has those, in the same places.
+values, left, right = (jnp.asarray(rng.standard_normal(s)) for s in ((6,), (2, 3), (40, 3)))
+wrong = DevicePattern(*(jnp.asarray(index, jnp.int32) for index in (
+    [0, 3, 1 << 30], [0, 0, 0, 1, 1, 1], [-5, 7, 1 << 30, 0, 39, 40], [-7] + [1] * 39 + [9], [-1, 1, 5, 0, 9, 1], [9, -9, 2, 3, 4, 5]
+)))
+near = wrong._replace(indptr=jnp.asarray([0, 3, 6]), indices=jnp.clip(wrong.indices, 0, 39))
+choose("rows")
+for transposed, side in ((False, right), (True, left)):
+    found = jax.jit(lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=transposed))(values, side, wrong)
+    assert np.isfinite(found).all()
+    if not transposed:
+        dense = np.zeros((2, 40))
+        np.add.at(dense, (np.repeat([0, 1], 3), np.asarray(near.indices)), np.asarray(values))
+        np.testing.assert_allclose(found, dense @ np.asarray(right), atol=1e-12)
+found = jax.jit(lambda g, x, p: _gpu_products.sddmm(g, x, p))(left, right, wrong)
+np.testing.assert_allclose(found, (left[near.rows] * right[near.indices]).sum(1), atol=1e-12)
+bits, firsts = _triton_products.bits_of(wrong)
+counts = np.array([[bin(word & 0xFFFFFFFF).count("1") for word in row] for row in np.asarray(bits).tolist()])
+live = counts > 0
+assert live.any() and (np.asarray(firsts)[live] >= 0).all() and (np.asarray(firsts)[live] + counts[live] <= 6).all()
+"""
+
+
+def test_interpreted_they_are_the_products(tmp_path: Path) -> None:
+    path = os.pathsep.join([str(ROOT), str(ROOT / "backends")])
+    variables = {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+    ended = subprocess.run(
+        [sys.executable, "-c", PROGRAM], capture_output=True, text=True, env=os.environ | variables, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
