@@ -97,7 +97,7 @@ def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) 
     """
     if way == "bits":
         return 25 + 8 * batch if multiply == "float64" else 15.5 + 2.5 * batch
-    return {"float32": 21 + batch / 13, "tf32": 22 + batch / 36, "half": 14 + batch / 128}[multiply]
+    return {"float32": 21 + batch / 13, "tf32": 22 + batch / 36, "half": 15 + batch / 128}[multiply]
 
 
 def seconds(way: Way, product: Product) -> float:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Launch", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm", "words_of"]
+__all__ = ["Launch", "Sizes", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm", "words_of"]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
@@ -27,8 +27,10 @@ PANEL_OPTIONS = {"BM": 4, "BW": 8, "num_warps": 4}  # sizes of a program that go
 
 @triton.jit
 def within(index, size, CHECKED: tl.constexpr):
-    """Return indices; ``CHECKED``, those that would lead out of memory lead to its ends."""
-    return tl.minimum(tl.maximum(index, 0), size - 1) if CHECKED else index
+    """Return indices; ``CHECKED``, one beyond the end is taken for the last: below 0 too, which is large without a sign."""
+    if CHECKED:
+        index = tl.minimum(index.to(tl.uint32, bitcast=True), tl.cast(size - 1, tl.uint32)).to(tl.int32, bitcast=True)
+    return index
 
 
 @triton.jit
@@ -97,7 +99,7 @@ def count_ones(word):
 
 
 @triton.jit
-def places_of(bits, firsts, row, word, rows, words):
+def places_of(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
     """Return of a tile of rows and words which places are live, and which value stands there: (BM, BW, 32)."""
     lane = tl.arange(0, 32)
     there = (row < rows)[:, None] & (word < words)[None, :]
@@ -105,13 +107,14 @@ def places_of(bits, firsts, row, word, rows, words):
     held = tl.load(bits + place, mask=there, other=0)
     first = tl.load(firsts + place, mask=there, other=0)
     live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
-    return live, first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+    which = first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
+    return live, within(which, nnz, CHECKED)
 
 
 @triton.jit
 def bits_spmm_kernel(
-    values, x, bits, firsts, product, rows, depth, words, batch,
-    ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
+    values, x, bits, firsts, product, rows, depth, words, nnz, batch,
+    CHECKED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """BM rows of the product for a whole batch (batch, depth), BW words at a time, whose x is loaded once for all rows."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -119,7 +122,7 @@ def bits_spmm_kernel(
     total = tl.zeros((BB, BM, BW, 32), ACC)
     for begin in range(0, words, BW):
         word = begin + tl.arange(0, BW)
-        live, which = places_of(bits, firsts, row, word, rows, words)
+        live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
         value = tl.load(values + which, mask=live, other=0.0).to(ACC)
         source = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         numbers = tl.load(
@@ -135,13 +138,13 @@ def bits_spmm_kernel(
 
 @triton.jit
 def panel_kernel(
-    values, panel, bits, firsts, rows, depth, words,
-    SAMPLED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    values, panel, bits, firsts, rows, depth, words, nnz,
+    SAMPLED: tl.constexpr, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
-    live, which = places_of(bits, firsts, row, word, rows, words)
+    live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
     column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = panel + row[:, None, None].to(tl.int64) * depth + column[None, :, :]
     if SAMPLED:
@@ -149,6 +152,15 @@ def panel_kernel(
     else:
         inside = (row < rows)[:, None, None] & (column < depth)[None, :, :]
         tl.store(place, tl.load(values + which, mask=live, other=0.0), mask=inside)
+
+
+class Sizes(NamedTuple):
+    """W (rows, depth) of ``nnz`` connections, and a batch."""
+
+    rows: int
+    depth: int
+    nnz: int
+    batch: int
 
 
 class Launch(NamedTuple):
@@ -159,48 +171,49 @@ class Launch(NamedTuple):
     told: dict[str, Any]
 
 
-def rows_spmm(rows: int, depth: int, nnz: int, batch: int, itemsize: int, *, ordered: bool, checked: bool) -> Launch:
-    """Return what runs W · right of (rows, depth) and (depth, batch) by rows.
+def rows_spmm(sizes: Sizes, itemsize: int, *, ordered: bool, checked: bool) -> Launch:
+    """Return what runs W · right by rows, for right (depth, batch).
 
     Pointers: values, right, starts, across, order, or anything unless ``ordered``, and the product (rows, batch).
     ``checked``, no index leads out of memory.
     """
-    options = rows_options(nnz, rows, batch)
-    told = {"batch": batch, "depth": depth, "nnz": nnz, "ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
-    return Launch(rows_spmm_kernel, (rows, triton.cdiv(batch, options["BB"])), told | options)
+    options = rows_options(sizes)
+    told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz}
+    told |= {"ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_spmm_kernel, (sizes.rows, triton.cdiv(sizes.batch, options["BB"])), told | options)
 
 
-def rows_sddmm(rows: int, depth: int, nnz: int, batch: int, itemsize: int, *, checked: bool) -> Launch:
+def rows_sddmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
     """Return what runs left · rightᵀ at the connections by rows.
 
     Pointers: left (rows, batch), right (depth, batch), starts, across, and what is sampled (nnz,).
     """
-    options = rows_options(nnz, rows, batch)
-    splits = min(16, max(1, nnz // max(1, rows * options["BK"])))
-    told = {"batch": batch, "depth": depth, "nnz": nnz, "splits": splits, "CHECKED": checked, "ACC": _sums(itemsize)}
-    return Launch(rows_sddmm_kernel, (rows, splits), told | options)
+    options = rows_options(sizes)
+    splits = min(16, max(1, sizes.nnz // max(1, sizes.rows * options["BK"])))
+    told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz, "splits": splits}
+    told |= {"CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_sddmm_kernel, (sizes.rows, splits), told | options)
 
 
-def bits_spmm(rows: int, depth: int, batch: int, itemsize: int) -> Launch:
+def bits_spmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
     """Return what runs W · x by bits, for at most :data:`maskedlinear._gpu_rule.LARGEST_BITS_BATCH` rows of x.
 
     Pointers: values, x (batch, depth), bits, firsts, and the product (rows, batch).
     """
-    options = bits_options(batch, itemsize)
-    told = {"rows": rows, "depth": depth, "words": words_of(depth), "batch": batch, "ACC": _sums(itemsize)}
-    return Launch(bits_spmm_kernel, (triton.cdiv(rows, options["BM"]),), told | options)
+    options = bits_options(sizes.batch, itemsize)
+    told = {**sizes._asdict(), "words": words_of(sizes.depth), "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(bits_spmm_kernel, (triton.cdiv(sizes.rows, options["BM"]),), told | options)
 
 
-def panel(rows: int, depth: int, *, sampled: bool) -> Launch:
+def panel(rows: int, depth: int, nnz: int, *, sampled: bool) -> Launch:
     """Return what writes a panel (rows, depth) from values, or, ``sampled``, values from a panel.
 
     Pointers: values, panel, and bits and firsts of its rows.
     """
     words = words_of(depth)
     grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(words, PANEL_OPTIONS["BW"]))
-    return Launch(
-        panel_kernel, grid, {"rows": rows, "depth": depth, "words": words, "SAMPLED": sampled} | PANEL_OPTIONS
-    )
+    told = {"rows": rows, "depth": depth, "words": words, "nnz": nnz, "SAMPLED": sampled, "CHECKED": False}
+    return Launch(panel_kernel, grid, told | PANEL_OPTIONS)
 
 
 def words_of(depth: int) -> int:
@@ -212,10 +225,10 @@ def _sums(itemsize: int) -> Any:
     return tl.float64 if itemsize == 8 else tl.float32
 
 
-def rows_options(connections: int, rows: int, batch: int) -> dict[str, int]:
-    """Return the sizes of a program of the products by rows, for so many connections in so many rows."""
-    wide = min(_WIDEST, triton.next_power_of_2(batch))
-    each = triton.next_power_of_2(max(8, -(-connections // max(1, rows))))
+def rows_options(sizes: Sizes) -> dict[str, int]:
+    """Return the sizes of a program of the products by rows."""
+    wide = min(_WIDEST, triton.next_power_of_2(sizes.batch))
+    each = triton.next_power_of_2(max(8, -(-sizes.nnz // max(1, sizes.rows))))
     tall = max(8, min(_TILE // wide, each))
     return {"BK": tall, "BB": wide, "num_warps": max(1, min(4, tall * wide // 256))}
 

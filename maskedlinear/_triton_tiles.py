@@ -16,22 +16,22 @@ import triton
 import triton.language as tl
 
 from maskedlinear._gpu_rule import Multiply
-from maskedlinear._triton_rows import Launch, places_of, words_of
+from maskedlinear._triton_rows import Launch, Sizes, places_of, words_of
 
 __all__ = ["sddmm", "spmm"]
 
 
 @triton.jit
-def _places(bits, firsts, row, word, rows, words, BM: tl.constexpr, BW: tl.constexpr):
+def _places(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
     """Return of a tile of BM rows and BW words which places are live, and which value stands there: (BM, BW * 32)."""
-    live, which = places_of(bits, firsts, row, word, rows, words)
+    live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
     return tl.reshape(live, (BM, BW * 32)), tl.reshape(which, (BM, BW * 32))
 
 
 @triton.jit
 def tiles_spmm_kernel(
-    values, right, bits, firsts, product, rows, depth, words, batch,
-    TRANSPOSED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
+    values, right, bits, firsts, product, rows, depth, words, nnz, batch,
+    TRANSPOSED: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows."""
@@ -41,7 +41,7 @@ def tiles_spmm_kernel(
         total = tl.zeros((BW * 32, BN), tl.float32)
         for begin in range(0, rows, BM):
             row = begin + tl.arange(0, BM)
-            live, which = _places(bits, firsts, row, word, rows, words, BM, BW)
+            live, which = _places(bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
             tile = tl.trans(tl.load(values + which, mask=live, other=0.0))
             inside = (row < rows)[:, None] & (column < batch)[None, :]
             other = tl.load(right + row[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
@@ -53,7 +53,7 @@ def tiles_spmm_kernel(
         row = tl.program_id(0) * BM + tl.arange(0, BM)
         total = tl.zeros((BM, BN), tl.float32)
         for begin in range(0, words, BW):
-            live, which = _places(bits, firsts, row, begin + tl.arange(0, BW), rows, words, BM, BW)
+            live, which = _places(bits, firsts, row, begin + tl.arange(0, BW), rows, words, nnz, CHECKED, BM, BW)
             tile = tl.load(values + which, mask=live, other=0.0)
             source = begin * 32 + tl.arange(0, BW * 32)
             inside = (source < depth)[:, None] & (column < batch)[None, :]
@@ -68,8 +68,9 @@ def tiles_spmm_kernel(
 
 @triton.jit
 def tiles_sddmm_kernel(
-    left, right, bits, firsts, sampled, rows, depth, words, batch,
-    UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
+    left, right, bits, firsts, sampled, rows, depth, words, nnz, batch,
+    CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BW: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BW * 32) of left · rightᵀ, BK of the batch at a time, of which what is live is written."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -85,38 +86,40 @@ def tiles_sddmm_kernel(
             one, other = one.to(tl.float32), other.to(tl.float32)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
-    live, which = _places(bits, firsts, row, word, rows, words, BM, BW)
+    live, which = _places(bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
     tl.store(sampled + which, total, mask=live)
 
 
 def spmm(
-    rows: int, depth: int, batch: int, itemsize: int, multiply: Multiply, *, transposed: bool, up: bool = False
+    sizes: Sizes, itemsize: int, multiply: Multiply, *, transposed: bool, checked: bool, up: bool = False
 ) -> Launch:
     """Return what runs W · right by tiles, for W (rows, depth); or, transposed, Wᵀ · right.
 
-    Pointers: values, right, bits, firsts, and the product, float32. ``up`` widens before the product, which the
-    interpreter needs.
+    Pointers: values, right, bits, firsts, and the product, float32. ``checked``, bits lead to no values that are not there;
+    ``up`` widens before the product, which the interpreter needs.
     """
-    options = spmm_options(itemsize, batch, multiply == "float32", transposed)
-    told = {"TRANSPOSED": transposed, **_told(rows, depth, batch, multiply, up)}
-    count, tall = (depth, options["BW"] * 32) if transposed else (rows, options["BM"])
-    return Launch(tiles_spmm_kernel, (triton.cdiv(count, tall), triton.cdiv(batch, options["BN"])), told | options)
+    options = spmm_options(itemsize, sizes.batch, multiply == "float32", transposed)
+    told = {"TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
+    count, tall = (sizes.depth, options["BW"] * 32) if transposed else (sizes.rows, options["BM"])
+    return Launch(
+        tiles_spmm_kernel, (triton.cdiv(count, tall), triton.cdiv(sizes.batch, options["BN"])), told | options
+    )
 
 
-def sddmm(rows: int, depth: int, batch: int, itemsize: int, multiply: Multiply, *, up: bool = False) -> Launch:
+def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up: bool = False) -> Launch:
     """Return what runs left · rightᵀ at the connections by tiles.
 
     Pointers: left (rows, batch), right (depth, batch), bits, firsts, and what is sampled (nnz,), float32.
     """
     options = sddmm_options(itemsize, multiply == "float32")
-    grid = (triton.cdiv(rows, options["BM"]), triton.cdiv(depth, options["BW"] * 32))
-    return Launch(tiles_sddmm_kernel, grid, _told(rows, depth, batch, multiply, up) | options)
+    grid = (triton.cdiv(sizes.rows, options["BM"]), triton.cdiv(sizes.depth, options["BW"] * 32))
+    told = {"CHECKED": checked, "UP": up, **_told(sizes, multiply)}
+    return Launch(tiles_sddmm_kernel, grid, told | options)
 
 
-def _told(rows: int, depth: int, batch: int, multiply: Multiply, up: bool) -> dict[str, Any]:
+def _told(sizes: Sizes, multiply: Multiply) -> dict[str, Any]:
     precision = "tf32" if multiply == "tf32" else "ieee"
-    sizes = {"rows": rows, "depth": depth, "words": words_of(depth), "batch": batch}
-    return sizes | {"UP": up, "PRECISION": precision}
+    return {**sizes._asdict(), "words": words_of(sizes.depth), "PRECISION": precision}
 
 
 def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dict[str, int]:

@@ -157,7 +157,7 @@ def in_longest_loop(kernel):
 
 def compiled(kernel, dtype, constants, expected=0, places=1):
     "Tell what a kernel takes, whose loop goes over so many places of W in a program, and so many instructions each."
-    constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False, "CHECKED": False} | constants
+    constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False, "CHECKED": True} | constants
     num_warps = constants.pop("num_warps")
     types = TYPES | dict.fromkeys(("values", "left", "right", "x", "panel"), "*" + dtype)
     if dtype == "fp64":
@@ -180,7 +180,7 @@ def compiled(kernel, dtype, constants, expected=0, places=1):
     print(json.dumps([*told, issued, expected]))
 
 for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("fp32", 4))[: 5 if EVERY else 2]:
-    rows = kernels.rows_options(1 << 20, 4096, batch)
+    rows = kernels.rows_options(kernels.Sizes(4096, 4096, 1 << 20, batch))
     compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows)
     compiled(kernels.rows_sddmm_kernel, dtype, rows)
     if batch <= _gpu_rule.LARGEST_BITS_BATCH:

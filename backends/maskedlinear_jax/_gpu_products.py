@@ -22,6 +22,7 @@ from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product, Way
 from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
+from maskedlinear_jax._triton_products import Bits
 
 __all__ = ["is_stack_one_by_one", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
@@ -30,12 +31,12 @@ _SPREAD = 1.5  # of how many connections a panel has on average, so many are unp
 
 
 def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Product:
-    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), are_bits_kept=False, **of)
+    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
 
 
 def _way(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Way:
     """Return how a product is formed."""
-    product = _product(rows, depth, nnz, batch, dtype, **of)
+    product = _product(rows, depth, nnz, batch, dtype, **({"are_bits_kept": False} | of))
     ways: list[Way] = ["gathered", "panels"]
     if _triton_products.are_used(rows, depth, batch):
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
@@ -54,22 +55,26 @@ def is_stack_one_by_one(one: Array, other: Array, pattern: Any) -> bool:
     return _way(rows, depth, nnz, batch, other.dtype, sampled=one.ndim > 2) not in ("gathered", "rows")
 
 
-def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
-    """Return W · right, shape (out, batch) for right (in, batch); or, transposed, Wᵀ · right."""
+def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool, bits: Bits | None = None) -> Array:
+    """Return W · right, shape (out, batch) for right (in, batch); or, transposed, Wᵀ · right.
+
+    ``bits`` are the pattern's, if they are known.
+    """
     depth, batch = right.shape
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), of)
-    way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed)
+    way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed, are_bits_kept=bits is not None)
     if way == "panels":
         return spmm_in_panels(values, right, pattern, transposed=transposed)
     if way == "rows":
         return _triton_products.rows_spmm(values, right, starts, across, pattern.order if transposed else None)
     if way == "bits":
-        return _triton_products.bits_spmm(values, right, pattern)
+        return _triton_products.bits_spmm(values, right, pattern, bits or _triton_products.bits_of(pattern))
     if way == "tiles":
-        return _triton_products.tiles_spmm(values, right, pattern, _multiply(right.dtype), transposed=transposed)
+        of_tiles = (pattern, bits or _triton_products.bits_of(pattern), _multiply(right.dtype))
+        return _triton_products.tiles_spmm(values, right, *of_tiles, transposed=transposed)
     rows = pattern.indices[pattern.order] if transposed else pattern.rows
     values = values[pattern.order] if transposed else values
     gathered = values[:, None].astype(of) * right[across].astype(of)
@@ -87,7 +92,8 @@ def sddmm(left: Array, right: Array, pattern: Any) -> Array:
     if way == "rows":
         return _triton_products.rows_sddmm(left, right, pattern)
     if way == "tiles":
-        return _triton_products.tiles_sddmm(left, right, pattern, _multiply(right.dtype))
+        bits = _triton_products.bits_of(pattern)
+        return _triton_products.tiles_sddmm(left, right, pattern, bits, _multiply(right.dtype))
     return (left[pattern.rows].astype(of) * right[pattern.indices].astype(of)).sum(1)
 
 

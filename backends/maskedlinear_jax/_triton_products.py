@@ -1,7 +1,7 @@
 """The products of the sparse form on CUDA by the core's kernels in Triton, which ``jax_triton`` puts into XLA's programs.
 
 Where that is not installed, or there is no such GPU, :func:`are_used` is false, and products are XLA's. Indices may be
-traced, restored or mapped, so that none is trusted: kernels by rows check them, and bits lead to no value that is not there.
+traced, restored or mapped, so that none is trusted: the kernels check those that they read, and words of bits.
 Sizes are constants of a kernel, as of a program of XLA.
 """
 
@@ -19,8 +19,9 @@ from jax import Array
 from maskedlinear._gpu_rule import Multiply
 from maskedlinear_jax._partition import wide
 
-__all__ = ["are_used", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
+__all__ = ["Bits", "are_used", "bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
 
+Bits = tuple[Array, Array]
 _LEAST = 80  # ten times the compute capability that the kernels are made for
 _WIDEST = 1 << 21  # of a batch or of features, that programs are launched over
 
@@ -50,56 +51,52 @@ def rows_spmm(values: Array, right: Array, starts: Array, across: Array, order: 
     """Return W · right, shape (rows, batch), of W by compressed rows, whose values lie in ``order``, if there is one."""
     from maskedlinear import _triton_rows
 
-    rows, (depth, batch), nnz = starts.shape[0] - 1, right.shape, across.size
-    ordered = order is not None
-    launch = _triton_rows.rows_spmm(rows, depth, nnz, batch, right.dtype.itemsize, ordered=ordered, checked=True)
+    sizes = _triton_rows.Sizes(starts.shape[0] - 1, right.shape[0], values.size, right.shape[1])
+    launch = _triton_rows.rows_spmm(sizes, right.dtype.itemsize, ordered=order is not None, checked=True)
     pointers = (values, right, starts, across, across if order is None else order)
-    return _call(launch, (rows, batch), right.dtype, *pointers)
+    return _call(launch, (sizes.rows, sizes.batch), right.dtype, *pointers)
 
 
 def rows_sddmm(left: Array, right: Array, pattern: Any) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,)."""
     from maskedlinear import _triton_rows
 
-    (rows, batch), depth, nnz = left.shape, right.shape[0], pattern.indices.size
-    launch = _triton_rows.rows_sddmm(rows, depth, nnz, batch, right.dtype.itemsize, checked=True)
-    return _call(launch, (nnz,), right.dtype, left, right, pattern.indptr, pattern.indices)
+    launch = _triton_rows.rows_sddmm(_sizes(pattern, right), right.dtype.itemsize, checked=True)
+    return _call(launch, pattern.indices.shape, right.dtype, left, right, pattern.indptr, pattern.indices)
 
 
-def bits_spmm(values: Array, right: Array, pattern: Any) -> Array:
+def bits_spmm(values: Array, right: Array, pattern: Any, bits: Bits) -> Array:
     """Return W · right, shape (rows, batch), for right (depth, batch) of at most 16 columns."""
     from maskedlinear import _triton_rows
 
-    rows, (depth, batch) = pattern.indptr.shape[0] - 1, right.shape
-    launch = _triton_rows.bits_spmm(rows, depth, batch, right.dtype.itemsize)
-    return _call(launch, (rows, batch), right.dtype, values, right.T, *bits_of(pattern))
+    sizes = _sizes(pattern, right)
+    launch = _triton_rows.bits_spmm(sizes, right.dtype.itemsize, checked=True)
+    return _call(launch, (sizes.rows, sizes.batch), right.dtype, values, right.T, *bits)
 
 
-def tiles_spmm(values: Array, right: Array, pattern: Any, multiply: Multiply, *, transposed: bool) -> Array:
+def tiles_spmm(values: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply, *, transposed: bool) -> Array:
     """Return W · right, shape (rows, batch); or, transposed, Wᵀ · right."""
     from maskedlinear import _triton_tiles
 
-    (rows, depth), batch = _shape(pattern), right.shape[1]
-    launch = _triton_tiles.spmm(rows, depth, batch, right.dtype.itemsize, multiply, transposed=transposed)
-    return _call(launch, (depth if transposed else rows, batch), right.dtype, values, right, *bits_of(pattern))
+    sizes = _sizes(pattern, right)
+    launch = _triton_tiles.spmm(sizes, right.dtype.itemsize, multiply, transposed=transposed, checked=True)
+    return _call(launch, (sizes.depth if transposed else sizes.rows, sizes.batch), right.dtype, values, right, *bits)
 
 
-def tiles_sddmm(left: Array, right: Array, pattern: Any, multiply: Multiply) -> Array:
+def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,)."""
     from maskedlinear import _triton_tiles
 
-    (rows, depth), batch = _shape(pattern), right.shape[1]
-    launch = _triton_tiles.sddmm(rows, depth, batch, right.dtype.itemsize, multiply)
-    return _call(launch, pattern.indices.shape, right.dtype, left, right, *bits_of(pattern))
+    launch = _triton_tiles.sddmm(_sizes(pattern, right), right.dtype.itemsize, multiply, checked=True)
+    return _call(launch, pattern.indices.shape, right.dtype, left, right, *bits)
 
 
-def bits_of(pattern: Any) -> tuple[Array, Array]:
+def bits_of(pattern: Any) -> Bits:
     """Return where a pattern has connections, a bit each, and the first one of each word: int32, shape (rows, depth / 32).
 
-    They are formed in each program, once for all its products, so that no pattern is kept twice, or out of date. A word
-    whose connections are not there, of a pattern that is none, is empty.
+    They are formed in each program, once for all its products, so that no pattern is kept twice, or out of date.
     """
-    (rows, depth), nnz = _shape(pattern), pattern.indices.size
+    rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
     words = -(-depth // 32)
     inside = (pattern.indices >= 0) & (pattern.indices < depth)
     place = jnp.where(inside, pattern.rows * words + (pattern.indices >> 5), rows * words)
@@ -107,12 +104,14 @@ def bits_of(pattern: Any) -> tuple[Array, Array]:
     bits = jnp.zeros(rows * words, jnp.uint32).at[place].add(bit, mode="drop").reshape(rows, words)
     counts = jax.lax.population_count(bits).astype(jnp.int32)
     firsts = pattern.indptr[:-1, None] + jnp.cumsum(counts, 1) - counts
-    bits = jnp.where((firsts >= 0) & (firsts <= nnz - counts), bits, 0)
     return jax.lax.bitcast_convert_type(bits, jnp.int32), firsts
 
 
-def _shape(pattern: Any) -> tuple[int, int]:
-    return pattern.indptr.shape[0] - 1, pattern.starts.shape[0] - 1
+def _sizes(pattern: Any, right: Array) -> Any:
+    from maskedlinear._triton_rows import Sizes
+
+    rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
+    return Sizes(rows, depth, pattern.indices.size, right.shape[1])
 
 
 def _call(launch: Any, shape: tuple[int, ...], dtype: Any, *pointers: Array) -> Array:

@@ -14,27 +14,26 @@ from torch import Tensor
 
 from maskedlinear import _triton_rows, _triton_tiles
 from maskedlinear._gpu_rule import Multiply
-from maskedlinear._triton_rows import Launch
+from maskedlinear._triton_rows import Launch, Sizes
 
 __all__ = ["bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "sample", "tiles_sddmm", "tiles_spmm", "unpack"]
 
 
 def rows_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     """Return W · right, shape (rows, batch), for right (depth, batch): float32, or float64 of float64."""
-    rows, (depth, batch), nnz = len(csr.starts) - 1, right.shape, csr.across.numel()
+    rows, (depth, batch), ordered = len(csr.starts) - 1, right.shape, csr.order is not None
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
-    ordered = csr.order is not None
-    launch = _triton_rows.rows_spmm(rows, depth, nnz, batch, right.itemsize, ordered=ordered, checked=False)
+    sizes = Sizes(rows, depth, csr.across.numel(), batch)
+    launch = _triton_rows.rows_spmm(sizes, right.itemsize, ordered=ordered, checked=False)
     _run(launch, values, right, csr.starts, csr.across, csr.order if ordered else csr.across, product)
     return product
 
 
 def rows_sddmm(left: Tensor, right: Tensor, csr: Any) -> Tensor:
     """Return left · rightᵀ at the connections, shape (nnz,), of left (rows, batch): float32, or float64 of float64."""
-    (rows, batch), depth, nnz = left.shape, right.shape[0], csr.across.numel()
     sampled = right.new_empty(csr.across.shape, dtype=_wide(right.dtype))
-    launch = _triton_rows.rows_sddmm(rows, depth, nnz, batch, right.itemsize, checked=False)
-    _run(launch, left, right, csr.starts, csr.across, sampled)
+    sizes = Sizes(len(left), len(right), sampled.numel(), right.shape[1])
+    _run(_triton_rows.rows_sddmm(sizes, right.itemsize, checked=False), left, right, csr.starts, csr.across, sampled)
     return sampled
 
 
@@ -42,7 +41,7 @@ def bits_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     """Return W · right, shape (rows, batch), for right (depth, batch) of at most 16 columns; not transposed."""
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
-    launch = _triton_rows.bits_spmm(rows, depth, batch, right.itemsize)
+    launch = _triton_rows.bits_spmm(Sizes(rows, depth, values.numel(), batch), right.itemsize, checked=False)
     _run(launch, values, right.mT.contiguous(), *bits_of(csr, depth), product)
     return product
 
@@ -54,19 +53,19 @@ def tiles_spmm(
 
     ``csr`` is W by rows both times, ``depth`` its columns; ``up`` widens before the product, which the interpreter needs.
     """
-    rows, batch = len(csr.starts) - 1, right.shape[1]
-    product = right.new_empty((depth if transposed else rows, batch), dtype=torch.float32)
-    launch = _triton_tiles.spmm(rows, depth, batch, right.itemsize, multiply, transposed=transposed, up=up)
+    sizes = Sizes(len(csr.starts) - 1, depth, values.numel(), right.shape[1])
+    product = right.new_empty((depth if transposed else sizes.rows, sizes.batch), dtype=torch.float32)
+    launch = _triton_tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False, up=up)
     _run(launch, values, right, *bits_of(csr, depth), product)
     return product
 
 
 def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, multiply: Multiply, up: bool = False) -> Tensor:
     """Return left · rightᵀ at the connections, shape (nnz,), as float32."""
-    (rows, batch), depth = left.shape, right.shape[0]
     sampled = right.new_empty(csr.across.shape, dtype=torch.float32)
-    launch = _triton_tiles.sddmm(rows, depth, batch, right.itemsize, multiply, up=up)
-    _run(launch, left, right, *bits_of(csr, depth), sampled)
+    sizes = Sizes(len(left), len(right), sampled.numel(), right.shape[1])
+    launch = _triton_tiles.sddmm(sizes, right.itemsize, multiply, checked=False, up=up)
+    _run(launch, left, right, *bits_of(csr, sizes.depth), sampled)
     return sampled
 
 
@@ -83,7 +82,7 @@ def sample(panel: Tensor, csr: Any, first: int, sampled: Tensor) -> None:
 def _run_panel(values: Tensor, csr: Any, first: int, panel: Tensor, sampled: bool) -> None:
     rows, depth = panel.shape
     bits, firsts = (of[first : first + rows] for of in bits_of(csr, depth))
-    _run(_triton_rows.panel(rows, depth, sampled=sampled), values, panel, bits, firsts)
+    _run(_triton_rows.panel(rows, depth, values.numel(), sampled=sampled), values, panel, bits, firsts)
 
 
 def _run(launch: Launch, *pointers: Tensor) -> None:
