@@ -20,11 +20,11 @@ PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np, torch
 from maskedlinear import _gpu_rule, masks
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _gpu_products, _triton_products
+from maskedlinear_jax import _gpu_products, _packed, _triton_products
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._primitives import _each
 from maskedlinear_jax._products import DevicePattern
-from maskedlinear.jax import stack_patterns
+from maskedlinear.jax import pack, sparse_linear, stack_patterns
 
 called = []
 
@@ -89,6 +89,34 @@ for wanted in ("rows", "bits"):
         dense = np.zeros(mask_.shape)
         dense[mask_] = numbers
         np.testing.assert_allclose(one, dense @ side, atol=1e-12)
+
+# Packed for a GPU: bits are kept, values may be of half types.
+jax.default_backend = lambda: "gpu"
+sparse = SparsityPattern.from_mask(mask)
+for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
+    values, x = jnp.asarray(rng.standard_normal(sparse.nnz), dtype), jnp.asarray(rng.standard_normal((*batch, 70)), dtype)
+    packed = pack(values, sparse)
+    assert packed.kind == "bits" and packed.is_packed
+    for wanted in ("bits", "tiles"):
+        choose(wanted)
+        called.clear()
+        product = lambda *given: _packed._product(*given, kind="bits", kernel="gpu")
+        y = jax.jit(product)(values, x, *DevicePattern.of(packed.pattern), *packed.layout)
+        assert called == [f"{wanted}_spmm_kernel"], called
+        dense = np.zeros((5, 70))
+        dense[mask] = np.asarray(values, np.float64)
+        np.testing.assert_allclose(y, np.asarray(x, np.float64) @ dense.T, atol=1e-4)
+    y = sparse_linear(x, packed)  # on the CPU
+    assert y.dtype == dtype and y.shape == (*batch, 5)
+    np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64) @ dense.T, atol=0.1)
+for wrong in ((packed.layout[0][1:], packed.layout[1]), (packed.layout[0], packed.layout[1][:, 1:])):
+    try:
+        jax.jit(product)(values, x, *DevicePattern.of(packed.pattern), *wrong)
+    except ValueError as error:
+        assert "do not belong together" in str(error)
+    else:
+        raise AssertionError
+assert pack(jnp.ones(1, jnp.float32), SparsityPattern.from_edges([0], [0], (5, 70))[0]).kind == ""  # too few for bits
 
 # Of indices that are none, the ends of memory are read: as of a pattern that has those, in the same places.
 values, left, right = (jnp.asarray(rng.standard_normal(s)) for s in ((6,), (2, 3), (40, 3)))

@@ -59,12 +59,20 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool, bits: B
     """Return W · right, shape (out, batch) for right (in, batch); or, transposed, Wᵀ · right.
 
     ``bits`` are the pattern's, if they are known.
+
+    Raises:
+        ValueError: if bits are not of the pattern's shape.
     """
     depth, batch = right.shape
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), of)
+    if bits is not None and any(of.shape != (count, -(-depth // 32)) for of in bits):
+        raise ValueError(
+            f"the arrays of a packed product do not belong together: bits must have shape {(count, -(-depth // 32))} for W "
+            f"of shape {(count, depth)}; got {[of.shape for of in bits]}: pack values and pattern again"
+        )
     way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed, are_bits_kept=bits is not None)
     if way == "panels":
         return spmm_in_panels(values, right, pattern, transposed=transposed)

@@ -1,7 +1,8 @@
 """``pack``: a sparse matrix for inference, which ``sparse_linear`` takes in place of values and pattern.
 
-The product with a few rows of x is a primitive of its own, so that where it is lowered decides how it is formed: by the
-packed kernel, which XLA calls on the CPUs that it was packed for, or by the products of ``sparse_linear``, everywhere else.
+The product is a primitive of its own, so that where it is lowered decides how it is formed: of a few rows of x by the packed
+kernel, which XLA calls on the CPUs that it was packed for; on GPUs by kernels in Triton, which read bits; or by the products
+of ``sparse_linear``, everywhere else.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -21,14 +22,18 @@ from jax import Array, export
 from jax.typing import ArrayLike
 
 from maskedlinear import kernels
+from maskedlinear._gpu_rule import bits_bytes
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _kernels
+from maskedlinear_jax import _gpu_products, _kernels, _triton_products
 from maskedlinear_jax._compat import ad, is_traced
 from maskedlinear_jax._partition import Axes
 from maskedlinear_jax._primitives import multiplied, pattern_axes, primitive
 from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["PackedWeights", "pack", "packed_product"]
+
+_BITS = "bits"  # the way of packing for GPUs: a bit for each place of W
+_HALF_TYPES = ("bfloat16", "float16")
 
 
 @dataclass(frozen=True)
@@ -49,7 +54,8 @@ class PackedWeights:
 
     @property
     def is_packed(self) -> bool:
-        """Whether few rows of x go through a packed copy; not where that would not pay, nor without the extra ``cpu``."""
+        """Whether few rows of x go through a packed copy, or, on a GPU, all by bits; not where that would not pay, nor
+        without the extras ``cpu`` and ``jax-triton``."""
         return bool(self.kind)
 
     def __repr__(self) -> str:
@@ -58,15 +64,18 @@ class PackedWeights:
 
 
 def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
-    """Pack a sparse matrix for inference at batch 1 to 4 on the CPU: ``sparse_linear(x, packed, bias=bias)``.
+    """Pack a sparse matrix for inference at batch 1 to 4 on the CPU, or on a GPU: ``sparse_linear(x, packed, bias=bias)``.
 
     The values are copied, and once more into the order in which few rows of x are multiplied fastest, where that pays: they
     do not follow the old ones. More rows, other platforms and dtypes, ``jax.export`` and derivatives along x take the
     products of :func:`sparse_linear`. The values have no gradient. It is a tree of arrays: pass it to a jitted function as
     an argument. Packing takes some thousand times as long as a product.
 
+    Where JAX's default device is a GPU and ``jax_triton`` is installed, what is packed is a bit for each place of W, and
+    where the values of each 32 places begin, a quarter of a byte a place, for any number of rows of x, in half types too.
+
     Args:
-        values: float32, shape ``(nnz,)``, in the pattern's order.
+        values: float32, shape ``(nnz,)``, in the pattern's order; on a GPU also of a half type.
         pattern: the connections, of shape ``(out, in)``.
 
     Raises:
@@ -87,7 +96,8 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
             "pack takes arrays with values, not traced ones: it is a step of its own, outside of jit and grad"
         )
     numbers = np.asarray(values)
-    if numbers.dtype != np.float32:
+    by_bits = bool(jax.default_backend() == "gpu" and _triton_products.are_used(*pattern.shape))
+    if numbers.dtype != np.float32 and not (by_bits and numbers.dtype.name in _HALF_TYPES):
         raise TypeError(f"packed values are float32; got {numbers.dtype}: convert them with .astype(jnp.float32)")
     if pattern.indices.ndim != 1 or numbers.shape != (pattern.nnz,):
         raise ValueError(
@@ -98,7 +108,10 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     own = SparsityPattern(np.asarray(pattern.indptr), np.asarray(pattern.indices), pattern.shape[1])
     layout: tuple[Any, ...] = ()
     kind = ""
-    if kernels.is_available():
+    if by_bits:
+        if bits_bytes(*own.shape, own.nnz):
+            kind, layout = _BITS, _triton_products.bits_of(DevicePattern.of(own))
+    elif kernels.is_available():
         from maskedlinear.kernels import _engine, _packing
 
         way, made = _engine.host().way, _packing.layout_of(own)
@@ -109,7 +122,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
 
 
 def packed_product(x: Array, packed: PackedWeights) -> Array:
-    """Return x · Wᵀ, shape ``(*batch, out)`` for a float32 x ``(*batch, in)``."""
+    """Return x · Wᵀ, shape ``(*batch, out)`` for x ``(*batch, in)`` of the values' dtype."""
     pattern = DevicePattern.of(packed.pattern)
     if _packed_p is None or not packed.kind:
         return multiplied(_without_gradient(packed.values), x, pattern)
@@ -126,12 +139,16 @@ def _product(values: Array, x: Array, *rest: Array, kind: str, kernel: str) -> A
     batch, rows = math.prod(x.shape[:-1]), pattern.indptr.shape[0] - 1
     if kernel == "cpu" and _kernels.multiplies_packed(kind, batch):
         return _kernels.multiply_packed(x.reshape(batch, x.shape[-1]), layout, rows).reshape(*x.shape[:-1], rows)
+    if kernel == "gpu" and kind == _BITS:
+        matrix = x.reshape(batch, x.shape[-1]).T
+        return _gpu_products.spmm(values, matrix, pattern, transposed=False, bits=layout).T.reshape(*x.shape[:-1], rows)
     return multiplied(values, x, pattern)
 
 
 def _axes(values: Any, x: Any, *rest: Any, kind: str) -> Axes:
     batch = tuple(f"b{place}" for place in range(x.ndim - 1))
-    layout = (("g", "s"), ("h", "t"), ("c",), ("m", "l"), ("m", "l"))
+    of_bits = kind == _BITS
+    layout = (("o", "w"),) * 2 if of_bits else (("g", "s"), ("h", "t"), ("c",), ("m", "l"), ("m", "l"))
     return Axes((("k",), (*batch, "i"), *pattern_axes(rest[2], ()), *layout), (*batch, "o"), 6)
 
 

@@ -21,7 +21,7 @@ from maskedlinear_jax._partition import wide
 
 __all__ = ["Bits", "are_used", "bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
 
-Bits = tuple[Array, Array]
+Bits = tuple[Array, ...]
 _LEAST = 80  # ten times the compute capability that the kernels are made for
 _WIDEST = 1 << 21  # of a batch or of features, that programs are launched over
 
