@@ -29,7 +29,7 @@ from maskedlinear.bench.measure import ratios
 from maskedlinear.pattern import SparsityPattern
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
-PACKAGES = ("torch", "triton", "jax", "jaxlib", "flax", "numpy", "maskedlinear")
+PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax_triton", "flax", "numpy", "maskedlinear")
 SUITES = (  # backends of one run of the suite, and its formats: the sparse form first, which has more to prove
     ("torch", ("sparse", "dense")),
     ("torch-nn", ("sparse", "dense")),

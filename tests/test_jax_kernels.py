@@ -246,3 +246,28 @@ def test_bits_do_not_depend_on_threads_programs_are_kept_and_no_index_leads_astr
         done = python(program + (WRONG if threads == 4 else "") + "\nprint(said, hits > 0)")
         assert not done.returncode, done.stderr
         assert done.stdout.split() == [products()[0], str(threads == 4)]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_values_that_are_ordered_first_give_the_same_bits(
+    dtype: Any, monkeypatch: pytest.MonkeyPatch, rng: np.random.Generator
+) -> None:
+    pattern, values = problem(rng, (70, 300), 0.2)
+    x, g = (jnp.asarray(rng.standard_normal((40, size)), dtype) for size in (300, 70))
+    values = jnp.asarray(values, dtype)
+    apart = jax.jit(lambda *given: step(*given))(x, values, pattern, g)
+    monkeypatch.setattr(kernels, "is_ordered_first", lambda *_: True)
+    lowered = jax.jit(lambda *given: step(*given)).lower(x, values, pattern, g)
+    assert len(re.findall("@maskedlinear_order_", lowered.as_text())) == 1
+    first = lowered.compile()(x, values, pattern, g)
+    for one, other in zip(first, apart, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_an_order_of_other_sizes_is_refused() -> None:
+    assert _kernels._are_registered("float32")
+    for nnz, count, made in ((5, 4, 5), (5, 5, 4)):
+        like = jax.ShapeDtypeStruct((made,), jnp.float32)
+        wrong = jax.ffi.ffi_call("maskedlinear_order_float32_v2", like)
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
+            jax.block_until_ready(wrong(jnp.ones(nnz, jnp.float32), jnp.zeros(count, jnp.int32)))

@@ -402,3 +402,26 @@ def test_a_pool_is_looked_for_again_only_when_modules_were_imported(monkeypatch:
     monkeypatch.setitem(sys.modules, "a_module_that_brings_a_pool", sys)
     assert _openmp.library() == ("", 0)
     assert len(looks) == 2
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+def test_values_are_brought_into_an_order(dtype: str) -> None:
+    rng = np.random.default_rng(0)
+    for nnz in (1, _rows.ORDERED_AT_ONCE, 3 * _rows.ORDERED_AT_ONCE + 5):
+        values = rng.standard_normal(nnz).astype(getattr(ml_dtypes, dtype, None) or dtype)
+        order = rng.permutation(nnz).astype(np.int32)
+        order[: nnz // 2 : 7] = rng.choice([-1, nnz, 2**31 - 1, -(2**31)], len(order[: nnz // 2 : 7]))
+        inside = np.where((order < 0) | (order >= nnz), nnz - 1, order)  # one beyond the end is taken for the last
+        for threads in (1, 3):
+            out = np.zeros(nnz + 1, values.dtype)
+            given = {"values": address(values), "order": address(order), "out": address(out)}
+            kernels.order_values(dtype, nnz, threads=threads, **given)
+            assert out[:-1].tobytes() == values[inside].tobytes()
+            assert out[-1] == 0
+
+
+def test_many_values_are_ordered_first_for_a_batch() -> None:
+    assert kernels.is_ordered_first(3_000_000, 64, "float32")
+    assert not kernels.is_ordered_first(3_000_000, 64, "bfloat16")  # of half the bytes
+    assert not kernels.is_ordered_first(3_000_000, 1, "float32")
+    assert not kernels.is_ordered_first(100_000, 256, "float64")

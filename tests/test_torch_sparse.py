@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from maskedlinear import masks
+from maskedlinear import kernels, masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
 from maskedlinear_torch import _products
@@ -317,3 +317,14 @@ def test_the_sampled_product_keeps_every_tangent() -> None:
     wanted = second(lambda values: nn.functional.linear(x, matrix(values)))
     torch.testing.assert_close(found, wanted)
     assert wanted.abs().max() > 1
+
+
+@pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not for this machine")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_values_that_are_ordered_first_give_the_same_bits(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, values, bias = arguments(dtype)
+    found = []
+    for is_first in (False, True):
+        monkeypatch.setattr(kernels, "is_ordered_first", lambda *_, is_first=is_first: is_first)
+        found.append(torch.autograd.grad(sparse_linear(x, values, PATTERN, bias).sum(), (x, values)))
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))

@@ -118,10 +118,20 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
     batch, depth = right.shape
     if not (values.size and rows and right.size):
         return jnp.zeros((batch, rows), wide(dtype))
+    is_ordered = not transposed
+    if transposed and kernels.is_ordered_first(values.size, batch, str(dtype)):
+        values, is_ordered = _in_order(values, pattern.order), True
     shapes, operands = [(batch, rows), _room(depth, batch, dtype)], [values, right, starts, across]
-    if not transposed:
+    if is_ordered:
         return _call("spmm", (rows, depth), batch, dtype, shapes, operands)
     return _call("spmm_ordered", (rows, depth), batch, dtype, shapes, [*operands, pattern.order])
+
+
+def _in_order(values: Array, order: Array) -> Array:
+    from maskedlinear.kernels import _xla
+
+    made = jax.ShapeDtypeStruct(values.shape, values.dtype)
+    return jax.ffi.ffi_call(_xla.target("order", str(values.dtype)), made)(values, order)
 
 
 def sddmm(left: Array, right: Array, pattern: Any) -> Array:

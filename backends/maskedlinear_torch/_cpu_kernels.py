@@ -27,9 +27,9 @@ class CSR(NamedTuple):
     by_rows: Any = None  # of the transposed pattern: the CSR that it is the transpose of
 
 
-# Bytes of panels that are given back to the system: in the heap of glibc such pieces leave holes that no other one fits in,
-# so that a process grew by half a gigabyte in ten steps. Getting smaller ones anew costs more than it saves.
-_PANELS_GIVEN_BACK = 24 << 20
+# Bytes of scratch memory that are given back to the system: in the heap of glibc such pieces leave holes that no other one
+# fits in, so that a process grew by half a gigabyte in ten steps. Getting smaller ones anew costs more than it saves.
+_GIVEN_BACK = 24 << 20
 _DTYPES = {
     torch.float32: "float32",
     torch.float64: "float64",
@@ -73,6 +73,8 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
     strides = (1, rows) if out_by_batch else (batch, 1)
     out = right.new_empty_strided((rows, batch), strides, dtype=wide(right.dtype))
     starts, across, order = _indices(csr, values.numel())
+    if order is not None and kernels.is_ordered_first(values.numel(), batch, dtype):
+        values, order = _in_order(values, order), None
     panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
     kernels.spmm(
         dtype,
@@ -91,6 +93,19 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def _in_order(values: Tensor, order: Tensor) -> Tensor:
+    ordered = _scratch(values.numel(), values.dtype, values)
+    kernels.order_values(
+        _DTYPES[values.dtype],
+        values.numel(),
+        values=_address(values),
+        order=_address(order),
+        out=_address(ordered),
+        threads=torch.get_num_threads(),
+    )
+    return ordered
 
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
@@ -140,10 +155,14 @@ def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]
 
 
 def _room(matrix: Tensor, dtype: str) -> Tensor:
-    numbers, of = kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), wide(matrix.dtype)
-    if numbers * of.itemsize <= _PANELS_GIVEN_BACK:
-        return matrix.new_empty(numbers, dtype=of)
-    return new_memory((numbers,), of, _PANELS_GIVEN_BACK)
+    return _scratch(kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), wide(matrix.dtype), matrix)
+
+
+def _scratch(numbers: int, dtype: torch.dtype, like: Tensor) -> Tensor:
+    """Return room for what a product needs meanwhile, on the device of ``like``."""
+    if numbers * dtype.itemsize <= _GIVEN_BACK:
+        return like.new_empty(numbers, dtype=dtype)
+    return new_memory((numbers,), dtype, _GIVEN_BACK)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

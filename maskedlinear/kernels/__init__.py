@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from maskedlinear.kernels._calls import (
         count_mask,
         is_direct,
+        is_ordered_first,
         list_mask,
+        order_values,
         panel_numbers,
         place_values,
         sddmm,
@@ -27,7 +29,18 @@ if TYPE_CHECKING:
     )
     from maskedlinear.kernels._packing import PackedMatrix
 
-_CALLS = ("PackedMatrix", "count_mask", "is_direct", "list_mask", "panel_numbers", "place_values", "sddmm", "spmm")
+_CALLS = (
+    "PackedMatrix",
+    "count_mask",
+    "is_direct",
+    "is_ordered_first",
+    "list_mask",
+    "order_values",
+    "panel_numbers",
+    "place_values",
+    "sddmm",
+    "spmm",
+)
 
 __all__ = [
     "Info",
@@ -36,7 +49,9 @@ __all__ = [
     "info",
     "is_available",
     "is_direct",
+    "is_ordered_first",
     "list_mask",
+    "order_values",
     "panel_numbers",
     "place_values",
     "sddmm",

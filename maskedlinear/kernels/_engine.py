@@ -71,7 +71,7 @@ def address(kind: str, dtype: str = "", width: int = 0, *, checked: bool = False
     ``kind`` is "serial", "openmp" or "dry", "read_panel" or "write_panel", "pack_right" or "pack_left",
     "spmm", "spmm_ordered" or "sddmm" (a task of one width), the same with "_vector" behind, one of ``_permute.WAYS``
     (a task of as many vectors as ``width``), or "spmm_program", "sddmm_program" or "permute_program"; "count",
-    "list" and "place" are of masks.
+    "list" and "place" are of masks, and "order" is of values.
     """
     key = (kind, dtype, width, checked)
     found = _made.get(key)
@@ -107,6 +107,8 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _vectors.sampled_vector_task(module, kind, shape, dtype, checked=checked, way=host().way)
     elif kind in ("count", "list"):
         {"count": _mask.count_task, "list": _mask.list_task}[kind](module, kind)
+    elif kind == "order":
+        _rows.order_task(module, kind, dtype)
     elif kind == "place":
         _mask.place_task(module, kind, dtype)
     elif kind in ("spmm", "spmm_ordered"):

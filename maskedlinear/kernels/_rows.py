@@ -20,11 +20,13 @@ from maskedlinear.kernels._panels import COPY, STRIP
 __all__ = [
     "CHAINS",
     "MOST_ROWS",
+    "ORDERED_AT_ONCE",
     "SLOTS",
     "Arguments",
     "Pattern",
     "Shape",
     "chunk_rows",
+    "order_task",
     "pack_task",
     "sddmm_task",
     "spmm_task",
@@ -40,6 +42,7 @@ CHAINS = 8  # sums that are added to at once, so that none waits for its last ad
 _AHEAD = 2
 _LINES = 3  # of the cache that are fetched
 MOST_ROWS = 128  # rows of a tile at most
+ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
 
 # What a task is told, as numbers of 64 bits: pointers, sizes, flags.
 SLOTS = (
@@ -138,6 +141,18 @@ def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
     """Return the rows of a chunk: the first, and that behind the last."""
     first = code.times(chunk, told.number("height"))
     return first, code.least(code.sum(first, told.number("height")), told.number("rows"))
+
+
+def order_task(module: ir.Module, name: str, dtype: str) -> None:
+    """Emit the task that brings some values into ``order``: chunk = a part of ``height`` of them."""
+    kind = ir.IntType({"float64": 64, "float32": 32}.get(dtype, 16))  # copied as they are
+    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
+        told = Arguments(code, code.function.args[0])
+        values, order, out = (told.pointer(slot) for slot in ("values", "order", "out"))
+        nnz, first = told.number("nnz"), code.times(code.function.args[1], told.number("height"))
+        with code.loop(first, code.least(code.sum(first, told.number("height")), nnz)) as place:
+            source = code.least(code.whole(code.get(order, place, I32)), code.sub(nnz, I64(1)))
+            code.put(code.get(values, source, kind), out, place)
 
 
 def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str, read_panel: int) -> None:

@@ -24,7 +24,7 @@ from maskedlinear.kernels import _calls, _engine
 from maskedlinear.kernels._emit import HALF_TYPES, I8, I32, I64, PTR, Emitter, function
 from maskedlinear.kernels._pool import PARALLEL, Job, drive, emit_serial, fill
 from maskedlinear.kernels._programs import PROGRAM
-from maskedlinear.kernels._rows import SLOTS
+from maskedlinear.kernels._rows import ORDERED_AT_ONCE, SLOTS
 
 __all__ = [
     "FAILED_PRECONDITION",
@@ -37,6 +37,7 @@ __all__ = [
     "handlers",
     "read_api",
     "target",
+    "threads",
 ]
 
 _KINDS = ("spmm", "spmm_ordered", "sddmm")  # of products
@@ -51,6 +52,8 @@ _API_FUNCTIONS = 48
 _METADATA = 1  # the type of the extension
 INVALID_ARGUMENT, FAILED_PRECONDITION, INTERNAL = 3, 9, 13  # codes of errors
 
+_LARGE = 4 << 20  # bytes of a result from which huge pages are asked for, as NumPy does
+_PAGE, _HUGE_PAGES = 4096, 14  # MADV_HUGEPAGE
 _SPINS = 2000  # times that a thread looks whether others are done, before it lets others go first
 
 
@@ -96,15 +99,17 @@ def handlers(dtype: str, api: Api) -> dict[str, int]:
 
     ``spmm`` takes values (nnz,), right (batch, columns), starts (rows + 1,) and across (nnz,), and gives out (batch, rows)
     and room for panels; ``spmm_ordered`` takes order (nnz,) too. ``sddmm`` takes left (batch, rows), right, starts and
-    across, and gives out (nnz,) and room for panels of left and of right. Of half types out and room are float32.
+    across, and gives out (nnz,) and room for panels of left and of right. Of half types out and room are float32. ``order``
+    takes values and order, and gives the values in that order.
     """
     start, module = time.perf_counter(), ir.Module()
     emit_pool(module, api)
     for kind in _KINDS:
         _emit_handler(module, api, kind, dtype)
+    _emit_order(module, api, dtype)
     engine = _engine.machine_code(module, is_hot=False)
     _engine.compiled[f"handlers for XLA {dtype}"] = time.perf_counter() - start
-    return {kind: int(engine.get_function_address(kind)) for kind in _KINDS}
+    return {kind: int(engine.get_function_address(kind)) for kind in (*_KINDS, "order")}
 
 
 class Frame:
@@ -227,7 +232,7 @@ def _pause(code: Emitter) -> None:
 def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
     with function(module, kind, PTR, [PTR]) as code:
         frame = Frame(code, api, code.function.args[0])
-        told, threads = code.room(I64, len(SLOTS)), code.room(I64, 1)
+        told = code.room(I64, len(SLOTS))
         answer_version(code, frame, api.minor)
         operands, results = (5 if kind == "spmm_ordered" else 4), (3 if kind == "sddmm" else 2)
         given, asked = frame.counts()
@@ -236,14 +241,15 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         )
         with code.if_then(is_wrong):
             frame.refuse("a sparse product of another version of maskedlinear", FAILED_PRECONDITION)
-        arguments, is_right = (_sddmm if kind == "sddmm" else _spmm)(
-            code, frame, frame.operands(operands), frame.results(results), dtype
-        )
+        made = frame.results(results)
+        arguments, is_right = (_sddmm if kind == "sddmm" else _spmm)(code, frame, frame.operands(operands), made, dtype)
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a sparse product do not belong together", INVALID_ARGUMENT)
-        code.put(I64(1), threads, 0)
-        unknown = frame.fails("ThreadPool_NumThreads", threads)
-        arguments["threads"] = code.select(unknown, I64(1), code.most(code.get(threads, 0, I64), 1))
+        for place, result in enumerate(made):
+            is_matrix = not place and kind != "sddmm"
+            numbers = code.times(frame.size(result), frame.size(result, 1) if is_matrix else 1)
+            _ask_for_huge_pages(code, frame.data(result), code.times(numbers, 8 if dtype == "float64" else 4))
+        arguments["threads"] = threads(code, frame)
         arguments["tasks"] = I64(_calls.table_address(kind, dtype, checked=True))
         to_compile = ctypes.cast(_compile_missing, ctypes.c_void_p).value or 0
         with code.while_loop([I64(-1)], lambda state: code.icmp_unsigned("!=", state[0], I64(0))) as (state, following):
@@ -257,6 +263,57 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
             way = [told, code.address("parallel"), frame.pointer]
             following.append(code.call_address(_engine.address(_calls.program_of(kind), dtype), PROGRAM, way))
         code.ret(PTR(None))
+
+
+def _emit_order(module: ir.Module, api: Api, dtype: str) -> None:
+    with function(module, "order", PTR, [PTR]) as code:
+        frame = Frame(code, api, code.function.args[0])
+        told = code.room(I64, len(SLOTS))
+        answer_version(code, frame, api.minor)
+        given, asked = frame.counts()
+        is_wrong = code.or_(code.icmp_unsigned("!=", given, I64(2)), code.icmp_unsigned("!=", asked, I64(1)))
+        with code.if_then(is_wrong):
+            frame.refuse("an order of values of another version of maskedlinear", FAILED_PRECONDITION)
+        (values, order), (out,) = frame.operands(2), frame.results(1)
+        nnz = frame.size(values)
+        is_right = _all(code, [_equal(code, frame.size(one), nnz) for one in (order, out)])
+        with code.if_then(code.not_(is_right)):
+            frame.refuse("the arrays of an order of values do not belong together", INVALID_ARGUMENT)
+        _ask_for_huge_pages(code, frame.data(out), code.times(nnz, {"float64": 8, "float32": 4}.get(dtype, 2)))
+        buffers = {"values": values, "order": order, "out": out}
+        arguments = {name: frame.data(buffer) for name, buffer in buffers.items()}
+        arguments |= {"nnz": nnz, "height": I64(ORDERED_AT_ONCE)}
+        for place, slot in enumerate(SLOTS):
+            code.put(arguments.get(slot, I64(0)), told, place, I64)
+        entry = code.place(code.inttoptr(I64(ctypes.addressof(_orders)), PTR), _DTYPES.index(dtype), I64)
+        to_compile = ctypes.cast(_compile_order, ctypes.c_void_p).value or 0
+        with code.if_then(_equal(code, code.load(entry, typ=I64), 0)):
+            code.call_address(to_compile, ir.FunctionType(I64, [I64]), [I64(_DTYPES.index(dtype))])
+            with code.if_then(_equal(code, code.load(entry, typ=I64), 0)):
+                frame.refuse("what brings values into order could not be compiled", INTERNAL)
+        task, chunks = code.load(entry, typ=PTR), code.rounded_up(nnz, ORDERED_AT_ONCE)
+        code.call(module.globals["parallel"], [frame.pointer, threads(code, frame), task, told, chunks])
+        code.ret(PTR(None))
+
+
+def threads(code: Emitter, frame: Frame) -> Any:
+    """Return how many threads XLA's pool has, 1 if it does not say."""
+    found = code.room(I64, 1)
+    code.put(I64(1), found, 0)
+    unknown = frame.fails("ThreadPool_NumThreads", found)
+    return code.select(unknown, I64(1), code.most(code.get(found, 0, I64), 1))
+
+
+def _ask_for_huge_pages(code: Emitter, pointer: Any, size: Any) -> None:
+    """Have Linux map a large result, which XLA gets anew for each call, in pages of 2 MiB: it is not touched yet."""
+    if not sys.platform.startswith("linux"):
+        return
+    with code.if_then(code.less(_LARGE - 1, size)):
+        start = code.ptrtoint(pointer, I64)
+        first = code.times(code.rounded_up(start, _PAGE), _PAGE)
+        whole = code.sub(code.times(code.over(code.sum(start, size), _PAGE), _PAGE), first)
+        kind = ir.FunctionType(I32, [I64, I64, I32])
+        code.call_address(_address("madvise"), kind, [first, whole, I32(_HUGE_PAGES)])
 
 
 def answer_version(code: Emitter, frame: Frame, minor: int) -> None:
@@ -351,7 +408,9 @@ def _all(code: Emitter, conditions: Sequence[Any]) -> Any:
     return every
 
 
-_products = [(kind, dtype) for kind in _KINDS for dtype in ("float32", "float64", *HALF_TYPES)]
+_DTYPES = ("float32", "float64", *HALF_TYPES)
+_products = [(kind, dtype) for kind in _KINDS for dtype in _DTYPES]
+_orders = (ctypes.c_int64 * len(_DTYPES))()  # the tasks that bring values into order; 0 if not compiled yet
 
 
 def _compile(product: int, task: int) -> int:
@@ -364,3 +423,15 @@ def _compile(product: int, task: int) -> int:
 
 
 _compile_missing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(_compile)
+
+
+def _compile_order_of(place: int) -> int:
+    """Compile what brings values of a dtype into order; return whether that failed."""
+    try:
+        _orders[place] = _engine.address("order", _DTYPES[place])
+    except Exception:  # there is nobody here to raise it to: the handler tells XLA
+        return 1
+    return 0
+
+
+_compile_order = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_compile_order_of)

@@ -57,7 +57,7 @@ def handler(api: _xla.Api) -> int:
     _xla.emit_pool(module, api)
     with function(module, "packed", PTR, [PTR]) as code:
         frame = _xla.Frame(code, api, code.function.args[0])
-        matrix, threads = code.room(I64, len(SLOTS)), code.room(I64, 1)
+        matrix = code.room(I64, len(SLOTS))
         _xla.answer_version(code, frame, api.minor)
         given, asked = frame.counts()
         is_wrong = code.or_(
@@ -85,9 +85,7 @@ def handler(api: _xla.Api) -> int:
             is_right = code.and_(is_right, condition)
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a packed product do not belong together", _xla.INVALID_ARGUMENT)
-        code.put(I64(1), threads, 0)
-        unknown = frame.fails("ThreadPool_NumThreads", threads)
-        most = code.select(unknown, I64(1), code.most(code.get(threads, 0, I64), 1))
+        most = _xla.threads(code, frame)
         height = code.over(code.sum(groups, CHUNKS - 1), CHUNKS)
         told = {
             "rows": rows, "depth": depth, "height": height, "chunks": code.over(code.sum(groups, height, -1), height),
