@@ -46,6 +46,7 @@ conformance: .venv/installed
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable ".[all]" --group dev
 	$(BIN)/python -W ignore -m compileall -q .venv/lib/python*/site-packages/torchao
+	rm -rf .venv/cuda
 	-$(BIN)/python -m pip install --quiet --no-compile --target .venv/cuda \
 		jax-cuda13-plugin==$$($(BIN)/python -c "import jaxlib.version as of; print(of.__version__)")
 	@touch $@

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 __all__ = [
     "LARGEST_BITS_BATCH",
+    "LARGEST_PANEL",
     "PANEL_BYTES",
     "Multiply",
     "Product",
@@ -28,6 +29,7 @@ Multiply = Literal["float64", "float32", "tf32", "half"]
 Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "tiles"]
 
 PANEL_BYTES = 32 << 20  # the most that is unpacked at once: it stays in the second-level cache, 50 MB
+LARGEST_PANEL = 128 << 20  # but where panels add up to a product that is as large
 
 _MEMORY = 3.0e12  # bytes a second
 _L2 = 5.5e12
@@ -67,12 +69,12 @@ def panels(product: Product) -> int:
     """Return how many panels there are, of rows that are stored or of the sampled product; 0 if a single row is too large.
 
     A panel has at most :data:`PANEL_BYTES`. Transposed, when each of them adds to the whole product, it may be as large as
-    the product, so that no more is moved for that than for the panels.
+    the product, up to :data:`LARGEST_PANEL`, so that less is moved for that.
     """
     rows, depth, most = product.rows, product.depth, PANEL_BYTES
     size = _sum_bytes(product) if product.sampled else product.itemsize
     if product.transposed:
-        most = max(most, rows * product.batch * _sum_bytes(product))
+        most = max(most, min(rows * product.batch * _sum_bytes(product), LARGEST_PANEL))
         rows, depth = depth, rows
     height = min(rows, most // max(1, depth * size))
     return -(-rows // height) if height else 0
@@ -113,7 +115,8 @@ def seconds(way: Way, product: Product) -> float:
         if not count:
             return float("inf")
         full = weights * (_sum_bytes(product) if sampled else size)
-        unpacked = (2 * full + min(nnz * _SECTOR, full)) / _L2
+        near = _L2 if full <= count * PANEL_BYTES else _MEMORY
+        unpacked = (2 * full + min(nnz * _SECTOR, full)) / near
         if transposed:
             whole = rows * batch * _sum_bytes(product)
             unpacked += 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)

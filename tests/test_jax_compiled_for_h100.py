@@ -141,6 +141,14 @@ def test_one_panel_is_there_at_a_time(size: int) -> None:
         assert found["memory"] <= PANEL + window + products + parts, (case, found)
 
 
+def test_a_product_as_large_as_w_adds_up_panels_of_128_mebibytes() -> None:
+    cases = [(8192, 8192, 8192**2 // 10, 16384, dtype, "panels", "Wᵀ g") for dtype in BOTH]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        panel = 4 * PANEL
+        parts = 16384 * 8192 * 4 + (1 << 20)  # of the product, which is added
+        assert found["memory"] <= panel + parts, (case, found)
+
+
 def test_a_step_is_three_products() -> None:
     cases = [(2048, 2048, 419_430, 256, dtype, None, what) for dtype in BOTH for what in ("forward", "step")]
     for case, found in zip(cases, compiled(*cases), strict=True):

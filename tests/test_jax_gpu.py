@@ -106,3 +106,57 @@ def test_a_panel_is_all_that_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> Non
     for name, (function, *arrays) in products.items():
         found = jax.jit(function).lower(*arrays, indices).compile().memory_analysis().temp_size_in_bytes
         assert found < 2 * (1 << 18) + 16 * pattern.nnz, (name, found)  # the whole is 16 MiB
+
+
+@pytest.mark.parametrize("of", ["programs", "rule"])
+@pytest.mark.parametrize(
+    ("precision", "wanted", "by_tensor_cores"),
+    [(None, "DEFAULT", True), ("highest", "HIGHEST", False), ("float32", "HIGHEST", False), ("high", "HIGH", True)],
+)
+def test_products_have_the_precision_that_was_set_when_they_were_traced(
+    of: str, precision: Any, wanted: str, by_tensor_cores: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As dense ones: what is set around the lowering, or where a gradient is asked for, is not theirs."""
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+    pattern = SparsityPattern.from_mask(masks.random((16, 32), sparsity=0.5))
+    given = (jnp.ones((4, 32)), jnp.ones(pattern.nnz))
+
+    def step(x: Any, values: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            y, pull = jax.vjp(lambda x, values: sparse_linear(x, values, pattern), x, values)
+        return pull(y)
+
+    if of == "programs":
+        program = lowered(step, *given)
+        assert program.count("stablehlo.dot_general") == 3
+        assert program.count(f"precision = [{wanted}, {wanted}]") == 3
+        return
+    seen = []
+    multiply = _gpu_products._multiply
+    monkeypatch.setattr(_gpu_products, "_multiply", lambda dtype: seen.append(multiply(dtype)) or seen[-1])
+    with jax.default_matmul_precision("default" if precision == "highest" else "highest"):
+        lowered(lambda *sides: step(*sides), *given)
+    assert set(seen) == {"tf32" if by_tensor_cores else "float32"}
+
+
+@pytest.mark.parametrize("name", ["F32_F32_F32", "TF32_TF32_F32_X3", "BF16_BF16_F32_X9"])
+def test_algorithms_of_more_bits_are_not_multiplied_by_tf32(name: str) -> None:
+    with jax.default_matmul_precision(name):
+        assert _gpu_products._multiply(jnp.float32) == "float32"
+    with jax.default_matmul_precision("TF32_TF32_F32"):
+        assert _gpu_products._multiply(jnp.float32) == "tf32"
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_a_panel_of_a_large_batch_stays_a_panel(dtype: Any) -> None:
+    """Where each adds to a product that is larger than W, too: so its places are numbers of 32 bits."""
+    for out, in_, batch in ((65536, 32768, 32768), (131072, 16384, 65536), (8192, 8192, 16384)):
+        product = _gpu_products._product(in_, out, out * in_ // 10, batch, dtype, transposed=True)
+        panels = _gpu_rule.panels(product)
+        assert -(-out // panels) * in_ * jnp.dtype(dtype).itemsize <= _gpu_rule.LARGEST_PANEL
+        shapes = ((out * in_ // 10,), (out, batch))
+        sizes = (out + 1, shapes[0][0], shapes[0][0], in_ + 1, shapes[0][0], shapes[0][0])
+        pattern = DevicePattern(*(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes))
+        given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
+        made = jax.eval_shape(lambda v, g, p: _gpu_products.spmm_in_panels(v, g, p, transposed=True), *given, pattern)
+        assert made.shape == (in_, batch)

@@ -12,7 +12,7 @@ import pytest
 from jax import Array, export
 
 from maskedlinear import _gpu_rule, kernels, masks
-from maskedlinear.jax import sparse_linear, stack_patterns
+from maskedlinear.jax import pack, sparse_linear, stack_patterns
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products, _kernels
 from maskedlinear_jax._products import DevicePattern
@@ -113,6 +113,15 @@ def test_mapped_over_rows_values_and_patterns(dtype: Any) -> None:
         assert jnp.array_equal(one, sparse_linear(x, numbers, pattern))
 
 
+@pytest.mark.usefixtures("strict_jax")
+def test_what_is_packed_has_no_gradient_where_it_is_widened() -> None:
+    x, values = (side.astype(jnp.float32) for side in problem(jnp.bfloat16)[:2])
+    with pytest.raises(TypeError, match="packed weights are for inference"):
+        jax.grad(lambda packed: sparse_linear(x.astype(jnp.float64), packed).sum(), allow_int=True)(
+            pack(values, PATTERN)
+        )
+
+
 @HALF
 def test_exported(dtype: Any) -> None:
     given = problem(dtype)
@@ -123,10 +132,10 @@ def test_exported(dtype: Any) -> None:
 
 @HALF
 @pytest.mark.parametrize("way", ["gathered", "panels"])
-@pytest.mark.parametrize("rows", [1000, 7, 4])  # one panel, five in the program, eight in a loop
-def test_off_the_cpu(way: str, rows: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("panels", [1, 3, 8])  # three in the program, eight in a loop
+def test_off_the_cpu(way: str, panels: int, dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_rule, "choose", lambda *_: way)
-    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * IN * 4)
+    monkeypatch.setattr(_gpu_rule, "panels", lambda _: panels)
     x, values, _, g = problem(dtype)
     pattern = DevicePattern.of(PATTERN)
 
@@ -155,3 +164,13 @@ def test_nothing_is_kept_in_float32(dtype: Any) -> None:
     text = jax.jit(step).lower(*given).compile().as_text()
     assert sorted(re.findall(r'target="maskedlinear_(\w+)_\w+_v2"', text)) == ["sddmm", "spmm", "spmm_ordered"]
     assert not re.findall(r" transpose\(", text)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "float8_e3m4"])
+def test_narrower_types_are_widened_first(name: str) -> None:
+    """No product takes them as they are: nor do kernels in Triton, nor every GPU."""
+    like = [jax.ShapeDtypeStruct(shape, getattr(jnp, name)) for shape in ((BATCH, IN), (PATTERN.nnz,))]
+    made = jax.make_jaxpr(lambda x, values: sparse_linear(x, values, PATTERN))(*like)
+    assert made.out_avals[0].dtype == getattr(jnp, name)
+    products = str(made)[: str(made).index("masked_spmm")]
+    assert f"f32[{PATTERN.nnz}] = convert_element_type" in products

@@ -52,15 +52,15 @@ jax.config.update("jax_cpu_enable_async_dispatch", False)
 def choose(wanted):
     _gpu_rule.choose = lambda ways, product: wanted if wanted in ways else "rows"
 
-mask = masks.random((5, 70), sparsity=0.6)
-mask[1], mask[2] = True, False
-pattern = DevicePattern.of(SparsityPattern.from_mask(mask))
 rng = np.random.default_rng(0)
-TYPES = (jnp.float32, 3), (jnp.float64, 1), (jnp.bfloat16, 16), (jnp.float16, 2), (jnp.float32, 20)
-for dtype, batch in TYPES:
-    numbers = [jnp.asarray(rng.standard_normal(s), dtype) for s in ((int(mask.sum()),), (5, batch), (70, batch))]
+TYPES = (jnp.float32, 3, 64), (jnp.float64, 1, 70), (jnp.bfloat16, 16, 70), (jnp.float16, 2, 96), (jnp.float32, 20, 70)
+for dtype, batch, depth in TYPES:
+    mask = masks.random((5, depth), sparsity=0.6)
+    mask[1], mask[2] = True, False
+    pattern = DevicePattern.of(SparsityPattern.from_mask(mask))
+    numbers = [jnp.asarray(rng.standard_normal(s), dtype) for s in ((int(mask.sum()),), (5, batch), (depth, batch))]
     values, left, right = numbers
-    matrix = np.zeros((5, 70))
+    matrix = np.zeros((5, depth))
     matrix[mask] = np.asarray(values, np.float64)
     g, x = (np.asarray(side, np.float64) for side in (left, right))
     for wanted in ("rows", "bits", "tiles"):
@@ -91,7 +91,8 @@ for wanted in ("rows", "bits"):
         np.testing.assert_allclose(one, dense @ side, atol=1e-12)
 
 # Packed for a GPU: bits are kept, values may be of half types.
-jax.default_backend = lambda: "gpu"
+assert pack(jnp.ones(int(mask.sum()), jnp.float32), SparsityPattern.from_mask(mask)).kind != "bits"  # they lie on the CPU
+_packed._is_on_gpu = lambda values: True
 sparse = SparsityPattern.from_mask(mask)
 for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
     values, x = jnp.asarray(rng.standard_normal(sparse.nnz), dtype), jnp.asarray(rng.standard_normal((*batch, 70)), dtype)
@@ -114,6 +115,13 @@ for wrong in ((packed.layout[0][1:], packed.layout[1]), (packed.layout[0], packe
         jax.jit(product)(values, x, *DevicePattern.of(packed.pattern), *wrong)
     except ValueError as error:
         assert "do not belong together" in str(error)
+    else:
+        raise AssertionError
+for other in (jnp.float64, jnp.int32, jnp.float8_e5m2):
+    try:
+        pack(jnp.ones(sparse.nnz, other), sparse)
+    except TypeError as error:
+        assert "packed values are float32" in str(error)
     else:
         raise AssertionError
 assert pack(jnp.ones(1, jnp.float32), SparsityPattern.from_edges([0], [0], (5, 70))[0]).kind == ""  # too few for bits

@@ -26,6 +26,11 @@ from maskedlinear_jax._triton_products import Bits
 
 __all__ = ["is_stack_one_by_one", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
+# Precisions, and presets of algorithms, by which a GPU multiplies float32 with no more bits than TF32 has.
+_AT_MOST_TF32 = {
+    *("default", "fastest", "high", "bfloat16", "bfloat16_3x", "tensorfloat32"),
+    *("TF32_TF32_F32", "BF16_BF16_F32", "BF16_BF16_BF16", "F16_F16_F32", "F16_F16_F16"),
+}
 _UNROLLED = 4  # panels that stand in the program one by one, each of which looks at all connections
 _SPREAD = 1.5  # of how many connections a panel has on average, so many are unpacked in one step
 
@@ -237,5 +242,5 @@ def _multiply(dtype: Any) -> Multiply:
         return "half"
     if jnp.dtype(dtype) == jnp.float64:
         return "float64"
-    exact = getattr(jax.config, "jax_default_matmul_precision", None) in ("highest", "float32")
-    return "float32" if exact else "tf32"
+    asked = getattr(jax.config, "jax_default_matmul_precision", None)
+    return "tf32" if asked is None or str(asked).rpartition(".")[2] in _AT_MOST_TF32 else "float32"

@@ -27,10 +27,10 @@ from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products, _kernels, _triton_products
 from maskedlinear_jax._compat import ad, is_traced
 from maskedlinear_jax._partition import Axes
-from maskedlinear_jax._primitives import multiplied, pattern_axes, primitive
+from maskedlinear_jax._primitives import multiplied, pattern_axes, precision, primitive
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["PackedWeights", "pack", "packed_product"]
+__all__ = ["PackedWeights", "pack", "packed_product", "without_gradient"]
 
 _BITS = "bits"  # the way of packing for GPUs: a bit for each place of W
 _HALF_TYPES = ("bfloat16", "float16")
@@ -54,8 +54,8 @@ class PackedWeights:
 
     @property
     def is_packed(self) -> bool:
-        """Whether few rows of x go through a packed copy, or, on a GPU, all by bits; not where that would not pay, nor
-        without the extras ``cpu`` and ``jax-triton``."""
+        """Whether few rows of x go through a packed copy, or, on a GPU, there are bits for the products that go by them;
+        not where that would not pay, nor without the extras ``cpu`` and ``jax-triton``."""
         return bool(self.kind)
 
     def __repr__(self) -> str:
@@ -71,8 +71,9 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     products of :func:`sparse_linear`. The values have no gradient. It is a tree of arrays: pass it to a jitted function as
     an argument. Packing takes some thousand times as long as a product.
 
-    Where JAX's default device is a GPU and ``jax_triton`` is installed, what is packed is a bit for each place of W, and
-    where the values of each 32 places begin, a quarter of a byte a place, for any number of rows of x, in half types too.
+    Where values lie on a GPU, or, of NumPy's, JAX's default device is one, and ``jax_triton`` is installed, what is packed
+    is a bit for each place of W, and where the values of each 32 places begin: a quarter of a byte a place, for any number
+    of rows of x, in half types too.
 
     Args:
         values: float32, shape ``(nnz,)``, in the pattern's order; on a GPU also of a half type.
@@ -96,7 +97,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
             "pack takes arrays with values, not traced ones: it is a step of its own, outside of jit and grad"
         )
     numbers = np.asarray(values)
-    by_bits = bool(jax.default_backend() == "gpu" and _triton_products.are_used(*pattern.shape))
+    by_bits = _is_on_gpu(values) and _triton_products.are_used(*pattern.shape)
     if numbers.dtype != np.float32 and not (by_bits and numbers.dtype.name in _HALF_TYPES):
         raise TypeError(f"packed values are float32; got {numbers.dtype}: convert them with .astype(jnp.float32)")
     if pattern.indices.ndim != 1 or numbers.shape != (pattern.nnz,):
@@ -121,17 +122,22 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     return jax.tree.map(jnp.array, PackedWeights(numbers, own, layout, kind))
 
 
+def _is_on_gpu(values: ArrayLike) -> bool:
+    """Whether values lie on a GPU, or, of NumPy's, JAX would put them there."""
+    return all(device.platform == "gpu" for device in jnp.asarray(values).devices())
+
+
 def packed_product(x: Array, packed: PackedWeights) -> Array:
     """Return x · Wᵀ, shape ``(*batch, out)`` for x ``(*batch, in)`` of the values' dtype."""
     pattern = DevicePattern.of(packed.pattern)
     if _packed_p is None or not packed.kind:
-        return multiplied(_without_gradient(packed.values), x, pattern)
+        return multiplied(without_gradient(packed.values), x, pattern)
     return _bound(packed.kind, packed.values, x, *pattern, *packed.layout)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
 def _bound(kind: str, *arrays: Array) -> Array:
-    return _packed_p.bind(*arrays, kind=kind)
+    return _packed_p.bind(*arrays, kind=kind, precision=precision())
 
 
 def _product(values: Array, x: Array, *rest: Array, kind: str, kernel: str) -> Array:
@@ -158,7 +164,8 @@ _NO_GRADIENT = (
 
 
 @jax.custom_jvp
-def _without_gradient(values: Array) -> Array:
+def without_gradient(values: Array) -> Array:
+    """Return values that must not be differentiated."""
     return values
 
 
@@ -168,13 +175,15 @@ def _refuse(primals: Any, tangents: Any) -> tuple[Array, Any]:
     return primals[0], tangents[0]
 
 
-_without_gradient.defjvp(_refuse, symbolic_zeros=True)
+without_gradient.defjvp(_refuse, symbolic_zeros=True)
 
 
 def _jvp(primals: Any, tangents: Any, *, kind: str) -> tuple[Array, Any]:
     if any(not isinstance(tangents[place], ad.Zero) for place in (0, len(tangents) - 1)):
         raise TypeError(_NO_GRADIENT)
-    return _packed_p.bind(*primals, kind=kind), multiplied(primals[0], tangents[1], DevicePattern(*primals[2:8]))
+    return _packed_p.bind(*primals, kind=kind, precision=precision()), multiplied(
+        primals[0], tangents[1], DevicePattern(*primals[2:8])
+    )
 
 
 def _transpose(g: Any, *_: Any, kind: str) -> Any:
@@ -183,7 +192,8 @@ def _transpose(g: Any, *_: Any, kind: str) -> Any:
 
 def _batch(arguments: Any, dims: Any, *, kind: str) -> tuple[Array, int]:
     if all(dim is None for place, dim in enumerate(dims) if place != 1):
-        return _packed_p.bind(arguments[0], jnp.moveaxis(arguments[1], dims[1], 0), *arguments[2:], kind=kind), 0
+        x = jnp.moveaxis(arguments[1], dims[1], 0)
+        return _packed_p.bind(arguments[0], x, *arguments[2:], kind=kind, precision=precision()), 0
 
     def by_rows(values: Array, x: Array, *pattern: Array) -> Array:
         return multiplied(values, x, DevicePattern(*pattern))

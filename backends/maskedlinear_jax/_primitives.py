@@ -42,7 +42,7 @@ from maskedlinear_jax._compat import (
 from maskedlinear_jax._partition import Axes, partitioned, result_type, wide
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["multiplied", "pattern_axes", "primitive", "sddmm", "spmm", "turn"]
+__all__ = ["multiplied", "pattern_axes", "precision", "primitive", "sddmm", "spmm", "turn"]
 
 _LIMIT = (1 << 31) - 1  # of an index
 
@@ -56,7 +56,7 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool =
     values, right, *rest = make_varying([values, right, *pattern])
     if _spmm_p is None:
         return _spmm(values, right, *rest, transposed=transposed, kernel="any")
-    return _spmm_p.bind(values, right, *rest, transposed=transposed)
+    return _spmm_p.bind(values, right, *rest, transposed=transposed, precision=precision())
 
 
 def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> Array:
@@ -67,14 +67,19 @@ def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> A
     left, right, *rest = make_varying([left, right, *pattern])
     if _sddmm_p is None:
         return _sddmm(left, right, *rest, lead=lead, kernel="any")
-    return _sddmm_p.bind(left, right, *rest, lead=lead)
+    return _sddmm_p.bind(left, right, *rest, lead=lead, precision=precision())
+
+
+def precision() -> Any:
+    """Return the precision of dense products that is set now: a product keeps it, whenever it is lowered or transposed."""
+    return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
 def turn(array: Array, to_columns: bool = True) -> Array:
     """Return ``array (*batch, features)`` as (features, \\*batch), or the other way round."""
     if _turn_p is None:
         return _turn(array, to_columns=to_columns, kernel="gpu")
-    return _turn_p.bind(array, to_columns=to_columns)
+    return _turn_p.bind(array, to_columns=to_columns, precision=None)
 
 
 @partial(jax.jit, inline=True)
@@ -331,20 +336,21 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
     """Return a primitive whose ``body`` is compiled for the CPU or for the rest; ``None`` if JAX has no such interface."""
     try:
         made = Primitive(name)
-        made.def_abstract_eval(lambda *avals, **options: result_type(axes_of(*avals, **options), avals))
-        made.def_impl(jax.jit(made.bind, static_argnames=static))  # outside of transforms: compiled on its own
-        ad.primitive_jvps[made] = jvp
-        ad.primitive_transposes[made] = transpose
-        batching.primitive_batchers[made] = batch
+        made.def_abstract_eval(lambda *avals, precision, **options: result_type(axes_of(*avals, **options), avals))
+        # Outside of transforms: compiled on its own.
+        made.def_impl(jax.jit(made.bind, static_argnames=(*static, "precision")))
+        ad.primitive_jvps[made] = _in_precision(jvp)
+        ad.primitive_transposes[made] = _in_precision(transpose)
+        batching.primitive_batchers[made] = _in_precision(batch)
 
         def lowering(local: str) -> Any:
-            def lower(ctx: Any, *arguments: Any, **options: Any) -> Any:
+            def lower(ctx: Any, *arguments: Any, precision: Any, **options: Any) -> Any:
                 where = placement(ctx)
                 kernel = "any" if where == "anywhere" else local
 
                 def form(*arrays: Array) -> Array:
                     with automatic_axes():
-                        return body(*arrays, **options, kernel=kernel)
+                        return _in_precision(body)(*arrays, precision=precision, **options, kernel=kernel)
 
                 if where == "sharded":
                     product = partitioned(form, axes_of(*ctx.avals_in, **options))
@@ -358,6 +364,16 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
     except (AttributeError, TypeError):
         return None
     return made
+
+
+def _in_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rule, or a body, whose products have the precision that the product had when it was traced."""
+
+    def within(*arguments: Any, precision: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return rule(*arguments, **options)
+
+    return within
 
 
 _spmm_p = primitive("masked_spmm", _spmm, _spmm_axes, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))

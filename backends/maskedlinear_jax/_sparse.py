@@ -13,12 +13,14 @@ from jax.typing import ArrayLike
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_jax._functional import as_array
-from maskedlinear_jax._packed import PackedWeights, packed_product
+from maskedlinear_jax._packed import PackedWeights, packed_product, without_gradient
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._primitives import multiplied
 from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["product", "sparse_linear", "stack_patterns"]
+
+_CARRIED = (jnp.float64, jnp.float32, jnp.bfloat16, jnp.float16)  # which products take as they are
 
 
 def sparse_linear(
@@ -62,7 +64,8 @@ def sparse_linear(
                 "sparse_linear(x, packed, bias=bias)"
             )
         own = values.pattern
-        return product(x, values.values, DevicePattern.of(own), own.shape[1], bias, packed=values)
+        numbers = without_gradient(values.values)
+        return product(x, numbers, DevicePattern.of(own), own.shape[1], bias, packed=values)
     if not isinstance(pattern, SparsityPattern):
         raise TypeError(
             f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}: make one with "
@@ -103,12 +106,13 @@ def product(
     out = pattern.indptr.shape[0] - 1
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     dtype = jnp.result_type(*named.values())
-    x, values = x.astype(dtype), values.astype(dtype)
+    carried = dtype if dtype in _CARRIED else wide(dtype)
+    x, values = x.astype(dtype).astype(carried), values.astype(dtype).astype(carried)
     offset = None if bias is None else bias.astype(dtype).astype(wide(dtype))
     if check:
         by_rows = pattern.is_valid_by_rows(in_features)
         one = jnp.where(by_rows, 1, jnp.nan).astype(wide(dtype))
-        x, values = _poison_tangent(x, by_rows & pattern.is_valid_by_columns()), values * one.astype(dtype)
+        x, values = _poison_tangent(x, by_rows & pattern.is_valid_by_columns()), values * one.astype(carried)
         offset = (jnp.zeros(out, wide(dtype)) if offset is None else offset) * one
     fits = packed is not None and dtype == packed.values.dtype
     y = packed_product(x, packed) if packed is not None and fits else multiplied(values, x, pattern)

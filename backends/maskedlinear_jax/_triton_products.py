@@ -94,7 +94,8 @@ def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: M
 def bits_of(pattern: Any) -> Bits:
     """Return where a pattern has connections, a bit each, and the first one of each word: int32, shape (rows, depth / 32).
 
-    They are formed in each program, once for all its products, so that no pattern is kept twice, or out of date.
+    They are formed in each program, so that no pattern is kept twice, or out of date: once for all products of a step, which
+    XLA finds to be of the same bits, but in each step of a loop, and again for what ``jax.checkpoint`` computes anew.
     """
     rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
     words = -(-depth // 32)

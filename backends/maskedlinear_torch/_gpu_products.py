@@ -96,7 +96,10 @@ def _way(product: Product, operands: tuple[Tensor, Tensor]) -> Way:
     if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
         ways += ["rows", "tiles"] if product.transposed else ["rows", "bits", "tiles"]
     capturing = operands[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    if _gpu_rule.panels(product) == 1 or not capturing:  # a graph that is captured cannot ask where panels begin
+    by_bits = product.place_bytes < _PLACE_BYTES
+    if (
+        _gpu_rule.panels(product) == 1 or by_bits or not capturing
+    ):  # a graph that is captured cannot ask where panels begin
         ways += ["panels"]
     return _gpu_rule.choose(ways, product)
 

@@ -95,7 +95,7 @@ def _run(launch: Launch, *pointers: Tensor) -> None:
 def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
     """Return where a pattern has connections, a bit each, and the first one of each word: int32, shape (rows, depth / 32).
 
-    Made once, and kept with the pattern.
+    Made once, and kept with the pattern; but not in a graph that is captured, whose memory is the graph's.
     """
     kept = getattr(csr.across, "_masked_bits", None)
     version = None if csr.across.is_inference() else csr.across._version
@@ -109,7 +109,10 @@ def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
         counts = empty.index_add(0, word, torch.ones_like(csr.across))
         firsts = (counts.cumsum(0, dtype=torch.int32) - counts).view(rows, words)
         made = empty.index_add(0, word, bit).view(rows, words), firsts
-    csr.across._masked_bits = (version, csr.starts, made)
+    if not (
+        csr.across.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):  # captured, they are not there before a replay
+        csr.across._masked_bits = (version, csr.starts, made)
     return made
 
 
