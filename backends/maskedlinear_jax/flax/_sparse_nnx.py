@@ -39,7 +39,8 @@ class SparseLinear(nnx.Module):
     """A linear layer with one trainable value a connection: ``y = x · W + bias``, W being 0 where there is none.
 
     Parameters, gradients, optimizer state and time cost what the connections cost; no matrix of the layer's shape is ever
-    made (but, on GPUs, of what fits a panel of 32 MiB). How many connections there are is fixed, and :func:`maskedlinear.flax.regrow_model` moves them;
+    made (but, on GPUs, of what fits a panel of 32 MiB). How many connections there are is fixed, and
+    :func:`maskedlinear.flax.regrow_model` moves them;
     :class:`MaskedLinear` is the form whose mask can change at will. Every optimizer leaves what is not there alone, so none
     needs a guard. Half types are computed in float32.
 
