@@ -60,7 +60,8 @@ class SparseLinear(nn.Module):
 
     Parameters, gradients, optimizer state, files and time cost what the connections cost; no matrix of the layer's shape
     is ever made (but, on GPUs, of what fits a panel of 32 MiB). Which connections there are is fixed;
-    :class:`MaskedLinear` is the form whose mask can change. Every optimizer leaves what is not there alone, so none needs a guard.
+    :class:`MaskedLinear` is the form whose mask can change. Every optimizer leaves what is not there alone, so none needs
+    a guard.
 
     ``state_dict`` has the keys ``weight_values``, ``bias``, ``indptr`` and ``indices``, in the order of
     :class:`maskedlinear.pattern.SparsityPattern`. Loading one brings its own connections along, whatever those of the
