@@ -23,6 +23,7 @@ __all__ = [
     "instructions",
     "panels",
     "seconds",
+    "words_of",
 ]
 
 Multiply = Literal["float64", "float32", "tf32", "half"]
@@ -78,6 +79,11 @@ def panels(product: Product) -> int:
         rows, depth = depth, rows
     height = min(rows, most // max(1, depth * size))
     return -(-rows // height) if height else 0
+
+
+def words_of(depth: int) -> int:
+    """Return how many words of 32 bits a row of W has."""
+    return -(-depth // 32)
 
 
 def bits_bytes(rows: int, depth: int, nnz: int) -> int:

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-__all__ = ["Launch", "Sizes", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm", "words_of"]
+from maskedlinear._gpu_rule import words_of
+
+__all__ = ["Launch", "Sizes", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm"]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
@@ -214,11 +216,6 @@ def panel(rows: int, depth: int, nnz: int, *, sampled: bool) -> Launch:
     grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(words, PANEL_OPTIONS["BW"]))
     told = {"rows": rows, "depth": depth, "words": words, "nnz": nnz, "SAMPLED": sampled, "CHECKED": False}
     return Launch(panel_kernel, grid, told | PANEL_OPTIONS)
-
-
-def words_of(depth: int) -> int:
-    """Return how many words of 32 bits a row of W has."""
-    return -(-depth // 32)
 
 
 def _sums(itemsize: int) -> Any:

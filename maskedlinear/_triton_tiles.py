@@ -15,8 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply
-from maskedlinear._triton_rows import Launch, Sizes, places_of, words_of
+from maskedlinear._gpu_rule import Multiply, words_of
+from maskedlinear._triton_rows import Launch, Sizes, places_of
 
 __all__ = ["sddmm", "spmm"]
 

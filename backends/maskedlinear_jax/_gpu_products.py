@@ -24,7 +24,7 @@ from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._triton_products import Bits
 
-__all__ = ["is_stack_one_by_one", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
+__all__ = ["is_stack_one_by_one", "precision", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
 # Precisions, and presets of algorithms, by which a GPU multiplies float32 with no more bits than TF32 has.
 _AT_MOST_TF32 = {
@@ -33,6 +33,11 @@ _AT_MOST_TF32 = {
 }
 _UNROLLED = 4  # panels that stand in the program one by one, each of which looks at all connections
 _SPREAD = 1.5  # of how many connections a panel has on average, so many are unpacked in one step
+
+
+def precision() -> Any:
+    """Return the precision of dense products that is set now: a product keeps it, whenever it is lowered or transposed."""
+    return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
 def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Product:
@@ -73,10 +78,11 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool, bits: B
     count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), of)
-    if bits is not None and any(of.shape != (count, -(-depth // 32)) for of in bits):
+    shape = (count, _gpu_rule.words_of(depth))
+    if bits is not None and any(one.shape != shape for one in bits):
         raise ValueError(
-            f"the arrays of a packed product do not belong together: bits must have shape {(count, -(-depth // 32))} for W "
-            f"of shape {(count, depth)}; got {[of.shape for of in bits]}: pack values and pattern again"
+            f"the arrays of a packed product do not belong together: bits must have shape {shape} for W "
+            f"of shape {(count, depth)}; got {[one.shape for one in bits]}: pack values and pattern again"
         )
     way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed, are_bits_kept=bits is not None)
     if way == "panels":
@@ -242,5 +248,5 @@ def _multiply(dtype: Any) -> Multiply:
         return "half"
     if jnp.dtype(dtype) == jnp.float64:
         return "float64"
-    asked = getattr(jax.config, "jax_default_matmul_precision", None)
+    asked = precision()
     return "tf32" if asked is None or str(asked).rpartition(".")[2] in _AT_MOST_TF32 else "float32"

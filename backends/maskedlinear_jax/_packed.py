@@ -26,8 +26,9 @@ from maskedlinear._gpu_rule import bits_bytes
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products, _kernels, _triton_products
 from maskedlinear_jax._compat import ad, is_traced
+from maskedlinear_jax._gpu_products import precision
 from maskedlinear_jax._partition import Axes
-from maskedlinear_jax._primitives import multiplied, pattern_axes, precision, primitive
+from maskedlinear_jax._primitives import multiplied, pattern_axes, primitive
 from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["PackedWeights", "pack", "packed_product", "without_gradient"]

@@ -39,10 +39,11 @@ from maskedlinear_jax._compat import (
     sharding_of,
     without_mesh,
 )
+from maskedlinear_jax._gpu_products import precision
 from maskedlinear_jax._partition import Axes, partitioned, result_type, wide
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["multiplied", "pattern_axes", "precision", "primitive", "sddmm", "spmm", "turn"]
+__all__ = ["multiplied", "pattern_axes", "primitive", "sddmm", "spmm", "turn"]
 
 _LIMIT = (1 << 31) - 1  # of an index
 
@@ -68,11 +69,6 @@ def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> A
     if _sddmm_p is None:
         return _sddmm(left, right, *rest, lead=lead, kernel="any")
     return _sddmm_p.bind(left, right, *rest, lead=lead, precision=precision())
-
-
-def precision() -> Any:
-    """Return the precision of dense products that is set now: a product keeps it, whenever it is lowered or transposed."""
-    return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
 def turn(array: Array, to_columns: bool = True) -> Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from maskedlinear._gpu_rule import Multiply
+from maskedlinear._gpu_rule import Multiply, words_of
 from maskedlinear_jax._partition import wide
 
 __all__ = ["Bits", "are_used", "bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
@@ -98,7 +98,7 @@ def bits_of(pattern: Any) -> Bits:
     XLA finds to be of the same bits, but in each step of a loop, and again for what ``jax.checkpoint`` computes anew.
     """
     rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
-    words = -(-depth // 32)
+    words = words_of(depth)
     inside = (pattern.indices >= 0) & (pattern.indices < depth)
     place = jnp.where(inside, pattern.rows * words + (pattern.indices >> 5), rows * words)
     bit = jnp.left_shift(jnp.uint32(1), (pattern.indices & 31).astype(jnp.uint32))

@@ -95,11 +95,9 @@ def _way(product: Product, operands: tuple[Tensor, Tensor]) -> Way:
     ways: list[Way] = ["cusparse" if operands[0].is_cuda else "gathered"]
     if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
         ways += ["rows", "tiles"] if product.transposed else ["rows", "bits", "tiles"]
-    capturing = operands[0].is_cuda and torch.cuda.is_current_stream_capturing()
-    by_bits = product.place_bytes < _PLACE_BYTES
-    if (
-        _gpu_rule.panels(product) == 1 or by_bits or not capturing
-    ):  # a graph that is captured cannot ask where panels begin
+    # A graph that is captured cannot ask the device where panels begin.
+    asks = _gpu_rule.panels(product) > 1 and product.place_bytes == _PLACE_BYTES
+    if not (asks and operands[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         ways += ["panels"]
     return _gpu_rule.choose(ways, product)
 

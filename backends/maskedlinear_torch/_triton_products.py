@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from maskedlinear import _triton_rows, _triton_tiles
-from maskedlinear._gpu_rule import Multiply
+from maskedlinear._gpu_rule import Multiply, words_of
 from maskedlinear._triton_rows import Launch, Sizes
 
 __all__ = ["bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "sample", "tiles_sddmm", "tiles_spmm", "unpack"]
@@ -101,7 +101,7 @@ def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
     version = None if csr.across.is_inference() else csr.across._version
     if kept is not None and version is not None and kept[0] == version and kept[1] is csr.starts:
         return kept[2]  # type: ignore[no-any-return]
-    rows, words = len(csr.starts) - 1, _triton_rows.words_of(depth)
+    rows, words = len(csr.starts) - 1, words_of(depth)
     with torch.inference_mode(False), torch.no_grad():  # they outlive the call
         row = torch.repeat_interleave(csr.starts.diff().long(), output_size=csr.across.numel())
         bit = torch.bitwise_left_shift(torch.ones_like(csr.across), csr.across & 31)

@@ -8,7 +8,7 @@ from itertools import repeat
 from typing import Any
 
 from maskedlinear.kernels import _engine, _openmp, _programs
-from maskedlinear.kernels._emit import HALF_TYPES
+from maskedlinear.kernels._emit import HALF_TYPES, item_bytes
 from maskedlinear.kernels._rows import ORDERED_AT_ONCE, SLOTS, widths
 
 __all__ = [
@@ -59,7 +59,7 @@ _ORDERED_FIRST, _FEWEST_ORDERED = 10 << 20, 32
 
 def is_ordered_first(nnz: int, batch: int, dtype: str) -> bool:
     """Whether a product takes less time if :func:`order_values` brings its values into order before it."""
-    return batch >= _FEWEST_ORDERED and nnz * {"float64": 8, "float32": 4}.get(dtype, 2) >= _ORDERED_FIRST
+    return batch >= _FEWEST_ORDERED and nnz * item_bytes(dtype) >= _ORDERED_FIRST
 
 
 def panel_numbers(features: int, batch: int, dtype: str) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 
-__all__ = ["HALF_TYPES", "I8", "I32", "I64", "PTR", "Emitter", "float_type", "function", "wide"]
+__all__ = ["HALF_TYPES", "I8", "I32", "I64", "PTR", "Emitter", "float_type", "function", "item_bytes", "wide"]
 
 I8, I32, I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
 PTR = ir.PointerType()
@@ -20,6 +20,11 @@ HALF_TYPES = ("bfloat16", "float16")  # which are read as float32
 def wide(dtype: str) -> str:
     """Return the dtype in which numbers of ``dtype`` are multiplied and added up, and products are written."""
     return "float32" if dtype in HALF_TYPES else dtype
+
+
+def item_bytes(dtype: str) -> int:
+    """Return how many bytes a number of ``dtype`` takes in memory."""
+    return {"float64": 8, "float32": 4}.get(dtype, 2)
 
 
 def float_type(dtype: str) -> Any:

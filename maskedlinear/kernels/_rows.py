@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from llvmlite import ir
 
-from maskedlinear.kernels._emit import HALF_TYPES, I32, I64, PTR, Emitter, float_type, function, wide
+from maskedlinear.kernels._emit import HALF_TYPES, I32, I64, PTR, Emitter, float_type, function, item_bytes, wide
 from maskedlinear.kernels._panels import COPY, STRIP
 
 __all__ = [
@@ -145,7 +145,7 @@ def chunk_rows(code: Emitter, told: Arguments, chunk: Any) -> tuple[Any, Any]:
 
 def order_task(module: ir.Module, name: str, dtype: str) -> None:
     """Emit the task that brings some values into ``order``: chunk = a part of ``height`` of them."""
-    kind = ir.IntType({"float64": 64, "float32": 32}.get(dtype, 16))  # copied as they are
+    kind = ir.IntType(8 * item_bytes(dtype))  # copied as they are
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
         told = Arguments(code, code.function.args[0])
         values, order, out = (told.pointer(slot) for slot in ("values", "order", "out"))

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from llvmlite import ir
 
 from maskedlinear.kernels import _calls, _engine
-from maskedlinear.kernels._emit import HALF_TYPES, I8, I32, I64, PTR, Emitter, function
+from maskedlinear.kernels._emit import HALF_TYPES, I8, I32, I64, PTR, Emitter, function, item_bytes, wide
 from maskedlinear.kernels._pool import PARALLEL, Job, drive, emit_serial, fill
 from maskedlinear.kernels._programs import PROGRAM
 from maskedlinear.kernels._rows import ORDERED_AT_ONCE, SLOTS
@@ -248,7 +248,7 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         for place, result in enumerate(made):
             is_matrix = not place and kind != "sddmm"
             numbers = code.times(frame.size(result), frame.size(result, 1) if is_matrix else 1)
-            _ask_for_huge_pages(code, frame.data(result), code.times(numbers, 8 if dtype == "float64" else 4))
+            _ask_for_huge_pages(code, frame.data(result), code.times(numbers, item_bytes(wide(dtype))))
         arguments["threads"] = threads(code, frame)
         arguments["tasks"] = I64(_calls.table_address(kind, dtype, checked=True))
         to_compile = ctypes.cast(_compile_missing, ctypes.c_void_p).value or 0
@@ -279,7 +279,7 @@ def _emit_order(module: ir.Module, api: Api, dtype: str) -> None:
         is_right = _all(code, [_equal(code, frame.size(one), nnz) for one in (order, out)])
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of an order of values do not belong together", INVALID_ARGUMENT)
-        _ask_for_huge_pages(code, frame.data(out), code.times(nnz, {"float64": 8, "float32": 4}.get(dtype, 2)))
+        _ask_for_huge_pages(code, frame.data(out), code.times(nnz, item_bytes(dtype)))
         buffers = {"values": values, "order": order, "out": out}
         arguments = {name: frame.data(buffer) for name, buffer in buffers.items()}
         arguments |= {"nnz": nnz, "height": I64(ORDERED_AT_ONCE)}
