@@ -36,7 +36,7 @@ def is_called(*arguments):
 
 
 def test_the_product_is_that_of_values_and_pattern():
-    for live in (0.002, 0.02, 0.3, 1.0):  # at 0.02 it pays with AVX-512
+    for live in (0.0004, 0.02, 0.3, 1.0):  # one connection, which does not pay; at 0.02 it does with AVX-512
         values, pattern = problem(live)
         packed, bias = pack(values, pattern), numbers(OUT)
         if live != 0.02:

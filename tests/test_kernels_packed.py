@@ -22,7 +22,7 @@ pytestmark = needs_kernels
 HERE = ["permute_any"]
 if is_available() and (way := _engine.host().way) is not None:
     HERE.append(way.kind)
-SHAPES = [(16, 33), (37, 100), (129, 257)]
+SHAPES = [(16, 65), (37, 100), (129, 257)]
 
 
 def random_pattern(shape, live, seed=0):
@@ -33,7 +33,7 @@ def random_pattern(shape, live, seed=0):
 
 def packed(pattern, values, kind):
     way = _permute.WAYS[kind]
-    return PackedMatrix(Layout.of(pattern, way.lanes, way.block), values, way)
+    return PackedMatrix(Layout.of(pattern, way.lanes, way.window), values, way)
 
 
 def times(matrix, x, bias=None, threads=1):
@@ -65,44 +65,65 @@ def test_the_product_is_that_of_the_dense_matrix(kind, shape):
 
 @pytest.mark.parametrize("kind", HERE)
 def test_nan_and_infinity_reach_only_what_they_are_connected_to(kind):
-    pattern = random_pattern((21, 45), 0.3)
+    pattern = random_pattern((21, 70), 0.3)
     matrix, mask = packed(pattern, np.ones(pattern.nnz, np.float32), kind), pattern.to_mask()
     for number in (np.nan, np.inf, -np.inf):
-        for column in range(45):
-            x = np.ones((1, 45), np.float32)
+        for column in range(70):
+            x = np.ones((1, 70), np.float32)
             x[0, column] = number
             expected = np.where(mask[:, column], number, mask.sum(1))
             np.testing.assert_array_equal(times(matrix, x)[0], expected)
 
 
-@pytest.mark.parametrize(("lanes", "block"), [(8, 8), (16, 32)])
+@pytest.mark.parametrize(("lanes", "window"), [(8, 16), (16, 32)])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_layout_has_each_connection_once_and_stays_within_x(lanes, block, shape):
-    pattern = random_pattern(shape, 0.3, seed=2)
-    layout = Layout.of(pattern, lanes, block)
-    groups = -(-shape[0] // lanes)
-    assert layout.counts.shape == (groups, MOST_STEPS)
-    assert (layout.columns >= 0).all()
-    assert (layout.columns <= shape[1] - block).all()
-    assert layout.indices[layout.indices != PADDING].max() < block
-    assert (np.flatnonzero(layout.indices != PADDING) == np.sort(layout.places)).all()
-    assert tuple(layout.starts[-1]) == (len(layout.indices), len(layout.columns))
-    assert (layout.starts[0] == 0).all()
-    heights = np.repeat(np.tile(np.arange(MOST_STEPS, 0, -1), groups), layout.counts.ravel())
-    piece = np.repeat(np.arange(len(heights)), heights)  # of each step
-    group = np.repeat(np.repeat(np.arange(groups), MOST_STEPS), layout.counts.ravel())
-    found = np.zeros(shape, int)
-    live = np.zeros(layout.indices.size, bool)
-    live[layout.places] = True
-    step, lane = np.nonzero(live.reshape(layout.indices.shape))
-    np.add.at(found, (group[piece[step]] * lanes + lane, layout.columns[piece[step]] + layout.indices[step, lane]), 1)
-    assert (found == pattern.to_mask()).all()
-    assert len(np.unique(layout.places)) == pattern.nnz
+def test_a_layout_has_each_connection_once_and_stays_within_x(lanes, window, shape):
+    for live in (0.05, 0.3, 1.0):
+        pattern = random_pattern(shape, live, seed=2)
+        layout = Layout.of(pattern, lanes, window)
+        groups = -(-shape[0] // lanes)
+        counts, starts, rows = np.split(layout.groups, [MOST_STEPS, MOST_STEPS + 2], 1)
+        assert (layout.columns >= 0).all()
+        assert (layout.columns <= shape[1] - window).all()
+        assert layout.indices[layout.indices != PADDING].max() < window
+        assert (np.flatnonzero(layout.indices != PADDING) == np.sort(layout.places)).all()
+        assert rows.ravel()[: shape[0]].argsort().argsort().tolist() == rows.ravel()[: shape[0]].tolist()  # each once
+        assert (rows.ravel()[shape[0] :] == shape[0]).all()
+        assert (np.diff(pattern.to_mask().sum(1)[rows.ravel()[: shape[0]]]) <= 0).all()
+        taken = np.stack([counts @ np.arange(MOST_STEPS, 0, -1), counts.sum(1)], 1)
+        assert (starts == np.cumsum(taken, 0) - taken).all()
+        assert tuple(taken.sum(0)) == (len(layout.indices), len(layout.columns))
+        heights = np.repeat(np.tile(np.arange(MOST_STEPS, 0, -1), groups), counts.ravel())
+        piece = np.repeat(np.arange(len(heights)), heights)  # of each step
+        group = np.repeat(np.repeat(np.arange(groups), MOST_STEPS), counts.ravel())
+        step, lane = np.nonzero(layout.indices != PADDING)
+        found = np.zeros(shape, int)
+        column = layout.columns[piece[step]] + layout.indices[step, lane]
+        np.add.at(found, (rows[group[piece[step]], lane], column), 1)
+        assert (found == pattern.to_mask()).all()
+        where = rows.ravel().argsort()[pattern.rows]  # a connection's lane, of all
+        own = piece[layout.places // lanes]
+        assert (group[own] * lanes + layout.places % lanes == where).all()
+        assert (layout.columns[own] + layout.indices.ravel()[layout.places] == pattern.indices).all()
+
+
+def test_rows_that_are_done_go_on_within_the_window():
+    """So few lanes idle, whether rows have as many connections or not: those with as many are together."""
+    for live, fill in ((0.5, 0.9), (0.2, 0.75), (0.1, 0.6), (0.05, 0.46)):
+        layout = Layout.of(random_pattern((768, 768), live), 16, 32)
+        assert layout.fill > fill
+    often = np.random.default_rng(0).lognormal(-1.4, 0.6, (768, 1))
+    uneven = SparsityPattern.from_mask(np.random.default_rng(1).random((768, 768)) < often)
+    assert Layout.of(uneven, 16, 32).fill > 0.75
+    pattern = random_pattern((768, 768), 0.1)
+    steps = len(Layout.of(pattern, 16, 32).indices)
+    assert Layout.of(pattern, 16, 32, steps) is not None
+    assert Layout.of(pattern, 16, 32, steps - 1) is None
 
 
 @needs_packing
 def test_what_is_thin_or_small_is_not_packed():
-    for pattern in (SparsityPattern.full((4, 64)), SparsityPattern.full((64, 4)), random_pattern((256, 256), 0.001)):
+    for pattern in (SparsityPattern.full((4, 64)), SparsityPattern.full((64, 4)), random_pattern((999, 999), 0.001)):
         assert PackedMatrix.of(pattern, np.ones(pattern.nnz, np.float32)) is None
     pattern = SparsityPattern.from_mask(masks.random((256, 256), sparsity=0.9, seed=0))
     assert PackedMatrix.of(pattern, np.ones(pattern.nnz, np.float32)).fill > 0.3

@@ -119,7 +119,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
         way, made = _engine.host().way, _packing.layout_of(own)
         if way is not None and made is not None:
             kind = way.kind
-            layout = made.counts, made.starts, made.columns, made.indices, made.values(numbers)
+            layout = made.groups, made.columns, made.indices, made.values(numbers)
     return jax.tree.map(jnp.array, PackedWeights(numbers, own, layout, kind))
 
 
@@ -155,7 +155,7 @@ def _product(values: Array, x: Array, *rest: Array, kind: str, kernel: str) -> A
 def _axes(values: Any, x: Any, *rest: Any, kind: str) -> Axes:
     batch = tuple(f"b{place}" for place in range(x.ndim - 1))
     of_bits = kind == _BITS
-    layout = (("o", "w"),) * 2 if of_bits else (("g", "s"), ("h", "t"), ("c",), ("m", "l"), ("m", "l"))
+    layout = (("o", "w"),) * 2 if of_bits else (("g", "s"), ("c",), ("m", "l"), ("m", "l"))
     return Axes((("k",), (*batch, "i"), *pattern_axes(rest[2], ()), *layout), (*batch, "o"), 6)
 
 

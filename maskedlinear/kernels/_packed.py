@@ -1,11 +1,13 @@
 """The packed layout of a sparse matrix, for its product with one vector: what rows side by side read, lies side by side.
 
-Rows come in groups, as many as a register has lanes, and columns in blocks, as many as the registers that hold x's numbers
-of them have lanes. Where a group meets a block there is a cell: its rows' connections one below the other, padded with zeros
-to the longest. A kernel picks the numbers of x from registers, by an index of one byte, so it gathers nothing.
+Rows come in groups, as many as a register has lanes, those with as many connections together. A window is the numbers of x
+that registers hold at a time. It moves over x by one register's; where a row has connections that it is about to leave, its
+group takes as many steps as the slowest of its rows needs, and rows that are done with those go on, in these steps, with
+what lies further in the window: so few lanes idle. A kernel picks the numbers of x from registers, by an index of one byte,
+and gathers nothing.
 
-Cells are cut into pieces of at most :data:`MOST_STEPS` steps; a group's pieces lie by their length, the longest first, so
-that the kernel has one loop without branches for each length.
+The steps at one place of the window are cut into pieces of at most :data:`MOST_STEPS`; a group's pieces lie by their length,
+the longest first, so that the kernel has one loop without branches for each length.
 
 A layout is made of a :class:`~maskedlinear.pattern.SparsityPattern`, whose indices are valid, and keeps within them: no
 kernel reads beyond x, whatever the values are.
@@ -13,7 +15,7 @@ kernel reads beyond x, whatever the values are.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,65 +33,52 @@ class Layout(NamedTuple):
     """Where a packed matrix has its connections.
 
     Attributes:
-        lanes: the rows of a group.
-        block: the columns of a block.
+        lanes: the rows of a group, and the columns by which the window moves.
+        window: the columns of the window.
         shape: the rows and the columns of the matrix.
-        counts: int32, shape ``(groups, MOST_STEPS)``: how many pieces of each length a group has, the longest first.
-        starts: int32, shape ``(groups + 1, 2)``: where a group's steps and its pieces begin.
-        columns: int32, shape ``(pieces,)``: the first column of each piece's block.
-        indices: uint8, shape ``(steps, lanes)``: which column of the block each lane multiplies; :data:`PADDING` if none.
+        groups: int32, shape ``(groups, MOST_STEPS + 2 + lanes)``: of each group how many pieces of each length it has, the
+            longest first; its first step, and its first piece; and its rows, the number of all where there is none.
+        columns: int32, shape ``(pieces,)``: the first column of the window at each piece.
+        indices: uint8, shape ``(steps, lanes)``: which column of the window each lane multiplies; :data:`PADDING` if none.
         places: int64, shape ``(nnz,)``: where each connection of the pattern is in ``indices``, flattened.
     """
 
     lanes: int
-    block: int
+    window: int
     shape: tuple[int, int]
-    counts: NDArray[np.int32]
-    starts: NDArray[np.int32]
+    groups: NDArray[np.int32]
     columns: NDArray[np.int32]
     indices: NDArray[np.uint8]
     places: NDArray[np.int64]
 
     @classmethod
-    def of(cls, pattern: SparsityPattern, lanes: int, block: int) -> Layout:
-        """Return the layout of a pattern that has at least ``block`` columns and one connection."""
-        out, in_ = pattern.shape
-        groups, blocks = -(-out // lanes), -(-in_ // block)
-        group, across = pattern.rows // lanes, pattern.indices // block
-        # Stretches: what a row has in a block. Their connections follow each other.
-        stretch = pattern.rows.astype(np.int64) * blocks + across
-        first = np.flatnonzero(np.diff(stretch, prepend=-1))
-        lengths = np.diff(first, append=pattern.nnz)
-        rank = np.arange(pattern.nnz) - np.repeat(first, lengths)
-        cells, cell = np.unique(group[first].astype(np.int64) * blocks + across[first], return_inverse=True)
-        steps = np.zeros(len(cells), np.int64)
-        np.maximum.at(steps, cell, lengths)
-        if steps.sum() > _MOST:
-            raise ValueError(f"a packed matrix has at most 2**31 - 1 steps; this one would have {steps.sum()}")
-        # Pieces of cells, and their order.
-        number = -(-steps // MOST_STEPS)
-        first_piece = np.cumsum(number) - number
-        of_cell = np.repeat(np.arange(len(cells)), number)
-        height = np.minimum(steps[of_cell] - (np.arange(len(of_cell)) - first_piece[of_cell]) * MOST_STEPS, MOST_STEPS)
-        of_group = cells[of_cell] // blocks
-        order = np.lexsort((-height, of_group))  # stable
-        heights = height[order]
-        begins = np.empty(len(order), np.int64)
-        begins[order] = np.cumsum(heights) - heights
-        counts = np.bincount(of_group * MOST_STEPS + MOST_STEPS - height, minlength=groups * MOST_STEPS)
-        counts = counts.reshape(groups, MOST_STEPS)
-        starts = np.zeros((groups + 1, 2), np.int64)
-        np.cumsum(counts @ np.arange(MOST_STEPS, 0, -1), out=starts[1:, 0])
-        np.cumsum(counts.sum(1), out=starts[1:, 1])
-        begin = np.minimum(cells % blocks * block, in_ - block).astype(np.int32)  # the last block may overlap another
-        piece = np.repeat(first_piece[cell], lengths) + rank // MOST_STEPS
-        places = (begins[piece] + rank % MOST_STEPS) * lanes + pattern.rows % lanes
-        indices = np.full(int(starts[-1, 0]) * lanes, PADDING, np.uint8)
-        indices[places] = pattern.indices - np.repeat(begin[cell], lengths)
-        columns, whole = begin[of_cell][order], indices.reshape(-1, lanes)
-        return cls(
-            lanes, block, pattern.shape, counts.astype(np.int32), starts.astype(np.int32), columns, whole, places
-        )
+    def of(cls, pattern: SparsityPattern, lanes: int, window: int, most_steps: int = _MOST) -> Self | None:
+        """Return the layout of a pattern that has at least ``window`` columns; ``None`` beyond so many steps."""
+        out = pattern.shape[0]
+        rows = np.argsort(-np.diff(pattern.indptr), kind="stable")  # of each lane
+        lane = np.empty(out, np.int64)
+        lane[rows] = np.arange(out)
+        rows = np.concatenate([rows, np.full(-out % lanes, out)]).reshape(-1, lanes)
+        runs = _schedule(pattern, lane, lanes, window, min(most_steps, _MOST))
+        if runs is None:
+            return None
+        pieces_of = -(-runs.steps // MOST_STEPS)
+        run = np.repeat(np.arange(len(pieces_of)), pieces_of)  # of each piece, as are all that follow
+        first = np.cumsum(pieces_of) - pieces_of
+        height = np.minimum(runs.steps[run] - (np.arange(len(run)) - first[run]) * MOST_STEPS, MOST_STEPS)
+        order = np.lexsort((-height, runs.group[run]))  # stable
+        begin = np.empty(len(order), np.int64)
+        begin[order] = np.cumsum(height[order]) - height[order]
+        counts = np.bincount(runs.group[run] * MOST_STEPS + MOST_STEPS - height, minlength=len(rows) * MOST_STEPS)
+        counts = counts.reshape(-1, MOST_STEPS)
+        taken = np.stack([counts @ np.arange(MOST_STEPS, 0, -1), counts.sum(1)], 1)
+        groups = np.concatenate([counts, np.cumsum(taken, 0) - taken, rows], 1)
+        piece = first[runs.of] + runs.step // MOST_STEPS
+        places = (begin[piece] + runs.step % MOST_STEPS) * lanes + lane[pattern.rows] % lanes
+        indices = np.full(int(runs.steps.sum()) * lanes, PADDING, np.uint8)
+        indices[places] = pattern.indices - runs.column[runs.of]
+        columns = runs.column[run][order].astype(np.int32)
+        return cls(lanes, window, pattern.shape, groups.astype(np.int32), columns, indices.reshape(-1, lanes), places)
 
     @property
     def fill(self) -> float:
@@ -101,3 +90,62 @@ class Layout(NamedTuple):
         packed = np.zeros(self.indices.size, values.dtype)
         packed[self.places] = values
         return packed.reshape(self.indices.shape)
+
+
+class _Runs(NamedTuple):
+    """What groups do at places of the window: a run's group, first column and steps; a connection's run, and step in it."""
+
+    group: NDArray[Any]
+    column: NDArray[Any]
+    steps: NDArray[Any]
+    of: NDArray[Any]
+    step: NDArray[Any]
+
+
+def _schedule(
+    pattern: SparsityPattern, lane: NDArray[np.int64], lanes: int, window: int, most_steps: int
+) -> _Runs | None:
+    """Return when each lane takes its row's connections, one a step and in their order; ``None`` beyond ``most_steps``.
+
+    A group's step is put off until one of its lanes must take what the window is about to leave. ``lane`` is that of each
+    row, counted through all groups.
+    """
+    out, in_ = pattern.shape
+    places, lanes_in_all = -(-in_ // lanes), -(-out // lanes) * lanes
+    # Cells: what a lane has in the columns that the window leaves at once, place by place.
+    cell = pattern.indices // lanes * np.int64(lanes_in_all) + lane[pattern.rows]
+    first = np.flatnonzero(np.diff(cell, prepend=-1))
+    order = np.argsort(cell[first])
+    cell, size = cell[first][order], np.diff(first, append=pattern.nnz)[order]
+    bounds = np.searchsorted(cell, np.arange(places + 1) * lanes_in_all)
+    cell %= lanes_in_all
+    entered, leaving, taken = (np.zeros(lanes_in_all, np.int64) for _ in range(3))  # connections of each lane so far
+    found, steps_so_far, seen = [], 0, 0
+    for place in range(places):
+        inside = min(place + window // lanes, places)
+        new, seen = slice(bounds[seen], bounds[inside]), inside
+        np.add.at(entered, cell[new], size[new])
+        here = slice(bounds[place], bounds[place + 1])
+        leaving[cell[here]] += size[here]
+        first = np.flatnonzero(np.diff(cell[here] // lanes, prepend=-1))
+        if not len(first):
+            continue
+        group = cell[here][first] // lanes
+        needed = np.maximum.reduceat(leaving[cell[here]] - taken[cell[here]], first)
+        group, needed = group[needed > 0], needed[needed > 0]
+        of_group = group[:, None] * lanes + np.arange(lanes)
+        ready = entered[of_group] - taken[of_group]
+        steps_so_far += int(needed.sum())
+        if steps_so_far > most_steps:
+            return None
+        done = np.minimum(ready, needed[:, None])
+        taken[of_group] += done
+        found.append((group, np.full(len(group), min(place * lanes, in_ - window)), needed, done.astype(np.int32)))
+    group, column, steps, done = (np.concatenate(of_run) for of_run in zip(*found, strict=True))
+    # A row's connections follow each other, from run to run.
+    by_row = np.full(lanes_in_all, out)
+    by_row[lane] = np.arange(out)
+    order = np.argsort(by_row[group[:, None] * lanes + np.arange(lanes)], axis=None, kind="stable")
+    counts = done.ravel()[order]
+    step = np.arange(pattern.nnz) - np.repeat(np.cumsum(counts) - counts, counts)
+    return _Runs(group, column, steps, np.repeat(order // lanes, counts), step)

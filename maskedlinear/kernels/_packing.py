@@ -23,7 +23,7 @@ __all__ = ["CHUNKS", "GRAIN", "MOST_VECTORS", "PackedMatrix", "layout_of"]
 MOST_VECTORS = 4  # from five on, the products by rows are faster
 _LEAST_CONNECTIONS = 2  # of a step, on average, from which permutations are faster than the products by rows
 CHUNKS = 16  # that the groups are cut into
-GRAIN = 6_000  # steps that are worth a thread
+GRAIN = 4_000  # steps that are worth a thread
 
 _CALL = ctypes.CFUNCTYPE(None, *[ctypes.c_void_p] * 4, ctypes.c_int64, *[ctypes.c_void_p] * 3)
 _Told = ctypes.c_int64 * len(SLOTS)
@@ -32,14 +32,13 @@ _Told = ctypes.c_int64 * len(SLOTS)
 def layout_of(pattern: SparsityPattern) -> Layout | None:
     """Return the layout of a pattern for this machine, or ``None`` where the products by rows are as fast.
 
-    The rule: this machine has AVX-512 or AVX2, W has at least a group of rows and a block of columns, and a step of the
+    The rule: this machine has AVX-512 or AVX2, W has at least a group of rows and a window of columns, and a step of the
     kernel multiplies two connections or more on average; below, it would mostly multiply the zeros that fill up.
     """
     way = _engine.host().way
-    if way is None or not pattern.nnz or pattern.shape[0] < way.lanes or pattern.shape[1] < way.block:
+    if way is None or not pattern.nnz or pattern.shape[0] < way.lanes or pattern.shape[1] < way.window:
         return None
-    layout = Layout.of(pattern, way.lanes, way.block)
-    return layout if layout.fill * way.lanes >= _LEAST_CONNECTIONS else None
+    return Layout.of(pattern, way.lanes, way.window, pattern.nnz // _LEAST_CONNECTIONS)
 
 
 @cache
@@ -59,11 +58,10 @@ class PackedMatrix:
     def __init__(self, layout: Layout, values: NDArray[np.float32], way: Way) -> None:
         """Pack values of the layout's connections, in the pattern's order."""
         self.way, self.fill, self.shape = way, layout.fill, layout.shape
-        groups = len(layout.counts)
+        groups = len(layout.groups)
         height = -(-groups // CHUNKS)
         self._arrays = {
-            "counts": layout.counts,
-            "starts": layout.starts,
+            "groups": layout.groups,
             "columns": layout.columns,
             "indices": _aligned(layout.indices),
             "values": _aligned(layout.values(np.asarray(values, np.float32))),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 from llvmlite import ir
@@ -15,7 +16,7 @@ __all__ = ["PROGRAM", "SLOTS", "WAYS", "Way", "emit_program", "permute_task", "p
 
 # What a packed matrix tells, as numbers of 64 bits.
 SLOTS = (
-    "rows", "depth", "height", "chunks", "pieces", "steps", "counts", "starts", "columns", "indices", "values",
+    "rows", "depth", "height", "chunks", "pieces", "steps", "groups", "columns", "indices", "values",
 )  # fmt: skip
 _CALL = ("matrix", "right", "bias", "out")  # what a call tells
 
@@ -29,20 +30,25 @@ class Way(NamedTuple):
     Attributes:
         instruction: ``"avx512"``, ``"avx2"``, or ``"any"``, lane by lane, which any processor can do, to test by.
         lanes: the rows of a group: 16 with AVX-512, 8 with AVX2.
-        block: the columns of a block: those of the registers that one instruction picks from, two with AVX-512.
+        window: the columns of the window, two registers: with AVX-512 one instruction picks from both.
     """
 
     instruction: str
     lanes: int
-    block: int
+    window: int
 
     @property
     def kind(self) -> str:
         """What the compiler is asked for."""
         return f"permute_{self.instruction}"
 
+    @property
+    def picks_from_pairs(self) -> bool:
+        """Whether one instruction picks from two registers."""
+        return self.instruction != "avx2"
 
-WAYS = {way.kind: way for way in (Way("avx512", 16, 32), Way("avx2", 8, 8), Way("any", 16, 32))}
+
+WAYS = {way.kind: way for way in (Way("avx512", 16, 32), Way("avx2", 8, 16), Way("any", 16, 32))}
 
 
 def emit_program(module: ir.Module, name: str) -> None:
@@ -68,90 +74,109 @@ def permute_task(module: ir.Module, name: str, way: Way, batch: int = 1, *, chec
         told, chunk = code.function.args
         matrix, right, bias, out = (code.get(told, place, PTR, I64) for place in range(len(_CALL)))
         at = {slot: code.get(matrix, place, I64) for place, slot in enumerate(SLOTS)}
-        counts, starts, columns, indices, values = (code.inttoptr(at[slot], PTR) for slot in SLOTS[6:])
+        groups, columns, indices, values = (code.inttoptr(at[slot], PTR) for slot in SLOTS[6:])
         rows, depth = at["rows"], at["depth"]
         first = code.times(chunk, at["height"])
         last = code.least(code.sum(first, at["height"]), code.over(code.sum(rows, way.lanes - 1), way.lanes))
-        room = code.room(kind, way.block)
+        room, furthest = code.room(kind, way.window), code.sub(depth, I64(way.window))
         zero = ir.Constant(vector, [0.0] * way.lanes)
         with code.loop(first, last) as group:
-            step = code.whole(code.get(starts, code.times(group, 2), I32))
-            piece = code.whole(code.get(starts, code.sum(code.times(group, 2), 1), I32))
+            own = code.place(groups, code.times(group, MOST_STEPS + 2 + way.lanes), I32)
+            step, piece = (code.whole(code.get(own, MOST_STEPS + place, I32)) for place in range(2))
             if checked:
                 step, piece = code.least(step, at["steps"]), code.least(piece, at["pieces"])
             sums = [zero] * (2 * batch)  # of even and of odd steps, which do not wait for each other
             for place in range(MOST_STEPS):
                 height = MOST_STEPS - place
-                count = code.whole(code.get(counts, code.sum(code.times(group, MOST_STEPS), place), I32))
+                count = code.whole(code.get(own, place, I32))
                 if checked:
                     count = code.least(count, code.sub(at["pieces"], piece))
                     count = code.least(count, code.over(code.sub(at["steps"], step), height))
-                with _pieces(code, [piece, step, *sums], code.sum(piece, count)) as (carried, following):
-                    column = code.whole(code.get(columns, carried[0], I32))
-                    column = code.least(column, code.sub(depth, I64(way.block))) if checked else column
-                    blocks = [
+                at_step = code.times(step, way.lanes)
+                places = (
+                    code.place(columns, piece, I32),
+                    code.place(indices, at_step, I8),
+                    code.place(values, at_step, kind),
+                )
+                step, piece = code.sum(step, code.times(count, height)), code.sum(piece, count)
+                end = code.place(columns, piece, I32)
+                with code.while_loop([*places, *sums], partial(_is_before, code, end)) as (carried, following):
+                    column = code.whole(code.get(carried[0], 0, I32))
+                    column = code.least(column, furthest) if checked else column
+                    numbers = [
                         [
                             code.get(right, code.sum(code.times(depth, one), column, part), vector, kind)
-                            for part in range(0, way.block, way.lanes)
+                            for part in range(0, way.window, way.lanes)
                         ]
                         for one in range(batch)
                     ]
-                    sums = list(carried[2:])
+                    sums = list(carried[3:])
                     for k in range(height):
-                        here = code.times(code.sum(carried[1], k), way.lanes)
-                        index = code.get(indices, here, ir.VectorType(I8, way.lanes), I8)
-                        index = code.sext(index, ir.VectorType(I32, way.lanes))
+                        index = code.get(carried[1], k * way.lanes, ir.VectorType(I8, way.lanes), I8)
                         is_live = code.icmp_signed(">=", index, ir.Constant(index.type, None))
-                        value = code.get(values, here, vector, kind)
-                        for one, numbers in enumerate(blocks):
+                        value = code.get(carried[2], k * way.lanes, vector, kind)
+                        for one, of_window in enumerate(numbers):
                             sum_ = 2 * one + k % 2
-                            picked = pick(code, way, numbers, index, room)
+                            picked = pick(code, way, of_window, index, room)
                             picked = code.select(is_live, picked, zero)  # what fills up meets no NaN and no infinity
                             sums[sum_] = code.multiply_add(value, picked, sums[sum_])
-                    following += [code.sum(carried[0], 1), code.sum(carried[1], height), *sums]
-                piece, step, *sums = carried
+                    following.append(code.place(carried[0], 1, I32))
+                    following += [
+                        code.place(one, height * way.lanes, of)
+                        for one, of in zip(carried[1:3], (I8, kind), strict=True)
+                    ]
+                    following += sums
+                sums = carried[3:]
             for one in range(batch):
-                row = code.times(group, way.lanes)
-                target = code.place(out, code.sum(code.times(rows, one), row), kind)
-                _put(code, code.fadd(sums[2 * one], sums[2 * one + 1]), target, bias, row, rows, room)
+                code.put(code.fadd(sums[2 * one], sums[2 * one + 1]), room, 0, kind)
+                target = code.place(out, code.times(rows, one), kind)
+                _put(code, room, target, bias, code.place(own, MOST_STEPS + 2, I32), way.lanes, rows)
 
 
-def _pieces(code: Emitter, starts: list[Any], end: Any) -> Any:
-    """Return a loop over pieces; the first value says which one it is at."""
-    return code.while_loop(starts, lambda carried: code.less(carried[0], end))
+def _is_before(code: Emitter, end: Any, carried: list[Any]) -> Any:
+    return code.icmp_unsigned("<", carried[0], end)
 
 
-def _put(code: Emitter, total: Any, target: Any, bias: Any, row: Any, rows: Any, rest: Any) -> None:
-    """Write a group's sums, plus the bias if there is one, as many as there are rows."""
-    kind, lanes = total.type.element, total.type.count
+def _put(code: Emitter, sums: Any, target: Any, bias: Any, of_lane: Any, lanes: int, rows: Any) -> None:
+    """Write a group's sums, plus the bias if there is one, to their rows, where they are rows."""
+    kind = float_type("float32")
     has_bias = code.icmp_unsigned("!=", code.ptrtoint(bias, I64), I64(0))
-    left = code.sub(rows, row)
-    with code.if_else(code.less(left, lanes)) as (partly, whole):
-        with partly:
-            code.put(total, rest, 0, kind)
-            with code.loop(0, left) as lane:
-                code.put(code.get(rest, lane, kind), target, lane)
-                with code.if_then(has_bias):
-                    shift = code.get(bias, code.sum(row, lane), kind)
-                    code.put(code.fadd(code.get(rest, lane, kind), shift), target, lane)
-        with whole:
-            code.put(total, target, 0, kind)
-            with code.if_then(has_bias):
-                code.put(code.fadd(total, code.get(bias, row, total.type, kind)), target, 0, kind)
+    with code.loop(0, I64(lanes)) as lane:
+        row = code.whole(code.get(of_lane, lane, I32))
+        with code.if_then(code.icmp_unsigned("<", row, rows)):
+            total = code.get(sums, lane, kind)
+            with code.if_else(has_bias) as (shifted, plain):
+                with shifted:
+                    code.put(code.fadd(total, code.get(bias, row, kind)), target, row)
+                with plain:
+                    code.put(total, target, row)
 
 
 def pick(code: Emitter, way: Way, numbers: Sequence[Any], index: Any, room: Any = None) -> Any:
-    """Return for each lane the number of a block that its index says; ``room`` for a block if any processor is to do it."""
+    """Return for each lane the number, of those that registers hold one after the other, that its index says.
+
+    ``room`` for as many numbers, if any processor is to do it. What an index beyond them picks is not defined.
+    """
     vector = numbers[0].type
-    if way.instruction == "avx512":
-        return code.intrinsic("llvm.x86.avx512.vpermi2var.ps.512", vector, [numbers[0], index, numbers[1]])
-    if way.instruction == "avx2":
-        return code.intrinsic("llvm.x86.avx2.permps", vector, [numbers[0], index])
-    for place, one in enumerate(numbers):
-        code.put(one, room, place * way.lanes, vector.element)
-    picked = ir.Constant(vector, ir.Undefined)
-    for lane in range(way.lanes):
-        place = code.and_(code.extract_element(index, I32(lane)), I32(way.block - 1))
-        one = code.get(room, code.whole(place), vector.element)
-        picked = code.insert_element(picked, one, I32(lane))
+    whole = index if index.type.element == I32 else code.sext(index, ir.VectorType(I32, way.lanes))
+    if way.instruction == "any":
+        for place, one in enumerate(numbers):
+            code.put(one, room, place * way.lanes, vector.element)
+        picked = ir.Constant(vector, ir.Undefined)
+        for lane in range(way.lanes):
+            place = code.and_(code.extract_element(whole, I32(lane)), I32(len(numbers) * way.lanes - 1))
+            one = code.get(room, code.whole(place), vector.element)
+            picked = code.insert_element(picked, one, I32(lane))
+        return picked
+    at_once, picked = 2 if way.instruction == "avx512" else 1, None  # registers, by the lower bits of indices
+    for start in range(0, len(numbers), at_once):
+        if way.instruction == "avx512":
+            operands = [numbers[start], whole, numbers[start + 1]]
+            some = code.intrinsic("llvm.x86.avx512.vpermi2var.ps.512", vector, operands)
+        else:
+            some = code.intrinsic("llvm.x86.avx2.permps", vector, [numbers[start], whole])
+        if picked is not None:
+            is_here = code.icmp_signed(">=", index, ir.Constant(index.type, [start * way.lanes] * way.lanes))
+            some = code.select(is_here, some, picked)
+        picked = some
     return picked

@@ -91,9 +91,11 @@ class _Groups:
         self._code, self._vector, self._lanes, self._checked = code, vector, vector.count, checked
         self._right, self._across, self._depth = told.pointer("panels"), told.pointer("across"), told.number("depth")
         self._indices = ir.VectorType(I32, self._lanes)
-        picks = way is not None and vector.element == ir.FloatType() and way.block == 2 * way.lanes == 2 * self._lanes
+        picks = (
+            way is not None and vector.element == ir.FloatType() and way.picks_from_pairs and way.lanes == self._lanes
+        )
         self._way: Any = way
-        self._room = code.room(vector.element, 2 * self._lanes) if picks else None
+        self._room = code.room(vector.element, max(_PAIRS) * 2 * self._lanes) if picks else None
         self._windows = [pairs * 2 * self._lanes for pairs in _PAIRS] if picks else []
         self._fewest = [self._fewest_in_row(window) for window in self._windows]
         self._within: Any = None
@@ -167,16 +169,10 @@ class _Groups:
 
     def _picked(self, window: int, _: Any) -> Any:
         """Return the numbers of the group that was found to lie in a window."""
-        code, picked, (first, places) = self._code, None, self._within
+        code, (first, places) = self._code, self._within
         source = code.place(self._right, first, self._vector.element)
-        for start in range(0, window, 2 * self._lanes):
-            two = [code.get(source, start + part, self._vector, self._vector.element) for part in (0, self._lanes)]
-            of_pair = pick(code, self._way, two, places, self._room)  # by the lower bits of places
-            if picked is not None:
-                is_here = code.icmp_unsigned(">=", places, ir.Constant(places.type, [start] * self._lanes))
-                of_pair = code.select(is_here, of_pair, picked)
-            picked = of_pair
-        return picked
+        numbers = [code.get(source, part, self._vector, self._vector.element) for part in range(0, window, self._lanes)]
+        return pick(code, self._way, numbers, places, self._room)
 
     def _loaded(self, place: Any) -> Any:
         """Return the numbers of x for the connections from ``place`` on."""

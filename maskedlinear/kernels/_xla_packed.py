@@ -16,8 +16,8 @@ from maskedlinear.kernels._permute import PROGRAM, SLOTS
 
 __all__ = ["compile_task", "handler", "target"]
 
-_VERSION = 1  # of what the handler is handed: raise it when operands, results or the layout change
-_OPERANDS, _RESULTS = 6, 1
+_VERSION = 2  # of what the handler is handed: raise it when operands, results or the layout change
+_OPERANDS, _RESULTS = 5, 1
 _tasks = (ctypes.c_int64 * (MOST_VECTORS + 1))()  # by how many vectors they multiply; 0 if not compiled yet
 
 
@@ -48,7 +48,7 @@ _called_back = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64)(_compile_missing
 
 @cache
 def handler(api: _xla.Api) -> int:
-    """Return the address of the handler. It takes x (batch, columns), and counts, starts, columns, indices and values as in
+    """Return the address of the handler. It takes x (batch, columns), and groups, columns, indices and values as in
     :class:`maskedlinear.kernels._packed.Layout`, and gives y (batch, rows).
     """
     way = _engine.host().way
@@ -65,20 +65,19 @@ def handler(api: _xla.Api) -> int:
         )
         with code.if_then(is_wrong):
             frame.refuse("a packed product of another version of maskedlinear", _xla.FAILED_PRECONDITION)
-        x, counts, starts, columns, indices, values = frame.operands(_OPERANDS)
+        x, told_of_groups, columns, indices, values = frame.operands(_OPERANDS)
         (y,) = frame.results(_RESULTS)
-        batch, depth, rows, groups = frame.size(x), frame.size(x, 1), frame.size(y, 1), frame.size(counts)
+        batch, depth, rows, groups = frame.size(x), frame.size(x, 1), frame.size(y, 1), frame.size(told_of_groups)
         steps, pieces = frame.size(indices), frame.size(columns)
 
         def equal(one: Any, other: Any) -> Any:
             return code.icmp_unsigned("==", one, code.number(other))
 
         conditions = [
-            code.less(0, batch), code.less(batch, MOST_VECTORS + 1), code.less(way.block - 1, depth), code.less(0, rows),
+            code.less(0, batch), code.less(batch, MOST_VECTORS + 1), code.less(way.window - 1, depth), code.less(0, rows),
             equal(frame.size(y), batch), equal(groups, code.over(code.sum(rows, way.lanes - 1), way.lanes)),
-            equal(frame.size(counts, 1), MOST_STEPS), equal(frame.size(starts), code.sum(groups, 1)),
-            equal(frame.size(starts, 1), 2), equal(frame.size(indices, 1), way.lanes), equal(frame.size(values), steps),
-            equal(frame.size(values, 1), way.lanes),
+            equal(frame.size(told_of_groups, 1), MOST_STEPS + 2 + way.lanes), equal(frame.size(indices, 1), way.lanes),
+            equal(frame.size(values), steps), equal(frame.size(values, 1), way.lanes),
         ]  # fmt: skip
         is_right = conditions[0]
         for condition in conditions[1:]:
@@ -89,7 +88,7 @@ def handler(api: _xla.Api) -> int:
         height = code.over(code.sum(groups, CHUNKS - 1), CHUNKS)
         told = {
             "rows": rows, "depth": depth, "height": height, "chunks": code.over(code.sum(groups, height, -1), height),
-            "pieces": pieces, "steps": steps, "counts": frame.data(counts), "starts": frame.data(starts),
+            "pieces": pieces, "steps": steps, "groups": frame.data(told_of_groups),
             "columns": frame.data(columns), "indices": frame.data(indices), "values": frame.data(values),
         }  # fmt: skip
         for place, slot in enumerate(SLOTS):
