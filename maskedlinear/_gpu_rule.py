@@ -42,6 +42,7 @@ _INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be iss
 _TILE = 128  # rows of a tile
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
+_LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
 
@@ -98,14 +99,17 @@ def _sum_bytes(product: Product) -> int:
     return max(4, product.itemsize)  # half types are added up in float32
 
 
-def instructions(way: Literal["bits", "tiles"], multiply: Multiply, batch: int) -> float:
+def instructions(way: Literal["bits", "tiles", "sampled"], multiply: Multiply, batch: int) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
-    Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most.
+    Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most. ``"sampled"``
+    is to look at a place of a tile that was multiplied, and to write it where it is live.
     """
     if way == "bits":
-        return 25 + 8 * batch if multiply == "float64" else 15.5 + 2.5 * batch
-    return {"float32": 21 + batch / 13, "tf32": 22 + batch / 36, "half": 15 + batch / 128}[multiply]
+        return 25 + 8 * batch if multiply == "float64" else 14.5 + 2 * batch
+    if way == "sampled":
+        return 14.5
+    return {"float32": max(16.5, 11.5 + batch / 7), "tf32": 21 + batch / 36, "half": 16 + batch / 128}[multiply]
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -164,13 +168,14 @@ def _seconds_by_tiles(product: Product) -> float:
     times = 1 if sampled else -(-batch // wide)
     packed, sides = weights / 4 + nnz * size, (rows + depth) * batch * size
     again = weights * batch * size / _TILE * (2 if sampled else 1)  # sides are read again by each tile
-    read = max((packed + sides) / _MEMORY, (times * packed + again) / _TILES_L2)
-    each = instructions("tiles", "half" if sampled else multiply, wide)  # nothing but places is made of a sampled tile
+    near = again if sampled else times * packed + again  # beside what is written, which the dense product does too
+    read = max((packed + sides) / _MEMORY, near / _TILES_L2)
+    each = instructions("sampled" if sampled else "tiles", multiply, wide)
     unpacked = times * weights * each / _INSTRUCTIONS
-    if ieee:  # by instructions too; a sampled product's tiles are smaller, and load more
-        return max(read, weights * batch * (1.2 if sampled else 1) / _INSTRUCTIONS + unpacked)
-    multiplied = weights * batch / (_TILE_RATE * _MULTIPLIES[multiply])
-    return max(read, multiplied + unpacked if sampled else max(multiplied, unpacked))
+    if ieee:  # by instructions too; a sampled product loads both its sides from near memory
+        return max(read, weights * batch * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked)
+    # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
+    return max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

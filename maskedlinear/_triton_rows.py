@@ -101,16 +101,16 @@ def count_ones(word):
 
 
 @triton.jit
-def places_of(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
-    """Return of a tile of rows and words which places are live, and which value stands there: (BM, BW, 32)."""
-    lane = tl.arange(0, 32)
+def places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
+    """Return of a tile of rows and words which places are live, and pointers to their values: (BM, BW, 32)."""
     there = (row < rows)[:, None] & (word < words)[None, :]
     place = row[:, None].to(tl.int64) * words + word[None, :]
     held = tl.load(bits + place, mask=there, other=0)
     first = tl.load(firsts + place, mask=there, other=0)
-    live = ((held[:, :, None] >> lane[None, None, :]) & 1) != 0
-    which = first[:, :, None] + count_ones(held[:, :, None] & ((1 << lane) - 1)[None, None, :])
-    return live, within(which, nnz, CHECKED)
+    bit = (1 << tl.arange(0, 32))[None, None, :]
+    live = (held[:, :, None] & bit) != 0
+    which = first[:, :, None] + count_ones(held[:, :, None] & (bit - 1))
+    return live, values + within(which, nnz, CHECKED)
 
 
 @triton.jit
@@ -124,8 +124,8 @@ def bits_spmm_kernel(
     total = tl.zeros((BB, BM, BW, 32), ACC)
     for begin in range(0, words, BW):
         word = begin + tl.arange(0, BW)
-        live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
-        value = tl.load(values + which, mask=live, other=0.0).to(ACC)
+        live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+        value = tl.load(where, mask=live, other=0.0).to(ACC)
         source = word[:, None] * 32 + tl.arange(0, 32)[None, :]
         numbers = tl.load(
             x + one[:, None, None].to(tl.int64) * depth + source[None, :, :],
@@ -146,14 +146,14 @@ def panel_kernel(
     """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
-    live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
+    live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
     column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
     place = panel + row[:, None, None].to(tl.int64) * depth + column[None, :, :]
     if SAMPLED:
-        tl.store(values + which, tl.load(place, mask=live, other=0.0), mask=live)
+        tl.store(where, tl.load(place, mask=live, other=0.0), mask=live)
     else:
         inside = (row < rows)[:, None, None] & (column < depth)[None, :, :]
-        tl.store(place, tl.load(values + which, mask=live, other=0.0), mask=inside)
+        tl.store(place, tl.load(where, mask=live, other=0.0), mask=inside)
 
 
 class Sizes(NamedTuple):

@@ -22,10 +22,22 @@ __all__ = ["sddmm", "spmm"]
 
 
 @triton.jit
-def _places(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr):
-    """Return of a tile of BM rows and BW words which places are live, and which value stands there: (BM, BW * 32)."""
-    live, which = places_of(bits, firsts, row, word, rows, words, nnz, CHECKED)
-    return tl.reshape(live, (BM, BW * 32)), tl.reshape(which, (BM, BW * 32))
+def _places(
+    values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
+):
+    """Return of a tile of BM rows and BW words which places are live, and pointers to their values: (BM, BW * 32)."""
+    live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+    return tl.reshape(live, (BM, BW * 32)), tl.reshape(where, (BM, BW * 32))
+
+
+@triton.jit
+def _put(
+    tile, sampled, bits, firsts, row, word, rows, words, nnz,
+    CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
+    """Write what is live of a tile of BM rows and BW words, from one on."""
+    live, where = _places(sampled, bits, firsts, row, word + tl.arange(0, BW), rows, words, nnz, CHECKED, BM, BW)
+    tl.store(where, tile, mask=live)
 
 
 @triton.jit
@@ -41,8 +53,8 @@ def tiles_spmm_kernel(
         total = tl.zeros((BW * 32, BN), tl.float32)
         for begin in range(0, rows, BM):
             row = begin + tl.arange(0, BM)
-            live, which = _places(bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-            tile = tl.trans(tl.load(values + which, mask=live, other=0.0))
+            live, where = _places(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
+            tile = tl.trans(tl.load(where, mask=live, other=0.0))
             inside = (row < rows)[:, None] & (column < batch)[None, :]
             other = tl.load(right + row[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
             if UP:
@@ -53,8 +65,9 @@ def tiles_spmm_kernel(
         row = tl.program_id(0) * BM + tl.arange(0, BM)
         total = tl.zeros((BM, BN), tl.float32)
         for begin in range(0, words, BW):
-            live, which = _places(bits, firsts, row, begin + tl.arange(0, BW), rows, words, nnz, CHECKED, BM, BW)
-            tile = tl.load(values + which, mask=live, other=0.0)
+            word = begin + tl.arange(0, BW)
+            live, where = _places(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
+            tile = tl.load(where, mask=live, other=0.0)
             source = begin * 32 + tl.arange(0, BW * 32)
             inside = (source < depth)[:, None] & (column < batch)[None, :]
             other = tl.load(right + source[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
@@ -85,9 +98,11 @@ def tiles_sddmm_kernel(
         if UP:
             one, other = one.to(tl.float32), other.to(tl.float32)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
-    word = tl.program_id(1) * BW + tl.arange(0, BW)
-    live, which = _places(bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-    tl.store(sampled + which, total, mask=live)
+    # One half after the other takes as few registers as leave room for another program, which multiplies meanwhile.
+    near, far = tl.split(tl.permute(tl.reshape(total, (BM, 2, BW * 16)), (0, 2, 1)))
+    first = tl.program_id(1) * BW
+    _put(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM, BW // 2)
+    _put(far, sampled, bits, firsts, row, first + BW // 2, rows, words, nnz, CHECKED, BM, BW // 2)
 
 
 def spmm(
@@ -128,13 +143,17 @@ def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dic
     A tile of the product is 128 high, and as wide as registers allow, so that W is unpacked for few of them.
     """
     wide = min(128 if ieee else 256, max(16, triton.next_power_of_2(batch)))
-    deep = 32 if itemsize == 4 else 64
+    deep, made = (32 if itemsize == 4 else 64), {"num_warps": 8, "num_stages": 3}
+    if (
+        ieee and wide <= 64
+    ):  # as many programs as hide what none of them waits for; of the transpose, tiles on their way
+        deep, made = (16, {"num_warps": 4, "num_stages": 3}) if transposed else (32, {"num_warps": 4, "num_stages": 1})
     tall, words = (deep, 4) if transposed else (128, deep // 32)
-    return {"BM": tall, "BN": wide, "BW": words, "num_warps": 8}
+    return {"BM": tall, "BN": wide, "BW": words, **made}
 
 
 def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:
     """Return the sizes of a program of the sampled product by tiles."""
     if ieee:
-        return {"BM": 64, "BW": 2, "BK": 16, "num_warps": 4}
-    return {"BM": 128, "BW": 4, "BK": 64 // itemsize, "num_warps": 8}
+        return {"BM": 64, "BW": 4, "BK": 16, "num_warps": 4, "num_stages": 2}
+    return {"BM": 128, "BW": 4, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}

@@ -123,7 +123,7 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 @pytest.mark.parametrize("multiply", ["float32", "tf32", "half"])
 def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply) -> None:
-    """But where float32 is multiplied by what unpacks it too, and where a sampled tile is unpacked after its product."""
+    """But where float32 is multiplied by what unpacks it too, and where smaller tiles than the dense product's are sampled."""
     by_all: tuple[Way, ...] = ("rows", "bits", "tiles", "panels")
     by_most: tuple[Way, ...] = ("rows", "tiles", "panels")
     for ways, of in ((by_all, {}), (by_most, {"transposed": True}), (by_most, {"sampled": True})):
@@ -131,11 +131,10 @@ def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: M
         found = {batch: slowest(ways, multiply, batch, **of) for batch in BATCHES}
         far = {batch: round(ratio, 2) for batch, ratio in found.items() if ratio > 1.15}
         if multiply == "float32":
-            assert far.keys() == ({32, 64, 128} if sampled else {32, 64})
-            assert max(far.values()) < 1.5
+            assert far.keys() == {32, 64}
         else:
-            assert all(sampled and 64 <= batch <= 4096 for batch in far)
-            assert max(far.values(), default=0) < 1.95
+            assert all(sampled and 256 <= batch <= 4096 for batch in far)
+        assert max(far.values(), default=0) < 1.36
 
 
 def test_a_row_that_fills_a_panel_is_not_unpacked() -> None:
