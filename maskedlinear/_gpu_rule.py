@@ -52,7 +52,8 @@ class Product(NamedTuple):
 
     ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
     W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
-    connection, to know where in a panel it is. Unless ``are_bits_kept`` with a pattern, each product forms its bits.
+    connection, to know where in a panel it is; 0 if bits say so. Unless ``are_bits_kept`` with a pattern, each product
+    forms its bits.
     """
 
     rows: int
@@ -114,23 +115,14 @@ def instructions(way: Literal["bits", "tiles", "sampled"], multiply: Multiply, b
 
 def seconds(way: Way, product: Product) -> float:
     """Return the time of a product by count; infinite where the way cannot be gone."""
-    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _ = product
+    rows, depth, nnz, batch, size, multiply, sampled, *_ = product
     weights, connections = rows * depth, nnz * (size + 4) / _MEMORY
     sides = (rows + depth) * batch * size / _MEMORY
     multiplied = weights * batch / _MULTIPLIES[multiply]
     if way == "dense":
         return max(multiplied, weights * size / _MEMORY + sides)
-    if way == "panels":  # made and read in the cache, and, once more, the sectors where connections are
-        count = panels(product)
-        if not count:
-            return float("inf")
-        full = weights * (_sum_bytes(product) if sampled else size)
-        near = _L2 if full <= count * PANEL_BYTES else _MEMORY
-        unpacked = (2 * full + min(nnz * _SECTOR, full)) / near
-        if transposed:
-            whole = rows * batch * _sum_bytes(product)
-            unpacked += 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
-        return max(multiplied, sides) + unpacked + nnz * (size + place_bytes) / _MEMORY
+    if way == "panels":
+        return _seconds_by_panels(product)
     if way in ("bits", "tiles") and not bits_bytes(rows, depth, nnz):
         return float("inf")
     if way == "tiles":
@@ -148,6 +140,28 @@ def seconds(way: Way, product: Product) -> float:
     if way == "gathered":  # read once, and added to or, sampled, read from, another place
         return gathered * (2 if sampled else 3) / _L2 + connections + nnz * 4 / _MEMORY + sides
     return gathered * _CUSPARSE * (2 if sampled else 1) / _L2 + connections + sides
+
+
+def _seconds_by_panels(product: Product) -> float:
+    """Return the time of a product whose panels are made and read in the cache: unpacked or sampled, and multiplied."""
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _ = product
+    weights, count = rows * depth, panels(product)
+    if not count:
+        return float("inf")
+    full = weights * (_sum_bytes(product) if sampled else size)
+    near = _L2 if full <= count * PANEL_BYTES else _MEMORY
+    sectors, values = min(nnz * _SECTOR, full), nnz * size / _MEMORY
+    if place_bytes:  # zeros in one step, places in another, and then what is at them
+        unpacked = (sectors if sampled else full + sectors) / near + values + nnz * place_bytes / _MEMORY
+    else:  # in one step
+        issued = weights * instructions("sampled", multiply, batch) / _INSTRUCTIONS
+        unpacked = max((sectors if sampled else full) / near, values + weights / 4 / _MEMORY, issued)
+    added = 0.0
+    if transposed:  # each panel but the first adds to the whole product
+        whole = rows * batch * _sum_bytes(product)
+        added = 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
+    sides, multiplied = (rows + depth) * batch * size / _MEMORY, weights * batch / _MULTIPLIES[multiply]
+    return unpacked + max(multiplied, sides, full / near + added)
 
 
 def _seconds_of_bits(product: Product) -> float:

@@ -69,9 +69,8 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
 
 def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:
     nnz, is_transposed = csr.across.numel(), csr.order is not None
-    of_bits = _gpu_rule.bits_bytes(rows, depth, nnz)
-    known = of_bits and has_triton(right) and max(rows, depth) <= _WIDEST
-    place_bytes = min(of_bits, _PLACE_BYTES) if known else _PLACE_BYTES
+    by_bits = _gpu_rule.bits_bytes(rows, depth, nnz) and has_triton(right) and max(rows, depth) <= _WIDEST
+    place_bytes = 0 if by_bits else _PLACE_BYTES
     return Product(
         rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), sampled, is_transposed, place_bytes
     )
@@ -96,7 +95,7 @@ def _way(product: Product, operands: tuple[Tensor, Tensor]) -> Way:
     if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
         ways += ["rows", "tiles"] if product.transposed else ["rows", "bits", "tiles"]
     # A graph that is captured cannot ask the device where panels begin.
-    asks = _gpu_rule.panels(product) > 1 and product.place_bytes == _PLACE_BYTES
+    asks = _gpu_rule.panels(product) > 1 and product.place_bytes
     if not (asks and operands[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         ways += ["panels"]
     return _gpu_rule.choose(ways, product)
@@ -157,7 +156,7 @@ def _panels(csr: CSR, columns: int, product: Product) -> Iterator[tuple[int, int
     rows = len(csr.starts) - 1
     height = -(-rows // max(1, _gpu_rule.panels(product)))
     firsts = range(0, rows, height)
-    if product.place_bytes < _PLACE_BYTES:  # by bits, which take less
+    if not product.place_bytes:
         yield from ((first, min(first + height, rows), None) for first in firsts)
         return
     if len(firsts) == 1:  # nothing to ask the device for
