@@ -8,13 +8,16 @@ launches of kernels are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Literal, NamedTuple
 
 __all__ = [
+    "AT_ONCE",
     "LARGEST_BITS_BATCH",
     "LARGEST_PANEL",
     "PANEL_BYTES",
+    "ROUND",
     "Multiply",
     "Product",
     "Way",
@@ -42,6 +45,8 @@ _INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be iss
 _TILE = 128  # rows of a tile
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
+AT_ONCE = 4  # connections that a word looks at together when bits are formed,
+ROUND = 48  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
@@ -165,11 +170,18 @@ def _seconds_by_panels(product: Product) -> float:
 
 
 def _seconds_of_bits(product: Product) -> float:
-    """Return the time in which bits are formed: rows and indices are read, each adds a bit to a word, and words are read."""
+    """Return the time in which bits are formed: indices are read, and bits and numbers written, of words side by side.
+
+    The first connection of each word is searched for in its row, and then some at a time are looked at, as many as the
+    fullest word has of those that a program forms: three standard deviations more than words have on average.
+    """
     if product.are_bits_kept:
         return 0.0
-    words = product.rows * product.depth / 4  # bytes, of bits and of the numbers beside them
-    return product.nnz * 8 / _MEMORY + min(product.nnz * _SECTOR, 4 * words) / _L2 + words / _MEMORY
+    places = product.rows * product.depth
+    average = 32 * product.nnz / places
+    rounds = min(32 / AT_ONCE, 1 + (average + 3 * math.sqrt(average)) / AT_ONCE)
+    issued = places / 32 * (160 + ROUND * rounds)
+    return max((product.nnz * 4 + places / 4) / _MEMORY, issued / _INSTRUCTIONS)
 
 
 def _seconds_by_tiles(product: Product) -> float:

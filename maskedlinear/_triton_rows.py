@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import words_of
+from maskedlinear._gpu_rule import AT_ONCE, words_of
 
-__all__ = ["Launch", "Sizes", "bits_spmm", "panel", "places_of", "rows_sddmm", "rows_spmm"]
+__all__ = ["Launch", "Sizes", "bits_spmm", "form_bits", "panel", "places_of", "rows_sddmm", "rows_spmm"]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
@@ -98,6 +98,34 @@ def count_ones(word):
     word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
     word = (word + (word >> 4)) & 0x0F0F0F0F
     return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def form_bits_kernel(
+    starts, across, bits, firsts, words, nnz, CHECKED: tl.constexpr, BW: tl.constexpr, AT_ONCE: tl.constexpr
+):
+    """BW words of a row, and where the connections of each begin, which is searched for among those of the row."""
+    row = tl.program_id(0)
+    word = tl.program_id(1) * BW + tl.arange(0, BW)
+    begin, end = row_ends(starts, row, nnz, CHECKED)
+    first, among = begin + tl.zeros((BW,), tl.int32), end - begin
+    while among > 0:  # of so many from ``first`` on one may be the first of a word
+        half = (among + 1) >> 1
+        below = tl.load(across + first + (half - 1)) < word * 32
+        first = tl.where(below, first + half, first)
+        among -= half
+    held, source, left, round_ = tl.zeros((BW,), tl.int32), across + first, end - first, 0
+    while round_ < 32 // AT_ONCE:  # a word has no more than 32
+        for ahead in tl.static_range(AT_ONCE):
+            index = tl.load(source + ahead, mask=ahead < left)
+            mine = (ahead < left) & ((index >> 5) == word)
+            held |= tl.where(mine, 1 << (index & 31), 0)
+        source += AT_ONCE
+        left -= AT_ONCE
+        round_ = tl.where(tl.max(mine.to(tl.int32), 0) > 0, round_ + 1, 32)  # as long as some word may have more
+    place = row.to(tl.int64) * words + word
+    tl.store(bits + place, held, mask=word < words)
+    tl.store(firsts + place, first, mask=word < words)
 
 
 @triton.jit
@@ -205,6 +233,24 @@ def bits_spmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
     options = bits_options(sizes.batch, itemsize)
     told = {**sizes._asdict(), "words": words_of(sizes.depth), "CHECKED": checked, "ACC": _sums(itemsize)}
     return Launch(bits_spmm_kernel, (triton.cdiv(sizes.rows, options["BM"]),), told | options)
+
+
+def form_bits(rows: int, depth: int, nnz: int, *, checked: bool) -> Launch:
+    """Return what forms a pattern's bits: where it has connections, a bit each, and which one is the first of each word.
+
+    Pointers: starts, across, and bits and firsts, int32, shape (rows, words of depth).
+    """
+    words = words_of(depth)
+    wide = min(256, max(32, triton.next_power_of_2(words)))
+    told = {
+        "words": words,
+        "nnz": nnz,
+        "CHECKED": checked,
+        "BW": wide,
+        "AT_ONCE": AT_ONCE,
+        "num_warps": max(1, wide // 64),
+    }
+    return Launch(form_bits_kernel, (rows, triton.cdiv(words, wide)), told)
 
 
 def panel(rows: int, depth: int, nnz: int, *, sampled: bool) -> Launch:

@@ -28,8 +28,8 @@ from maskedlinear.jax import pack, sparse_linear, stack_patterns
 
 called = []
 
-def call(launch, shape, dtype, *pointers):
-    "Run the kernel as jax_triton does: pointers, the result's, and all else by name."
+def call(launch, made, *pointers):
+    "Run the kernel as jax_triton does: pointers, those of the results, and all else by name."
     def run(*arrays):
         halves = [array.dtype == jnp.bfloat16 for array in arrays]
         tensors = [
@@ -37,12 +37,15 @@ def call(launch, shape, dtype, *pointers):
         ]
         tensors = [tensor.view(torch.bfloat16) if half else tensor for tensor, half in zip(tensors, halves)]
         # What no program writes stays so.
-        product = torch.full(shape, torch.nan, dtype=getattr(torch, str(wide(dtype))))
+        results = [
+            torch.full(one.shape, torch.nan if one.dtype.kind == "f" else -1, dtype=getattr(torch, str(one.dtype)))
+            for one in jax.tree.leaves(made)
+        ]
         told = launch.told | ({"UP": True} if "UP" in launch.told else {})
-        launch.kernel[launch.grid](*tensors, product, **told)
-        return product.numpy()
+        launch.kernel[launch.grid](*tensors, *results, **told)
+        return jax.tree.unflatten(jax.tree.structure(made), [result.numpy() for result in results])
     called.append(launch.kernel.__name__)
-    return jax.pure_callback(run, jax.ShapeDtypeStruct(shape, wide(dtype)), *pointers)
+    return jax.pure_callback(run, made, *pointers)
 
 _triton_products._call = call
 _triton_products._capability = lambda: 90
@@ -72,10 +75,25 @@ for dtype, batch, depth in TYPES:
         turned = jax.jit(lambda v, g, p: _gpu_products.spmm(v, g, p, transposed=True))(values, left, pattern)
         sampled = jax.jit(lambda g, x, p: _gpu_products.sddmm(g, x, p))(left, right, pattern)
         others = "rows" if wanted == "bits" else wanted
-        assert called == [f"{wanted}_spmm_kernel", f"{others}_spmm_kernel", f"{others}_sddmm_kernel"], called
+        names = [f"{wanted}_spmm_kernel", f"{others}_spmm_kernel", f"{others}_sddmm_kernel"]
+        forms = [name for name in called if name == "form_bits_kernel"]
+        assert len(forms) == {"rows": 0, "bits": 1, "tiles": 3}[wanted]
+        assert [name for name in called if name not in forms] == names, called
         for one, other in ((product, matrix @ x), (turned, matrix.T @ g), (sampled, (g @ x.T)[mask])):
             assert one.dtype == wide(dtype)
             np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-12 if dtype == jnp.float64 else 1e-4)
+
+# Bits and the first of each word, of rows of any length, as NumPy counts them; of wrong indices within what is given.
+for shape, live in (((7, 70), 0.5), ((3, 4000), 0.02), ((2, 33), 1.0), ((4, 64), 0.0), ((1, 9000), 0.9)):
+    mask_ = rng.random(shape) < live
+    pattern = DevicePattern.of(SparsityPattern.from_mask(mask_))
+    bits, firsts = (np.asarray(one) for one in _triton_products.bits_of(pattern))
+    words = -(-shape[1] // 32)
+    filled = np.zeros((shape[0], words * 32), bool)
+    filled[:, : shape[1]] = mask_
+    np.testing.assert_array_equal(bits, np.packbits(filled, axis=1, bitorder="little").view(np.int32))
+    counts = filled.reshape(-1, 32).sum(1)
+    np.testing.assert_array_equal(firsts.ravel(), np.cumsum(counts) - counts)
 
 # Patterns that are mapped over: one by one where W is unpacked, else all in one.
 masks_ = [masks.random((4, 40), sparsity=0.5, seed=seed) for seed in range(2)]

@@ -191,6 +191,9 @@ for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("f
         multiply = "float64" if dtype == "fp64" else "float32"
         expected = _gpu_rule.instructions("bits", multiply, batch)
         compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)
+form = kernels.form_bits(4096, 8192, 1 << 22, checked=True).told
+form = {name: form[name] for name in ("BW", "AT_ONCE", "num_warps")}
+compiled(kernels.form_bits_kernel, "fp32", form, _gpu_rule.ROUND, form["BW"])
 PANELS = ("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True)
 for dtype, sampled in PANELS[: 5 if EVERY else 2]:
     compiled(kernels.panel_kernel, dtype, kernels.PANEL_OPTIONS | {"SAMPLED": sampled})
@@ -210,14 +213,20 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
 
 # Registers of a thread and bytes of a program, at most: five programs by rows, three by bits, two of float64, one by tiles
 # fit a multiprocessor.
-LIMITS = {"rows": (96, 8 << 10), "bits": (144, 8 << 10), "tiles": (232, 132 << 10), "panel": (64, 8 << 10)}
+LIMITS = {
+    "rows": (96, 8 << 10),
+    "bits": (144, 8 << 10),
+    "form": (48, 4 << 10),
+    "tiles": (232, 132 << 10),
+    "panel": (64, 8 << 10),
+}
 FLOAT64 = 208
 
 
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
     lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
-    assert len(lines) == (52 if every else 13)
+    assert len(lines) == (53 if every else 14)
     for line in lines:
         name, products, dtype, precision, shared, status, said, issued = json.loads(line)
         assert status == 0, said
@@ -231,7 +240,12 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
         assert shared <= most[1], (name, dtype, shared)
         by_tensor_cores = kind == "tiles" and (dtype == "bf16" or precision == "tf32")
         assert bool(products) == by_tensor_cores, (name, dtype, precision)
-        counted = {"tiles_sddmm_kernel": 2 - by_tensor_cores, "tiles_spmm_kernel": 1, "bits_spmm_kernel": 1}
+        counted = {
+            "tiles_sddmm_kernel": 2 - by_tensor_cores,
+            "tiles_spmm_kernel": 1,
+            "bits_spmm_kernel": 1,
+            "form_bits_kernel": 1,
+        }
         assert len(issued) == counted.get(name, 0)
         for found, expected in issued:
             assert found <= 1.03 * expected, (name, dtype, precision, found, expected)

@@ -54,7 +54,7 @@ def rows_spmm(values: Array, right: Array, starts: Array, across: Array, order: 
     sizes = _triton_rows.Sizes(starts.shape[0] - 1, right.shape[0], values.size, right.shape[1])
     launch = _triton_rows.rows_spmm(sizes, right.dtype.itemsize, ordered=order is not None, checked=True)
     pointers = (values, right, starts, across, across if order is None else order)
-    return _call(launch, (sizes.rows, sizes.batch), right.dtype, *pointers)
+    return _product(launch, (sizes.rows, sizes.batch), right.dtype, *pointers)
 
 
 def rows_sddmm(left: Array, right: Array, pattern: Any) -> Array:
@@ -62,7 +62,7 @@ def rows_sddmm(left: Array, right: Array, pattern: Any) -> Array:
     from maskedlinear import _triton_rows
 
     launch = _triton_rows.rows_sddmm(_sizes(pattern, right), right.dtype.itemsize, checked=True)
-    return _call(launch, pattern.indices.shape, right.dtype, left, right, pattern.indptr, pattern.indices)
+    return _product(launch, pattern.indices.shape, right.dtype, left, right, pattern.indptr, pattern.indices)
 
 
 def bits_spmm(values: Array, right: Array, pattern: Any, bits: Bits) -> Array:
@@ -71,7 +71,7 @@ def bits_spmm(values: Array, right: Array, pattern: Any, bits: Bits) -> Array:
 
     sizes = _sizes(pattern, right)
     launch = _triton_rows.bits_spmm(sizes, right.dtype.itemsize, checked=True)
-    return _call(launch, (sizes.rows, sizes.batch), right.dtype, values, right.T, *bits)
+    return _product(launch, (sizes.rows, sizes.batch), right.dtype, values, right.T, *bits)
 
 
 def tiles_spmm(values: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply, *, transposed: bool) -> Array:
@@ -80,7 +80,7 @@ def tiles_spmm(values: Array, right: Array, pattern: Any, bits: Bits, multiply: 
 
     sizes = _sizes(pattern, right)
     launch = _triton_tiles.spmm(sizes, right.dtype.itemsize, multiply, transposed=transposed, checked=True)
-    return _call(launch, (sizes.depth if transposed else sizes.rows, sizes.batch), right.dtype, values, right, *bits)
+    return _product(launch, (sizes.depth if transposed else sizes.rows, sizes.batch), right.dtype, values, right, *bits)
 
 
 def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply) -> Array:
@@ -88,7 +88,7 @@ def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: M
     from maskedlinear import _triton_tiles
 
     launch = _triton_tiles.sddmm(_sizes(pattern, right), right.dtype.itemsize, multiply, checked=True)
-    return _call(launch, pattern.indices.shape, right.dtype, left, right, *bits)
+    return _product(launch, pattern.indices.shape, right.dtype, left, right, *bits)
 
 
 def bits_of(pattern: Any) -> Bits:
@@ -97,15 +97,12 @@ def bits_of(pattern: Any) -> Bits:
     They are formed in each program, so that no pattern is kept twice, or out of date: once for all products of a step, which
     XLA finds to be of the same bits, but in each step of a loop, and again for what ``jax.checkpoint`` computes anew.
     """
+    from maskedlinear import _triton_rows
+
     rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
-    words = words_of(depth)
-    inside = (pattern.indices >= 0) & (pattern.indices < depth)
-    place = jnp.where(inside, pattern.rows * words + (pattern.indices >> 5), rows * words)
-    bit = jnp.left_shift(jnp.uint32(1), (pattern.indices & 31).astype(jnp.uint32))
-    bits = jnp.zeros(rows * words, jnp.uint32).at[place].add(bit, mode="drop").reshape(rows, words)
-    counts = jax.lax.population_count(bits).astype(jnp.int32)
-    firsts = pattern.indptr[:-1, None] + jnp.cumsum(counts, 1) - counts
-    return jax.lax.bitcast_convert_type(bits, jnp.int32), firsts
+    launch = _triton_rows.form_bits(rows, depth, pattern.indices.size, checked=True)
+    words = jax.ShapeDtypeStruct((rows, words_of(depth)), jnp.int32)
+    return _call(launch, (words, words), pattern.indptr, pattern.indices)
 
 
 def _sizes(pattern: Any, right: Array) -> Any:
@@ -115,14 +112,19 @@ def _sizes(pattern: Any, right: Array) -> Any:
     return Sizes(rows, depth, pattern.indices.size, right.shape[1])
 
 
-def _call(launch: Any, shape: tuple[int, ...], dtype: Any, *pointers: Array) -> Array:
-    """Return the result of a kernel, of a shape, for operands of ``dtype``."""
+def _product(launch: Any, shape: tuple[int, ...], dtype: Any, *pointers: Array) -> Array:
+    """Return the product that a kernel writes, of a shape, for operands of ``dtype``."""
+    return _call(launch, jax.ShapeDtypeStruct(shape, wide(dtype)), *pointers)
+
+
+def _call(launch: Any, made: Any, *pointers: Array) -> Any:
+    """Return what a kernel makes, of the shapes and dtypes of ``made``."""
     import jax_triton
 
     return jax_triton.triton_call(
         *pointers,
         kernel=launch.kernel,
-        out_shape=jax.ShapeDtypeStruct(shape, wide(dtype)),
+        out_shape=made,
         grid=launch.grid,
         compute_capability=_capability(),
         **launch.told,

@@ -101,14 +101,10 @@ def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
     version = None if csr.across.is_inference() else csr.across._version
     if kept is not None and version is not None and kept[0] == version and kept[1] is csr.starts:
         return kept[2]  # type: ignore[no-any-return]
-    rows, words = len(csr.starts) - 1, words_of(depth)
+    rows = len(csr.starts) - 1
     with torch.inference_mode(False), torch.no_grad():  # they outlive the call
-        row = torch.repeat_interleave(csr.starts.diff().long(), output_size=csr.across.numel())
-        bit = torch.bitwise_left_shift(torch.ones_like(csr.across), csr.across & 31)
-        word, empty = row * words + (csr.across >> 5), csr.across.new_zeros(rows * words)
-        counts = empty.index_add(0, word, torch.ones_like(csr.across))
-        firsts = (counts.cumsum(0, dtype=torch.int32) - counts).view(rows, words)
-        made = empty.index_add(0, word, bit).view(rows, words), firsts
+        made = csr.across.new_empty(rows, words_of(depth)), csr.across.new_empty(rows, words_of(depth))
+        _run(_triton_rows.form_bits(rows, depth, csr.across.numel(), checked=False), csr.starts, csr.across, *made)
     if not (
         csr.across.is_cuda and torch.cuda.is_current_stream_capturing()
     ):  # captured, they are not there before a replay
