@@ -57,8 +57,8 @@ class Product(NamedTuple):
 
     ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
     W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
-    connection, to know where in a panel it is; 0 if bits say so. Unless ``are_bits_kept`` with a pattern, each product
-    forms its bits.
+    connection, to know where in a panel it is; 0 if bits say so. ``forms_bits`` is the part of forming a
+    pattern's bits that the product is charged with, if it goes by them: 0 where they are kept.
     """
 
     rows: int
@@ -70,7 +70,7 @@ class Product(NamedTuple):
     sampled: bool = False
     transposed: bool = False
     place_bytes: int = 8
-    are_bits_kept: bool = True
+    forms_bits: float = 0.0
 
 
 def panels(product: Product) -> int:
@@ -175,13 +175,13 @@ def _seconds_of_bits(product: Product) -> float:
     The first connection of each word is searched for in its row, and then some at a time are looked at, as many as the
     fullest word has of those that a program forms: three standard deviations more than words have on average.
     """
-    if product.are_bits_kept:
+    if not product.forms_bits:
         return 0.0
     places = product.rows * product.depth
     average = 32 * product.nnz / places
     rounds = min(32 / AT_ONCE, 1 + (average + 3 * math.sqrt(average)) / AT_ONCE)
     issued = places / 32 * (160 + ROUND * rounds)
-    return max((product.nnz * 4 + places / 4) / _MEMORY, issued / _INSTRUCTIONS)
+    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _INSTRUCTIONS)
 
 
 def _seconds_by_tiles(product: Product) -> float:

@@ -156,7 +156,8 @@ def cells(
             if of["torch"]:
                 bits = _gpu_rule.bits_bytes(*product[:3]) if of["triton"] else 0
                 product = product._replace(place_bytes=0 if bits else _gpu_products._PLACE_BYTES)
-            product = product._replace(are_bits_kept=of["kept"])
+            if not of["kept"]:
+                product = product._replace(forms_bits=0.5 if kind else 1.0)
             ways: list[Way] = ["cusparse", "panels"] if of["torch"] else ["gathered", "panels"]
             if of["triton"]:
                 ways += ["rows", "tiles"] if kind else ["rows", "bits", "tiles"]

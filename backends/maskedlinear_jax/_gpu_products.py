@@ -44,9 +44,11 @@ def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool
     return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
 
 
-def _way(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Way:
-    """Return how a product is formed."""
-    product = _product(rows, depth, nnz, batch, dtype, **({"are_bits_kept": False} | of))
+def _way(rows: int, depth: int, nnz: int, batch: int, dtype: Any, are_bits_known: bool = False, **of: bool) -> Way:
+    """Return how a product is formed: the two of a backward pass share the pattern's bits, unless they are known."""
+    product = _product(rows, depth, nnz, batch, dtype, **of)
+    if not are_bits_known:
+        product = product._replace(forms_bits=0.5 if product.transposed or product.sampled else 1.0)
     ways: list[Way] = ["gathered", "panels"]
     if _triton_products.are_used(rows, depth, batch):
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
@@ -84,7 +86,7 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool, bits: B
             f"the arrays of a packed product do not belong together: bits must have shape {shape} for W "
             f"of shape {(count, depth)}; got {[one.shape for one in bits]}: pack values and pattern again"
         )
-    way = _way(count, depth, values.size, batch, right.dtype, transposed=transposed, are_bits_kept=bits is not None)
+    way = _way(count, depth, values.size, batch, right.dtype, bits is not None, transposed=transposed)
     if way == "panels":
         return spmm_in_panels(values, right, pattern, transposed=transposed)
     if way == "rows":
