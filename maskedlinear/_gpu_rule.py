@@ -98,7 +98,7 @@ def bits_bytes(rows: int, depth: int, nnz: int) -> int:
 
     0 if there are none, since they would take more than 32.
     """
-    return 0 if nnz * 128 < rows * depth else max(1, rows * depth // (4 * nnz))
+    return 0 if not nnz or nnz * 128 < rows * depth else max(1, rows * depth // (4 * nnz))
 
 
 def _sum_bytes(product: Product) -> int:

@@ -35,7 +35,7 @@ def _put(
     tile, sampled, bits, firsts, row, word, rows, words, nnz,
     CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Write what is live of a tile of BM rows and BW words, from one on."""
+    """Write what is live of a tile of BM rows and BW words from ``word`` on."""
     live, where = _places(sampled, bits, firsts, row, word + tl.arange(0, BW), rows, words, nnz, CHECKED, BM, BW)
     tl.store(where, tile, mask=live)
 
@@ -144,9 +144,8 @@ def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dic
     """
     wide = min(128 if ieee else 256, max(16, triton.next_power_of_2(batch)))
     deep, made = (32 if itemsize == 4 else 64), {"num_warps": 8, "num_stages": 3}
-    if (
-        ieee and wide <= 64
-    ):  # as many programs as hide what none of them waits for; of the transpose, tiles on their way
+    if ieee and wide <= 64:
+        # Five programs hide what each of them waits for; of the transpose, tiles on their way, which takes fewer registers.
         deep, made = (16, {"num_warps": 4, "num_stages": 3}) if transposed else (32, {"num_warps": 4, "num_stages": 1})
     tall, words = (deep, 4) if transposed else (128, deep // 32)
     return {"BM": tall, "BN": wide, "BW": words, **made}

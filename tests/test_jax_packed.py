@@ -92,6 +92,43 @@ def test_whatever_the_arrays_hold_no_other_memory_is_touched():
     np.testing.assert_array_equal(run(x, packed), whole)
 
 
+@needs_packing
+def test_rows_that_no_group_names_are_zero():
+    packed, x = pack(*problem()), numbers(3, IN)
+    none = jnp.full_like(packed.layout[0], -1)
+    y = jax.jit(apply)(x, dataclasses.replace(packed, layout=(none, *packed.layout[1:])))
+    np.testing.assert_array_equal(y, np.zeros((3, OUT)))
+
+
+@pytest.mark.usefixtures("strict_jax")
+def test_a_tree_that_was_cast_goes_by_rows():
+    values, pattern = problem()
+    packed = pack(values, pattern)
+    for dtype in (jnp.bfloat16, jnp.float16, jnp.float64):
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype) if leaf.dtype == jnp.float32 else leaf, packed)  # noqa: B023
+        x = numbers(2, IN).astype(dtype)
+        assert not is_called(x, cast)
+        found = jax.jit(apply)(x, cast)
+        assert found.dtype == dtype
+        np.testing.assert_array_equal(found, sparse_linear(x, cast.values, pattern))
+    x = numbers(2, IN)
+    for place, dtype in enumerate((jnp.int8, jnp.int64, jnp.int32, jnp.bfloat16)[: len(packed.layout)]):
+        layout = list(packed.layout)
+        layout[place] = layout[place].astype(dtype)
+        other = dataclasses.replace(packed, layout=tuple(layout))
+        assert not is_called(x, other)
+        np.testing.assert_allclose(jax.jit(apply)(x, other), apply(x, packed), rtol=1e-5, atol=1e-5)
+
+
+@needs_packing
+def test_what_another_version_packed_is_an_error():
+    packed = pack(*problem())
+    with pytest.raises(
+        ValueError, match=r"4 arrays in their layout; got 5, of another version.*pack values and pattern again"
+    ):
+        apply(numbers(1, IN), dataclasses.replace(packed, layout=(*packed.layout, packed.layout[0])))
+
+
 def test_other_dtypes_go_by_rows():
     half = apply(numbers(1, IN).astype(jnp.bfloat16), pack(*problem()))
     assert half.dtype == jnp.float32

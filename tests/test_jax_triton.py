@@ -83,7 +83,7 @@ for dtype, batch, depth in TYPES:
             assert one.dtype == wide(dtype)
             np.testing.assert_allclose(np.asarray(one, np.float64), other, atol=1e-12 if dtype == jnp.float64 else 1e-4)
 
-# Bits and the first of each word, of rows of any length, as NumPy counts them; of wrong indices within what is given.
+# Bits and the first of each word, of rows of any length, as NumPy counts them.
 for shape, live in (((7, 70), 0.5), ((3, 4000), 0.02), ((2, 33), 1.0), ((4, 64), 0.0), ((1, 9000), 0.9)):
     mask_ = rng.random(shape) < live
     pattern = DevicePattern.of(SparsityPattern.from_mask(mask_))
@@ -94,6 +94,12 @@ for shape, live in (((7, 70), 0.5), ((3, 4000), 0.02), ((2, 33), 1.0), ((4, 64),
     np.testing.assert_array_equal(bits, np.packbits(filled, axis=1, bitorder="little").view(np.int32))
     counts = filled.reshape(-1, 32).sum(1)
     np.testing.assert_array_equal(firsts.ravel(), np.cumsum(counts) - counts)
+
+# Of wrong rows and indices, numbers of values that are there.
+for starts, across in (([0, 3, 1 << 30], [-5, 7, 1 << 30, 0, 39, 40]), ([-7, 9, 2], [9] * 6), ([4, 1, 6], [-1] * 6)):
+    wrong = pattern._replace(indptr=jnp.asarray(starts, jnp.int32), indices=jnp.asarray(across, jnp.int32))
+    firsts = np.asarray(_triton_products.bits_of(wrong._replace(starts=jnp.zeros(71, jnp.int32)))[1])
+    assert firsts.shape == (2, 3) and (firsts >= 0).all() and (firsts <= 6).all()
 
 # Patterns that are mapped over: one by one where W is unpacked, else all in one.
 masks_ = [masks.random((4, 40), sparsity=0.5, seed=seed) for seed in range(2)]
@@ -110,7 +116,7 @@ for wanted in ("rows", "bits"):
 
 # Packed for a GPU: bits are kept, values may be of half types.
 assert pack(jnp.ones(int(mask.sum()), jnp.float32), SparsityPattern.from_mask(mask)).kind != "bits"  # they lie on the CPU
-_packed._is_on_gpu = lambda values: True
+_packed._gpu_of = lambda values: jax.devices()[0]
 sparse = SparsityPattern.from_mask(mask)
 for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
     values, x = jnp.asarray(rng.standard_normal(sparse.nnz), dtype), jnp.asarray(rng.standard_normal((*batch, 70)), dtype)

@@ -137,6 +137,10 @@ def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: M
         assert max(far.values(), default=0) < 1.36
 
 
+def test_a_pattern_of_no_size_has_no_bits() -> None:
+    assert _gpu_rule.bits_bytes(0, 5, 0) == _gpu_rule.bits_bytes(5, 0, 0) == 0
+
+
 def test_a_row_that_fills_a_panel_is_not_unpacked() -> None:
     wide = Product(10, 1 << 24, 1 << 20, 4096, 4, "float32")
     assert choose(("gathered", "panels"), wide) == "gathered"

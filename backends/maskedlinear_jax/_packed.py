@@ -35,6 +35,8 @@ __all__ = ["PackedWeights", "pack", "packed_product", "without_gradient"]
 
 _BITS = "bits"  # the way of packing for GPUs: a bit for each place of W
 _HALF_TYPES = ("bfloat16", "float16")
+_DTYPES = {_BITS: ("int32", "int32")}  # of a layout's arrays,
+_CPU_DTYPES = ("int32", "int32", "uint8", "float32")  # and of those for CPUs
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
             "pack takes arrays with values, not traced ones: it is a step of its own, outside of jit and grad"
         )
     numbers = np.asarray(values)
-    by_bits = _is_on_gpu(values) and _triton_products.are_used(*pattern.shape)
+    gpu = _gpu_of(values)
+    by_bits = gpu is not None and _triton_products.are_used(*pattern.shape)
     if numbers.dtype != np.float32 and not (by_bits and numbers.dtype.name in _HALF_TYPES):
         raise TypeError(f"packed values are float32; got {numbers.dtype}: convert them with .astype(jnp.float32)")
     if pattern.indices.ndim != 1 or numbers.shape != (pattern.nnz,):
@@ -112,7 +115,8 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     kind = ""
     if by_bits:
         if bits_bytes(*own.shape, own.nnz):
-            kind, layout = _BITS, _triton_products.bits_of(DevicePattern.of(own))
+            with jax.default_device(gpu):
+                kind, layout = _BITS, tuple(_triton_products.bits_of(DevicePattern.of(own)))
     elif kernels.is_available():
         from maskedlinear.kernels import _engine, _packing
 
@@ -123,15 +127,23 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     return jax.tree.map(jnp.array, PackedWeights(numbers, own, layout, kind))
 
 
-def _is_on_gpu(values: ArrayLike) -> bool:
-    """Whether values lie on a GPU, or, of NumPy's, JAX would put them there."""
-    return all(device.platform == "gpu" for device in jnp.asarray(values).devices())
+def _gpu_of(values: ArrayLike) -> Any:
+    """Return the GPU that values lie on, or, of NumPy's, that JAX would put them on; ``None`` if that is none."""
+    device = min(jnp.asarray(values).devices(), key=lambda device: device.id)
+    return device if device.platform == "gpu" else None
 
 
 def packed_product(x: Array, packed: PackedWeights) -> Array:
     """Return x · Wᵀ, shape ``(*batch, out)`` for x ``(*batch, in)`` of the values' dtype."""
     pattern = DevicePattern.of(packed.pattern)
-    if _packed_p is None or not packed.kind:
+    dtypes, wanted = tuple(array.dtype.name for array in packed.layout), _DTYPES.get(packed.kind, _CPU_DTYPES)
+    if packed.kind and len(dtypes) != len(wanted):
+        raise ValueError(
+            f"packed weights have {len(wanted)} arrays in their layout; got {len(dtypes)}, of another version of "
+            "maskedlinear: pack values and pattern again"
+        )
+    fits = dtypes == wanted and (packed.kind == _BITS or x.dtype == jnp.float32)  # a tree may have been cast
+    if _packed_p is None or not packed.kind or not fits:
         return multiplied(without_gradient(packed.values), x, pattern)
     return _bound(packed.kind, packed.values, x, *pattern, *packed.layout)
 

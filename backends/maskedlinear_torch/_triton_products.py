@@ -105,9 +105,8 @@ def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
     with torch.inference_mode(False), torch.no_grad():  # they outlive the call
         made = csr.across.new_empty(rows, words_of(depth)), csr.across.new_empty(rows, words_of(depth))
         _run(_triton_rows.form_bits(rows, depth, csr.across.numel(), checked=False), csr.starts, csr.across, *made)
-    if not (
-        csr.across.is_cuda and torch.cuda.is_current_stream_capturing()
-    ):  # captured, they are not there before a replay
+    # Captured, they are not there before a replay.
+    if not (csr.across.is_cuda and torch.cuda.is_current_stream_capturing()):
         csr.across._masked_bits = (version, csr.starts, made)
     return made
 

@@ -53,7 +53,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, pattern: SparsityPattern, lanes: int, window: int, most_steps: int = _MOST) -> Self | None:
-        """Return the layout of a pattern that has at least ``window`` columns; ``None`` beyond so many steps."""
+        """Return the layout of a pattern that has at least ``window`` columns, and a connection.
+
+        ``None`` if it would have more than ``most_steps``.
+        """
         out = pattern.shape[0]
         rows = np.argsort(-np.diff(pattern.indptr), kind="stable")  # of each lane
         lane = np.empty(out, np.int64)
@@ -113,7 +116,7 @@ def _schedule(
     out, in_ = pattern.shape
     places, lanes_in_all = -(-in_ // lanes), -(-out // lanes) * lanes
     # Cells: what a lane has in the columns that the window leaves at once, place by place.
-    cell = pattern.indices // lanes * np.int64(lanes_in_all) + lane[pattern.rows]
+    cell = pattern.indices.astype(np.int64) // lanes * lanes_in_all + lane[pattern.rows]
     first = np.flatnonzero(np.diff(cell, prepend=-1))
     order = np.argsort(cell[first])
     cell, size = cell[first][order], np.diff(first, append=pattern.nnz)[order]

@@ -66,7 +66,8 @@ def permute_task(module: ir.Module, name: str, way: Way, batch: int = 1, *, chec
     """Emit the task that multiplies a chunk of a float32 matrix' groups of rows with ``batch`` vectors at once.
 
     x has the shape ``(batch, columns)`` and y ``(batch, rows)``. Each sum is formed in the same order, whatever the batch.
-    ``checked``, it reads no memory but that of x and the matrix, whatever the arrays of the layout hold.
+    ``checked``, it reads no memory but that of x and the matrix, and writes none but that of y, whatever the arrays of the
+    layout hold; their dtypes and sizes are for its caller to check. Which rows of y it writes, the matrix says.
     """
     kind = float_type("float32")
     vector = ir.VectorType(kind, way.lanes)

@@ -9,7 +9,7 @@ from typing import Any
 from llvmlite import ir
 
 from maskedlinear.kernels import _engine, _xla
-from maskedlinear.kernels._emit import I64, PTR, function
+from maskedlinear.kernels._emit import I64, PTR, function, item_bytes
 from maskedlinear.kernels._packed import MOST_STEPS
 from maskedlinear.kernels._packing import CHUNKS, GRAIN, MOST_VECTORS
 from maskedlinear.kernels._permute import PROGRAM, SLOTS
@@ -84,6 +84,9 @@ def handler(api: _xla.Api) -> int:
             is_right = code.and_(is_right, condition)
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a packed product do not belong together", _xla.INVALID_ARGUMENT)
+        code.zero(
+            code.inttoptr(frame.data(y), PTR), code.times(batch, rows, item_bytes("float32"))
+        )  # wrong groups name not all rows
         most = _xla.threads(code, frame)
         height = code.over(code.sum(groups, CHUNKS - 1), CHUNKS)
         told = {
