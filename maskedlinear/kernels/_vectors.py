@@ -6,6 +6,7 @@ two. Those that do not are loaded, one by one. What an index that x has not leav
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -175,9 +176,12 @@ class _Groups:
         return pick(code, self._way, numbers, places, self._room)
 
     def _loaded(self, place: Any) -> Any:
-        """Return the numbers of x for the connections from ``place`` on."""
+        """Return the numbers of x for the connections from ``place`` on, of which two indices are loaded at once."""
         code, numbers = self._code, ir.Constant(self._vector, ir.Undefined)
-        for lane in range(self._lanes):
-            column = code.whole(code.get(self._across, code.sum(place, lane), I32))
-            numbers = code.insert_element(numbers, code.get(self._right, column, self._vector.element), I32(lane))
+        for lane in range(0, self._lanes, 2):
+            two = code.get(self._across, code.sum(place, lane), I64, I32)
+            halves = code.and_(two, I64(0xFFFFFFFF)), code.lshr(two, I64(32))
+            for part, column in enumerate(halves if sys.byteorder == "little" else halves[::-1]):
+                number = code.get(self._right, column, self._vector.element)
+                numbers = code.insert_element(numbers, number, I32(lane + part))
         return numbers
