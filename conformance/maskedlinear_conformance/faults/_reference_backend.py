@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -15,16 +16,22 @@ from maskedlinear.reference import NumpyBackend
 from maskedlinear_conformance.faults._reference_distributed import PLACEMENTS, Ranks, ReferenceShared
 from maskedlinear_conformance.faults._reference_layer import ReferenceLayer
 
-__all__ = ["Array", "Mutant", "ReferenceBackend", "ReferenceLayer", "flat", "in_memory"]
+__all__ = ["Array", "Mutant", "ReferenceBackend", "ReferenceLayer", "flat", "in_memory", "new_order"]
 
 Array = Any
 Shard = tuple[slice, slice] | None
+_orders = itertools.count()
 
 
 def in_memory(array: Array) -> Array:
     """Return the values as they lie in memory, whatever the strides say."""
     base = array if array.base is None else array.base
     return base.reshape(-1)[: array.size].reshape(array.shape) if base.size >= array.size else array
+
+
+def new_order(size: int) -> Array:
+    """Return an order of ``size`` terms, another one at each call, and the same in every run: no fault shows by chance."""
+    return np.random.default_rng(next(_orders)).permutation(size)
 
 
 def flat(array: Array) -> Array:
