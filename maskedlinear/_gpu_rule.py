@@ -21,8 +21,8 @@ __all__ = [
     "Multiply",
     "Product",
     "Way",
-    "bits_bytes",
     "choose",
+    "has_bits",
     "instructions",
     "panels",
     "seconds",
@@ -93,12 +93,9 @@ def words_of(depth: int) -> int:
     return -(-depth // 32)
 
 
-def bits_bytes(rows: int, depth: int, nnz: int) -> int:
-    """Return how many bytes the bits of a pattern take, and the numbers beside them, for each connection.
-
-    0 if there are none, since they would take more than 32.
-    """
-    return 0 if not nnz or nnz * 128 < rows * depth else max(1, rows * depth // (4 * nnz))
+def has_bits(rows: int, depth: int, nnz: int) -> bool:
+    """Whether a pattern has bits: not if these, and the numbers beside them, take more than 32 bytes for each connection."""
+    return nnz > 0 and rows * depth <= 128 * nnz
 
 
 def _sum_bytes(product: Product) -> int:
@@ -128,7 +125,7 @@ def seconds(way: Way, product: Product) -> float:
         return max(multiplied, weights * size / _MEMORY + sides)
     if way == "panels":
         return _seconds_by_panels(product)
-    if way in ("bits", "tiles") and not bits_bytes(rows, depth, nnz):
+    if way in ("bits", "tiles") and not has_bits(rows, depth, nnz):
         return float("inf")
     if way == "tiles":
         return _seconds_by_tiles(product) + _seconds_of_bits(product)

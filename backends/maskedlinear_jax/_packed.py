@@ -22,7 +22,7 @@ from jax import Array, export
 from jax.typing import ArrayLike
 
 from maskedlinear import kernels
-from maskedlinear._gpu_rule import bits_bytes
+from maskedlinear._gpu_rule import has_bits
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products, _kernels, _triton_products
 from maskedlinear_jax._compat import ad, is_traced
@@ -114,7 +114,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     layout: tuple[Any, ...] = ()
     kind = ""
     if by_bits:
-        if bits_bytes(*own.shape, own.nnz):
+        if has_bits(*own.shape, own.nnz):
             with jax.default_device(gpu):
                 kind, layout = _BITS, tuple(_triton_products.bits_of(DevicePattern.of(own)))
     elif kernels.is_available():

@@ -69,7 +69,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
 
 def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:
     nnz, is_transposed = csr.across.numel(), csr.order is not None
-    by_bits = _gpu_rule.bits_bytes(rows, depth, nnz) and has_triton(right) and max(rows, depth) <= _WIDEST
+    by_bits = _gpu_rule.has_bits(rows, depth, nnz) and has_triton(right) and max(rows, depth) <= _WIDEST
     place_bytes = 0 if by_bits else _PLACE_BYTES
     return Product(
         rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), sampled, is_transposed, place_bytes

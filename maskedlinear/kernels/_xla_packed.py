@@ -65,9 +65,9 @@ def handler(api: _xla.Api) -> int:
         )
         with code.if_then(is_wrong):
             frame.refuse("a packed product of another version of maskedlinear", _xla.FAILED_PRECONDITION)
-        x, told_of_groups, columns, indices, values = frame.operands(_OPERANDS)
+        x, groups, columns, indices, values = frame.operands(_OPERANDS)
         (y,) = frame.results(_RESULTS)
-        batch, depth, rows, groups = frame.size(x), frame.size(x, 1), frame.size(y, 1), frame.size(told_of_groups)
+        batch, depth, rows, count = frame.size(x), frame.size(x, 1), frame.size(y, 1), frame.size(groups)
         steps, pieces = frame.size(indices), frame.size(columns)
 
         def equal(one: Any, other: Any) -> Any:
@@ -75,8 +75,8 @@ def handler(api: _xla.Api) -> int:
 
         conditions = [
             code.less(0, batch), code.less(batch, MOST_VECTORS + 1), code.less(way.window - 1, depth), code.less(0, rows),
-            equal(frame.size(y), batch), equal(groups, code.over(code.sum(rows, way.lanes - 1), way.lanes)),
-            equal(frame.size(told_of_groups, 1), MOST_STEPS + 2 + way.lanes), equal(frame.size(indices, 1), way.lanes),
+            equal(frame.size(y), batch), equal(count, code.over(code.sum(rows, way.lanes - 1), way.lanes)),
+            equal(frame.size(groups, 1), MOST_STEPS + 2 + way.lanes), equal(frame.size(indices, 1), way.lanes),
             equal(frame.size(values), steps), equal(frame.size(values, 1), way.lanes),
         ]  # fmt: skip
         is_right = conditions[0]
@@ -84,14 +84,13 @@ def handler(api: _xla.Api) -> int:
             is_right = code.and_(is_right, condition)
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a packed product do not belong together", _xla.INVALID_ARGUMENT)
-        code.zero(
-            code.inttoptr(frame.data(y), PTR), code.times(batch, rows, item_bytes("float32"))
-        )  # wrong groups name not all rows
+        # Wrong groups do not name all rows, of which none may be left as it was.
+        code.zero(code.inttoptr(frame.data(y), PTR), code.times(batch, rows, item_bytes("float32")))
         most = _xla.threads(code, frame)
-        height = code.over(code.sum(groups, CHUNKS - 1), CHUNKS)
+        height = code.over(code.sum(count, CHUNKS - 1), CHUNKS)
         told = {
-            "rows": rows, "depth": depth, "height": height, "chunks": code.over(code.sum(groups, height, -1), height),
-            "pieces": pieces, "steps": steps, "groups": frame.data(told_of_groups),
+            "rows": rows, "depth": depth, "height": height, "chunks": code.over(code.sum(count, height, -1), height),
+            "pieces": pieces, "steps": steps, "groups": frame.data(groups),
             "columns": frame.data(columns), "indices": frame.data(indices), "values": frame.data(values),
         }  # fmt: skip
         for place, slot in enumerate(SLOTS):
