@@ -25,6 +25,7 @@ __all__ = [
     "has_bits",
     "instructions",
     "panels",
+    "programs_of_a_tile",
     "seconds",
     "words_of",
 ]
@@ -43,6 +44,10 @@ _SECTOR = 32  # bytes, the least that is read or written at a place of its own
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 25e12, "tf32": 170e12, "half": 340e12}  # a second
 _INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be issued
 _TILE = 128  # rows of a tile
+_MULTIPROCESSORS = 132
+_AT_WORK = 128  # that sizes of powers of two fill, in a dense product too
+_WARPS = 8  # that are to be at work on each,
+_STEPS = 8  # and steps of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
@@ -98,21 +103,38 @@ def has_bits(rows: int, depth: int, nnz: int) -> bool:
     return nnz > 0 and rows * depth <= 128 * nnz
 
 
+def programs_of_a_tile(tiles: int, warps: int, steps: int) -> int:
+    """Return how many programs, of so many warps, share a tile of W · x, which is formed in so many steps.
+
+    As many as keep all multiprocessors at work, with eight warps each; but what they make is added up.
+    """
+    return max(1, min(_MULTIPROCESSORS * max(1, _WARPS // warps) // tiles, steps // _STEPS))
+
+
 def _sum_bytes(product: Product) -> int:
     return max(4, product.itemsize)  # half types are added up in float32
 
 
-def instructions(way: Literal["bits", "tiles", "sampled"], multiply: Multiply, batch: int) -> float:
+def instructions(
+    way: Literal["bits", "tiles", "sampled", "panel"], multiply: Multiply, batch: int = 0, transposed: bool = False
+) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
     Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most. ``"sampled"``
-    is to look at a place of a tile that was multiplied, and to write it where it is live.
+    is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one.
     """
+    half = multiply == "half"
     if way == "bits":
-        return 25 + 8 * batch if multiply == "float64" else 14.5 + 2 * batch
+        return 17 + 4.7 * batch if multiply == "float64" else 13 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
-        return 14.5
-    return {"float32": max(16.5, 11.5 + batch / 7), "tf32": 21 + batch / 36, "half": 16 + batch / 128}[multiply]
+        return 11.6 if multiply == "float32" else 13.6
+    if way == "panel":
+        return 19 if multiply == "float64" else 17.5 if half else 14
+    if half:
+        return 14 + batch / 90
+    if multiply == "tf32":
+        return 12.4 if batch <= 64 else 21 + batch / 26
+    return 30 if batch > 64 else (12.9 if transposed else 9.2) + batch / 10
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -122,7 +144,9 @@ def seconds(way: Way, product: Product) -> float:
     sides = (rows + depth) * batch * size / _MEMORY
     multiplied = weights * batch / _MULTIPLIES[multiply]
     if way == "dense":
-        return max(multiplied, weights * size / _MEMORY + sides)
+        read = weights * size / _MEMORY + sides
+        is_wide = multiply in ("tf32", "half") and not sampled  # or else smaller tiles are as fast
+        return multiplied + _sharing(product, 256, 8)[1] if multiplied > read and is_wide else max(multiplied, read)
     if way == "panels":
         return _seconds_by_panels(product)
     if way in ("bits", "tiles") and not has_bits(rows, depth, nnz):
@@ -156,8 +180,8 @@ def _seconds_by_panels(product: Product) -> float:
     if place_bytes:  # zeros in one step, places in another, and then what is at them
         unpacked = (sectors if sampled else full + sectors) / near + values + nnz * place_bytes / _MEMORY
     else:  # in one step
-        issued = weights * instructions("sampled", multiply, batch) / _INSTRUCTIONS
-        unpacked = max((sectors if sampled else full) / near, values + weights / 4 / _MEMORY, issued)
+        issued = weights * instructions("panel", multiply) / _INSTRUCTIONS
+        unpacked = max(full / near, values + weights / 4 / _MEMORY, issued)
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product
         whole = rows * batch * _sum_bytes(product)
@@ -183,7 +207,7 @@ def _seconds_of_bits(product: Product) -> float:
 
 def _seconds_by_tiles(product: Product) -> float:
     """Return the time of a product whose tiles of W are unpacked once for each tile of the batch, or once if sampled."""
-    rows, depth, nnz, batch, size, multiply, sampled, *_ = product
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, *_ = product
     if size == 8:
         return float("inf")
     weights, ieee = rows * depth, multiply == "float32"
@@ -193,12 +217,26 @@ def _seconds_by_tiles(product: Product) -> float:
     again = weights * batch * size / _TILE * (2 if sampled else 1)  # sides are read again by each tile
     near = again if sampled else times * packed + again  # beside what is written, which the dense product does too
     read = max((packed + sides) / _MEMORY, near / _TILES_L2)
-    each = instructions("sampled" if sampled else "tiles", multiply, wide)
+    each = instructions("sampled", multiply) if sampled else instructions("tiles", multiply, wide, transposed)
     unpacked = times * weights * each / _INSTRUCTIONS
     if ieee:  # by instructions too; a sampled product loads both its sides from near memory
-        return max(read, weights * batch * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked)
-    # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
-    return max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
+        taken = max(read, weights * batch * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked)
+    else:  # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
+        taken = max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
+    if sampled:
+        return taken
+    idle, added = _sharing(product, wide, 4 if size == 4 and wide <= 64 else 8)
+    return taken * idle + added
+
+
+def _sharing(product: Product, wide: int, warps: int) -> tuple[float, float]:
+    """Return how much longer the tiles of a product take on a machine that they do not fill, and in which time they are
+    added up where several programs share each."""
+    rows, depth, _, batch, *_ = product
+    tiles = -(-rows // _TILE) * -(-batch // wide)
+    programs = programs_of_a_tile(tiles, warps, depth // 32)
+    added = 2 * programs * rows * batch * 4 / _L2 if programs > 1 else 0.0
+    return max(1.0, _AT_WORK / (programs * tiles)), added
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

@@ -20,11 +20,22 @@ import triton.language as tl
 
 from maskedlinear._gpu_rule import AT_ONCE, words_of
 
-__all__ = ["Launch", "Sizes", "bits_spmm", "form_bits", "panel", "places_of", "rows_sddmm", "rows_spmm"]
+__all__ = [
+    "Launch",
+    "Sizes",
+    "bits_spmm",
+    "form_bits",
+    "panel",
+    "quads_of",
+    "rows_sddmm",
+    "rows_spmm",
+    "sample",
+    "unpack",
+]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
-PANEL_OPTIONS = {"BM": 4, "BW": 8, "num_warps": 4}  # sizes of a program that goes over a panel
+PANEL_OPTIONS = {"BM": 4, "BW": 16, "num_warps": 4}  # sizes of a program that goes over a panel
 
 
 @triton.jit
@@ -129,16 +140,72 @@ def form_bits_kernel(
 
 
 @triton.jit
-def places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
-    """Return of a tile of rows and words which places are live, and pointers to their values: (BM, BW, 32)."""
+def quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
+    """Return of a tile of rows and words the bits of each four places, and where their first value lies: (BM, BW, 8).
+
+    ``CHECKED``, a word that has more values than lie behind its first one is empty.
+    """
     there = (row < rows)[:, None] & (word < words)[None, :]
     place = row[:, None].to(tl.int64) * words + word[None, :]
     held = tl.load(bits + place, mask=there, other=0)
-    first = tl.load(firsts + place, mask=there, other=0)
-    bit = (1 << tl.arange(0, 32))[None, None, :]
-    live = (held[:, :, None] & bit) != 0
-    which = first[:, :, None] + count_ones(held[:, :, None] & (bit - 1))
-    return live, values + within(which, nnz, CHECKED)
+    first = tl.load(firsts + place, mask=there)
+    if CHECKED:
+        held = tl.where((first >= 0) & (first <= nnz - count_ones(held)), held, 0)
+    lowest = 4 * tl.arange(0, 8)[None, None, :]
+    before = count_ones(held[:, :, None] & ((1 << lowest) - 1))
+    return held[:, :, None] >> lowest, values + (first[:, :, None] + before)
+
+
+@triton.jit
+def take(quads, where, PLACE: tl.constexpr):
+    """Return of one place of each four whether it is live, its value, 0 if not, and where that of the next one lies."""
+    live = (quads & (1 << PLACE)) != 0
+    return live, tl.load(where, mask=live, other=0.0), tl.where(live, where + 1, where)
+
+
+@triton.jit
+def unpack(quads, where):
+    """Return the values of all places, four after four: (BM, BW, 8, 2, 2)."""
+    _, first, where = take(quads, where, 0)
+    _, second, where = take(quads, where, 1)
+    _, third, where = take(quads, where, 2)
+    _, fourth, where = take(quads, where, 3)
+    return tl.join(tl.join(first, third), tl.join(second, fourth))
+
+
+@triton.jit
+def put(numbers, quads, where, PLACE: tl.constexpr):
+    """Write one place of each four, where it is live; return where the value of the next one lies."""
+    live = (quads & (1 << PLACE)) != 0
+    tl.store(where, numbers, mask=live)
+    return tl.where(live, where + 1, where)
+
+
+@triton.jit
+def apart(numbers):
+    """Return (..., 2, 2) in four, place by place."""
+    even, odd = tl.split(numbers)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def sample(numbers, quads, where):
+    """Write the live ones of all places (BM, BW, 8, 2, 2) to their values."""
+    first, second, third, fourth = apart(numbers)
+    where = put(first, quads, where, 0)
+    where = put(second, quads, where, 1)
+    where = put(third, quads, where, 2)
+    put(fourth, quads, where, 3)
+
+
+@triton.jit
+def add(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constexpr):
+    """Add one place of each four times numbers of x (BB, BW, 8); return the sums, and where the next value lies."""
+    live, value, where = take(quads, where, PLACE)
+    added = total + value.to(ACC)[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+    return tl.where(live[None, :, :, :], added, total), where  # 0 times NaN must not reach it
 
 
 @triton.jit
@@ -148,22 +215,21 @@ def bits_spmm_kernel(
 ):  # fmt: skip
     """BM rows of the product for a whole batch (batch, depth), BW words at a time, whose x is loaded once for all rows."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    one = tl.arange(0, BB)
-    total = tl.zeros((BB, BM, BW, 32), ACC)
+    one = tl.arange(0, BB)[:, None, None]
+    total = tl.zeros((BB, BM, BW, 8), ACC)
     for begin in range(0, words, BW):
         word = begin + tl.arange(0, BW)
-        live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
-        value = tl.load(where, mask=live, other=0.0).to(ACC)
-        source = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-        numbers = tl.load(
-            x + one[:, None, None].to(tl.int64) * depth + source[None, :, :],
-            mask=(source < depth)[None, :, :] & (one < batch)[:, None, None],
-            other=0.0,
-        )
-        added = total + value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
-        total = tl.where(live[None, :, :, :], added, total)  # 0 times NaN must not reach it
-    target = product + row[None, :].to(tl.int64) * batch + one[:, None]
-    tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=(row < rows)[None, :] & (one < batch)[:, None])
+        quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+        source = (word[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+        numbers = tl.load(x + one.to(tl.int64) * depth + source, mask=(source < depth) & (one < batch), other=0.0)
+        first, second, third, fourth = apart(tl.reshape(numbers, (BB, BW, 8, 2, 2)))
+        total, where = add(total, quads, where, first, ACC, 0)
+        total, where = add(total, quads, where, second, ACC, 1)
+        total, where = add(total, quads, where, third, ACC, 2)
+        total, where = add(total, quads, where, fourth, ACC, 3)
+    target = product + row[None, :].to(tl.int64) * batch + tl.arange(0, BB)[:, None]
+    inside = (row < rows)[None, :] & (tl.arange(0, BB) < batch)[:, None]
+    tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=inside)
 
 
 @triton.jit
@@ -174,14 +240,14 @@ def panel_kernel(
     """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
-    live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
-    column = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    place = panel + row[:, None, None].to(tl.int64) * depth + column[None, :, :]
+    quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+    column = (word[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
+    place = panel + row[:, None, None].to(tl.int64) * depth + column
+    inside = (row < rows)[:, None, None] & (column < depth)
     if SAMPLED:
-        tl.store(where, tl.load(place, mask=live, other=0.0), mask=live)
+        sample(tl.reshape(tl.load(place, mask=inside, other=0.0), (BM, BW, 8, 2, 2)), quads, where)
     else:
-        inside = (row < rows)[:, None, None] & (column < depth)[None, :, :]
-        tl.store(place, tl.load(where, mask=live, other=0.0), mask=inside)
+        tl.store(place, tl.reshape(unpack(quads, where), (BM, BW, 32)), mask=inside)
 
 
 class Sizes(NamedTuple):
@@ -279,5 +345,8 @@ def rows_options(sizes: Sizes) -> dict[str, int]:
 def bits_options(batch: int, itemsize: int) -> dict[str, int]:
     """Return the sizes of a program of the product by bits."""
     wide = triton.next_power_of_2(batch)  # at most _gpu_rule.LARGEST_BITS_BATCH
-    tall, words = {1: (8, 16), 2: (8, 16), 4: (8, 8), 8: (8, 4), 16: (4, 4)}[wide]
-    return {"BM": tall if itemsize < 8 else tall // 2, "BW": words, "BB": wide, "num_warps": 4}
+    if itemsize == 8:
+        tall, words = {8: (8, 4), 16: (8, 2)}.get(wide, (4, 16))
+    else:
+        tall, words = (16, 4) if wide == 16 else (8, 16)
+    return {"BM": tall, "BW": words, "BB": wide, "num_warps": 4}

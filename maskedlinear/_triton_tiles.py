@@ -10,24 +10,25 @@ so. Imported only where Triton is.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, words_of
-from maskedlinear._triton_rows import Launch, Sizes, places_of
+from maskedlinear._gpu_rule import Multiply, programs_of_a_tile, words_of
+from maskedlinear._triton_rows import Launch, Sizes, quads_of, sample, unpack
 
 __all__ = ["sddmm", "spmm"]
 
 
 @triton.jit
-def _places(
+def _unpacked(
     values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
 ):
-    """Return of a tile of BM rows and BW words which places are live, and pointers to their values: (BM, BW * 32)."""
-    live, where = places_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
-    return tl.reshape(live, (BM, BW * 32)), tl.reshape(where, (BM, BW * 32))
+    """Return a tile of W, of BM rows and BW words: (BM, BW * 32)."""
+    quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+    return tl.reshape(unpack(quads, where), (BM, BW * 32))
 
 
 @triton.jit
@@ -36,25 +37,28 @@ def _put(
     CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """Write what is live of a tile of BM rows and BW words from ``word`` on."""
-    live, where = _places(sampled, bits, firsts, row, word + tl.arange(0, BW), rows, words, nnz, CHECKED, BM, BW)
-    tl.store(where, tile, mask=live)
+    quads, where = quads_of(sampled, bits, firsts, row, word + tl.arange(0, BW), rows, words, nnz, CHECKED)
+    sample(tl.reshape(tile, (BM, BW, 8, 2, 2)), quads, where)
 
 
 @triton.jit
 def tiles_spmm_kernel(
-    values, right, bits, firsts, product, rows, depth, words, nnz, batch,
+    values, right, bits, firsts, product, rows, depth, words, nnz, batch, part,
     TRANSPOSED: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows."""
+    """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
+
+    Over ``part`` words, or rows: other programs have the tile's others.
+    """
+    start = tl.program_id(2) * part
     column = tl.program_id(1) * BN + tl.arange(0, BN)
     if TRANSPOSED:
         word = tl.program_id(0) * BW + tl.arange(0, BW)
         total = tl.zeros((BW * 32, BN), tl.float32)
-        for begin in range(0, rows, BM):
+        for begin in range(start, tl.minimum(start + part, rows), BM):
             row = begin + tl.arange(0, BM)
-            live, where = _places(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-            tile = tl.trans(tl.load(where, mask=live, other=0.0))
+            tile = tl.trans(_unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW))
             inside = (row < rows)[:, None] & (column < batch)[None, :]
             other = tl.load(right + row[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
             if UP:
@@ -64,10 +68,9 @@ def tiles_spmm_kernel(
     else:
         row = tl.program_id(0) * BM + tl.arange(0, BM)
         total = tl.zeros((BM, BN), tl.float32)
-        for begin in range(0, words, BW):
+        for begin in range(start, tl.minimum(start + part, words), BW):
             word = begin + tl.arange(0, BW)
-            live, where = _places(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-            tile = tl.load(where, mask=live, other=0.0)
+            tile = _unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
             source = begin * 32 + tl.arange(0, BW * 32)
             inside = (source < depth)[:, None] & (column < batch)[None, :]
             other = tl.load(right + source[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
@@ -76,6 +79,7 @@ def tiles_spmm_kernel(
             total = tl.dot(tile, other, total, input_precision=PRECISION)
         target, count = row, rows
     inside = (target < count)[:, None] & (column < batch)[None, :]
+    product += tl.program_id(2).to(tl.int64) * count * batch
     tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
 
 
@@ -110,15 +114,17 @@ def spmm(
 ) -> Launch:
     """Return what runs W · right by tiles, for W (rows, depth); or, transposed, Wᵀ · right.
 
-    Pointers: values, right, bits, firsts, and the product, float32. ``checked``, bits lead to no values that are not there;
-    ``up`` widens before the product, which the interpreter needs.
+    Pointers: values, right, bits, firsts, and products, float32, shape ``(grid[2], rows, batch)``, which are to be added up:
+    where there are few tiles, several programs share each. ``checked``, bits lead to no values that are not there; ``up``
+    widens before the product, which the interpreter needs.
     """
     options = spmm_options(itemsize, sizes.batch, multiply == "float32", transposed)
-    told = {"TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    count, tall = (sizes.depth, options["BW"] * 32) if transposed else (sizes.rows, options["BM"])
-    return Launch(
-        tiles_spmm_kernel, (triton.cdiv(count, tall), triton.cdiv(sizes.batch, options["BN"])), told | options
-    )
+    by_rows, by_words = (sizes.rows, options["BM"]), (words_of(sizes.depth), options["BW"])
+    (length, step), (count, tall) = (by_rows, by_words) if transposed else (by_words, by_rows)
+    tiles, steps = (triton.cdiv(count, tall), triton.cdiv(sizes.batch, options["BN"])), triton.cdiv(length, step)
+    part = step * triton.cdiv(steps, programs_of_a_tile(math.prod(tiles), options["num_warps"], steps))
+    told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
+    return Launch(tiles_spmm_kernel, (*tiles, triton.cdiv(length, part)), told | options)
 
 
 def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up: bool = False) -> Launch:
@@ -144,9 +150,9 @@ def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dic
     """
     wide = min(128 if ieee else 256, max(16, triton.next_power_of_2(batch)))
     deep, made = (32 if itemsize == 4 else 64), {"num_warps": 8, "num_stages": 3}
-    if ieee and wide <= 64:
-        # Five programs hide what each of them waits for; of the transpose, tiles on their way, which takes fewer registers.
-        deep, made = (16, {"num_warps": 4, "num_stages": 3}) if transposed else (32, {"num_warps": 4, "num_stages": 1})
+    if itemsize == 4 and wide <= 64:
+        # Several programs hide what each of them waits for; of the transpose in IEEE, tiles on their way.
+        made = {"num_warps": 4, "num_stages": 3 if ieee and transposed else 1}
     tall, words = (deep, 4) if transposed else (128, deep // 32)
     return {"BM": tall, "BN": wide, "BW": words, **made}
 

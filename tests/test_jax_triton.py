@@ -141,6 +141,18 @@ for wrong in ((packed.layout[0][1:], packed.layout[1]), (packed.layout[0], packe
         assert "do not belong together" in str(error)
     else:
         raise AssertionError
+# Of wrong bits, words whose values are all there, and no others.
+for first in (0, sparse.nnz - 33, sparse.nnz - 32, sparse.nnz - 31, sparse.nnz, -1, 1 << 30, -(1 << 31), (1 << 31) - 1):
+    wrong = np.full((5, 3), -1, np.int32), np.full((5, 3), first, np.int32)
+    x, numbers = rng.standard_normal((3, 70)).astype(np.float32), rng.standard_normal(sparse.nnz).astype(np.float32)
+    row = np.zeros(96)
+    if 0 <= first <= sparse.nnz - 32:
+        row = np.tile(numbers[first : first + 32], 3).astype(np.float64)
+    for wanted in ("bits", "tiles"):
+        choose(wanted)
+        arrays = (jnp.asarray(array) for array in (numbers, x, *DevicePattern.of(packed.pattern), *wrong))
+        y = jax.jit(product)(*arrays)
+        np.testing.assert_allclose(y, np.broadcast_to((x @ row[:70])[:, None], (3, 5)), atol=1e-4)
 for other in (jnp.float64, jnp.int32, jnp.float8_e5m2):
     try:
         pack(jnp.ones(sparse.nnz, other), sparse)

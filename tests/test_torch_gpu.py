@@ -122,7 +122,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 @pytest.mark.parametrize("multiply", ["float32", "tf32", "half"])
 def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply) -> None:
-    """But where float32 is multiplied by what unpacks it too, and where tiles smaller than the dense product are sampled."""
+    """But where float32 is multiplied by what unpacks it too; where tiles smaller than the dense product's are sampled; and,
+    by a few per cent, where bits are read beside half types, and what programs make of a tile is added up."""
     by_all: tuple[Way, ...] = ("rows", "bits", "tiles", "panels")
     by_most: tuple[Way, ...] = ("rows", "tiles", "panels")
     for ways, of in ((by_all, {}), (by_most, {"transposed": True}), (by_most, {"sampled": True})):
@@ -130,10 +131,13 @@ def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: M
         found = {batch: slowest(ways, multiply, batch, **of) for batch in BATCHES}
         far = {batch: round(ratio, 2) for batch, ratio in found.items() if ratio > 1.15}
         if multiply == "float32":
-            assert far.keys() == {32, 64}
+            assert far.keys() == ({32, 64} if of else {32})
+        elif sampled:
+            assert far.keys() == {256, 512, 1024}
         else:
-            assert far.keys() == ({256, 512, 1024} if sampled else set())
-        assert max(far.values(), default=0) < 1.36
+            assert far.keys() == ({64, 128} if multiply == "half" else set())
+            assert max(far.values(), default=0) < 1.2
+        assert max(far.values(), default=0) < 1.34
 
 
 def test_a_pattern_of_no_size_has_no_bits() -> None:

@@ -34,6 +34,8 @@ import torch
 from maskedlinear import masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear import _gpu_rule
+from maskedlinear import _triton_tiles as tiles
+from maskedlinear._triton_rows import Sizes
 from maskedlinear.torch import sparse_linear
 from maskedlinear_torch import _gpu_products, _products
 from maskedlinear_torch import _triton_products as kernels
@@ -103,6 +105,20 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
         kernels.unpack(values, by_rows, first, panel)
         assert torch.equal(panel, matrix[first:last].to(dtype))
 
+# Long rows, and columns, which several programs share.
+for dtype, programs in ((torch.float32, 4), (torch.bfloat16, 2)):
+    for shape, transposed in (((40, 1100), False), ((1100, 40), True)):
+        some = masks.random(shape, sparsity=0.7, seed=1)
+        by_rows = DevicePattern.of(SparsityPattern.from_mask(some), torch.device("cpu")).csr(False)
+        values, right = torch.randn(int(some.sum())).to(dtype), torch.randn(1100, 20).to(dtype)
+        dense = torch.zeros(shape, dtype=torch.float64).masked_scatter_(torch.tensor(some), values.double())
+        multiply = "float32" if dtype is torch.float32 else "half"
+        sizes = Sizes(*shape, values.numel(), 20)
+        launch = tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False)
+        assert launch.grid[2] == programs, launch.grid
+        found = kernels.tiles_spmm(values, right, by_rows, shape[1], transposed, multiply, up=True)
+        torch.testing.assert_close(found.double(), (dense.T if transposed else dense) @ right.double(), rtol=0, atol=1e-4)
+
 # The way from the function to the kernels, as on CUDA.
 _products._is_on_gpu = _gpu_products.has_triton = lambda tensor: True
 whole = SparsityPattern.from_mask(mask)
@@ -138,7 +154,8 @@ from maskedlinear import _triton_tiles as tiles
 
 TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
 TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
-TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words", "nnz"), "i32")
+TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words", "nnz", "part"), "i32")
+MULTIPLY = {"fp32": "float32", "fp64": "float64"}
 OF_16 = ("batch", "rows", "depth", "words", "nnz")  # as sizes are that matter
 
 def in_longest_loop(kernel):
@@ -188,26 +205,27 @@ for dtype, batch in (("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("f
     compiled(kernels.rows_sddmm_kernel, dtype, rows)
     if batch <= _gpu_rule.LARGEST_BITS_BATCH:
         sizes = kernels.bits_options(batch, 8 if dtype == "fp64" else 4)
-        multiply = "float64" if dtype == "fp64" else "float32"
-        expected = _gpu_rule.instructions("bits", multiply, batch)
+        expected = _gpu_rule.instructions("bits", MULTIPLY.get(dtype, "half"), batch)
         compiled(kernels.bits_spmm_kernel, dtype, sizes, expected, sizes["BM"] * sizes["BW"] * 32)
 form = kernels.form_bits(4096, 8192, 1 << 22, checked=True).told
 form = {name: form[name] for name in ("BW", "AT_ONCE", "num_warps")}
 compiled(kernels.form_bits_kernel, "fp32", form, _gpu_rule.ROUND, form["BW"])
 PANELS = ("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True)
 for dtype, sampled in PANELS[: 5 if EVERY else 2]:
-    compiled(kernels.panel_kernel, dtype, kernels.PANEL_OPTIONS | {"SAMPLED": sampled})
+    told = kernels.PANEL_OPTIONS | {"SAMPLED": sampled, "CHECKED": False}
+    issued = _gpu_rule.instructions("panel", MULTIPLY.get(dtype, "half"))
+    compiled(kernels.panel_kernel, dtype, told, 0, told["BM"] * told["BW"] * 32, issued)
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
     ieee = multiply == "float32"
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
     for transposed in (False, True):
         for batch in (16, 32, 64, 128, 512) if EVERY else (512,):
             sizes = tiles.spmm_options(itemsize, batch, ieee, transposed)
-            expected = _gpu_rule.instructions("tiles", multiply, sizes["BN"]) + ieee * sizes["BN"]
+            expected = _gpu_rule.instructions("tiles", multiply, sizes["BN"], transposed) + ieee * sizes["BN"]
             places = sizes["BM"] * sizes["BW"] * 32
             compiled(tiles.tiles_spmm_kernel, dtype, sizes | {"TRANSPOSED": transposed} | precision, expected, places)
     sizes = tiles.sddmm_options(itemsize, ieee)
-    loop = (_gpu_rule._LOADED, sizes["BM"] * sizes["BW"] * 32, _gpu_rule.instructions("sampled", multiply, 0), sizes["BK"])
+    loop = (_gpu_rule._LOADED, sizes["BM"] * sizes["BW"] * 32, _gpu_rule.instructions("sampled", multiply), sizes["BK"])
     compiled(tiles.tiles_sddmm_kernel, dtype, sizes | precision, *(loop if ieee else (0, *loop[1:])))
 """
 
@@ -215,7 +233,7 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
 # fit a multiprocessor.
 LIMITS = {
     "rows": (96, 8 << 10),
-    "bits": (144, 8 << 10),
+    "bits": (168, 8 << 10),
     "form": (48, 4 << 10),
     "tiles": (232, 132 << 10),
     "panel": (64, 8 << 10),
@@ -245,6 +263,7 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
             "tiles_spmm_kernel": 1,
             "bits_spmm_kernel": 1,
             "form_bits_kernel": 1,
+            "panel_kernel": 1,
         }
         assert len(issued) == counted.get(name, 0)
         for found, expected in issued:

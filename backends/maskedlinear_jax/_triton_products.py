@@ -80,7 +80,8 @@ def tiles_spmm(values: Array, right: Array, pattern: Any, bits: Bits, multiply: 
 
     sizes = _sizes(pattern, right)
     launch = _triton_tiles.spmm(sizes, right.dtype.itemsize, multiply, transposed=transposed, checked=True)
-    return _product(launch, (sizes.depth if transposed else sizes.rows, sizes.batch), right.dtype, values, right, *bits)
+    shape = launch.grid[2], sizes.depth if transposed else sizes.rows, sizes.batch
+    return _product(launch, shape, right.dtype, values, right, *bits).sum(0)
 
 
 def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply) -> Array:

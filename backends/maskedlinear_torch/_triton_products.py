@@ -54,10 +54,11 @@ def tiles_spmm(
     ``csr`` is W by rows both times, ``depth`` its columns; ``up`` widens before the product, which the interpreter needs.
     """
     sizes = Sizes(len(csr.starts) - 1, depth, values.numel(), right.shape[1])
-    product = right.new_empty((depth if transposed else sizes.rows, sizes.batch), dtype=torch.float32)
     launch = _triton_tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False, up=up)
-    _run(launch, values, right, *bits_of(csr, depth), product)
-    return product
+    shape = launch.grid[2], depth if transposed else sizes.rows, sizes.batch
+    products = right.new_empty(shape, dtype=torch.float32)
+    _run(launch, values, right, *bits_of(csr, depth), products)
+    return products[0] if len(products) == 1 else products.sum(0)
 
 
 def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, multiply: Multiply, up: bool = False) -> Tensor:
