@@ -3,13 +3,14 @@
 Nothing here was timed: rates are those of an H100's data sheet, brought down to what large programs reach, and each way's
 count is of what it must move, multiply and, of the kernels in Triton, of the instructions that they are compiled to. What
 different parts of the machine do counts as done at once. It tells ways apart that differ by factors, not by percents;
-launches of kernels are not counted.
+launches of kernels are not counted, nor what small products leave idle.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 __all__ = [
@@ -18,15 +19,17 @@ __all__ = [
     "LARGEST_PANEL",
     "PANEL_BYTES",
     "ROUND",
+    "TALL",
     "Multiply",
     "Product",
+    "Tiles",
     "Way",
     "choose",
     "has_bits",
     "instructions",
     "panels",
-    "programs_of_a_tile",
     "seconds",
+    "tiles_of",
     "words_of",
 ]
 
@@ -43,9 +46,8 @@ _L1_BYTES = 128 << 10  # of what is gathered from, if it is to stay in the first
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 25e12, "tf32": 170e12, "half": 340e12}  # a second
 _INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be issued
-_TILE = 128  # rows of a tile
+TALL = 128  # rows of a tile
 _MULTIPROCESSORS = 132
-_AT_WORK = 128  # that sizes of powers of two fill, in a dense product too
 _WARPS = 8  # that are to be at work on each,
 _STEPS = 8  # and steps of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
@@ -103,12 +105,42 @@ def has_bits(rows: int, depth: int, nnz: int) -> bool:
     return nnz > 0 and rows * depth <= 128 * nnz
 
 
-def programs_of_a_tile(tiles: int, warps: int, steps: int) -> int:
-    """Return how many programs, of so many warps, share a tile of W · x, which is formed in so many steps.
+class Tiles(NamedTuple):
+    """How W x is cut into tiles of :data:`TALL` rows, each ``wide`` columns of the batch.
 
-    As many as keep all multiprocessors at work, with eight warps each; but what they make is added up.
+    ``deep`` places of W's rows make a step, which ``warps`` take together. A tile is shared by so many ``programs``, of
+    which each takes ``steps`` at most, and what they make is added up.
     """
-    return max(1, min(_MULTIPROCESSORS * max(1, _WARPS // warps) // tiles, steps // _STEPS))
+
+    wide: int
+    deep: int
+    warps: int
+    steps: int
+    programs: int
+
+
+@lru_cache(maxsize=1024)
+def tiles_of(product: Product) -> Tiles:
+    """Return how W x is cut: as wide as takes the least time, so that W is unpacked for few tiles, and few columns too many.
+
+    As many programs share a tile as keep all multiprocessors at work, with eight warps each, if their steps are worth it.
+    """
+    most = min(128 if product.multiply == "float32" else 256, max(16, _power_of_2(product.batch)))
+    cuts = [_cut(product, wide) for wide in (256, 128, 64, 32, 16) if wide <= most]
+    return min(cuts, key=lambda cut: _seconds_as_cut(product, cut))
+
+
+def _cut(product: Product, wide: int) -> Tiles:
+    rows, depth, _, batch, size, *_ = product
+    deep, warps = (32 if size == 4 else 64), (4 if size == 4 and wide <= 64 else 8)
+    tiles, steps = max(1, -(-rows // TALL) * -(-batch // wide)), max(1, -(-depth // deep))
+    programs = max(1, min(_MULTIPROCESSORS * _WARPS // warps // tiles, steps // _STEPS))
+    each = -(-steps // programs)
+    return Tiles(wide, deep, warps, each, -(-steps // each))
+
+
+def _power_of_2(batch: int) -> int:
+    return 1 << max(0, batch - 1).bit_length()
 
 
 def _sum_bytes(product: Product) -> int:
@@ -120,7 +152,7 @@ def instructions(
 ) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
-    Of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, at most. ``"sampled"``
+    At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile. ``"sampled"``
     is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one.
     """
     half = multiply == "half"
@@ -144,9 +176,7 @@ def seconds(way: Way, product: Product) -> float:
     sides = (rows + depth) * batch * size / _MEMORY
     multiplied = weights * batch / _MULTIPLIES[multiply]
     if way == "dense":
-        read = weights * size / _MEMORY + sides
-        is_wide = multiply in ("tf32", "half") and not sampled  # or else smaller tiles are as fast
-        return multiplied + _sharing(product, 256, 8)[1] if multiplied > read and is_wide else max(multiplied, read)
+        return max(multiplied, weights * size / _MEMORY + sides)
     if way == "panels":
         return _seconds_by_panels(product)
     if way in ("bits", "tiles") and not has_bits(rows, depth, nnz):
@@ -156,7 +186,7 @@ def seconds(way: Way, product: Product) -> float:
     if way == "bits":
         if sampled or batch > LARGEST_BITS_BATCH:
             return float("inf")
-        issued = weights * instructions("bits", multiply, batch)
+        issued = weights * instructions("bits", multiply, _power_of_2(batch))
         read = (weights / 4 + nnz * size) / _MEMORY + sides
         return max(read, issued / _INSTRUCTIONS) + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)
@@ -206,37 +236,31 @@ def _seconds_of_bits(product: Product) -> float:
 
 
 def _seconds_by_tiles(product: Product) -> float:
-    """Return the time of a product whose tiles of W are unpacked once for each tile of the batch, or once if sampled."""
-    rows, depth, nnz, batch, size, multiply, sampled, transposed, *_ = product
-    if size == 8:
+    """Return the time of a product whose tiles of W are unpacked for each tile of the batch, or once if sampled."""
+    if product.itemsize == 8:
         return float("inf")
+    return _seconds_as_cut(product, None if product.sampled else tiles_of(product))
+
+
+def _seconds_as_cut(product: Product, cut: Tiles | None) -> float:
+    """Return the time of a product by tiles; of a sampled one, ``None`` of which is shared."""
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, *_ = product
     weights, ieee = rows * depth, multiply == "float32"
-    wide = min(128 if ieee else 256, batch)
-    times = 1 if sampled else -(-batch // wide)
     packed, sides = weights / 4 + nnz * size, (rows + depth) * batch * size
-    again = weights * batch * size / _TILE * (2 if sampled else 1)  # sides are read again by each tile
-    near = again if sampled else times * packed + again  # beside what is written, which the dense product does too
-    read = max((packed + sides) / _MEMORY, near / _TILES_L2)
-    each = instructions("sampled", multiply) if sampled else instructions("tiles", multiply, wide, transposed)
-    unpacked = times * weights * each / _INSTRUCTIONS
+    again = weights * batch * size / TALL  # a side is read again by each tile, beside what is written, as by dense ones
+    if cut is None:
+        times, columns, each, added = 1, batch, instructions("sampled", multiply), 0.0
+        near = 2 * again
+    else:
+        times = -(-batch // cut.wide)
+        columns, each = times * cut.wide, instructions("tiles", multiply, cut.wide, transposed)
+        added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
+        near = times * packed + again
+    read, unpacked = max((packed + sides) / _MEMORY, near / _TILES_L2), times * weights * each / _INSTRUCTIONS
     if ieee:  # by instructions too; a sampled product loads both its sides from near memory
-        taken = max(read, weights * batch * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked)
-    else:  # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
-        taken = max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
-    if sampled:
-        return taken
-    idle, added = _sharing(product, wide, 4 if size == 4 and wide <= 64 else 8)
-    return taken * idle + added
-
-
-def _sharing(product: Product, wide: int, warps: int) -> tuple[float, float]:
-    """Return how much longer the tiles of a product take on a machine that they do not fill, and in which time they are
-    added up where several programs share each."""
-    rows, depth, _, batch, *_ = product
-    tiles = -(-rows // _TILE) * -(-batch // wide)
-    programs = programs_of_a_tile(tiles, warps, depth // 32)
-    added = 2 * programs * rows * batch * 4 / _L2 if programs > 1 else 0.0
-    return max(1.0, _AT_WORK / (programs * tiles)), added
+        return max(read, weights * columns * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked) + added
+    # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
+    return max(read, weights * columns / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked) + added
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

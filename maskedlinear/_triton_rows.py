@@ -157,32 +157,39 @@ def quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.cons
 
 
 @triton.jit
-def take(quads, where, PLACE: tl.constexpr):
-    """Return of one place of each four whether it is live, its value, 0 if not, and where that of the next one lies."""
+def look(quads, where, PLACE: tl.constexpr):
+    """Return of one place of each four whether it is live, and where the value of the next one lies."""
     live = (quads & (1 << PLACE)) != 0
-    return live, tl.load(where, mask=live, other=0.0), tl.where(live, where + 1, where)
+    return live, tl.where(live, where + 1, where)
+
+
+@triton.jit
+def take_place(quads, where, PLACE: tl.constexpr):
+    """Return of one place of each four its value, 0 if it is not live, and where that of the next one lies."""
+    live, following = look(quads, where, PLACE)
+    return tl.load(where, mask=live, other=0.0), following
 
 
 @triton.jit
 def unpack(quads, where):
     """Return the values of all places, four after four: (BM, BW, 8, 2, 2)."""
-    _, first, where = take(quads, where, 0)
-    _, second, where = take(quads, where, 1)
-    _, third, where = take(quads, where, 2)
-    _, fourth, where = take(quads, where, 3)
+    first, where = take_place(quads, where, 0)
+    second, where = take_place(quads, where, 1)
+    third, where = take_place(quads, where, 2)
+    fourth, where = take_place(quads, where, 3)
     return tl.join(tl.join(first, third), tl.join(second, fourth))
 
 
 @triton.jit
-def put(numbers, quads, where, PLACE: tl.constexpr):
+def put_place(numbers, quads, where, PLACE: tl.constexpr):
     """Write one place of each four, where it is live; return where the value of the next one lies."""
-    live = (quads & (1 << PLACE)) != 0
+    live, following = look(quads, where, PLACE)
     tl.store(where, numbers, mask=live)
-    return tl.where(live, where + 1, where)
+    return following
 
 
 @triton.jit
-def apart(numbers):
+def split_places(numbers):
     """Return (..., 2, 2) in four, place by place."""
     even, odd = tl.split(numbers)
     first, third = tl.split(even)
@@ -193,19 +200,20 @@ def apart(numbers):
 @triton.jit
 def sample(numbers, quads, where):
     """Write the live ones of all places (BM, BW, 8, 2, 2) to their values."""
-    first, second, third, fourth = apart(numbers)
-    where = put(first, quads, where, 0)
-    where = put(second, quads, where, 1)
-    where = put(third, quads, where, 2)
-    put(fourth, quads, where, 3)
+    first, second, third, fourth = split_places(numbers)
+    where = put_place(first, quads, where, 0)
+    where = put_place(second, quads, where, 1)
+    where = put_place(third, quads, where, 2)
+    put_place(fourth, quads, where, 3)
 
 
 @triton.jit
-def add(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constexpr):
+def add_place(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constexpr):
     """Add one place of each four times numbers of x (BB, BW, 8); return the sums, and where the next value lies."""
-    live, value, where = take(quads, where, PLACE)
-    added = total + value.to(ACC)[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
-    return tl.where(live[None, :, :, :], added, total), where  # 0 times NaN must not reach it
+    live, following = look(quads, where, PLACE)
+    value = tl.load(where, mask=live, other=0.0).to(ACC)
+    added = total + value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+    return tl.where(live[None, :, :, :], added, total), following  # 0 times NaN must not reach it
 
 
 @triton.jit
@@ -222,11 +230,11 @@ def bits_spmm_kernel(
         quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
         source = (word[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
         numbers = tl.load(x + one.to(tl.int64) * depth + source, mask=(source < depth) & (one < batch), other=0.0)
-        first, second, third, fourth = apart(tl.reshape(numbers, (BB, BW, 8, 2, 2)))
-        total, where = add(total, quads, where, first, ACC, 0)
-        total, where = add(total, quads, where, second, ACC, 1)
-        total, where = add(total, quads, where, third, ACC, 2)
-        total, where = add(total, quads, where, fourth, ACC, 3)
+        first, second, third, fourth = split_places(tl.reshape(numbers, (BB, BW, 8, 2, 2)))
+        total, where = add_place(total, quads, where, first, ACC, 0)
+        total, where = add_place(total, quads, where, second, ACC, 1)
+        total, where = add_place(total, quads, where, third, ACC, 2)
+        total, where = add_place(total, quads, where, fourth, ACC, 3)
     target = product + row[None, :].to(tl.int64) * batch + tl.arange(0, BB)[:, None]
     inside = (row < rows)[None, :] & (tl.arange(0, BB) < batch)[:, None]
     tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=inside)

@@ -10,13 +10,12 @@ so. Imported only where Triton is.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, programs_of_a_tile, words_of
+from maskedlinear._gpu_rule import TALL, Multiply, Product, Tiles, tiles_of, words_of
 from maskedlinear._triton_rows import Launch, Sizes, quads_of, sample, unpack
 
 __all__ = ["sddmm", "spmm"]
@@ -32,7 +31,7 @@ def _unpacked(
 
 
 @triton.jit
-def _put(
+def _sample(
     tile, sampled, bits, firsts, row, word, rows, words, nnz,
     CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
@@ -105,8 +104,8 @@ def tiles_sddmm_kernel(
     # One half after the other takes as few registers as leave room for another program, which multiplies meanwhile.
     near, far = tl.split(tl.permute(tl.reshape(total, (BM, 2, BW * 16)), (0, 2, 1)))
     first = tl.program_id(1) * BW
-    _put(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM, BW // 2)
-    _put(far, sampled, bits, firsts, row, first + BW // 2, rows, words, nnz, CHECKED, BM, BW // 2)
+    _sample(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM, BW // 2)
+    _sample(far, sampled, bits, firsts, row, first + BW // 2, rows, words, nnz, CHECKED, BM, BW // 2)
 
 
 def spmm(
@@ -118,13 +117,13 @@ def spmm(
     where there are few tiles, several programs share each. ``checked``, bits lead to no values that are not there; ``up``
     widens before the product, which the interpreter needs.
     """
-    options = spmm_options(itemsize, sizes.batch, multiply == "float32", transposed)
-    by_rows, by_words = (sizes.rows, options["BM"]), (words_of(sizes.depth), options["BW"])
-    (length, step), (count, tall) = (by_rows, by_words) if transposed else (by_words, by_rows)
-    tiles, steps = (triton.cdiv(count, tall), triton.cdiv(sizes.batch, options["BN"])), triton.cdiv(length, step)
-    part = step * triton.cdiv(steps, programs_of_a_tile(math.prod(tiles), options["num_warps"], steps))
+    count, length = (sizes.depth, sizes.rows) if transposed else (sizes.rows, sizes.depth)
+    cut = tiles_of(Product(count, length, sizes.nnz, sizes.batch, itemsize, multiply, transposed=transposed))
+    options = spmm_options(cut, multiply == "float32", transposed)
+    part = cut.steps * options["BM" if transposed else "BW"]
     told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    return Launch(tiles_spmm_kernel, (*tiles, triton.cdiv(length, part)), told | options)
+    grid = (triton.cdiv(count, TALL), triton.cdiv(sizes.batch, cut.wide), cut.programs)
+    return Launch(tiles_spmm_kernel, grid, told | options)
 
 
 def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up: bool = False) -> Launch:
@@ -143,18 +142,12 @@ def _told(sizes: Sizes, multiply: Multiply) -> dict[str, Any]:
     return {**sizes._asdict(), "words": words_of(sizes.depth), "PRECISION": precision}
 
 
-def spmm_options(itemsize: int, batch: int, ieee: bool, transposed: bool) -> dict[str, int]:
-    """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers.
-
-    A tile of the product is 128 high, and as wide as registers allow, so that W is unpacked for few of them.
-    """
-    wide = min(128 if ieee else 256, max(16, triton.next_power_of_2(batch)))
-    deep, made = (32 if itemsize == 4 else 64), {"num_warps": 8, "num_stages": 3}
-    if itemsize == 4 and wide <= 64:
-        # Several programs hide what each of them waits for; of the transpose in IEEE, tiles on their way.
-        made = {"num_warps": 4, "num_stages": 3 if ieee and transposed else 1}
-    tall, words = (deep, 4) if transposed else (128, deep // 32)
-    return {"BM": tall, "BN": wide, "BW": words, **made}
+def spmm_options(cut: Tiles, ieee: bool, transposed: bool) -> dict[str, int]:
+    """Return the sizes of a program of the product by tiles; ``ieee``: without tensor cores, in registers."""
+    # Small programs hide what each of them waits for; of the transpose in IEEE, as all others, tiles on their way.
+    stages = 1 if cut.warps == 4 and not (ieee and transposed) else 3
+    tall, words = (cut.deep, TALL // 32) if transposed else (TALL, cut.deep // 32)
+    return {"BM": tall, "BN": cut.wide, "BW": words, "num_warps": cut.warps, "num_stages": stages}
 
 
 def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:

@@ -220,7 +220,8 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
     for transposed in (False, True):
         for batch in (16, 32, 64, 128, 512) if EVERY else (512,):
-            sizes = tiles.spmm_options(itemsize, batch, ieee, transposed)
+            product = _gpu_rule.Product(8192, 8192, 1 << 22, batch, itemsize, multiply)
+            sizes = tiles.spmm_options(_gpu_rule._cut(product, min(batch, 128 if ieee else 256)), ieee, transposed)
             expected = _gpu_rule.instructions("tiles", multiply, sizes["BN"], transposed) + ieee * sizes["BN"]
             places = sizes["BM"] * sizes["BW"] * 32
             compiled(tiles.tiles_spmm_kernel, dtype, sizes | {"TRANSPOSED": transposed} | precision, expected, places)
@@ -229,8 +230,8 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
     compiled(tiles.tiles_sddmm_kernel, dtype, sizes | precision, *(loop if ieee else (0, *loop[1:])))
 """
 
-# Registers of a thread and bytes of a program, at most: five programs by rows, three by bits, two of float64, one by tiles
-# fit a multiprocessor.
+# Registers of a thread and bytes of a program, at most, of sizes that are multiples of 16: five programs by rows, three by
+# bits, two of float64, and one by tiles of eight warps fit a multiprocessor.
 LIMITS = {
     "rows": (96, 8 << 10),
     "bits": (168, 8 << 10),
