@@ -157,35 +157,28 @@ def quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.cons
 
 
 @triton.jit
-def look(quads, where, PLACE: tl.constexpr):
-    """Return of one place of each four whether it is live, and where the value of the next one lies."""
-    live = (quads & (1 << PLACE)) != 0
-    return live, tl.where(live, where + 1, where)
-
-
-@triton.jit
 def take_place(quads, where, PLACE: tl.constexpr):
-    """Return of one place of each four its value, 0 if it is not live, and where that of the next one lies."""
-    live, following = look(quads, where, PLACE)
-    return tl.load(where, mask=live, other=0.0), following
+    """Return of one place of each four whether it is live, its value, 0 if not, and where that of the next one lies."""
+    live = (quads & (1 << PLACE)) != 0
+    return live, tl.load(where, mask=live, other=0.0), tl.where(live, where + 1, where)
 
 
 @triton.jit
 def unpack(quads, where):
     """Return the values of all places, four after four: (BM, BW, 8, 2, 2)."""
-    first, where = take_place(quads, where, 0)
-    second, where = take_place(quads, where, 1)
-    third, where = take_place(quads, where, 2)
-    fourth, where = take_place(quads, where, 3)
+    _, first, where = take_place(quads, where, 0)
+    _, second, where = take_place(quads, where, 1)
+    _, third, where = take_place(quads, where, 2)
+    _, fourth, where = take_place(quads, where, 3)
     return tl.join(tl.join(first, third), tl.join(second, fourth))
 
 
 @triton.jit
 def put_place(numbers, quads, where, PLACE: tl.constexpr):
     """Write one place of each four, where it is live; return where the value of the next one lies."""
-    live, following = look(quads, where, PLACE)
+    live = (quads & (1 << PLACE)) != 0
     tl.store(where, numbers, mask=live)
-    return following
+    return tl.where(live, where + 1, where)
 
 
 @triton.jit
@@ -210,10 +203,9 @@ def sample(numbers, quads, where):
 @triton.jit
 def add_place(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constexpr):
     """Add one place of each four times numbers of x (BB, BW, 8); return the sums, and where the next value lies."""
-    live, following = look(quads, where, PLACE)
-    value = tl.load(where, mask=live, other=0.0).to(ACC)
-    added = total + value[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
-    return tl.where(live[None, :, :, :], added, total), following  # 0 times NaN must not reach it
+    live, value, where = take_place(quads, where, PLACE)
+    added = total + value.to(ACC)[None, :, :, :] * numbers.to(ACC)[:, None, :, :]
+    return tl.where(live[None, :, :, :], added, total), where  # 0 times NaN must not reach it
 
 
 @triton.jit
