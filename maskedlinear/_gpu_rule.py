@@ -52,8 +52,8 @@ _WARPS = 8  # that are to be at work on each,
 _STEPS = 8  # and steps of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
-AT_ONCE = 4  # connections that a word looks at together when bits are formed,
-ROUND = 61  # and in how many instructions
+AT_ONCE = 8  # connections that a word looks at together when bits are formed,
+ROUND = 84  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
@@ -224,13 +224,13 @@ def _seconds_of_bits(product: Product) -> float:
     """Return the time in which bits are formed: indices are read, and bits and numbers written, of words side by side.
 
     The first connection of each word is searched for in its row, and then some at a time are looked at, as many as the
-    fullest word has of those that a program forms: three standard deviations more than words have on average.
+    fullest word has of the 64 that a program forms: two and a half standard deviations more than words have on average.
     """
     if not product.forms_bits:
         return 0.0
     places = product.rows * product.depth
     average = 32 * product.nnz / places
-    rounds = min(32 / AT_ONCE, 1 + (average + 3 * math.sqrt(average)) / AT_ONCE)
+    rounds = min(32 / AT_ONCE, 1 + (average + 2.5 * math.sqrt(average)) / AT_ONCE)
     issued = places / 32 * (160 + ROUND * rounds)
     return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _INSTRUCTIONS)
 

@@ -128,8 +128,8 @@ def form_bits_kernel(
     held, source, left, round_ = tl.zeros((BW,), tl.int32), across + first, end - first, 0
     while round_ < 32 // AT_ONCE:  # a word has no more than 32
         for ahead in tl.static_range(AT_ONCE):
-            index = tl.load(source + ahead, mask=ahead < left)
-            mine = (ahead < left) & ((index >> 5) == word)
+            index = tl.load(source + ahead, mask=ahead < left, other=-1)
+            mine = (index >> 5) == word
             held |= tl.where(mine, 1 << (index & 31), 0)
         source += AT_ONCE
         left -= AT_ONCE
@@ -307,14 +307,14 @@ def form_bits(rows: int, depth: int, nnz: int, *, checked: bool) -> Launch:
     Pointers: starts, across, and bits and firsts, int32, shape (rows, words of depth).
     """
     words = words_of(depth)
-    wide = min(256, max(32, triton.next_power_of_2(words)))
+    wide = min(64, max(32, triton.next_power_of_2(words)))  # of one warp, which waits for none of another's
     told = {
         "words": words,
         "nnz": nnz,
         "CHECKED": checked,
         "BW": wide,
         "AT_ONCE": AT_ONCE,
-        "num_warps": max(1, wide // 64),
+        "num_warps": 1,
     }
     return Launch(form_bits_kernel, (rows, triton.cdiv(words, wide)), told)
 

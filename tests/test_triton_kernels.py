@@ -231,11 +231,11 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
 """
 
 # Registers of a thread and bytes of a program, at most, of sizes that are multiples of 16: five programs by rows, three by
-# bits, two of float64, and one by tiles of eight warps fit a multiprocessor.
+# bits, two of float64, one by tiles of eight warps, and all 32 that form bits, of one warp, fit a multiprocessor.
 LIMITS = {
     "rows": (96, 8 << 10),
     "bits": (168, 8 << 10),
-    "form": (48, 4 << 10),
+    "form": (64, 4 << 10),
     "tiles": (232, 132 << 10),
     "panel": (64, 8 << 10),
 }
