@@ -52,8 +52,8 @@ _WARPS = 8  # that are to be at work on each,
 _STEPS = 8  # and steps of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
-AT_ONCE = 8  # connections that a word looks at together when bits are formed,
-ROUND = 84  # and in how many instructions
+AT_ONCE = 4  # connections that a word looks at together when bits are formed,
+ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
@@ -124,6 +124,7 @@ def tiles_of(product: Product) -> Tiles:
     """Return how W x is cut: as wide as takes the least time, so that W is unpacked for few tiles, and few columns too many.
 
     As many programs share a tile as keep all multiprocessors at work, with eight warps each, if their steps are worth it.
+    Kept, since each call of a product asks twice, in 13 µs otherwise.
     """
     most = min(128 if product.multiply == "float32" else 256, max(16, _power_of_2(product.batch)))
     cuts = [_cut(product, wide) for wide in (256, 128, 64, 32, 16) if wide <= most]
@@ -157,7 +158,7 @@ def instructions(
     """
     half = multiply == "half"
     if way == "bits":
-        return 17 + 4.7 * batch if multiply == "float64" else 13 + 1.7 * batch if half else 11 + 1.8 * batch
+        return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
         return 11.6 if multiply == "float32" else 13.6
     if way == "panel":
