@@ -26,6 +26,7 @@ try:
         top_kast,
         top_kast_masks,
         trace_axes,
+        with_bits,
     )
 except ModuleNotFoundError as error:
     raise missing_framework(error, "maskedlinear.jax", "jax", "jax", "jaxlib", "optax") from error
@@ -53,4 +54,5 @@ __all__ = [
     "top_kast",
     "top_kast_masks",
     "trace_axes",
+    "with_bits",
 ]

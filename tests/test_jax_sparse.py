@@ -71,7 +71,7 @@ def test_a_stack_of_patterns_is_that_of_layers_side_by_side(kernel: str, rng: np
     stack = stack_patterns(whole.split_rows(3))
     left, right, values = (jnp.asarray(rng.standard_normal(shape)) for shape in ((3, 2, 4), (3, 5, 4), (3, 4)))
     matrices = jnp.zeros((6, 5)).at[whole.rows, whole.indices].set(values.reshape(-1)).reshape(3, 2, 5)
-    rest = _products.DevicePattern.of(stack)
+    rest = _products.DevicePattern.of(stack).arrays
     got = _primitives._spmm(values, right, *rest, transposed=False, kernel=kernel)
     np.testing.assert_allclose(got, matrices @ right)
     got = _primitives._spmm(values, left, *rest, transposed=True, kernel=kernel)
@@ -149,13 +149,13 @@ def test_each_way_to_a_product_gives_it(
     matrix = np.zeros(mask.shape)
     matrix[mask] = values
     for transposed, side in ((False, right), (True, left)):
-        got = _products.spmm(values, side, *device_pattern, transposed=transposed, cpu=way == "rows")
+        got = _products.spmm(values, side, device_pattern, transposed=transposed, cpu=way == "rows")
         np.testing.assert_allclose(got, (matrix.T if transposed else matrix) @ side, atol=1e-4)
     wanted = (left @ right.T)[mask]
     if way == "in blocks":
         got = jax.jit(_products._sddmm_in_blocks)(left, right, device_pattern)
     else:
-        got = _products.sddmm(left, right, *device_pattern, cpu=way == "in parts")
+        got = _products.sddmm(left, right, device_pattern, cpu=way == "in parts")
     np.testing.assert_allclose(got, wanted, atol=1e-4)
 
 
@@ -215,7 +215,7 @@ def test_training_equals_that_of_the_dense_form(rng: np.random.Generator) -> Non
             step(layer, optimizer)
     np.testing.assert_allclose(layers[1].weight_values[...], masked.kernel[...].T[MASK], rtol=1e-4, atol=1e-5)
     assert set(nnx.to_pure_dict(nnx.state(layers[1], nnx.Param))) == {"weight_values", "bias"}
-    assert set(nnx.to_pure_dict(nnx.state(layers[1], PatternIndex))) == set(_products.DevicePattern._fields)
+    assert set(nnx.to_pure_dict(nnx.state(layers[1], PatternIndex))) == set(_products.DevicePattern._fields[:6])
 
 
 def test_forms_convert_without_loss() -> None:
@@ -345,7 +345,7 @@ def test_a_pattern_has_an_argument_of_its_own() -> None:
 
 def scrambled() -> dict[str, Any]:
     """Return what a state may bring of each index: none of it belongs to the others."""
-    here = {name: np.array(array) for name, array in _products.DevicePattern.of(PATTERN)._asdict().items()}
+    here = {name: np.array(array) for name, array in _products.DevicePattern.of(PATTERN).named.items()}
     ascending, last = np.arange(PATTERN.nnz, dtype=np.int32), PATTERN.nnz - 1
     two = np.flatnonzero(np.diff(PATTERN.rows) == 0)[0]
     wrong: dict[str, Any] = {

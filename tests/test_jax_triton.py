@@ -22,9 +22,9 @@ from maskedlinear import _gpu_rule, masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products, _packed, _triton_products
 from maskedlinear_jax._partition import wide
-from maskedlinear_jax._primitives import _each
+from maskedlinear_jax._primitives import _each, _sddmm, _spmm
 from maskedlinear_jax._products import DevicePattern
-from maskedlinear.jax import pack, sparse_linear, stack_patterns
+from maskedlinear.jax import pack, sparse_linear, stack_patterns, with_bits
 
 called = []
 
@@ -116,17 +116,22 @@ for wanted in ("rows", "bits"):
 
 # Packed for a GPU: bits are kept, values may be of half types.
 assert pack(jnp.ones(int(mask.sum()), jnp.float32), SparsityPattern.from_mask(mask)).kind != "bits"  # they lie on the CPU
-_packed._gpu_of = lambda values: jax.devices()[0]
+_packed._are_on_a_gpu = lambda values: True
 sparse = SparsityPattern.from_mask(mask)
 for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
     values, x = jnp.asarray(rng.standard_normal(sparse.nnz), dtype), jnp.asarray(rng.standard_normal((*batch, 70)), dtype)
     packed = pack(values, sparse)
-    assert packed.kind == "bits" and packed.is_packed
+    assert packed.kind == "bits" and packed.is_packed and not packed.layout
+    kept = DevicePattern.of(packed.pattern)
+    formed = _triton_products.bits_of(DevicePattern.of(sparse))
+    for one, other in zip((kept.bits, kept.firsts), formed, strict=True):
+        assert one.dtype == other.dtype
+        np.testing.assert_array_equal(one, other)
     for wanted in ("bits", "tiles"):
         choose(wanted)
         called.clear()
-        product = lambda *given: _packed._product(*given, kind="bits", kernel="gpu")
-        y = jax.jit(product)(values, x, *DevicePattern.of(packed.pattern), *packed.layout)
+        product = lambda v, x, *p: _spmm(v, jnp.moveaxis(x, -1, 0), *p, transposed=False, kernel="gpu")
+        y = jnp.moveaxis(jax.jit(product)(values, x, *kept.arrays), 0, -1)
         assert called == [f"{wanted}_spmm_kernel"], called
         dense = np.zeros((5, 70))
         dense[mask] = np.asarray(values, np.float64)
@@ -134,25 +139,53 @@ for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
     y = sparse_linear(x, packed)  # on the CPU
     assert y.dtype == dtype and y.shape == (*batch, 5)
     np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64) @ dense.T, atol=0.1)
-for wrong in ((packed.layout[0][1:], packed.layout[1]), (packed.layout[0], packed.layout[1][:, 1:])):
+
+# A pattern that keeps its bits: no product of a step forms them, and each is as without.
+values, left, right = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((sparse.nnz,), (5, 20), (70, 20)))
+choose("tiles")
+for lead in (2,), ():  # mapped over, one after the other, and alone
+    of_each = lambda one: jnp.stack([one] * 2) if lead else one
+    plain, with_them = (jax.tree.map(of_each, DevicePattern.of(one)) for one in (sparse, with_bits(sparse)))
+    sides = [of_each(one) for one in (values, left, right)]
+    products = (
+        lambda v, g, x, *p: _spmm(v, x, *p, transposed=False, kernel="gpu"),
+        lambda v, g, x, *p: _spmm(v, g, *p, transposed=True, kernel="gpu"),
+        lambda v, g, x, *p: _sddmm(g, x, *p, lead=len(lead), kernel="gpu"),
+    )
+    for product in products:
+        expected = jax.jit(product)(*sides, *plain.arrays)
+        called.clear()
+        np.testing.assert_array_equal(jax.jit(product)(*sides, *with_them.arrays), expected)
+        assert len(called) == 1 and called[0].startswith("tiles"), called
+
+for wrong in (
+    {"bits": kept.bits[1:]},
+    {"firsts": kept.firsts[:, 1:]},
+    {"bits": kept.bits.astype(jnp.int16)},
+    {"firsts": kept.firsts.astype(jnp.float32)},
+):
     try:
-        jax.jit(product)(values, x, *DevicePattern.of(packed.pattern), *wrong)
+        jax.jit(products[2])(values, left, right, *kept._replace(**wrong).arrays)
     except ValueError as error:
         assert "do not belong together" in str(error)
     else:
         raise AssertionError
 # Of wrong bits, words whose values are all there, and no others.
 for first in (0, sparse.nnz - 33, sparse.nnz - 32, sparse.nnz - 31, sparse.nnz, -1, 1 << 30, -(1 << 31), (1 << 31) - 1):
-    wrong = np.full((5, 3), -1, np.int32), np.full((5, 3), first, np.int32)
+    wrong = kept._replace(bits=jnp.full((5, 3), -1, jnp.int32), firsts=jnp.full((5, 3), first, jnp.int32))
     x, numbers = rng.standard_normal((3, 70)).astype(np.float32), rng.standard_normal(sparse.nnz).astype(np.float32)
-    row = np.zeros(96)
-    if 0 <= first <= sparse.nnz - 32:
+    are_there, row = 0 <= first <= sparse.nnz - 32, np.zeros(96)
+    if are_there:
         row = np.tile(numbers[first : first + 32], 3).astype(np.float64)
     for wanted in ("bits", "tiles"):
         choose(wanted)
-        arrays = (jnp.asarray(array) for array in (numbers, x, *DevicePattern.of(packed.pattern), *wrong))
-        y = jax.jit(product)(*arrays)
-        np.testing.assert_allclose(y, np.broadcast_to((x @ row[:70])[:, None], (3, 5)), atol=1e-4)
+        y = jax.jit(products[0])(jnp.asarray(numbers), left, jnp.asarray(x.T), *wrong.arrays)
+        np.testing.assert_allclose(y, np.broadcast_to(row[:70] @ x.T, (5, 3)), atol=1e-4)
+    # What is sampled is written to those values, of which each is a product of some row and column; to no others.
+    found = np.asarray(jax.jit(products[2])(numbers, left, right, *wrong.arrays))
+    written = np.zeros(sparse.nnz, bool)
+    written[first : first + 32] = are_there
+    np.testing.assert_array_equal(np.isfinite(found), written)
 for other in (jnp.float64, jnp.int32, jnp.float8_e5m2):
     try:
         pack(jnp.ones(sparse.nnz, other), sparse)

@@ -8,6 +8,7 @@ if jax.__version_info__ < (0, 6):
         'Upgrade with: pip install -U "maskedlinear[jax]"'
     )
 
+from maskedlinear_jax._bits import with_bits
 from maskedlinear_jax._constraints import apply_constraints
 from maskedlinear_jax._dense_training import n_of_m_tree, straight_through, top_kast, top_kast_masks
 from maskedlinear_jax._flow_scores import grasp_scores, synflow_scores
@@ -43,4 +44,5 @@ __all__ = [
     "top_kast",
     "top_kast_masks",
     "trace_axes",
+    "with_bits",
 ]

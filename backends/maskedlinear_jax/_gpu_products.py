@@ -22,7 +22,6 @@ from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product, Way
 from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
-from maskedlinear_jax._triton_products import Bits
 
 __all__ = ["is_stack_one_by_one", "precision", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
@@ -44,10 +43,10 @@ def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool
     return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
 
 
-def _way(rows: int, depth: int, nnz: int, batch: int, dtype: Any, are_bits_known: bool = False, **of: bool) -> Way:
-    """Return how a product is formed: the two of a backward pass share the pattern's bits, unless they are known."""
-    product = _product(rows, depth, nnz, batch, dtype, **of)
-    if not are_bits_known:
+def _way(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool) -> Way:
+    """Return how a product is formed: the two of a backward pass share the forming of bits, if the pattern keeps none."""
+    product = _product(rows, depth, pattern.indices.shape[-1], batch, dtype, **of)
+    if pattern.bits is None:
         product = product._replace(forms_bits=0.5 if product.transposed or product.sampled else 1.0)
     ways: list[Way] = ["gathered", "panels"]
     if _triton_products.are_used(rows, depth, batch):
@@ -61,41 +60,31 @@ def is_stack_one_by_one(one: Array, other: Array, pattern: Any) -> bool:
     All in one, they would be as if of one pattern with empty corners.
     """
     rows, depth = (index.shape[-1] - 1 for index in (pattern.indptr, pattern.starts))
-    nnz, batch = pattern.indices.shape[-1], other.shape[-1]
     if not one.size or not other.size:
         return False
-    return _way(rows, depth, nnz, batch, other.dtype, sampled=one.ndim > 2) not in ("gathered", "rows")
+    return _way(rows, depth, pattern, other.shape[-1], other.dtype, sampled=one.ndim > 2) not in ("gathered", "rows")
 
 
-def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool, bits: Bits | None = None) -> Array:
+def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Array:
     """Return W · right, shape (out, batch) for right (in, batch); or, transposed, Wᵀ · right.
 
-    ``bits`` are the pattern's, if they are known.
-
     Raises:
-        ValueError: if bits are not of the pattern's shape.
+        ValueError: if the pattern keeps bits of another shape.
     """
     depth, batch = right.shape
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     count, of = starts.shape[0] - 1, wide(right.dtype)
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), of)
-    shape = (count, _gpu_rule.words_of(depth))
-    if bits is not None and any(one.shape != shape for one in bits):
-        raise ValueError(
-            f"the arrays of a packed product do not belong together: bits must have shape {shape} for W "
-            f"of shape {(count, depth)}; got {[one.shape for one in bits]}: pack values and pattern again"
-        )
-    way = _way(count, depth, values.size, batch, right.dtype, bits is not None, transposed=transposed)
+    way = _way(count, depth, pattern, batch, right.dtype, transposed=transposed)
     if way == "panels":
         return spmm_in_panels(values, right, pattern, transposed=transposed)
     if way == "rows":
         return _triton_products.rows_spmm(values, right, starts, across, pattern.order if transposed else None)
     if way == "bits":
-        return _triton_products.bits_spmm(values, right, pattern, bits or _triton_products.bits_of(pattern))
+        return _triton_products.bits_spmm(values, right, pattern)
     if way == "tiles":
-        of_tiles = (pattern, bits or _triton_products.bits_of(pattern), _multiply(right.dtype))
-        return _triton_products.tiles_spmm(values, right, *of_tiles, transposed=transposed)
+        return _triton_products.tiles_spmm(values, right, pattern, _multiply(right.dtype), transposed=transposed)
     rows = pattern.indices[pattern.order] if transposed else pattern.rows
     values = values[pattern.order] if transposed else values
     gathered = values[:, None].astype(of) * right[across].astype(of)
@@ -107,14 +96,13 @@ def sddmm(left: Array, right: Array, pattern: Any) -> Array:
     size, batch, of = pattern.indices.size, right.shape[1], wide(right.dtype)
     if not size or not batch:
         return jnp.zeros(size, of)
-    way = _way(left.shape[0], right.shape[0], size, batch, right.dtype, sampled=True)
+    way = _way(left.shape[0], right.shape[0], pattern, batch, right.dtype, sampled=True)
     if way == "panels":
         return sddmm_in_panels(left, right, pattern)
     if way == "rows":
         return _triton_products.rows_sddmm(left, right, pattern)
     if way == "tiles":
-        bits = _triton_products.bits_of(pattern)
-        return _triton_products.tiles_sddmm(left, right, pattern, bits, _multiply(right.dtype))
+        return _triton_products.tiles_sddmm(left, right, pattern, _multiply(right.dtype))
     return (left[pattern.rows].astype(of) * right[pattern.indices].astype(of)).sum(1)
 
 

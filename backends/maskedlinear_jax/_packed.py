@@ -1,8 +1,8 @@
 """``pack``: a sparse matrix for inference, which ``sparse_linear`` takes in place of values and pattern.
 
-The product is a primitive of its own, so that where it is lowered decides how it is formed: of a few rows of x by the packed
-kernel, which XLA calls on the CPUs that it was packed for; on GPUs by kernels in Triton, which read bits; or by the products
-of ``sparse_linear``, everywhere else.
+Packed for CPUs the product is a primitive of its own, so that where it is lowered decides how it is formed: of a few rows of
+x by the packed kernel, which XLA calls on the CPUs that it was packed for; or by the products of ``sparse_linear``. For
+GPUs the pattern keeps bits, which these products read.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -22,9 +22,9 @@ from jax import Array, export
 from jax.typing import ArrayLike
 
 from maskedlinear import kernels
-from maskedlinear._gpu_rule import has_bits
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _gpu_products, _kernels, _triton_products
+from maskedlinear_jax import _kernels, _triton_products
+from maskedlinear_jax._bits import PatternWithBits, with_bits
 from maskedlinear_jax._compat import ad, is_traced
 from maskedlinear_jax._gpu_products import precision
 from maskedlinear_jax._partition import Axes
@@ -33,10 +33,9 @@ from maskedlinear_jax._products import DevicePattern
 
 __all__ = ["PackedWeights", "pack", "packed_product", "without_gradient"]
 
-_BITS = "bits"  # the way of packing for GPUs: a bit for each place of W
+_BITS = "bits"  # the way of packing for GPUs: the pattern keeps a bit for each place of W
 _HALF_TYPES = ("bfloat16", "float16")
-_DTYPES = {_BITS: ("int32", "int32")}  # of a layout's arrays,
-_CPU_DTYPES = ("int32", "int32", "uint8", "float32")  # and of those for CPUs
+_DTYPES = ("int32", "int32", "uint8", "float32")  # of a layout's arrays
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class PackedWeights:
 
     Attributes:
         values: shape ``(nnz,)``, in the pattern's order.
-        pattern: the connections, of shape ``(out, in)``.
+        pattern: the connections, of shape ``(out, in)``; packed for a GPU it keeps bits.
         layout: the arrays of the packed copy, if there is one.
-        kind: the way of packing, empty if there is no packed copy.
+        kind: the way of packing, empty if nothing is packed.
     """
 
     values: Any
@@ -100,8 +99,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
             "pack takes arrays with values, not traced ones: it is a step of its own, outside of jit and grad"
         )
     numbers = np.asarray(values)
-    gpu = _gpu_of(values)
-    by_bits = gpu is not None and _triton_products.are_used(*pattern.shape)
+    by_bits = _are_on_a_gpu(values) and _triton_products.are_used(*pattern.shape)
     if numbers.dtype != np.float32 and not (by_bits and numbers.dtype.name in _HALF_TYPES):
         raise TypeError(f"packed values are float32; got {numbers.dtype}: convert them with .astype(jnp.float32)")
     if pattern.indices.ndim != 1 or numbers.shape != (pattern.nnz,):
@@ -114,9 +112,8 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     layout: tuple[Any, ...] = ()
     kind = ""
     if by_bits:
-        if has_bits(*own.shape, own.nnz):
-            with jax.default_device(gpu):
-                kind, layout = _BITS, tuple(_triton_products.bits_of(DevicePattern.of(own)))
+        own = with_bits(own)
+        kind = _BITS if isinstance(own, PatternWithBits) else ""
     elif kernels.is_available():
         from maskedlinear.kernels import _engine, _packing
 
@@ -127,25 +124,26 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     return jax.tree.map(jnp.array, PackedWeights(numbers, own, layout, kind))
 
 
-def _gpu_of(values: ArrayLike) -> Any:
-    """Return the GPU that values lie on, or, of NumPy's, that JAX would put them on; ``None`` if that is none."""
-    device = min(jnp.asarray(values).devices(), key=lambda device: device.id)
-    return device if device.platform == "gpu" else None
+def _are_on_a_gpu(values: ArrayLike) -> bool:
+    """Whether values lie on a GPU, or, of NumPy's, JAX would put them on one."""
+    return any(device.platform == "gpu" for device in jnp.asarray(values).devices())
 
 
 def packed_product(x: Array, packed: PackedWeights) -> Array:
     """Return x · Wᵀ, shape ``(*batch, out)`` for x ``(*batch, in)`` of the values' dtype."""
     pattern = DevicePattern.of(packed.pattern)
-    dtypes, wanted = tuple(array.dtype.name for array in packed.layout), _DTYPES.get(packed.kind, _CPU_DTYPES)
-    if packed.kind and len(dtypes) != len(wanted):
+    if packed.kind in ("", _BITS):
+        return multiplied(without_gradient(packed.values), x, pattern)
+    dtypes = tuple(array.dtype.name for array in packed.layout)
+    if len(dtypes) != len(_DTYPES):
         raise ValueError(
-            f"packed weights have {len(wanted)} arrays in their layout; got {len(dtypes)}, of another version of "
+            f"packed weights have {len(_DTYPES)} arrays in their layout; got {len(dtypes)}, of another version of "
             "maskedlinear: pack values and pattern again"
         )
-    fits = dtypes == wanted and (packed.kind == _BITS or x.dtype == jnp.float32)  # a tree may have been cast
-    if _packed_p is None or not packed.kind or not fits:
+    fits = dtypes == _DTYPES and x.dtype == jnp.float32  # a tree may have been cast
+    if _packed_p is None or not fits:
         return multiplied(without_gradient(packed.values), x, pattern)
-    return _bound(packed.kind, packed.values, x, *pattern, *packed.layout)
+    return _bound(packed.kind, packed.values, x, *pattern[:6], *packed.layout)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)
@@ -158,17 +156,13 @@ def _product(values: Array, x: Array, *rest: Array, kind: str, kernel: str) -> A
     batch, rows = math.prod(x.shape[:-1]), pattern.indptr.shape[0] - 1
     if kernel == "cpu" and _kernels.multiplies_packed(kind, batch):
         return _kernels.multiply_packed(x.reshape(batch, x.shape[-1]), layout, rows).reshape(*x.shape[:-1], rows)
-    if kernel == "gpu" and kind == _BITS:
-        matrix = x.reshape(batch, x.shape[-1]).T
-        return _gpu_products.spmm(values, matrix, pattern, transposed=False, bits=layout).T.reshape(*x.shape[:-1], rows)
     return multiplied(values, x, pattern)
 
 
 def _axes(values: Any, x: Any, *rest: Any, kind: str) -> Axes:
     batch = tuple(f"b{place}" for place in range(x.ndim - 1))
-    of_bits = kind == _BITS
-    layout = (("o", "w"),) * 2 if of_bits else (("g", "s"), ("c",), ("m", "l"), ("m", "l"))
-    return Axes((("k",), (*batch, "i"), *pattern_axes(rest[2], ()), *layout), (*batch, "o"), 6)
+    layout = ("g", "s"), ("c",), ("m", "l"), ("m", "l")
+    return Axes((("k",), (*batch, "i"), *pattern_axes(DevicePattern(*rest[:6]), ()), *layout), (*batch, "o"), 6)
 
 
 _NO_GRADIENT = (

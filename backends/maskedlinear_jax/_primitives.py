@@ -54,7 +54,7 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, transposed: bool =
     W (out, in) has ``values (nnz,)`` where ``pattern`` has a connection. Values and right have one dtype; of half types the
     product is float32. They may have axes in front, the same; the pattern has them too, or is one for all.
     """
-    values, right, *rest = make_varying([values, right, *pattern])
+    values, right, *rest = make_varying([values, right, *pattern.arrays])
     if _spmm_p is None:
         return _spmm(values, right, *rest, transposed=transposed, kernel="any")
     return _spmm_p.bind(values, right, *rest, transposed=transposed, precision=precision())
@@ -65,7 +65,7 @@ def sddmm(left: Array, right: Array, pattern: DevicePattern, lead: int = 0) -> A
 
     ``lead`` is how many axes both have in front, and dtypes are as in :func:`spmm`.
     """
-    left, right, *rest = make_varying([left, right, *pattern])
+    left, right, *rest = make_varying([left, right, *pattern.arrays])
     if _sddmm_p is None:
         return _sddmm(left, right, *rest, lead=lead, kernel="any")
     return _sddmm_p.bind(left, right, *rest, lead=lead, precision=precision())
@@ -100,7 +100,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: s
         if kernel == "gpu":
             return _gpu_products.spmm(values, right, pattern, transposed=transposed)
         values, right = _widened(values, right)
-        return _products.spmm(values, right, *pattern, transposed=transposed, cpu=kernel == "cpu")
+        return _products.spmm(values, right, pattern, transposed=transposed, cpu=kernel == "cpu")
 
     found = _each(product, values, right.reshape(*shape, math.prod(batch)), pattern, lead, kernel)
     return found.reshape(*found.shape[:-1], *batch)
@@ -116,7 +116,7 @@ def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> A
         if kernel == "gpu":
             return _gpu_products.sddmm(left, right, pattern)
         left, right = _widened(left, right)
-        return _products.sddmm(left, right, *pattern, cpu=kernel == "cpu")
+        return _products.sddmm(left, right, pattern, cpu=kernel == "cpu")
 
     return _each(product, left, right, DevicePattern(*rest), lead, kernel)
 
@@ -156,8 +156,8 @@ def _each(
     one, other = (side.reshape(math.prod(stack), *side.shape[lead:]) for side in (one, other))
     shared = pattern.indices.ndim == 1
     if not shared:
-        pattern = DevicePattern(*(index.reshape(math.prod(stack), index.shape[-1]) for index in pattern))
-    count, largest = one.shape[0], max(*(index.shape[-1] for index in pattern))
+        pattern = jax.tree.map(lambda index: index.reshape(math.prod(stack), *index.shape[lead:]), pattern)
+    count, largest = one.shape[0], max(index.shape[-1] for index in pattern[:6])
     one_by_one = kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT
     if one_by_one or (kernel == "gpu" and _gpu_products.is_stack_one_by_one(one, other, pattern)):
         parts = (one, other) if shared else (one, other, pattern)
@@ -174,7 +174,7 @@ def _joined(stacked: Array) -> Array:
 
 def _side_by_side(pattern: DevicePattern, count: int) -> DevicePattern:
     """Return the pattern of a stack as one, each layer's connections between inputs and outputs of its own."""
-    pattern = DevicePattern(*(jnp.broadcast_to(index, (count, index.shape[-1])) for index in pattern))
+    pattern = DevicePattern(*(jnp.broadcast_to(index, (count, index.shape[-1])) for index in pattern[:6]))
     size, out, in_ = (array.shape[1] for array in (pattern.indices, pattern.indptr[:, 1:], pattern.starts[:, 1:]))
     place = jnp.arange(count, dtype=jnp.int32)[:, None]
     end = jnp.full(1, count * size, jnp.int32)
@@ -191,23 +191,24 @@ def _side_by_side(pattern: DevicePattern, count: int) -> DevicePattern:
 # What their axes are: "n0", "n1" of a stack, "b0", "b1" of a batch, "k" the connections, "o" and "i" the layer's sizes.
 
 
-def pattern_axes(indices: Any, stack: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
-    front = stack if indices.ndim > 1 else ()
-    return tuple((*front, name) for name in ("p", "k", "k", "q", "k", "k"))
+def pattern_axes(pattern: DevicePattern, stack: tuple[str, ...]) -> tuple[tuple[str, ...], ...]:
+    front = stack if pattern.indices.ndim > 1 else ()
+    names = (("p",), ("k",), ("k",), ("q",), ("k",), ("k",), ("o", "w"), ("o", "w"))
+    return tuple((*front, *of) for of in names[: len(pattern.arrays)])
 
 
 def _spmm_axes(values: Any, right: Any, *rest: Any, transposed: bool) -> Axes:
     stack = tuple(f"n{place}" for place in range(values.ndim - 1))
     batch = tuple(f"b{place}" for place in range(right.ndim - len(stack) - 1))
     source, target = "oi" if transposed else "io"
-    pattern = pattern_axes(DevicePattern(*rest).indices, stack)
+    pattern = pattern_axes(DevicePattern(*rest), stack)
     return Axes(((*stack, "k"), (*stack, source, *batch), *pattern), (*stack, target, *batch), 2 + transposed)
 
 
 def _sddmm_axes(left: Any, right: Any, *rest: Any, lead: int) -> Axes:
     stack = tuple(f"n{place}" for place in range(lead))
     batch = tuple(f"b{place}" for place in range(right.ndim - lead - 1))
-    pattern = pattern_axes(DevicePattern(*rest).indices, stack)
+    pattern = pattern_axes(DevicePattern(*rest), stack)
     return Axes(((*stack, "o", *batch), (*stack, "i", *batch), *pattern), (*stack, "k"), 1)
 
 
@@ -250,15 +251,15 @@ def _spmm_transpose(g: Any, values: Any, right: Any, *rest: Any, transposed: boo
     pattern = DevicePattern(*rest)
     if ad.is_undefined_primal(values):
         if isinstance(g, ad.Zero):
-            return [ad.Zero(values.aval), None, *(None,) * 6]
+            return [ad.Zero(values.aval), None, *(None,) * len(rest)]
         g = g.astype(right.dtype)
         left, right = (right, g) if transposed else (g, right)
         found = sddmm(left, right, pattern, values.aval.ndim - 1)
-        return [found.astype(values.aval.dtype), None, *(None,) * 6]
+        return [found.astype(values.aval.dtype), None, *(None,) * len(rest)]
     if isinstance(g, ad.Zero):
-        return [None, ad.Zero(right.aval), *(None,) * 6]
+        return [None, ad.Zero(right.aval), *(None,) * len(rest)]
     found = spmm(values, g.astype(values.dtype), pattern, not transposed)
-    return [None, found.astype(right.aval.dtype), *(None,) * 6]
+    return [None, found.astype(right.aval.dtype), *(None,) * len(rest)]
 
 
 def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any, lead: int) -> list[Any]:
@@ -269,7 +270,7 @@ def _sddmm_transpose(g: Any, left: Any, right: Any, *rest: Any, lead: int) -> li
         found = ad.Zero(of)
     else:
         found = spmm(g.astype(other.dtype), other, pattern, not is_left).astype(of.dtype)
-    return [found, None, *(None,) * 6] if is_left else [None, found, *(None,) * 6]
+    return [found, None, *(None,) * len(rest)] if is_left else [None, found, *(None,) * len(rest)]
 
 
 def _turn_transpose(g: Any, array: Any, *, to_columns: bool) -> list[Any]:

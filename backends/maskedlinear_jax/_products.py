@@ -19,6 +19,7 @@ from jax import Array, export, lax
 from jax.experimental import sparse
 
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._bits import PatternWithBits, bits_of
 from maskedlinear_jax._compat import from_the_start
 
 __all__ = ["DevicePattern", "sddmm", "spmm", "to_columns", "to_rows"]
@@ -33,7 +34,7 @@ _WIDE = 32  # columns that such a part has at least
 
 
 class DevicePattern(NamedTuple):
-    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.SparsityPattern`."""
+    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.SparsityPattern`; and its bits, if it keeps any."""
 
     indptr: Array
     rows: Array
@@ -41,15 +42,38 @@ class DevicePattern(NamedTuple):
     starts: Array
     outputs: Array
     order: Array
+    bits: Array | None = None
+    firsts: Array | None = None
 
     @classmethod
     def of(cls, pattern: SparsityPattern) -> DevicePattern:
         """Return the indices of ``pattern``, which may be traced."""
         return cls(*(jnp.asarray(array) for array in _flatten(pattern)[0]))
 
+    @property
+    def named(self) -> dict[str, Array]:
+        """Those that are there, by name."""
+        return {name: array for name, array in self._asdict().items() if array is not None}
+
+    @property
+    def arrays(self) -> tuple[Array, ...]:
+        """Those that are there, from which ``DevicePattern(*arrays)`` makes it again."""
+        return tuple(self.named.values())
+
     def is_valid_by_rows(self, in_features: int) -> Array:
-        """Return whether ``indptr``, ``rows`` and ``indices`` are those of one pattern: a state may have brought any."""
-        return _are_of_one(self.indptr, self.rows, self.indices, in_features)
+        """Return whether ``indptr``, ``rows`` and ``indices``, and bits, are those of one pattern: a state may have brought
+        any."""
+        valid = _are_of_one(self.indptr, self.rows, self.indices, in_features)
+        return valid if self.bits is None else valid & self._are_bits_valid()
+
+    def _are_bits_valid(self) -> Array:
+        """Return whether bits are there for all connections by rows, which are valid, and lead to their values; no others."""
+        places = self.rows, self.indices >> 5
+        bits, first = (of.at[places].get(mode="promise_in_bounds") for of in (self.bits, self.firsts) if of is not None)
+        place = self.indices & 31
+        before = first + lax.population_count(bits & ((1 << place) - 1))
+        wrong = (bits >> place & 1 == 0) | (before != jnp.arange(place.size, dtype=jnp.int32))
+        return _none(wrong) & (lax.population_count(self.bits).sum() == place.size)
 
     def is_valid_by_columns(self) -> Array:
         """Return whether ``starts``, ``outputs`` and ``order`` are those of the connections by rows, which are valid."""
@@ -94,28 +118,35 @@ def _none(wrong: Array) -> Array:
 
 
 def _flatten(pattern: SparsityPattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc), pattern.shape
+    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc, *bits_of(pattern)), pattern.shape
 
 
-def _unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> SparsityPattern:
-    pattern = object.__new__(SparsityPattern)  # leaves may be traced, or no arrays at all
-    pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[2], shape
-    vars(pattern).update(rows=leaves[1], csc=tuple(leaves[3:]))
-    return pattern
+def _register(kind: type[SparsityPattern]) -> None:
+    """Make a kind of patterns a tree of arrays, as which ``jax.export`` takes it too."""
+
+    def unflatten(shape: tuple[int, int], leaves: tuple[Any, ...]) -> SparsityPattern:
+        pattern = object.__new__(kind)  # leaves may be traced, or no arrays at all
+        pattern.indptr, pattern.indices, pattern.shape = leaves[0], leaves[2], shape
+        vars(pattern).update(rows=leaves[1], csc=tuple(leaves[3:6]))
+        if kind is PatternWithBits:
+            vars(pattern).update(bits=tuple(leaves[6:]))
+        return pattern
+
+    jax.tree_util.register_pytree_node(kind, _flatten, unflatten)
+    export.register_pytree_node_serialization(
+        kind,
+        serialized_name=f"maskedlinear.{kind.__name__}",
+        serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+        deserialize_auxdata=lambda shape: tuple(json.loads(shape)),
+    )
 
 
-jax.tree_util.register_pytree_node(SparsityPattern, _flatten, _unflatten)
-export.register_pytree_node_serialization(
-    SparsityPattern,
-    serialized_name="maskedlinear.SparsityPattern",
-    serialize_auxdata=lambda shape: json.dumps(shape).encode(),
-    deserialize_auxdata=lambda shape: tuple(json.loads(shape)),
-)
+_register(SparsityPattern)
+_register(PatternWithBits)
 
 
-def spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool) -> Array:
+def spmm(values: Array, right: Array, pattern: DevicePattern, *, transposed: bool, cpu: bool) -> Array:
     """The product, on the CPU by JAX's kernel for compressed rows, elsewhere by gathering."""
-    pattern = DevicePattern(*rest)
     starts, across = (pattern.starts, pattern.outputs) if transposed else (pattern.indptr, pattern.indices)
     depth, batch = right.shape
     count = starts.shape[0] - 1
@@ -136,9 +167,8 @@ def spmm(values: Array, right: Array, *rest: Array, transposed: bool, cpu: bool)
     )
 
 
-def sddmm(left: Array, right: Array, *rest: Array, cpu: bool) -> Array:
+def sddmm(left: Array, right: Array, pattern: DevicePattern, *, cpu: bool) -> Array:
     """The sampled product, by gathering, or on the CPU block by block where that takes less time."""
-    pattern = DevicePattern(*rest)
     size, batch = pattern.indices.size, right.shape[1]
     if not size or not batch:
         return jnp.zeros(size, right.dtype)

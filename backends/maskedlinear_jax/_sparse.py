@@ -41,7 +41,8 @@ def sparse_linear(
     axes (``jax.sharding.AxisType.Explicit``) anything else is an error.
 
     A pattern is a tree of arrays: pass it to a jitted function as an argument. One that the function closes over becomes
-    a constant of the program, which XLA takes long to compile. ``jax.device_put(pattern)`` moves it to a device once.
+    a constant of the program, which XLA takes long to compile. ``jax.device_put(pattern)`` moves it to a device once. For
+    training on a GPU with the extra ``jax-triton`` give it bits before: :func:`with_bits`.
 
     Args:
         x: shape ``(..., in)``.
@@ -129,7 +130,7 @@ def stack_patterns(patterns: Sequence[SparsityPattern]) -> SparsityPattern:
 
     Raises:
         ValueError: if there is none, or shapes or numbers of connections differ.
-        TypeError: if one is no pattern.
+        TypeError: if one is no pattern, or keeps bits where another does not.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -144,6 +145,11 @@ def stack_patterns(patterns: Sequence[SparsityPattern]) -> SparsityPattern:
     for pattern in patterns:
         if not isinstance(pattern, SparsityPattern):
             raise TypeError(f"stack_patterns takes patterns; got {type(pattern).__name__}")
+    if len({type(pattern) for pattern in patterns}) > 1:
+        raise TypeError(
+            f"either all patterns of a stack keep bits, or none; got {[type(pattern).__name__ for pattern in patterns]}: "
+            "map with_bits over all of them"
+        )
     if len({(pattern.shape, pattern.indices.shape) for pattern in patterns}) != 1:
         got = ", ".join(f"{pattern.indices.size} of shape {pattern.shape}" for pattern in patterns) or "no pattern"
         raise ValueError(

@@ -19,9 +19,8 @@ from jax import Array
 from maskedlinear._gpu_rule import Multiply, words_of
 from maskedlinear_jax._partition import wide
 
-__all__ = ["Bits", "are_used", "bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
+__all__ = ["are_used", "bits_of", "bits_spmm", "rows_sddmm", "rows_spmm", "tiles_sddmm", "tiles_spmm"]
 
-Bits = tuple[Array, ...]
 _LEAST = 80  # ten times the compute capability that the kernels are made for
 _WIDEST = 1 << 21  # of a batch or of features, that programs are launched over
 
@@ -65,45 +64,57 @@ def rows_sddmm(left: Array, right: Array, pattern: Any) -> Array:
     return _product(launch, pattern.indices.shape, right.dtype, left, right, pattern.indptr, pattern.indices)
 
 
-def bits_spmm(values: Array, right: Array, pattern: Any, bits: Bits) -> Array:
+def bits_spmm(values: Array, right: Array, pattern: Any) -> Array:
     """Return W · right, shape (rows, batch), for right (depth, batch) of at most 16 columns."""
     from maskedlinear import _triton_rows
 
     sizes = _sizes(pattern, right)
     launch = _triton_rows.bits_spmm(sizes, right.dtype.itemsize, checked=True)
-    return _product(launch, (sizes.rows, sizes.batch), right.dtype, values, right.T, *bits)
+    return _product(launch, (sizes.rows, sizes.batch), right.dtype, values, right.T, *bits_of(pattern))
 
 
-def tiles_spmm(values: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply, *, transposed: bool) -> Array:
+def tiles_spmm(values: Array, right: Array, pattern: Any, multiply: Multiply, *, transposed: bool) -> Array:
     """Return W · right, shape (rows, batch); or, transposed, Wᵀ · right."""
     from maskedlinear import _triton_tiles
 
     sizes = _sizes(pattern, right)
     launch = _triton_tiles.spmm(sizes, right.dtype.itemsize, multiply, transposed=transposed, checked=True)
     shape = launch.grid[2], sizes.depth if transposed else sizes.rows, sizes.batch
-    return _product(launch, shape, right.dtype, values, right, *bits).sum(0)
+    return _product(launch, shape, right.dtype, values, right, *bits_of(pattern)).sum(0)
 
 
-def tiles_sddmm(left: Array, right: Array, pattern: Any, bits: Bits, multiply: Multiply) -> Array:
+def tiles_sddmm(left: Array, right: Array, pattern: Any, multiply: Multiply) -> Array:
     """Return left · rightᵀ at the connections, shape (nnz,)."""
     from maskedlinear import _triton_tiles
 
     launch = _triton_tiles.sddmm(_sizes(pattern, right), right.dtype.itemsize, multiply, checked=True)
-    return _product(launch, pattern.indices.shape, right.dtype, left, right, *bits)
+    return _product(launch, pattern.indices.shape, right.dtype, left, right, *bits_of(pattern))
 
 
-def bits_of(pattern: Any) -> Bits:
+def bits_of(pattern: Any) -> tuple[Array, Array]:
     """Return where a pattern has connections, a bit each, and the first one of each word: int32, shape (rows, depth / 32).
 
-    They are formed in each program, so that no pattern is kept twice, or out of date: once for all products of a step, which
-    XLA finds to be of the same bits, but in each step of a loop, and again for what ``jax.checkpoint`` computes anew.
+    Where it keeps none they are formed in each program: once for all products of a step, which XLA finds to be of the same
+    bits, but in each step of a loop, and again for what ``jax.checkpoint`` computes anew.
+
+    Raises:
+        ValueError: if it keeps bits of another shape.
     """
     from maskedlinear import _triton_rows
 
     rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
-    launch = _triton_rows.form_bits(rows, depth, pattern.indices.size, checked=True)
     words = jax.ShapeDtypeStruct((rows, words_of(depth)), jnp.int32)
-    return _call(launch, (words, words), pattern.indptr, pattern.indices)
+    if pattern.bits is None:
+        launch = _triton_rows.form_bits(rows, depth, pattern.indices.size, checked=True)
+        formed: tuple[Array, Array] = _call(launch, (words, words), pattern.indptr, pattern.indices)
+        return formed
+    kept = pattern.bits, pattern.firsts
+    if any(one.shape != words.shape or one.dtype != words.dtype for one in kept):
+        raise ValueError(
+            f"the arrays of a pattern do not belong together: its bits must be int32 of shape {words.shape} for W of shape "
+            f"{(rows, depth)}; got {[f'{one.dtype}{list(one.shape)}' for one in kept]}: make it again, by with_bits or pack"
+        )
+    return kept
 
 
 def _sizes(pattern: Any, right: Array) -> Any:

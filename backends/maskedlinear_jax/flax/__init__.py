@@ -12,7 +12,7 @@ from maskedlinear_jax.flax._dense_gradients import dense_gradients
 from maskedlinear_jax.flax._derivative_scores import fisher_scores, grasp_scores, obd_scores
 from maskedlinear_jax.flax._kernel import Dormant, Mask
 from maskedlinear_jax.flax._linen import MaskedDense
-from maskedlinear_jax.flax._models import compress, expand, get_forms
+from maskedlinear_jax.flax._models import compress, expand, get_forms, keep_bits
 from maskedlinear_jax.flax._nnx import MaskedLinear
 from maskedlinear_jax.flax._over_time import (
     ScheduledPruning,
@@ -51,6 +51,7 @@ __all__ = [
     "get_forms",
     "get_masks",
     "grasp_scores",
+    "keep_bits",
     "load_state",
     "lottery_rounds",
     "mask_model",

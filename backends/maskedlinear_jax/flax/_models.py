@@ -17,6 +17,7 @@ from maskedlinear._timing import median_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose_forms, table
 from maskedlinear.models import check_patterns
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._trial import LayerCall, inference, training_step
 from maskedlinear_jax.flax._modules import (
     copy_metadata_and_attributes,
@@ -28,7 +29,7 @@ from maskedlinear_jax.flax._modules import (
 from maskedlinear_jax.flax._nnx import MaskedLinear, linear_options
 from maskedlinear_jax.flax._sparse_nnx import SparseLinear
 
-__all__ = ["as_function", "become_sparse", "compress", "expand", "get_forms"]
+__all__ = ["as_function", "become_sparse", "compress", "expand", "get_forms", "keep_bits"]
 
 Model = TypeVar("Model")
 
@@ -178,6 +179,38 @@ def get_forms(model: Any) -> dict[str, Literal["dense", "sparse"]]:
     """
     layers = layers_of(model, (MaskedLinear, SparseLinear))
     return {name: "sparse" if isinstance(layer, SparseLinear) else "dense" for name, layer in layers.items()}
+
+
+def keep_bits(model: Model) -> Model:
+    """Keep a bit for each place of W in the sparse layers of an nnx model, in place, for training on a GPU; return the model.
+
+    Kernels of the extra ``jax-triton`` go by them, and form them in each program otherwise: :func:`maskedlinear.jax.with_bits`
+    says more. They are in the layers' state; :func:`regrow_model` and :func:`load_state` make them anew. Layers with so
+    few connections that no product goes by bits stay as they are, as do models without sparse layers.
+
+    Raises:
+        TypeError: if a layer's indices are traced or abstract: this is a step of its own, outside of ``nnx.jit``.
+
+    Example:
+        >>> from flax import nnx
+        >>> from maskedlinear import masks
+        >>> from maskedlinear.flax import SparseLinear, keep_bits
+        >>> mask = masks.random((8, 64), sparsity=0.5, seed=0)
+        >>> layer = keep_bits(SparseLinear(64, 8, mask=mask.T, rngs=nnx.Rngs(0)))
+        >>> layer.bits[...].shape
+        (8, 2)
+    """
+    layers = layers_of(model, SparseLinear)
+    for name, layer in layers.items():
+        indices = layer.indices.get_value()
+        if is_traced(indices) or isinstance(indices, jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"keep_bits takes layers whose indices have values; those of {name or 'the layer'} are traced or abstract: "
+                "call it outside of nnx.jit, on a model that has been filled"
+            )
+    for layer in layers.values():
+        layer._keep_bits()
+    return model
 
 
 def _masked_layers(model: Any, patterns: Mapping[str, SparsityPattern]) -> dict[int, tuple[Any, Layer]]:

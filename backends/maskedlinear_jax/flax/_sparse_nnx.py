@@ -16,8 +16,10 @@ from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
+from maskedlinear._gpu_rule import has_bits, words_of
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
+from maskedlinear_jax._bits import PatternWithBits, bits_of
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._placement import laid, on_device, to_host, to_like
@@ -47,7 +49,9 @@ class SparseLinear(nnx.Module):
     The indices are in the layer's state, by rows (``indptr``, ``rows``, ``indices``) and by columns (``starts``,
     ``outputs``, ``order``). ``indptr`` and ``indices`` say all, and :func:`maskedlinear.flax.load_state` makes the others of
     them. A call checks that all six say the same: where a state has brought others it is an error; and inside transforms,
-    where numbers cannot be looked at, NaN whatever wrong indices are used for (those by columns for x's gradient only).
+    where numbers cannot be looked at, NaN whatever wrong indices are used for (those by columns for x's gradient only). A
+    layer whose ``pattern`` keeps bits (:func:`maskedlinear.jax.with_bits`), or that :func:`maskedlinear.flax.keep_bits`
+    gave some, has them in its state, too (``bits``, ``firsts``).
 
     Args:
         in_features: the size of the input's last dimension.
@@ -82,6 +86,8 @@ class SparseLinear(nnx.Module):
     starts: PatternIndex
     outputs: PatternIndex
     order: PatternIndex
+    bits: PatternIndex | None = None
+    firsts: PatternIndex | None = None
     keep_dormant: bool  # of the dense form that this was, and may become again
 
     def __init__(
@@ -126,7 +132,7 @@ class SparseLinear(nnx.Module):
             (as_array("inputs", inputs), self.weight_values[...], bias), dtype=self.dtype
         )
         pattern = self._device_pattern()
-        traced = any(map(is_traced, pattern))
+        traced = any(map(is_traced, pattern.arrays))
         if not traced and not _are_known(pattern):
             self.pattern  # noqa: B018 - raises if they contradict each other
             _remember(pattern)
@@ -139,9 +145,12 @@ class SparseLinear(nnx.Module):
         Raises:
             ValueError: if a state brought indices that are none of a layer of this shape, or do not belong together.
         """
-        here = {name: to_host(array) for name, array in self._device_pattern()._asdict().items()}
+        here = {name: to_host(array) for name, array in self._device_pattern().named.items()}
         pattern = SparsityPattern(here["indptr"], here["indices"], self.in_features)
+        if self.bits is not None:
+            pattern = PatternWithBits.of(pattern)
         found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.csc, strict=True))
+        found |= dict(zip(("bits", "firsts"), bits_of(pattern), strict=False))
         for name, expected in found.items():
             if not np.array_equal(here[name], expected):
                 raise ValueError(
@@ -343,33 +352,43 @@ class SparseLinear(nnx.Module):
         return layer
 
     def _set_pattern(self, pattern: SparsityPattern) -> None:
-        for name, array in zip(DevicePattern._fields, jax.tree.leaves(pattern), strict=True):
+        for name, array in zip(DevicePattern._fields, jax.tree.leaves(pattern), strict=False):  # bits may not be there
             setattr(self, name, PatternIndex(on_device(array)))
 
     def _complete_pattern(self) -> None:
         """Make of ``indptr`` and ``indices``, which a state has brought, the other indices."""
         self._set_arrays(self.patterns, self.indptr.get_value().shape[:-1])
 
+    def _keep_bits(self) -> None:
+        """Keep bits from now on, unless these would take so much that no product goes by them."""
+        if self.bits is None and has_bits(self.out_features, self.in_features, self.weight_values[...].shape[-1]):
+            self.bits, self.firsts = (PatternIndex(self.indices.get_value()) for _ in range(2))  # laid so, to be set
+            self._complete_pattern()
+
     def _set_arrays(self, patterns: Sequence[SparsityPattern], stack: tuple[int, ...]) -> None:
         """Set the indices to those of patterns, stacked as the layers are."""
-        every = [DevicePattern(*jax.tree.leaves(pattern)) for pattern in patterns]
-        for name in DevicePattern._fields:
-            arrays = np.stack([getattr(one, name) for one in every])
-            array = arrays.reshape(*stack, arrays.shape[-1])
+        if self.bits is not None:
+            patterns = [PatternWithBits.of(pattern) for pattern in patterns]
+        every = [DevicePattern(*jax.tree.leaves(pattern)).named for pattern in patterns]
+        for name in every[0]:
+            arrays = np.stack([one[name] for one in every])
+            array = arrays.reshape(*stack, *arrays.shape[1:])
             variable = getattr(self, name)
             variable.set_value(to_like(array, variable.get_value(), name))
 
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
-        found = DevicePattern(*(getattr(self, name).get_value() for name in DevicePattern._fields))
+        variables = (getattr(self, name) for name in DevicePattern._fields)
+        found = DevicePattern(*(None if one is None else one.get_value() for one in variables))
         each = self.weight_values[...].shape
         if len(each) != 1:
             raise ValueError(
                 f"a stack of layers has a pattern for each of them; got values of shape {each}: call them side by side "
                 "with nnx.vmap, or one after the other with nnx.scan"
             )
-        expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each)
-        for name, array, shape in zip(DevicePattern._fields, found, expected, strict=True):
+        of_bits = self.out_features, words_of(self.in_features)
+        expected = ((self.out_features + 1,), each, each, (self.in_features + 1,), each, each, of_bits, of_bits)
+        for (name, array), shape in zip(found.named.items(), expected, strict=False):
             if array.shape != shape:
                 raise ValueError(
                     f"{name} must have shape {shape} in a layer {self.in_features} -> {self.out_features} with "
@@ -383,13 +402,15 @@ _known: dict[int, tuple[weakref.ref[Any], ...]] = {}  # indices that were checke
 
 def _are_known(pattern: DevicePattern) -> bool:
     references = _known.get(id(pattern.indptr), ())
-    return bool(references) and all(known() is array for known, array in zip(references, pattern, strict=True))
+    arrays = pattern.arrays
+    same_number = len(references) == len(arrays)
+    return same_number and all(known() is array for known, array in zip(references, arrays, strict=True))
 
 
 def _remember(pattern: DevicePattern) -> None:
-    if all(isinstance(array, jax.Array) for array in pattern):  # nobody can write to it
+    if all(isinstance(array, jax.Array) for array in pattern.arrays):  # nobody can write to it
         key = id(pattern.indptr)
-        _known[key] = (weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)), *map(weakref.ref, pattern[1:]))
+        _known[key] = (weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)), *map(weakref.ref, pattern.arrays[1:]))
 
 
 def _lay_whole(layer: Any, weights: Any) -> None:

@@ -409,7 +409,7 @@ def _nnx_sparse(weight: Array, pattern: SparsityPattern, bias: Bias) -> SparseLi
     """Return a layer with these values, the pattern being traced perhaps."""
     graph, state = _nnx_sparse_made(pattern.shape, bias is not None, weight.dtype)
     state = jax.tree.map(lambda leaf: leaf, state)
-    parts = {"weight_values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern)._asdict()}
+    parts = {"weight_values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern).named}
     nnx.replace_by_pure_dict(state, parts | ({} if bias is None else {"bias": bias}))
     layer: SparseLinear = nnx.merge(graph, state)
     return layer
