@@ -64,8 +64,9 @@ class Product(NamedTuple):
 
     ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
     W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
-    connection, to know where in a panel it is; 0 if bits say so. ``forms_bits`` is the part of forming a
-    pattern's bits that the product is charged with, if it goes by them: 0 where they are kept.
+    connection, to know where in a panel it is; 0 if bits say so, to a kernel in Triton, or to XLA's (``by_xla``).
+    ``forms_bits`` is the part of forming a pattern's bits that the product is charged with, if it goes by them: 0 where they
+    are kept.
     """
 
     rows: int
@@ -78,6 +79,7 @@ class Product(NamedTuple):
     transposed: bool = False
     place_bytes: int = 8
     forms_bits: float = 0.0
+    by_xla: bool = False
 
 
 def panels(product: Product) -> int:
@@ -149,7 +151,10 @@ def _sum_bytes(product: Product) -> int:
 
 
 def instructions(
-    way: Literal["bits", "tiles", "sampled", "panel"], multiply: Multiply, batch: int = 0, transposed: bool = False
+    way: Literal["bits", "tiles", "sampled", "panel", "panel by XLA"],
+    multiply: Multiply,
+    batch: int = 0,
+    transposed: bool = False,
 ) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
@@ -161,6 +166,8 @@ def instructions(
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
         return 11.6 if multiply == "float32" else 13.6
+    if way == "panel by XLA":
+        return 24
     if way == "panel":
         return 19 if multiply == "float64" else 17.5 if half else 14
     if half:
@@ -201,7 +208,7 @@ def seconds(way: Way, product: Product) -> float:
 
 def _seconds_by_panels(product: Product) -> float:
     """Return the time of a product whose panels are made and read in the cache: unpacked or sampled, and multiplied."""
-    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _ = product
+    rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _, by_xla = product
     weights, count = rows * depth, panels(product)
     if not count:
         return float("inf")
@@ -211,7 +218,7 @@ def _seconds_by_panels(product: Product) -> float:
     if place_bytes:  # zeros in one step, places in another, and then what is at them
         unpacked = (sectors if sampled else full + sectors) / near + values + nnz * place_bytes / _MEMORY
     else:  # in one step
-        issued = weights * instructions("panel", multiply) / _INSTRUCTIONS
+        issued = weights * instructions("panel by XLA" if by_xla else "panel", multiply) / _INSTRUCTIONS
         unpacked = max(full / near, values + weights / 4 / _MEMORY, issued)
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product

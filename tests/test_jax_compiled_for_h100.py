@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from helpers import ROOT
+from maskedlinear import _gpu_rule
 
 CUDA = Path(sys.prefix) / "cuda"
 pytestmark = [
@@ -21,8 +23,9 @@ pytestmark = [
 ]
 
 PROGRAM = r"""
-import json, re, sys
-import jax, jax.numpy as jnp
+import json, os, re, subprocess, sys
+from pathlib import Path
+import jax, jax.numpy as jnp, numpy as np
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 from maskedlinear import _gpu_rule
@@ -46,8 +49,21 @@ device = topologies.get_topology_desc(platform="cuda", target_config=H100, topol
 def like(dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=SingleDeviceSharding(device))
 
-def pattern(out, in_, nnz):
-    return DevicePattern(*(like(jnp.int32, size) for size in (out + 1, nnz, nnz, in_ + 1, nnz, nnz)))
+def pattern(out, in_, nnz, keeps_bits):
+    bits = ((out, -(-in_ // 32)),) * 2 if keeps_bits else ()
+    return DevicePattern(*(like(jnp.int32, *np.atleast_1d(of)) for of in (out + 1, nnz, nnz, in_ + 1, nnz, nnz, *bits)))
+
+def instructions(folder):
+    "Those of the kernel that counts bits, for each place of W: of each of those it counts once."
+    kernels = [file for file in Path(folder).glob("*.ptx") if "popc" in file.read_text()]
+    found = []
+    for file in kernels:
+        subprocess.run(["ptxas", "--gpu-name=sm_90a", file, "-o", "kernel"], check=True)
+        text = subprocess.run(["nvdisasm", "-c", "kernel"], capture_output=True, text=True, check=True).stdout
+        issued = re.findall(r"/\*[0-9a-f]{4}\*/ +(?:@!?\w+ +)?(\w+)", text.partition("EXIT")[0])
+        found.append(len(issued) / issued.count("POPC"))
+        file.unlink()
+    return found
 
 def step(x, values, pattern, g):
     return jax.vjp(lambda x, values: product(x, values, pattern, x.shape[1], None), x, values)[1](g)
@@ -55,9 +71,11 @@ def step(x, values, pattern, g):
 choose = _gpu_rule.choose
 KERNELS = "rows", "bits", "tiles"
 for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
+    keeps_bits = bool(way) and way.startswith("kept ")
+    way = way.removeprefix("kept ") if way else way
     _gpu_rule.choose = (lambda ways, product: way if way in ways else "rows") if way else choose
     _triton_products._capability = lambda: 90 * (way in KERNELS)
-    number, indices = (lambda *shape: like(jnp.dtype(dtype), *shape)), pattern(out, in_, nnz)
+    number, indices = (lambda *shape: like(jnp.dtype(dtype), *shape)), pattern(out, in_, nnz, keeps_bits)
     x, g, values = (batch, in_), (batch, out), number(nnz)
     function, arguments = {
         "W x": (lambda v, x, p: _gpu_products.spmm(v, x, p, transposed=False), (values, number(*x[::-1]), indices)),
@@ -75,6 +93,7 @@ for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
         "scatters": len(re.findall(r" scatter\(", text)),
         "loops": text.count(" while("),
         "memory": made.memory_analysis().temp_size_in_bytes,
+        "issued": instructions("dump") if keeps_bits else [],
         "widened": [size for size in (f"{nnz}", f"{side},{batch}", f"{batch},{side}") if f"f32[{size}]" in text],
     }), flush=True)
 """
@@ -87,15 +106,19 @@ def compiled(*cases: tuple[Any, ...]) -> list[dict[str, Any]]:
     assert spec.origin is not None
     tools = Path(spec.origin).parent / "backends" / "nvidia" / "bin"
     here = os.pathsep.join(map(str, (CUDA, ROOT, ROOT / "backends")))
-    environment = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_gpu_autotune_level=0", "PYTHONPATH": here}
-    environment |= {"PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}
-    ended = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps(cases)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    path = f"{tools}{os.pathsep}{os.environ['PATH']}"
+    with tempfile.TemporaryDirectory() as folder:
+        flags = "--xla_gpu_autotune_level=0"
+        if any(str(case[5]).startswith("kept") for case in cases):
+            flags += f" --xla_dump_to={folder}/dump"
+        ended = subprocess.run(
+            [sys.executable, "-c", PROGRAM, json.dumps(cases)],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": here, "PATH": path},
+            cwd=folder,
+            check=False,
+        )
     assert ended.returncode == 0, ended.stderr
     found = [json.loads(line) for line in ended.stdout.splitlines()]
     assert len(found) == len(cases)
@@ -141,6 +164,24 @@ def test_one_panel_is_there_at_a_time(size: int) -> None:
         assert found["memory"] <= PANEL + window + products + parts, (case, found)
 
 
+@pytest.mark.parametrize("depth", [2048, 3072])  # others XLA may fill up, to split the product: 26 to 40 instructions
+def test_a_panel_by_bits_is_one_kernel_and_no_longer_than_the_rule_says(depth: int) -> None:
+    # In the program, and in a loop over panels, whose first rows a kernel must work out.
+    sizes = ((1024, depth, 256), (8192, 8 * depth, 64))
+    for dtype in BOTH:
+        cases = [
+            (out, in_, out * in_ // 10, batch, dtype, "kept panels", what)
+            for out, in_, batch in sizes
+            for what in PRODUCTS[:2]
+        ]
+        for case, found in zip(cases, compiled(*cases), strict=True):
+            assert found["issued"], case
+            assert max(found["issued"]) <= _gpu_rule.instructions("panel by XLA", "tf32"), (case, found)
+            assert found["scatters"] == 0, case
+            # A panel, the product, the sum of its parts, and x filled up to whole words; or, beside a loop, zeros.
+            assert found["kernels"] <= 4, (case, found)
+
+
 def test_a_product_as_large_as_w_adds_up_panels_of_128_mebibytes() -> None:
     cases = [(8192, 8192, 8192**2 // 10, 16384, dtype, "panels", "Wᵀ g") for dtype in BOTH]
     for case, found in zip(cases, compiled(*cases), strict=True):
@@ -158,11 +199,12 @@ def test_a_step_is_three_products() -> None:
 
 @pytest.mark.parametrize("dtype", BOTH)
 def test_kernels_in_triton_are_called_and_bits_formed_once(dtype: str) -> None:
-    ways = [(way, batch) for way in ("rows", "tiles", "bits") for batch in (1, 16, 256) if way != "bits" or batch <= 16]
+    kinds = ("rows", "tiles", "bits", "kept tiles", "kept bits")
+    ways = [(way, batch) for way in kinds for batch in (1, 16, 256) if not way.endswith("bits") or batch <= 16]
     cases = [(1024, 2048, 209_715, batch, dtype, way, what) for way, batch in ways for what in ("forward", "step")]
     for case, found in zip(cases, compiled(*cases), strict=True):
         *_, way, what = case
-        # Bits are formed once, and read by all products; y is not asked for in a step.
+        # Bits are formed once, unless they are kept, and read by all products; y is not asked for in a step.
         unpacked = way == "tiles" or (way == "bits" and what == "forward")
         assert found["calls"] == (1 if what == "forward" else 2) + unpacked, (case, found)
         assert found["scatters"] == 0, (case, found)

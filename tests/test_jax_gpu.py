@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from maskedlinear import _gpu_rule, masks
-from maskedlinear.jax import sparse_linear, stack_patterns
+from maskedlinear.jax import sparse_linear, stack_patterns, with_bits
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax import _gpu_products
 from maskedlinear_jax._compat import enable_x64
@@ -21,10 +21,14 @@ MASK[20:150] = False
 MASK[7] = True
 
 
+@pytest.mark.parametrize("keeps_bits", [False, True])
 @pytest.mark.parametrize("rows", [100, 37])  # three panels in the program, and nine in a loop
-def test_panels_give_the_products(rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_panels_give_the_products(
+    rows: int, keeps_bits: bool, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     mask = MASK
     pattern = SparsityPattern.from_mask(mask)
+    pattern = with_bits(pattern) if keeps_bits else pattern
     numbers = rng.standard_normal(pattern.nnz)
     left, right = (rng.standard_normal((size, 9)) for size in mask.shape)
     matrix = np.zeros(mask.shape)

@@ -190,6 +190,8 @@ def cells(
                 product = product._replace(place_bytes=0 if bits else _gpu_products._PLACE_BYTES)
             if not of["kept"]:
                 product = product._replace(forms_bits=0.5 if kind else 1.0)
+            elif not of["torch"] and not product.sampled:
+                product = product._replace(place_bytes=0, by_xla=True)
             ways: list[Way] = ["cusparse", "panels"] if of["torch"] else ["gathered", "panels"]
             if of["triton"]:
                 ways += ["rows", "tiles"] if kind else ["rows", "bits", "tiles"]
@@ -211,11 +213,15 @@ def test_the_tables_of_the_documentation_are_the_rules() -> None:
     jax = {"torch": False, "triton": False, "kept": False}
     rows: list[tuple[str, Multiply, dict[str, bool]]] = [
         ("PyTorch with Triton, TF32", "tf32", triton),
+        ("JAX with `jax-triton` and bits kept", "tf32", jax | {"triton": True, "kept": True}),
         ("JAX with `jax-triton`", "tf32", jax | {"triton": True}),
+        ("JAX with bits kept", "tf32", jax | {"kept": True}),
         ("JAX", "tf32", jax),
         ("PyTorch without Triton", "tf32", triton | {"triton": False}),
         ("PyTorch with Triton, half types", "half", triton),
+        ("JAX with `jax-triton` and bits kept", "half", jax | {"triton": True, "kept": True}),
         ("JAX with `jax-triton`", "half", jax | {"triton": True}),
+        ("JAX with bits kept", "half", jax | {"kept": True}),
         ("JAX", "half", jax),
     ]
     for name, multiply, of in rows:

@@ -93,8 +93,8 @@ def with_bits(pattern: SparsityPattern) -> SparsityPattern:
         )
     if np.ndim(pattern.indices) != 1:
         raise ValueError(
-            f"bits are of one pattern; got a stack of them, indices of shape {np.shape(pattern.indices)}: give bits to each, "
-            "and stack_patterns after that"
+            f"bits are of one pattern; got a stack of them, indices of shape {np.shape(pattern.indices)}: give bits to "
+            "each, and stack_patterns after that"
         )
     if not has_bits(*pattern.shape, pattern.nnz):
         return pattern

@@ -22,6 +22,7 @@ from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product, Way
 from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
+from maskedlinear_jax._products import taken
 
 __all__ = ["is_stack_one_by_one", "precision", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
@@ -48,6 +49,8 @@ def _way(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool
     product = _product(rows, depth, pattern.indices.shape[-1], batch, dtype, **of)
     if pattern.bits is None:
         product = product._replace(forms_bits=0.5 if product.transposed or product.sampled else 1.0)
+    elif not product.sampled:  # by bits panels are unpacked, not sampled
+        product = product._replace(place_bytes=0, by_xla=True)
     ways: list[Way] = ["gathered", "panels"]
     if _triton_products.are_used(rows, depth, batch):
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
@@ -118,14 +121,19 @@ def spmm_in_panels(values: Array, right: Array, pattern: Any, *, transposed: boo
         def unpack(unpacked: Array, places: Array, places_in_panel: Array) -> Array:
             return unpacked.at[places_in_panel].set(_at(values, places), mode="drop", unique_indices=True)
 
-        unpacked = jnp.full(panel.size, panel.zero.astype(right.dtype))
-        unpacked = panel.visit(unpack, unpacked).reshape(panel.height, depth)
+        if pattern.bits is None:
+            unpacked = jnp.full(panel.size, panel.zero.astype(right.dtype))
+            unpacked = panel.visit(unpack, unpacked).reshape(panel.height, depth)
+        else:
+            unpacked = panel.unpacked(values)
         if transposed:
             side = lax.dynamic_slice_in_dim(right, panel.first, panel.height)
-            return product + jnp.matmul(unpacked.T, side, preferred_element_type=of)
+            return product + jnp.matmul(unpacked.T, side, preferred_element_type=of)[:depth]
         found = jnp.matmul(unpacked, right, preferred_element_type=of)
         return lax.dynamic_update_slice_in_dim(product, found, panel.first, 0)
 
+    if pattern.bits is not None and not transposed:  # by bits a panel is as wide as its words
+        right = jnp.pad(right, ((0, -depth % 32), (0, 0)))
     sizes = (depth, count) if transposed else (count, depth)
     product = _product(*sizes, values.size, batch, right.dtype, transposed=transposed)
     return _over_panels(step, jnp.zeros((sizes[0], batch), of), pattern, product)
@@ -194,6 +202,17 @@ class _Panel(NamedTuple):
             return visit(state, first + jnp.arange(most, dtype=jnp.int32), self._within(rows, columns))
 
         return lax.fori_loop(0, -((start - end) // most), step, state)
+
+    def unpacked(self, values: Array) -> Array:
+        """Return the panel by bits, as wide as their words are: one kernel, which writes each place once."""
+        rows = self.first + self.zero.astype(jnp.int32) + jnp.arange(self.height, dtype=jnp.int32)
+        first, place = rows[0], jnp.arange(32, dtype=jnp.int32)
+        kept = (self.pattern.bits, self.pattern.firsts)
+        bits, firsts = (lax.dynamic_slice_in_dim(of, first, self.height)[:, :, None] for of in kept)
+        live = (bits >> place & 1 != 0) & (rows >= self.fresh)[:, None, None]
+        # Bits of a state may be any: XLA's gather reads the nearest value of what is none.
+        numbers = taken(values, firsts + lax.population_count(bits & ((1 << place) - 1)))
+        return jnp.where(live, numbers, 0).reshape(self.height, -1)
 
     def _within(self, rows: Array, columns: Array) -> Array:
         """Return where connections lie in the panel, row by row; behind its end, those that are not in it.

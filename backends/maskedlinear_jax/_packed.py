@@ -23,7 +23,7 @@ from jax.typing import ArrayLike
 
 from maskedlinear import kernels
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _kernels, _triton_products
+from maskedlinear_jax import _kernels
 from maskedlinear_jax._bits import PatternWithBits, with_bits
 from maskedlinear_jax._compat import ad, is_traced
 from maskedlinear_jax._gpu_products import precision
@@ -57,7 +57,7 @@ class PackedWeights:
     @property
     def is_packed(self) -> bool:
         """Whether few rows of x go through a packed copy, or, on a GPU, there are bits for the products that go by them;
-        not where that would not pay, nor without the extras ``cpu`` and ``jax-triton``."""
+        not where that would not pay, nor on CPUs without the extra ``cpu``."""
         return bool(self.kind)
 
     def __repr__(self) -> str:
@@ -73,9 +73,8 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
     products of :func:`sparse_linear`. The values have no gradient. It is a tree of arrays: pass it to a jitted function as
     an argument. Packing takes some thousand times as long as a product.
 
-    Where values lie on a GPU, or, of NumPy's, JAX's default device is one, and ``jax_triton`` is installed, what is packed
-    is a bit for each place of W, and where the values of each 32 places begin: a quarter of a byte a place, for any number
-    of rows of x, in half types too.
+    Where values lie on a GPU, or, of NumPy's, JAX's default device is one, the pattern keeps bits, as of
+    :func:`with_bits`: a quarter of a byte for each place of W, for any number of rows of x, in half types too.
 
     Args:
         values: float32, shape ``(nnz,)``, in the pattern's order; on a GPU also of a half type.
@@ -99,7 +98,7 @@ def pack(values: ArrayLike, pattern: SparsityPattern) -> PackedWeights:
             "pack takes arrays with values, not traced ones: it is a step of its own, outside of jit and grad"
         )
     numbers = np.asarray(values)
-    by_bits = _are_on_a_gpu(values) and _triton_products.are_used(*pattern.shape)
+    by_bits = _are_on_a_gpu(values)
     if numbers.dtype != np.float32 and not (by_bits and numbers.dtype.name in _HALF_TYPES):
         raise TypeError(f"packed values are float32; got {numbers.dtype}: convert them with .astype(jnp.float32)")
     if pattern.indices.ndim != 1 or numbers.shape != (pattern.nnz,):

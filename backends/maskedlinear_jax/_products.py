@@ -22,7 +22,7 @@ from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._bits import PatternWithBits, bits_of
 from maskedlinear_jax._compat import from_the_start
 
-__all__ = ["DevicePattern", "sddmm", "spmm", "to_columns", "to_rows"]
+__all__ = ["DevicePattern", "sddmm", "spmm", "taken", "to_columns", "to_rows"]
 
 _CHUNK = 1 << 20  # numbers that a product gathers at once
 _SYMBOLIC = 32  # what a batch that has no size yet is taken for there
@@ -34,7 +34,7 @@ _WIDE = 32  # columns that such a part has at least
 
 
 class DevicePattern(NamedTuple):
-    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.SparsityPattern`; and its bits, if it keeps any."""
+    """A pattern by rows and by columns, as in :class:`maskedlinear.pattern.SparsityPattern`, and the bits that it keeps."""
 
     indptr: Array
     rows: Array
@@ -64,24 +64,26 @@ class DevicePattern(NamedTuple):
         """Return whether ``indptr``, ``rows`` and ``indices``, and bits, are those of one pattern: a state may have brought
         any."""
         valid = _are_of_one(self.indptr, self.rows, self.indices, in_features)
-        return valid if self.bits is None else valid & self._are_bits_valid()
-
-    def _are_bits_valid(self) -> Array:
-        """Return whether bits are there for all connections by rows, which are valid, and lead to their values; no others."""
-        places = self.rows, self.indices >> 5
-        bits, first = (of.at[places].get(mode="promise_in_bounds") for of in (self.bits, self.firsts) if of is not None)
-        place = self.indices & 31
-        before = first + lax.population_count(bits & ((1 << place) - 1))
-        wrong = (bits >> place & 1 == 0) | (before != jnp.arange(place.size, dtype=jnp.int32))
-        return _none(wrong) & (lax.population_count(self.bits).sum() == place.size)
+        if self.bits is None or self.firsts is None:
+            return valid
+        return valid & _are_bits_of(self.bits, self.firsts, self.rows, self.indices)
 
     def is_valid_by_columns(self) -> Array:
         """Return whether ``starts``, ``outputs`` and ``order`` are those of the connections by rows, which are valid."""
         # In the one loop that gathers. No connection is there twice, so that none is missing.
-        rows, columns = _taken(self.rows, self.order), _taken(self.indices, self.order)
+        rows, columns = taken(self.rows, self.order), taken(self.indices, self.order)
         columns = jnp.where(rows == self.outputs, columns, -1)
         columns = lax.optimization_barrier(columns)
         return _are_of_one(self.starts, columns, self.order, self.order.size)
+
+
+def _are_bits_of(bits: Array, firsts: Array, rows: Array, columns: Array) -> Array:
+    """Return whether bits are there for all connections, which are valid, and lead to their values, and no others are."""
+    word, first = (of.at[rows, columns >> 5].get(mode="promise_in_bounds") for of in (bits, firsts))
+    place = columns & 31
+    before = first + lax.population_count(word & ((1 << place) - 1))
+    wrong = (word >> place & 1 == 0) | (before != jnp.arange(place.size, dtype=jnp.int32))
+    return _none(wrong) & (lax.population_count(bits).sum() == place.size)
 
 
 def _are_of_one(starts: Array, groups: Array, values: Array, bound: int) -> Array:
@@ -91,7 +93,7 @@ def _are_of_one(starts: Array, groups: Array, values: Array, bound: int) -> Arra
     first, end = starts[:-1], starts[1:]
     wrong = first > end
     if size:
-        outer = (_taken(groups, first) != group) | (_taken(groups, end - 1) != group)
+        outer = (taken(groups, first) != group) | (taken(groups, end - 1) != group)
         wrong |= outer & (first < end)
     ends = (starts[0] == 0) & (starts[-1] == size)
     if not size:
@@ -103,7 +105,7 @@ def _are_of_one(starts: Array, groups: Array, values: Array, bound: int) -> Arra
     return ends & _none(jnp.concatenate([wrong, unordered]))  # in one: each sum takes memory when it is compiled
 
 
-def _taken(array: Array, places: Array) -> Array:
+def taken(array: Array, places: Array) -> Array:
     """Return entries or rows of an array; for places that it has not, those at its ends.
 
     As XLA's gather does by itself: ``array[places]`` adds instructions for places from the end and beyond it, which cost
@@ -153,14 +155,14 @@ def spmm(values: Array, right: Array, pattern: DevicePattern, *, transposed: boo
     if not values.size or not batch or not count:
         return jnp.zeros((count, batch), right.dtype)
     if transposed:
-        values = _taken(values, pattern.order)
+        values = taken(values, pattern.order)
     if cpu:
         matrix = sparse.BCSR((values, across, starts), shape=(count, depth), indices_sorted=True, unique_indices=True)
         padded = jnp.pad(right, ((0, 0), (0, -batch % _LANES)))  # what is left over takes longer than all the rest
         return (matrix @ padded)[:, :batch]
-    of = _taken(pattern.indices, pattern.order) if transposed else pattern.rows
+    of = taken(pattern.indices, pattern.order) if transposed else pattern.rows
     return _in_parts(
-        lambda total, part: total.at[part[0]].add(part[2][:, None] * _taken(right, part[1]), indices_are_sorted=True),
+        lambda total, part: total.at[part[0]].add(part[2][:, None] * taken(right, part[1]), indices_are_sorted=True),
         jnp.zeros((count, batch), right.dtype),
         (of, across, values),
         batch,
@@ -173,7 +175,7 @@ def sddmm(left: Array, right: Array, pattern: DevicePattern, *, cpu: bool) -> Ar
     if not size or not batch:
         return jnp.zeros(size, right.dtype)
     if not cpu:
-        return _gathered(lambda of, across: (_taken(left, of) * _taken(right, across)).sum(1), pattern, batch)
+        return _gathered(lambda of, across: (taken(left, of) * taken(right, across)).sum(1), pattern, batch)
     # Nanoseconds, measured on two cores with AVX-512.
     gathering, in_blocks = size * (0.035 * batch + 3), left.shape[0] * (0.0055 * right.size + 200) + 3 * size
     return _sddmm_in_blocks(left, right, pattern) if gathering > in_blocks else _sddmm_in_slices(left, right, pattern)
@@ -192,7 +194,7 @@ def _sddmm_in_slices(left: Array, right: Array, pattern: DevicePattern) -> Array
     parts = [slice(start, start + width) for start in range(0, slices * width, width)]
 
     def dot(of: Array, across: Array) -> Array:
-        products = [_taken(left[:, part], of) * _taken(right[:, part], across) for part in parts]
+        products = [taken(left[:, part], of) * taken(right[:, part], across) for part in parts]
         return sum(products[1:], products[0]) @ jnp.ones(width, right.dtype)
 
     # In two steps at least: out of a loop XLA would gather from the sides as they were before they were transposed, number

@@ -182,11 +182,12 @@ def get_forms(model: Any) -> dict[str, Literal["dense", "sparse"]]:
 
 
 def keep_bits(model: Model) -> Model:
-    """Keep a bit for each place of W in the sparse layers of an nnx model, in place, for training on a GPU; return the model.
+    """Keep a bit for each place of W in the sparse layers of an nnx model, for training on a GPU, in place; return it.
 
-    Kernels of the extra ``jax-triton`` go by them, and form them in each program otherwise: :func:`maskedlinear.jax.with_bits`
-    says more. They are in the layers' state; :func:`regrow_model` and :func:`load_state` make them anew. Layers with so
-    few connections that no product goes by bits stay as they are, as do models without sparse layers.
+    Products go by them there, and kernels of the extra ``jax-triton`` form them in each program otherwise:
+    :func:`maskedlinear.jax.with_bits` says more. They are in the layers' state; :func:`regrow_model` and :func:`load_state`
+    make them anew. Layers with so few connections that no product goes by bits stay as they are, as do models without
+    sparse layers.
 
     Raises:
         TypeError: if a layer's indices are traced or abstract: this is a step of its own, outside of ``nnx.jit``.

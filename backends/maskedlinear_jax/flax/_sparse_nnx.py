@@ -378,8 +378,8 @@ class SparseLinear(nnx.Module):
 
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
-        variables = (getattr(self, name) for name in DevicePattern._fields)
-        found = DevicePattern(*(None if one is None else one.get_value() for one in variables))
+        variables = [getattr(self, name) for name in DevicePattern._fields]
+        found = DevicePattern(*(one.get_value() for one in variables if one is not None))
         each = self.weight_values[...].shape
         if len(each) != 1:
             raise ValueError(
@@ -410,7 +410,10 @@ def _are_known(pattern: DevicePattern) -> bool:
 def _remember(pattern: DevicePattern) -> None:
     if all(isinstance(array, jax.Array) for array in pattern.arrays):  # nobody can write to it
         key = id(pattern.indptr)
-        _known[key] = (weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)), *map(weakref.ref, pattern.arrays[1:]))
+        _known[key] = (
+            weakref.ref(pattern.indptr, lambda _: _known.pop(key, None)),
+            *map(weakref.ref, pattern.arrays[1:]),
+        )
 
 
 def _lay_whole(layer: Any, weights: Any) -> None:
