@@ -134,7 +134,7 @@ def jax_calls(row: Row, width: int, device: str) -> dict[str, Callable[[], Any]]
     import jax.numpy as jnp
     from jax.experimental import sparse
 
-    from maskedlinear.jax import masked_linear, sparse_linear
+    from maskedlinear.jax import masked_linear, sparse_linear, with_bits
 
     if (jax.default_backend() == "cpu") != (device == "cpu"):
         raise RuntimeError(f"JAX computes on {jax.default_backend()}, not on {device}")
@@ -154,6 +154,7 @@ def jax_calls(row: Row, width: int, device: str) -> dict[str, Callable[[], Any]]
     layers = {"dense": (lambda x, w, _: x @ w.T, weight, 0), "masked_linear": (masked_linear, weight, mask)}
     if row.what != "masked":
         layers["sparse_linear"] = (sparse_linear, values, pattern)
+        layers["sparse_linear, bits kept"] = (sparse_linear, values, jax.device_put(with_bits(pattern)))
         if row.live < 0.05 or width < 1000:  # a step of denser ones takes seconds
             layers["BCOO"] = (bcoo, values, places)
     calls = {}

@@ -28,6 +28,7 @@ __all__ = [
     "has_bits",
     "instructions",
     "panels",
+    "panels_by_bits",
     "seconds",
     "tiles_of",
     "words_of",
@@ -97,6 +98,15 @@ def panels(product: Product) -> int:
     return -(-rows // height) if height else 0
 
 
+def panels_by_bits(product: Product) -> Product:
+    """Return a product, whose bits are kept, as XLA forms its panels in less time: by these, or by two indices a connection.
+
+    It is ``by_xla``, then, or as it was.
+    """
+    by_bits = product._replace(place_bytes=0, by_xla=True)
+    return min(by_bits, product, key=lambda of: seconds("panels", of))
+
+
 def words_of(depth: int) -> int:
     """Return how many words of 32 bits a row of W has."""
     return -(-depth // 32)
@@ -151,7 +161,7 @@ def _sum_bytes(product: Product) -> int:
 
 
 def instructions(
-    way: Literal["bits", "tiles", "sampled", "panel", "panel by XLA"],
+    way: Literal["bits", "tiles", "sampled", "panel", "panel by XLA", "sampled by XLA"],
     multiply: Multiply,
     batch: int = 0,
     transposed: bool = False,
@@ -159,15 +169,16 @@ def instructions(
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
     At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile. ``"sampled"``
-    is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one.
+    is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one. XLA's
+    kernels look at four places together in a panel that they unpack, and at one in a sampled one.
     """
     half = multiply == "half"
     if way == "bits":
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
         return 11.6 if multiply == "float32" else 13.6
-    if way == "panel by XLA":
-        return 24
+    if way in ("panel by XLA", "sampled by XLA"):
+        return 23 if way == "panel by XLA" else 46
     if way == "panel":
         return 19 if multiply == "float64" else 17.5 if half else 14
     if half:
@@ -218,7 +229,10 @@ def _seconds_by_panels(product: Product) -> float:
     if place_bytes:  # zeros in one step, places in another, and then what is at them
         unpacked = (sectors if sampled else full + sectors) / near + values + nnz * place_bytes / _MEMORY
     else:  # in one step
-        issued = weights * instructions("panel by XLA" if by_xla else "panel", multiply) / _INSTRUCTIONS
+        kernel: Literal["panel", "panel by XLA", "sampled by XLA"] = "panel"
+        if by_xla:
+            kernel = "sampled by XLA" if sampled else "panel by XLA"
+        issued = weights * instructions(kernel, multiply) / _INSTRUCTIONS
         unpacked = max(full / near, values + weights / 4 / _MEMORY, issued)
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product

@@ -170,14 +170,16 @@ def test_a_panel_by_bits_is_one_kernel_and_no_longer_than_the_rule_says(depth: i
     sizes = ((1024, depth, 256), (8192, 8 * depth, 64))
     for dtype in BOTH:
         cases = [
-            (out, in_, out * in_ // 10, batch, dtype, "kept panels", what)
+            (out, in_, out * in_ // 2, batch, dtype, "kept panels", what)
             for out, in_, batch in sizes
-            for what in PRODUCTS[:2]
+            for what in PRODUCTS
         ]
         for case, found in zip(cases, compiled(*cases), strict=True):
+            sampled = case[-1] == "g xᵀ"
+            expected = _gpu_rule.instructions("sampled by XLA" if sampled else "panel by XLA", "tf32")
             assert found["issued"], case
-            assert max(found["issued"]) <= _gpu_rule.instructions("panel by XLA", "tf32"), (case, found)
-            assert found["scatters"] == 0, case
+            assert max(found["issued"]) <= expected, (case, found)
+            assert found["scatters"] == sampled, case
             # A panel, the product, the sum of its parts, and x filled up to whole words; or, beside a loop, zeros.
             assert found["kernels"] <= 4, (case, found)
 

@@ -48,6 +48,29 @@ def test_panels_give_the_products(
             np.testing.assert_allclose(got, product, atol=1e-12)
 
 
+def test_of_wrong_bits_panels_are_numbers_of_what_is_there(
+    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A state may have brought any: what they lead to beyond the values is the nearest one, and nothing is written there."""
+    monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
+    monkeypatch.setattr(_gpu_rule, "panels_by_bits", lambda product: product._replace(place_bytes=0, by_xla=True))
+    pattern = DevicePattern.of(with_bits(SparsityPattern.from_mask(MASK)))
+    left, right, numbers = (jnp.asarray(rng.standard_normal(size)) for size in ((300, 9), (40, 9), (MASK.sum(),)))
+    for first in (0, -1, MASK.sum() - 3, 1 << 30, -(1 << 31)):
+        wrong = pattern._replace(bits=jnp.full((300, 2), -1, jnp.int32), firsts=jnp.full((300, 2), first, jnp.int32))
+        row = np.asarray(numbers)[
+            np.clip(np.int32(first) + np.tile(np.arange(32, dtype=np.int32), 2), 0, MASK.sum() - 1)
+        ]
+        dense = np.broadcast_to(row[:40], MASK.shape)
+        for transposed, side, expected in ((False, right, dense @ right), (True, left, dense.T @ left)):
+            product = jax.jit(lambda p, t=transposed, s=side: _gpu_products.spmm(numbers, s, p, transposed=t))
+            np.testing.assert_allclose(product(wrong), expected, rtol=1e-4, atol=1e-3)
+        sampled = np.asarray(jax.jit(lambda p: _gpu_products.sddmm(left, right, p))(wrong))
+        written = np.flatnonzero(sampled)
+        assert np.isfinite(sampled).all()
+        assert set(written) <= {first + place for place in range(32)}
+
+
 def test_gathered_at_once_they_are_the_products(rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "gathered")
     mask = MASK
@@ -155,12 +178,12 @@ def test_algorithms_of_more_bits_are_not_multiplied_by_tf32(name: str) -> None:
 def test_a_panel_of_a_large_batch_stays_a_panel(dtype: Any) -> None:
     """Where each adds to a product that is larger than W, too: so its places are numbers of 32 bits."""
     for out, in_, batch in ((65536, 32768, 32768), (131072, 16384, 65536), (8192, 8192, 16384)):
-        product = _gpu_products._product(in_, out, out * in_ // 10, batch, dtype, transposed=True)
-        panels = _gpu_rule.panels(product)
-        assert -(-out // panels) * in_ * jnp.dtype(dtype).itemsize <= _gpu_rule.LARGEST_PANEL
         shapes = ((out * in_ // 10,), (out, batch))
         sizes = (out + 1, shapes[0][0], shapes[0][0], in_ + 1, shapes[0][0], shapes[0][0])
         pattern = DevicePattern(*(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes))
+        product = _gpu_products._product(in_, out, pattern, batch, dtype, transposed=True)
+        panels = _gpu_rule.panels(product)
+        assert -(-out // panels) * in_ * jnp.dtype(dtype).itemsize <= _gpu_rule.LARGEST_PANEL
         given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         made = jax.eval_shape(lambda v, g, p: _gpu_products.spmm_in_panels(v, g, p, transposed=True), *given, pattern)
         assert made.shape == (in_, batch)

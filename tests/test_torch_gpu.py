@@ -190,8 +190,8 @@ def cells(
                 product = product._replace(place_bytes=0 if bits else _gpu_products._PLACE_BYTES)
             if not of["kept"]:
                 product = product._replace(forms_bits=0.5 if kind else 1.0)
-            elif not of["torch"] and not product.sampled:
-                product = product._replace(place_bytes=0, by_xla=True)
+            elif not of["torch"]:
+                product = _gpu_rule.panels_by_bits(product)
             ways: list[Way] = ["cusparse", "panels"] if of["torch"] else ["gathered", "panels"]
             if of["triton"]:
                 ways += ["rows", "tiles"] if kind else ["rows", "bits", "tiles"]
@@ -211,6 +211,26 @@ def test_the_tables_of_the_documentation_are_the_rules() -> None:
         wanted = f"| {name}: W x, Wᵀ g | {' | '.join(one)} |\n| the gradient of values | {' | '.join(other)} |"
         assert wanted in text, wanted
     jax = {"torch": False, "triton": False, "kept": False}
+    for multiply, last in (
+        ("tf32", "1.27, 1.07, 1.02 in TF32"),
+        ("half", "1.33, 1.14, 1.03 in half types"),
+        ("float32", ""),
+    ):
+        of_torch, of_jax = (
+            cells(batches, multiply, LIVE, **of)  # type: ignore[arg-type]
+            for of in (triton, jax | {"triton": True, "kept": True})
+        )
+        assert [row[:7] for row in of_jax] == [row[:7] for row in of_torch]
+        if last:
+            assert last.startswith(", ".join(of_jax[1][7:]))
+            assert last in text
+    # The list of what limits them.
+    formed, by_xla = (
+        [cells((1, 16, 64, 256, 1024), multiply, LIVE, **jax | of)[0] for multiply in ("tf32", "half")]  # type: ignore[arg-type]
+        for of in ({"triton": True}, {"kept": True})
+    )
+    assert [max(map(float, row[:4])) for row in formed] == [2.14, 3.25]
+    assert [(row[0], row[3], row[4]) for row in by_xla] == [("1.61", "1.94", "1.24"), ("1.78", "2.09", "1.27")]
     rows: list[tuple[str, Multiply, dict[str, bool]]] = [
         ("PyTorch with Triton, TF32", "tf32", triton),
         ("JAX with `jax-triton` and bits kept", "tf32", jax | {"triton": True, "kept": True}),

@@ -21,6 +21,7 @@ from jax import Array, lax
 from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product, Way
 from maskedlinear_jax import _triton_products
+from maskedlinear_jax._compat import from_the_start
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._products import taken
 
@@ -40,17 +41,18 @@ def precision() -> Any:
     return getattr(jax.config, "jax_default_matmul_precision", None)
 
 
-def _product(rows: int, depth: int, nnz: int, batch: int, dtype: Any, **of: bool) -> Product:
-    return Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
+def _product(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool) -> Product:
+    """Return what the rule is asked: the two of a backward pass share the forming of bits, where the pattern keeps none."""
+    nnz = pattern.indices.shape[-1]
+    product = Product(rows, depth, nnz, batch, jnp.dtype(dtype).itemsize, _multiply(dtype), **of)
+    if pattern.bits is not None:
+        return _gpu_rule.panels_by_bits(product)
+    return product._replace(forms_bits=0.5 if product.transposed or product.sampled else 1.0)
 
 
 def _way(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool) -> Way:
-    """Return how a product is formed: the two of a backward pass share the forming of bits, if the pattern keeps none."""
-    product = _product(rows, depth, pattern.indices.shape[-1], batch, dtype, **of)
-    if pattern.bits is None:
-        product = product._replace(forms_bits=0.5 if product.transposed or product.sampled else 1.0)
-    elif not product.sampled:  # by bits panels are unpacked, not sampled
-        product = product._replace(place_bytes=0, by_xla=True)
+    """Return how a product is formed."""
+    product = _product(rows, depth, pattern, batch, dtype, **of)
     ways: list[Way] = ["gathered", "panels"]
     if _triton_products.are_used(rows, depth, batch):
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
@@ -121,32 +123,37 @@ def spmm_in_panels(values: Array, right: Array, pattern: Any, *, transposed: boo
         def unpack(unpacked: Array, places: Array, places_in_panel: Array) -> Array:
             return unpacked.at[places_in_panel].set(_at(values, places), mode="drop", unique_indices=True)
 
-        if pattern.bits is None:
+        if asked.by_xla:
+            unpacked = panel.unpacked(values)
+        else:
             unpacked = jnp.full(panel.size, panel.zero.astype(right.dtype))
             unpacked = panel.visit(unpack, unpacked).reshape(panel.height, depth)
-        else:
-            unpacked = panel.unpacked(values)
         if transposed:
             side = lax.dynamic_slice_in_dim(right, panel.first, panel.height)
             return product + jnp.matmul(unpacked.T, side, preferred_element_type=of)[:depth]
         found = jnp.matmul(unpacked, right, preferred_element_type=of)
         return lax.dynamic_update_slice_in_dim(product, found, panel.first, 0)
 
-    if pattern.bits is not None and not transposed:  # by bits a panel is as wide as its words
-        right = jnp.pad(right, ((0, -depth % 32), (0, 0)))
     sizes = (depth, count) if transposed else (count, depth)
-    product = _product(*sizes, values.size, batch, right.dtype, transposed=transposed)
-    return _over_panels(step, jnp.zeros((sizes[0], batch), of), pattern, product)
+    asked = _product(*sizes, pattern, batch, right.dtype, transposed=transposed)
+    if asked.by_xla and not transposed:
+        right = _to_whole_words(right)
+    return _over_panels(step, jnp.zeros((sizes[0], batch), of), pattern, asked)
 
 
 def sddmm_in_panels(left: Array, right: Array, pattern: Any) -> Array:
     """Return left · rightᵀ at the connections, of which a panel is there in full at a time."""
     (count, batch), depth, size, of = left.shape, right.shape[0], pattern.indices.size, wide(right.dtype)
+    asked = _product(count, depth, pattern, batch, right.dtype, sampled=True)
+    if asked.by_xla:
+        right = _to_whole_words(right)
 
     def step(sampled: Array, panel: _Panel) -> Array:
         # From where the compiler does not know: of two panels it would make one product.
         side = lax.dynamic_slice_in_dim(left, panel.first + panel.zero.astype(jnp.int32), panel.height)
         dense = jnp.matmul(side, right.T, preferred_element_type=of).reshape(-1)
+        if asked.by_xla:
+            return panel.sample(sampled, dense)
 
         def sample(sampled: Array, places: Array, places_in_panel: Array) -> Array:
             numbers = dense.at[places_in_panel].get(mode="fill", fill_value=0)
@@ -158,8 +165,12 @@ def sddmm_in_panels(left: Array, right: Array, pattern: Any) -> Array:
 
         return panel.visit(sample, sampled)
 
-    product = _product(count, depth, size, batch, of, sampled=True)
-    return _over_panels(step, jnp.zeros(size, of), pattern, product)
+    return _over_panels(step, jnp.zeros(size, of), pattern, asked)
+
+
+def _to_whole_words(side: Array) -> Array:
+    """Return a side (depth, batch) with zeros behind it, as far as words of bits go: so wide is a panel by bits."""
+    return jnp.pad(side, ((0, -side.shape[0] % 32), (0, 0)))
 
 
 class _Panel(NamedTuple):
@@ -205,14 +216,27 @@ class _Panel(NamedTuple):
 
     def unpacked(self, values: Array) -> Array:
         """Return the panel by bits, as wide as their words are: one kernel, which writes each place once."""
+        live, of = self._by_bits()
+        # Bits of a state may be any: XLA's gather reads the nearest value of what is none.
+        return jnp.where(live, taken(values, of), 0).reshape(self.height, -1)
+
+    def sample(self, sampled: Array, dense: Array) -> Array:
+        """Write the numbers of a panel, as wide as the words of bits are, that are live to their places in ``sampled``."""
+        live, of = self._by_bits()
+        of = jnp.where(live, of, sampled.size)  # those of other places are written nowhere
+        numbers, options = dense.reshape(of.shape), from_the_start(sampled)
+        return sampled.at[of].set(numbers, mode="drop", unique_indices=True, **options)  # type: ignore[arg-type, unused-ignore]
+
+    def _by_bits(self) -> tuple[Array, Array]:
+        """Return which places are live, (height, words, 32), and which connection each of these is."""
         rows = self.first + self.zero.astype(jnp.int32) + jnp.arange(self.height, dtype=jnp.int32)
         first, place = rows[0], jnp.arange(32, dtype=jnp.int32)
-        kept = (self.pattern.bits, self.pattern.firsts)
+        kept = _triton_products.bits_of(self.pattern)
         bits, firsts = (lax.dynamic_slice_in_dim(of, first, self.height)[:, :, None] for of in kept)
-        live = (bits >> place & 1 != 0) & (rows >= self.fresh)[:, None, None]
-        # Bits of a state may be any: XLA's gather reads the nearest value of what is none.
-        numbers = taken(values, firsts + lax.population_count(bits & ((1 << place) - 1)))
-        return jnp.where(live, numbers, 0).reshape(self.height, -1)
+        live = bits >> place & 1 != 0
+        if self.fresh is not self.first:
+            live &= (rows >= self.fresh)[:, None, None]
+        return live, firsts + lax.population_count(bits & ((1 << place) - 1))
 
     def _within(self, rows: Array, columns: Array) -> Array:
         """Return where connections lie in the panel, row by row; behind its end, those that are not in it.

@@ -100,11 +100,11 @@ def bits_of(pattern: Any) -> tuple[Array, Array]:
     Raises:
         ValueError: if it keeps bits of another shape.
     """
-    from maskedlinear import _triton_rows
-
     rows, depth = (index.shape[0] - 1 for index in (pattern.indptr, pattern.starts))
     words = jax.ShapeDtypeStruct((rows, words_of(depth)), jnp.int32)
     if pattern.bits is None:
+        from maskedlinear import _triton_rows
+
         launch = _triton_rows.form_bits(rows, depth, pattern.indices.size, checked=True)
         formed: tuple[Array, Array] = _call(launch, (words, words), pattern.indptr, pattern.indices)
         return formed

@@ -155,7 +155,8 @@ def _measured_seconds(layer: Any, batch: int, training: bool) -> dict[str, float
         x, g = (jax.random.normal(key, (batch, size)) for key, size in zip(keys, sizes, strict=True))
     x = x.astype(dense.kernel.dtype)
     calls = {}
-    for form, made in (("dense", dense), ("sparse", SparseLinear.from_masked(dense))):
+    sparse = layer if isinstance(layer, SparseLinear) else SparseLinear.from_masked(layer)  # as it is: it may keep bits
+    for form, made in (("dense", dense), ("sparse", sparse)):
         call, params, fixed = as_function(made)
         dtype = jax.eval_shape(call, params, x, fixed).dtype
         step = partial(training_step, g=g.astype(dtype)) if training else inference
