@@ -21,7 +21,6 @@ from jax import Array, lax
 from maskedlinear import _gpu_rule
 from maskedlinear._gpu_rule import Multiply, Product, Way
 from maskedlinear_jax import _triton_products
-from maskedlinear_jax._compat import from_the_start
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._products import taken
 
@@ -217,18 +216,16 @@ class _Panel(NamedTuple):
     def unpacked(self, values: Array) -> Array:
         """Return the panel by bits, as wide as their words are: one kernel, which writes each place once."""
         live, of = self._by_bits()
-        # Bits of a state may be any: XLA's gather reads the nearest value of what is none.
         return jnp.where(live, taken(values, of), 0).reshape(self.height, -1)
 
     def sample(self, sampled: Array, dense: Array) -> Array:
         """Write the numbers of a panel, as wide as the words of bits are, that are live to their places in ``sampled``."""
         live, of = self._by_bits()
         of = jnp.where(live, of, sampled.size)  # those of other places are written nowhere
-        numbers, options = dense.reshape(of.shape), from_the_start(sampled)
-        return sampled.at[of].set(numbers, mode="drop", unique_indices=True, **options)  # type: ignore[arg-type, unused-ignore]
+        return sampled.at[of].set(dense.reshape(of.shape), mode="drop", unique_indices=True)
 
     def _by_bits(self) -> tuple[Array, Array]:
-        """Return which places are live, (height, words, 32), and which connection each of these is."""
+        """Return which places are live, (height, words, 32), and which connection each of these is: of wrong bits, any."""
         rows = self.first + self.zero.astype(jnp.int32) + jnp.arange(self.height, dtype=jnp.int32)
         first, place = rows[0], jnp.arange(32, dtype=jnp.int32)
         kept = _triton_products.bits_of(self.pattern)
@@ -236,7 +233,8 @@ class _Panel(NamedTuple):
         live = bits >> place & 1 != 0
         if self.fresh is not self.first:
             live &= (rows >= self.fresh)[:, None, None]
-        return live, firsts + lax.population_count(bits & ((1 << place) - 1))
+        of = firsts + lax.population_count(bits & ((1 << place) - 1))
+        return live, of.astype(jnp.uint32)  # of which none counts from the end
 
     def _within(self, rows: Array, columns: Array) -> Array:
         """Return where connections lie in the panel, row by row; behind its end, those that are not in it.
