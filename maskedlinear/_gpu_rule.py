@@ -35,7 +35,7 @@ __all__ = [
 ]
 
 Multiply = Literal["float64", "float32", "tf32", "half"]
-Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "tiles"]
+Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "reduced", "tiles"]
 
 PANEL_BYTES = 32 << 20  # the most that is unpacked at once: it stays in the second-level cache, 50 MB
 LARGEST_PANEL = 128 << 20  # but where panels add up to a product that is as large
@@ -58,6 +58,7 @@ ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
+_LARGEST_REDUCED_BATCH = 2  # of four XLA writes to memory which places are live
 
 
 class Product(NamedTuple):
@@ -161,7 +162,7 @@ def _sum_bytes(product: Product) -> int:
 
 
 def instructions(
-    way: Literal["bits", "tiles", "sampled", "panel", "panel by XLA", "sampled by XLA"],
+    way: Literal["bits", "reduced", "tiles", "sampled", "panel", "panel by XLA", "sampled by XLA"],
     multiply: Multiply,
     batch: int = 0,
     transposed: bool = False,
@@ -170,13 +171,16 @@ def instructions(
 
     At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile. ``"sampled"``
     is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one. XLA's
-    kernels look at four places together in a panel that they unpack, and at one in a sampled one.
+    kernels look at some places together in a panel that they unpack, and at one in a sampled one; ``"reduced"``, they
+    multiply them too.
     """
     half = multiply == "half"
     if way == "bits":
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
         return 11.6 if multiply == "float32" else 13.6
+    if way == "reduced":
+        return 18 if batch == 1 else 37 if multiply == "float64" else 31
     if way in ("panel by XLA", "sampled by XLA"):
         return 23 if way == "panel by XLA" else 46
     if way == "panel":
@@ -198,14 +202,14 @@ def seconds(way: Way, product: Product) -> float:
         return max(multiplied, weights * size / _MEMORY + sides)
     if way == "panels":
         return _seconds_by_panels(product)
-    if way in ("bits", "tiles") and not has_bits(rows, depth, nnz):
+    if way in ("bits", "reduced", "tiles") and not has_bits(rows, depth, nnz):
         return float("inf")
     if way == "tiles":
         return _seconds_by_tiles(product) + _seconds_of_bits(product)
-    if way == "bits":
-        if sampled or batch > LARGEST_BITS_BATCH:
+    if way in ("bits", "reduced"):
+        if sampled or batch > (LARGEST_BITS_BATCH if way == "bits" else _LARGEST_REDUCED_BATCH):
             return float("inf")
-        issued = weights * instructions("bits", multiply, _power_of_2(batch))
+        issued = weights * instructions(way, multiply, _power_of_2(batch))
         read = (weights / 4 + nnz * size) / _MEMORY + sides
         return max(read, issued / _INSTRUCTIONS) + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)

@@ -184,6 +184,24 @@ def test_a_panel_by_bits_is_one_kernel_and_no_longer_than_the_rule_says(depth: i
             assert found["kernels"] <= 4, (case, found)
 
 
+def test_a_column_or_two_are_multiplied_in_one_kernel() -> None:
+    sizes = ((1024, 2048), (8192, 8192), (4096, 11008))
+    cases = [
+        (out, in_, out * in_ // 2, batch, dtype, "kept reduced", "W x")
+        for out, in_ in sizes
+        for batch in (1, 2)
+        for dtype in BOTH
+    ]
+    for case, found in zip(cases, compiled(*cases), strict=True):
+        out, _, _, batch, dtype, *_ = case
+        expected = _gpu_rule.instructions("reduced", "half" if dtype == "bfloat16" else "tf32", batch)
+        assert len(found["issued"]) == 1, case
+        assert found["issued"][0] <= expected, (case, found)
+        # One more counts to 32, and one brings two columns together.
+        assert found["kernels"] <= 1 + batch, (case, found)
+        assert found["memory"] <= 8 * out + 256, (case, found)
+
+
 def test_a_product_as_large_as_w_adds_up_panels_of_128_mebibytes() -> None:
     cases = [(8192, 8192, 8192**2 // 10, 16384, dtype, "panels", "Wᵀ g") for dtype in BOTH]
     for case, found in zip(cases, compiled(*cases), strict=True):

@@ -140,6 +140,19 @@ for dtype, batch in ((jnp.float32, (2, 3)), (jnp.bfloat16, (16,))):
     assert y.dtype == dtype and y.shape == (*batch, 5)
     np.testing.assert_allclose(np.asarray(y, np.float64), np.asarray(x, np.float64) @ dense.T, atol=0.1)
 
+# A column or two, by bits, without kernels of ours.
+choose("reduced")
+for dtype, batch in ((jnp.float32, 1), (jnp.float64, 2), (jnp.bfloat16, 1), (jnp.float16, 2)):
+    values, x = jnp.asarray(rng.standard_normal(sparse.nnz), dtype), jnp.asarray(rng.standard_normal((70, batch)), dtype)
+    x = x.at[3].set(jnp.inf)  # which reaches what is connected to it
+    called.clear()
+    y = jax.jit(lambda v, x, *p: _spmm(v, x, *p, transposed=False, kernel="gpu"))(values, x, *kept.arrays)
+    assert not called
+    dense = np.zeros((5, 70))
+    dense[mask] = np.asarray(values, np.float64)
+    expected = np.stack([row[one] @ np.asarray(x, np.float64)[one] for row, one in zip(dense, mask)])
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, rtol=1e-12 if dtype == jnp.float64 else 1e-4, atol=1e-4)
+
 # A pattern that keeps its bits: no product of a step forms them, and each is as without.
 values, left, right = (jnp.asarray(rng.standard_normal(s), jnp.float32) for s in ((sparse.nnz,), (5, 20), (70, 20)))
 choose("tiles")

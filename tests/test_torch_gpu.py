@@ -193,6 +193,8 @@ def cells(
             elif not of["torch"]:
                 product = _gpu_rule.panels_by_bits(product)
             ways: list[Way] = ["cusparse", "panels"] if of["torch"] else ["gathered", "panels"]
+            if of["kept"] and not of["torch"] and not kind:
+                ways.append("reduced")
             if of["triton"]:
                 ways += ["rows", "tiles"] if kind else ["rows", "bits", "tiles"]
             ratios.append(seconds(choose(ways, product), product) / seconds("dense", product))
@@ -224,6 +226,20 @@ def test_the_tables_of_the_documentation_are_the_rules() -> None:
         if last:
             assert last.startswith(", ".join(of_jax[1][7:]))
             assert last in text
+    # One or two rows of x, by XLA.
+    ratios = []
+    for live, size, multiply, batch in (
+        (0.1, 4, "tf32", 1),
+        (0.1, 4, "tf32", 2),
+        (0.1, 2, "half", 1),
+        (0.1, 2, "half", 2),
+    ):
+        product = Product(8192, 8192, int(live * 8192**2), batch, size, multiply)  # type: ignore[arg-type]
+        ratios.append(round(seconds("reduced", product) / seconds("dense", product), 2))
+    assert ratios == [0.48, 0.83, 0.96, 1.66]
+    for batch in (1, 2):
+        full = Product(8192, 8192, 8192**2, batch, 4, "tf32")
+        assert seconds("reduced", full) / seconds("dense", full) < 1.065
     # The list of what limits them.
     formed, by_xla = (
         [cells((1, 16, 64, 256, 1024), multiply, LIVE, **jax | of)[0] for multiply in ("tf32", "half")]  # type: ignore[arg-type]

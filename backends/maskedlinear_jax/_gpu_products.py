@@ -53,6 +53,8 @@ def _way(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool
     """Return how a product is formed."""
     product = _product(rows, depth, pattern, batch, dtype, **of)
     ways: list[Way] = ["gathered", "panels"]
+    if pattern.bits is not None and not (product.transposed or product.sampled):
+        ways.append("reduced")
     if _triton_products.are_used(rows, depth, batch):
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
     return _gpu_rule.choose(ways, product)
@@ -89,10 +91,21 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
         return _triton_products.bits_spmm(values, right, pattern)
     if way == "tiles":
         return _triton_products.tiles_spmm(values, right, pattern, _multiply(right.dtype), transposed=transposed)
+    if way == "reduced":
+        return _reduced(values, right, pattern)
     rows = pattern.indices[pattern.order] if transposed else pattern.rows
     values = values[pattern.order] if transposed else values
     gathered = values[:, None].astype(of) * right[across].astype(of)
     return jnp.zeros((count, batch), of).at[rows].add(gathered, indices_are_sorted=True)
+
+
+def _reduced(values: Array, right: Array, pattern: Any) -> Array:
+    """Return W · right for a column or two, by bits: XLA unpacks W and adds up in one kernel, for both columns."""
+    live, of = _by_bits(*_triton_products.bits_of(pattern))
+    numbers, sums = taken(values, of), wide(right.dtype)
+    sides = _to_whole_words(right).astype(sums).T.reshape(right.shape[1], *of.shape[1:])
+    products = (jnp.where(live, numbers.astype(sums) * side, 0) for side in sides)
+    return jnp.stack([product.sum((1, 2)) for product in products], 1)
 
 
 def sddmm(left: Array, right: Array, pattern: Any) -> Array:
@@ -225,16 +238,11 @@ class _Panel(NamedTuple):
         return sampled.at[of].set(dense.reshape(of.shape), mode="drop", unique_indices=True)
 
     def _by_bits(self) -> tuple[Array, Array]:
-        """Return which places are live, (height, words, 32), and which connection each of these is: of wrong bits, any."""
+        """Return which places are live, (height, words, 32), and which connection each of these is."""
         rows = self.first + self.zero.astype(jnp.int32) + jnp.arange(self.height, dtype=jnp.int32)
-        first, place = rows[0], jnp.arange(32, dtype=jnp.int32)
         kept = _triton_products.bits_of(self.pattern)
-        bits, firsts = (lax.dynamic_slice_in_dim(of, first, self.height)[:, :, None] for of in kept)
-        live = bits >> place & 1 != 0
-        if self.fresh is not self.first:
-            live &= (rows >= self.fresh)[:, None, None]
-        of = firsts + lax.population_count(bits & ((1 << place) - 1))
-        return live, of.astype(jnp.uint32)  # of which none counts from the end
+        live, of = _by_bits(*(lax.dynamic_slice_in_dim(each, rows[0], self.height) for each in kept))
+        return live if self.fresh is self.first else live & (rows >= self.fresh)[:, None, None], of
 
     def _within(self, rows: Array, columns: Array) -> Array:
         """Return where connections lie in the panel, row by row; behind its end, those that are not in it.
@@ -243,6 +251,13 @@ class _Panel(NamedTuple):
         """
         inside = (rows >= self.fresh) & (rows < self.first + self.height) & (columns >= 0) & (columns < self.depth)
         return jnp.where(inside, (rows - self.first) * self.depth + columns, self.size)
+
+
+def _by_bits(bits: Array, firsts: Array) -> tuple[Array, Array]:
+    """Return which places of rows are live, (rows, words, 32), and which connection each of these is: of wrong bits, any."""
+    bits, place = bits[:, :, None], jnp.arange(32, dtype=jnp.int32)
+    of = firsts[:, :, None] + lax.population_count(bits & ((1 << place) - 1))
+    return bits >> place & 1 != 0, of.astype(jnp.uint32)  # of which none counts from the end
 
 
 def _at(values: Array, places: Array) -> Array:
