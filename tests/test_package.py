@@ -102,6 +102,7 @@ import maskedlinear.torch
     [
         ("torch", "torch", "__version__ = '2.5.1'", "torch >= 2.6"),
         ("jax", "jax", "__version__ = '0.5.3'; fake.__version_info__ = (0, 5, 3)", "jax >= 0.6"),
+        ("flax", "flax", "__version__ = '0.12.0'; fake.nnx = types.SimpleNamespace(Variable=object)", "flax >= 0.12.1"),
     ],
 )
 def test_an_old_framework_is_refused(face: str, framework: str, attributes: str, need: str) -> None:

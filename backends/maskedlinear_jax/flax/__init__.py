@@ -4,6 +4,15 @@ Flax keeps a layer's kernel as ``(in, out)``, and a mask has the shape of the pa
 given to a layer here. Masks made by ``maskedlinear.masks`` speak ``(out, in)``: transpose them with ``mask.T``.
 """
 
+import flax
+from flax import nnx
+
+if not hasattr(nnx.Variable, "get_value"):
+    raise ImportError(
+        f"maskedlinear.flax needs flax >= 0.12.1, whose Variables have get_value and set_value; found {flax.__version__}. "
+        'Upgrade with: pip install -U "maskedlinear[flax]"'
+    )
+
 from maskedlinear_jax.flax._activations import Activations, record_activations
 from maskedlinear_jax.flax._check import check_masks
 from maskedlinear_jax.flax._constrain import constrain
