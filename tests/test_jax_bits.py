@@ -17,10 +17,20 @@ from jax import export
 from forked import JAX
 from helpers import python
 from maskedlinear import checkpoint, masks
-from maskedlinear.flax import SparseLinear, compress, expand, keep_bits, load_state, regrow_model
+from maskedlinear.flax import (
+    MaskedLinear,
+    SparseLinear,
+    compress,
+    expand,
+    keep_bits,
+    load_state,
+    prune_model,
+    regrow_model,
+)
 from maskedlinear.jax import pack, sparse_linear, stack_patterns, with_bits
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax import _bits
+from maskedlinear_jax import _bits, _products
+from maskedlinear_jax.flax import _models
 from test_jax_sharded import PROGRAMS, SETUP
 
 MASK = masks.random((6, 70), sparsity=0.6, seed=0)
@@ -50,15 +60,21 @@ def check(pattern: Any, mask: Any = MASK) -> None:
     np.testing.assert_array_equal(firsts.ravel(), before[::32])
 
 
-@pytest.mark.parametrize("block", [1, 100, 1 << 24])  # places that are looked at at once
 @pytest.mark.parametrize(("shape", "live"), [((6, 70), 0.5), ((1, 32), 1.0), ((9, 33), 0.1), ((5, 1), 0.6)])
-def test_bits_say_where_connections_are(
-    block: int, shape: tuple[int, int], live: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_bits, "_BLOCK", block)
+def test_bits_say_where_connections_are(shape: tuple[int, int], live: float) -> None:
     mask = np.random.default_rng(3).random(shape) < live
     mask[0, 0] = True
-    check(with_bits(SparsityPattern.from_mask(mask)), mask)
+    pattern = SparsityPattern.from_mask(mask)
+    check(with_bits(pattern), mask)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(with_bits(pattern)))
+    moved = with_bits(jax.device_put(pattern))
+    assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(moved)), "what lay on a device was brought back"
+    check(moved, mask)
+    check(jax.jit(with_bits)(pattern), mask)
+    later = with_bits(jax.device_put(pattern))
+    x, values = jnp.ones((2, shape[1])), jnp.ones(pattern.nnz)
+    jax.jit(lambda x: sparse_linear(x, values, later))(x)  # the first to ask for bits is a program
+    check(later, mask)
 
 
 def test_a_pattern_with_bits_is_the_pattern() -> None:
@@ -72,7 +88,7 @@ def test_a_pattern_with_bits_is_the_pattern() -> None:
     np.testing.assert_array_equal(function(VALUES, X, pattern), function(VALUES, X, PATTERN))
 
 
-def test_bits_go_where_the_pattern_goes(tmp_path: Path) -> None:
+def test_bits_go_where_the_pattern_goes() -> None:
     pattern = with_bits(PATTERN)
     for same in (
         copy.copy(pattern),
@@ -81,6 +97,7 @@ def test_bits_go_where_the_pattern_goes(tmp_path: Path) -> None:
         jax.device_put(pattern),
         jax.jit(lambda tree: tree)(pattern),
         jax.tree.map(jnp.asarray, pattern),
+        with_bits(pattern),
         with_bits(jax.device_put(pattern)),
         with_bits(jax.device_put(PATTERN)),
     ):
@@ -113,8 +130,10 @@ def test_every_transform_takes_them() -> None:
         jax.tree.map(np.testing.assert_array_equal, found, wanted)
     stacks = [stack_patterns([of(PATTERN), of(OTHER)]) for of in (with_bits, lambda pattern: pattern)]
     assert kept(stacks[0])
+    stacks.append(jax.vmap(with_bits)(stacks[1]))
+    jax.tree.map(np.testing.assert_array_equal, stacks[2], stacks[0])
     many = jnp.stack([VALUES, VALUES])
-    found, wanted = (jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0, 0)))(X, many, stack) for stack in stacks)
+    found, wanted = (jax.jit(jax.vmap(jax.grad(loss, (0, 1)), (None, 0, 0)))(X, many, stack) for stack in stacks[:2])
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
@@ -129,6 +148,36 @@ def test_on_eight_devices_they_are_whole_on_each(name: str) -> None:
     program = program.replace("sparse_linear, stack_patterns\n", "sparse_linear, stack_patterns, with_bits\n")
     assert program.count("with_bits(") == (2 if name == "rows" else 1)
     result = python(program + "assert len(jax.tree.leaves(pattern)) == 8\nprint('done')", imported=JAX)
+    assert result.stdout.strip() == "done", result.stderr
+
+
+LAYERS = """
+from flax import nnx
+from maskedlinear.flax import SparseLinear, keep_bits
+for kind in (AxisType.Auto, AxisType.Explicit):
+    put = putter(mesh_of(kind, d=8))
+    for axes in ((), ("d",)):  # indices may lie anywhere; bits are whole on each device
+        if axes and kind == AxisType.Explicit:
+            continue
+        layer = SparseLinear(IN, OUT, pattern=pattern, rngs=nnx.Rngs(0))
+        wanted = layer(x)
+        graph, state = nnx.split(layer)
+        state = jax.tree.map(lambda leaf: put(leaf, *axes if leaf.size % 8 == 0 else ()), state)
+        layer = keep_bits(nnx.merge(graph, state))
+        assert layer.bits[...].sharding.is_fully_replicated, layer.bits[...].sharding
+        assert len(layer.bits[...].sharding.device_set) == 8
+        np.testing.assert_allclose(nnx.jit(lambda layer, x: layer(x))(layer, put(x, "d")), wanted, rtol=1e-5, atol=1e-5)
+    make = nnx.vmap(lambda key: SparseLinear(IN, OUT, pattern=pattern, rngs=nnx.Rngs(key)))
+    graph, state = nnx.split(make(jax.random.split(jax.random.key(0), 8)))
+    if kind == AxisType.Auto:
+        stack = keep_bits(nnx.merge(graph, put(state, "d")))
+        assert tuple(stack.bits[...].sharding.spec)[0] == "d"
+        assert stack.bits[...].shape == (8, OUT, 1)
+"""
+
+
+def test_layers_on_eight_devices_keep_them_whole() -> None:
+    result = python(SETUP + LAYERS + "print('done')", imported=JAX)
     assert result.stdout.strip() == "done", result.stderr
 
 
@@ -151,16 +200,23 @@ def test_what_cannot_have_bits_is_said() -> None:
     assert with_bits(few) is few
     with pytest.raises(TypeError, match=r"must be a maskedlinear\.pattern\.SparsityPattern; got ndarray"):
         with_bits(MASK)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"not traced ones: it is a step of its own, outside of jit"):
-        jax.jit(with_bits)(PATTERN)
-    with pytest.raises(ValueError, match=r"got a stack of them, indices of shape \(2, \d+\): give bits to each"):
+    with pytest.raises(
+        ValueError, match=r"got a stack of them, indices of shape \(2, \d+\): map over it, with jax.vmap"
+    ):
         with_bits(stack_patterns([PATTERN, PATTERN]))
-    with pytest.raises(TypeError, match=r"all patterns of a stack keep bits, or none; got \['PatternWithBits', 'Spars"):
+    with pytest.raises(TypeError, match=r"keep bits, or none; got .*sparsity=0.5714, with bits\), SparsityPattern\(70"):
         stack_patterns([with_bits(PATTERN), PATTERN])
-    wrong = jax.device_put(PATTERN)
-    wrong.indices = wrong.indices.at[0].set(99)
-    with pytest.raises(ValueError, match="an input must be one of the 70"):
-        with_bits(wrong)
+    one, two = (SparsityPattern.from_edges([0] * size, range(size), (1, 129))[0] for size in (1, 2))
+    with pytest.raises(ValueError, match="the same shape and number of connections"):
+        stack_patterns([with_bits(one), with_bits(two)])  # of which one has too few for bits
+
+
+def test_their_bytes_are_told() -> None:
+    pattern = with_bits(PATTERN)
+    leaves = jax.tree.leaves(pattern)
+    indices = [leaf for place, leaf in enumerate(leaves) if place != 1]  # rows follow from indptr, and are not counted
+    assert pattern.nbytes == sum(leaf.nbytes for leaf in indices)
+    assert repr(pattern).endswith(", with bits)")
 
 
 # Layers of nnx.
@@ -211,13 +267,65 @@ def test_a_layer_s_bits_follow_its_connections(tmp_path: Path) -> None:
     other = layer()
     load_state(other, nnx.state(one))  # a model that has none
     np.testing.assert_array_equal(jitted(other, X), jitted(one, X))
+    half = nnx.state(one)
+    del half["firsts"]
+    another = layer()
+    load_state(another, half)
+    check(another.pattern, OTHER.to_mask())
     checkpoint.save(one, tmp_path / "one.safetensors")
     for into in (layer(), keep_bits(layer())):
         checkpoint.load_into(into, tmp_path / "one.safetensors")
         np.testing.assert_array_equal(jitted(into, X), jitted(one, X))
     check(into.pattern, OTHER.to_mask())
-    again = compress(expand(one), "sparse")
-    np.testing.assert_array_equal(jitted(again, X), jitted(one, X))
+
+
+def test_a_layer_that_becomes_dense_has_none_and_gets_its_own_later() -> None:
+    model = nnx.Sequential(keep_bits(layer()))
+    state = nnx.state(nnx.Sequential(MaskedLinear(70, 6, mask=MASK.T, rngs=nnx.Rngs(0))))
+    expand(model)
+    assert jax.tree.structure(nnx.state(model)) == jax.tree.structure(state)
+    prune_model(model, 0.8)
+    wanted = model(X)
+    compress(model, "sparse")
+    assert model.layers[0].bits is None
+    for _ in range(2):
+        np.testing.assert_allclose(model(X), wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(jitted(model, X), wanted, rtol=1e-5, atol=1e-5)
+        keep_bits(model)
+    check(model.layers[0].pattern, model.layers[0].pattern.to_mask())
+
+
+def test_an_abstract_model_takes_a_state_with_bits() -> None:
+    full = keep_bits(layer())
+    for abstract in (nnx.eval_shape(lambda: keep_bits(layer(OTHER))), keep_bits(nnx.eval_shape(lambda: layer(OTHER)))):
+        graph, state = nnx.split(abstract)
+        assert jax.tree.map(lambda one: (one.shape, one.dtype), state) == jax.tree.map(
+            lambda one: (one.shape, one.dtype), nnx.state(full)
+        )
+        check(nnx.merge(graph, nnx.state(full)).pattern)
+    made = nnx.jit(lambda: keep_bits(layer()))()
+    check(made.pattern)
+
+
+def test_what_cannot_be_formed_leaves_a_layer_as_it_was() -> None:
+    one = layer()
+    indices = one.indices[...]
+    one.indices.set_value(indices.at[0].set(99))
+    keep_bits(one)
+    with pytest.raises(ValueError, match="an input must be one of the 70"):
+        one(X)
+    one.indices.set_value(indices)
+    load_state(one, nnx.state(one))
+    check(one.pattern)
+
+
+def test_compress_times_and_counts_bits_that_a_layer_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_models, "inference", lambda call, params, fixed, x: lambda: len(jax.tree.leaves(fixed)))
+    monkeypatch.setattr(_models, "median_seconds", lambda calls: {form: call() for form, call in calls.items()})
+    times = [_models._measured_seconds(one, 4, training=False)["sparse"] for one in (layer(), keep_bits(layer()))]
+    assert times == [6, 8]
+    assert _models._facts("", layer(), False).index_bytes == 16
+    assert _models._facts("", keep_bits(layer()), False).index_bytes == 16 + round(8 * 6 * 3 / PATTERN.nnz)
 
 
 def test_layers_of_a_stack_have_bits_each() -> None:
@@ -243,14 +351,66 @@ def test_layers_of_a_stack_have_bits_each() -> None:
 )
 def test_wrong_bits_never_give_a_number(name: str, wrong: Any) -> None:
     one = keep_bits(layer())
+    one(X)  # its indices are known to be right
     variable = getattr(one, name)
     variable.set_value(wrong(variable.get_value()))
-    assert np.isnan(jitted(one, X)).all()
-    assert np.isnan(gradient(one, X)["weight_values"][...]).all()
     with pytest.raises(ValueError, match=f"{name} must belong to the same connections as indptr and indices"):
         one(X)
-    load_state(one, nnx.state(layer()))
+    # In programs those for GPUs, which read them, look at them; on a CPU nothing does.
+    pattern = one._device_pattern()
+    indices = pattern.indptr, pattern.rows, pattern.indices
+    assert not _products._are_of_bits(*indices, pattern.bits, pattern.firsts, 70)
     np.testing.assert_array_equal(jitted(one, X), jitted(layer(), X))
+    load_state(one, nnx.state(layer()))
+    check(one.pattern)
+
+
+def test_by_bits_indices_are_as_right_as_by_rows() -> None:
+    right = _products.DevicePattern.of(with_bits(PATTERN))
+
+    def are_right(pattern: Any) -> bool:
+        indices = pattern.indptr, pattern.rows, pattern.indices
+        assert pattern.bits is not None
+        found = _products._are_of_bits(*indices, pattern.bits, pattern.firsts, 70)
+        assert bool(found) <= bool(_products._are_of_one(*indices, 70)), "right by bits, and wrong by rows"
+        return bool(found)
+
+    assert are_right(right)
+    # Words in another order, each of which is right for itself.
+    swapped = np.arange(PATTERN.nnz)
+    counts = np.bincount(PATTERN.rows * 3 + PATTERN.indices // 32, minlength=18)
+    first = np.cumsum(counts) - counts
+    swapped[: counts[0] + counts[1]] = [*range(first[1], first[2]), *range(counts[0])]
+    starts = np.asarray(right.firsts).copy()
+    starts[0, :2] = counts[1], 0
+    moved = right._replace(rows=right.rows[swapped], indices=right.indices[swapped], firsts=jnp.asarray(starts))
+    assert not are_right(moved)
+    rng = np.random.default_rng(0)
+    for name, array in right.named.items():
+        for _ in range(20):
+            place = tuple(rng.integers(size) for size in array.shape)
+            number = int(array[place])
+            for other in (number + 1, number - 1, number ^ 1 << int(rng.integers(32)), 1 << 30, -(1 << 31)):
+                other = (other + (1 << 31)) % (1 << 32) - (1 << 31)
+                wrong = right._replace(**{name: array.at[place].set(other)})
+                if name in ("starts", "outputs", "order"):
+                    assert are_right(wrong)  # by columns they are looked at elsewhere
+                elif other != number:
+                    assert not are_right(wrong), (name, place, other)
+
+
+def test_programs_for_gpus_look_at_bits() -> None:
+    counted = [
+        jax.jit(lambda layer, x: nnx.merge(*layer)(x))
+        .trace(nnx.split(one), X)
+        .lower(lowering_platforms=(platform,))
+        .as_text()
+        .count("stablehlo.popcnt")
+        for platform in ("cpu", "cuda")
+        for one in (layer(), keep_bits(layer()))
+    ]
+    assert counted[:3] == [0, 0, 0]
+    assert counted[3] >= 2
 
 
 def test_bits_of_another_shape_are_said() -> None:
@@ -258,5 +418,7 @@ def test_bits_of_another_shape_are_said() -> None:
     one.bits.set_value(one.bits[...][1:])
     with pytest.raises(ValueError, match=r"bits must have shape \(6, 3\) in a layer 70 -> 6"):
         one(X)
-    with pytest.raises(TypeError, match=r"outside of nnx\.jit, on a model that has been filled"):
-        keep_bits(nnx.eval_shape(layer))
+    one = layer()
+    one.bits = type(one.indices)(jnp.zeros((6, 3), jnp.int32))
+    with pytest.raises(ValueError, match="bits and firsts belong together; got a state with one of them alone"):
+        one(X)

@@ -49,12 +49,14 @@ def test_panels_give_the_products(
             np.testing.assert_allclose(got, product, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [300, 37])
 def test_of_wrong_bits_panels_are_numbers_of_what_is_there(
-    rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
+    rows: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A state may have brought any: where they lead beyond the values one of these is read, and nothing written."""
     monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
     monkeypatch.setattr(_gpu_rule, "panels_by_bits", lambda product: product._replace(place_bytes=0, by_xla=True))
+    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * 40 * 4)
     pattern = DevicePattern.of(with_bits(SparsityPattern.from_mask(MASK)))
     left, right, numbers = (jnp.asarray(rng.standard_normal(size)) for size in ((300, 9), (40, 9), (MASK.sum(),)))
     for first in (0, -1, MASK.sum() - 3, 1 << 30, -(1 << 31)):

@@ -1,7 +1,7 @@
-"""``with_bits``: a pattern that keeps a bit for each place of W, which kernels for GPUs would else form in every program.
+"""``with_bits``: a pattern that keeps a bit for each place of W, which products on GPUs go by.
 
-The bits are leaves of the pattern's tree, as its indices are: they go where these go, and follow from them when a pattern is
-made, copied or cut, so that they are of no other one.
+The bits are leaves of the pattern's tree, as its indices are: they go where these go, and are formed of them when a pattern
+is made, copied or cut, so that they are of no other one.
 """
 
 # mypy: disable-error-code="no-untyped-call"
@@ -12,72 +12,91 @@ from functools import cached_property
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from numpy.typing import NDArray
+from jax import Array, lax
 
 from maskedlinear._gpu_rule import has_bits, words_of
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 
-__all__ = ["PatternWithBits", "bits_of", "with_bits"]
-
-_BLOCK = 1 << 24  # places of W that are looked at at once
+__all__ = ["PatternWithBits", "bits_of", "form_bits", "with_bits"]
 
 
 class PatternWithBits(SparsityPattern):
     """A pattern and its bits."""
 
+    @cached_property
+    def bits(self) -> tuple[Any, Any]:
+        """Where connections are, a bit for each place of 32, and which one is the first of each: int32, (out, in / 32)."""
+        given: list[Any] = [self.indptr, self.rows, self.indices]
+        if any(map(is_traced, given)):
+            indptr, rows, indices = given
+            return form_bits(indptr, rows, indices, self.shape[1])
+        with jax.ensure_compile_time_eval():  # so that they are kept, and no tracer, if a program is the first to ask
+            indptr, rows, indices = map(jnp.asarray, given)
+            bits, firsts = form_bits(indptr, rows, indices, self.shape[1])
+        if isinstance(self.indices, jax.Array):
+            return bits, firsts
+        return np.asarray(bits), np.asarray(firsts)
+
     @classmethod
     def of(cls, pattern: SparsityPattern) -> PatternWithBits:
-        """Return a pattern with its bits; made anew, and so checked: its indices may come from anywhere."""
-        return cls(np.asarray(pattern.indptr), np.asarray(pattern.indices), pattern.shape[1])
+        """Return a pattern whose indices are those of another, as they lie, and its bits."""
+        made = object.__new__(cls)
+        made.indptr, made.indices, made.shape = pattern.indptr, pattern.indices, pattern.shape
+        vars(made).update(rows=pattern.rows, csc=pattern.csc)
+        return made
 
-    @cached_property
-    def bits(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        """Where connections are, a bit for each place of 32, and which one is the first of each: int32, (out, in / 32)."""
-        out, depth = self.shape
-        words = words_of(depth)
-        bits, counts = np.zeros((out, words), np.int32), np.zeros((out, words), np.int32)
-        height = max(1, _BLOCK // max(1, depth))
-        for first in range(0, out, height):
-            live = np.zeros((min(height, out - first), words * 32), bool)
-            of = slice(self.indptr[first], self.indptr[first + len(live)])
-            live[self.rows[of] - first, self.indices[of]] = True
-            bits[first : first + height] = np.packbits(live, axis=1, bitorder="little").view("<i4")
-            counts[first : first + height] = live.reshape(*counts[first : first + height].shape, 32).sum(2, np.int32)
-        before = np.cumsum(counts, dtype=np.int32).reshape(counts.shape) - counts
-        return bits, before
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the indices, by rows and by columns, and of bits."""
+        return super().nbytes + 8 * self.shape[0] * words_of(self.shape[1])
+
+    def __repr__(self) -> str:
+        """Say the shape, the number of connections, and that there are bits."""
+        return super().__repr__().removesuffix(")") + ", with bits)"
+
+
+def form_bits(indptr: Array, rows: Array, indices: Array, in_features: int) -> tuple[Array, Array]:
+    """Return a bit for each place of W, 32 in a word, and which connection is each word's first: int32, (out, words)."""
+    shape = indptr.shape[0] - 1, words_of(in_features)
+    bit = lax.shift_left(jnp.int32(1), indices & 31)
+    bits = jnp.zeros(shape, jnp.int32).at[rows, indices >> 5].add(bit, mode="drop")  # each of them once
+    counts = lax.population_count(bits)
+    return bits, indptr[:-1, None] + jnp.cumsum(counts, 1, dtype=jnp.int32) - counts
 
 
 def with_bits(pattern: SparsityPattern) -> SparsityPattern:
     """Return a pattern that keeps a bit for each place of W, for the products of :func:`sparse_linear` on GPUs.
 
-    There the kernels of the extra ``jax-triton`` go by bits, and form them in each program that is not told them: in
-    each training step, and in each step of a ``lax.scan``. Kept, they take a quarter of a byte for each place of W
-    (8192 × 8192: 16 MiB), beside the 16 bytes of each connection. Where nothing reads them, on CPUs and without the extra,
-    products are as without.
+    There products go by bits where that takes less time: panels of W are unpacked by them, and the kernels of the extra
+    ``jax-triton`` would form them in each program: in each training step, and in each step of a ``lax.scan``. Kept, they
+    take a quarter of a byte for each place of W (8192 × 8192: 16 MiB), beside the 16 bytes of each connection. On CPUs
+    nothing reads them, and products are as without.
 
     The pattern is used, and equal, as the one that it was made of, but is another tree: two leaves more, which a program is
-    compiled for. A pattern of another mask, as from :func:`maskedlinear.pruning.regrow_pattern`, has none until it is given
-    them.
+    compiled for. Its indices lie where they lay: ``jax.device_put`` moves all of it to a device once. A pattern of another
+    mask, as from :func:`maskedlinear.pruning.regrow_pattern`, has no bits until it is given them.
 
     Args:
         pattern: the connections, of shape ``(out, in)``.
 
     Returns:
-        The pattern with bits; the same one where they would take more than 32 bytes a connection, since products never go by
-        them there.
+        The pattern with bits; the same one where it has less than one connection in 128 places, since products never go by
+        bits there.
 
     Raises:
-        TypeError: if ``pattern`` is none, or its indices are traced: this is a step of its own, outside of ``jit``.
-        ValueError: if it is a stack of patterns: give each its bits, then stack them.
+        TypeError: if ``pattern`` is none.
+        ValueError: if it is a stack of patterns: map over it, with ``jax.vmap(with_bits)``.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from maskedlinear import masks
         >>> from maskedlinear.jax import sparse_linear, with_bits
         >>> from maskedlinear.pattern import SparsityPattern
-        >>> pattern = with_bits(SparsityPattern.from_mask(masks.random((4, 64), sparsity=0.5, seed=0)))
+        >>> pattern = SparsityPattern.from_mask(masks.random((4, 64), sparsity=0.5, seed=0))
+        >>> pattern = jax.device_put(with_bits(pattern))
         >>> pattern.bits[0].shape
         (4, 2)
         >>> loss = lambda values, x, pattern: sparse_linear(x, values, pattern).sum()
@@ -86,19 +105,12 @@ def with_bits(pattern: SparsityPattern) -> SparsityPattern:
     """
     if not isinstance(pattern, SparsityPattern):
         raise TypeError(f"pattern must be a maskedlinear.pattern.SparsityPattern; got {type(pattern).__name__}")
-    if any(is_traced(leaf) for leaf in jax.tree.leaves(pattern)):
-        raise TypeError(
-            "with_bits takes a pattern whose indices have values, not traced ones: it is a step of its own, outside of jit "
-            "and grad, whose result goes into them as an argument"
-        )
-    if np.ndim(pattern.indices) != 1:
+    shape = np.shape(pattern.indices)
+    if len(shape) != 1:
         raise ValueError(
-            f"bits are of one pattern; got a stack of them, indices of shape {np.shape(pattern.indices)}: give bits to "
-            "each, and stack_patterns after that"
+            f"bits are of one pattern; got a stack of them, indices of shape {shape}: map over it, with jax.vmap(with_bits)"
         )
-    if not has_bits(*pattern.shape, pattern.nnz):
-        return pattern
-    return PatternWithBits.of(pattern)
+    return PatternWithBits.of(pattern) if has_bits(*pattern.shape, shape[0]) else pattern
 
 
 def bits_of(pattern: SparsityPattern) -> tuple[Any, ...]:

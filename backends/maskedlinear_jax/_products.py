@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -61,12 +62,19 @@ class DevicePattern(NamedTuple):
         return tuple(self.named.values())
 
     def is_valid_by_rows(self, in_features: int) -> Array:
-        """Return whether ``indptr``, ``rows`` and ``indices``, and bits, are those of one pattern: a state may have brought
-        any."""
-        valid = _are_of_one(self.indptr, self.rows, self.indices, in_features)
+        """Return whether ``indptr``, ``rows`` and ``indices``, and on GPUs the bits, are those of one pattern.
+
+        A state may have brought any. On CPUs nothing reads bits.
+        """
+        indices = self.indptr, self.rows, self.indices
+
+        def by_rows(indptr: Array, rows: Array, columns: Array, *_: Array) -> Array:
+            return _are_of_one(indptr, rows, columns, in_features)
+
         if self.bits is None or self.firsts is None:
-            return valid
-        return valid & _are_bits_of(self.bits, self.firsts, self.rows, self.indices)
+            return by_rows(*indices)
+        by_bits = partial(_are_of_bits, in_features=in_features)
+        return lax.platform_dependent(*indices, self.bits, self.firsts, cpu=by_rows, default=by_bits)
 
     def is_valid_by_columns(self) -> Array:
         """Return whether ``starts``, ``outputs`` and ``order`` are those of the connections by rows, which are valid."""
@@ -77,13 +85,18 @@ class DevicePattern(NamedTuple):
         return _are_of_one(self.starts, columns, self.order, self.order.size)
 
 
-def _are_bits_of(bits: Array, firsts: Array, rows: Array, columns: Array) -> Array:
-    """Return whether bits are there for all connections, which are valid, and lead to their values, and no others are."""
+def _are_of_bits(indptr: Array, rows: Array, columns: Array, bits: Array, firsts: Array, in_features: int) -> Array:
+    """Return whether indices and bits are those of one pattern: if each connection is where bits say, all are by rows."""
+    place, (out, size) = columns & 31, (indptr.size - 1, columns.size)
     word, first = (of.at[rows, columns >> 5].get(mode="promise_in_bounds") for of in (bits, firsts))
-    place = columns & 31
     before = first + lax.population_count(word & ((1 << place) - 1))
-    wrong = (word >> place & 1 == 0) | (before != jnp.arange(place.size, dtype=jnp.int32))
-    return _none(wrong) & (lax.population_count(bits).sum() == place.size)
+    wrong = (word >> place & 1 == 0) | (before != jnp.arange(size, dtype=jnp.int32))
+    wrong |= (rows < 0) | (rows >= out) | (columns < 0) | (columns >= in_features)
+    counts = lax.population_count(bits)
+    ends = indptr[:-1, None] + jnp.cumsum(counts, 1, dtype=jnp.int32)
+    wrong_rows = indptr[1:] - indptr[:-1] != counts.sum(1, dtype=jnp.int32)
+    starts = (indptr[0] == 0) & (indptr[-1] == size)
+    return starts & _none(wrong) & _none(wrong_rows) & _none((firsts != ends - counts).reshape(-1))
 
 
 def _are_of_one(starts: Array, groups: Array, values: Array, bound: int) -> Array:

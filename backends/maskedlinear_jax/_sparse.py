@@ -42,7 +42,7 @@ def sparse_linear(
 
     A pattern is a tree of arrays: pass it to a jitted function as an argument. One that the function closes over becomes
     a constant of the program, which XLA takes long to compile. ``jax.device_put(pattern)`` moves it to a device once. For
-    training on a GPU with the extra ``jax-triton`` give it bits before: :func:`with_bits`.
+    a GPU let it keep bits: :func:`with_bits`.
 
     Args:
         x: shape ``(..., in)``.
@@ -145,16 +145,16 @@ def stack_patterns(patterns: Sequence[SparsityPattern]) -> SparsityPattern:
     for pattern in patterns:
         if not isinstance(pattern, SparsityPattern):
             raise TypeError(f"stack_patterns takes patterns; got {type(pattern).__name__}")
-    if len({type(pattern) for pattern in patterns}) > 1:
-        raise TypeError(
-            f"either all patterns of a stack keep bits, or none; got {[type(pattern).__name__ for pattern in patterns]}: "
-            "map with_bits over all of them"
-        )
     if len({(pattern.shape, pattern.indices.shape) for pattern in patterns}) != 1:
         got = ", ".join(f"{pattern.indices.size} of shape {pattern.shape}" for pattern in patterns) or "no pattern"
         raise ValueError(
             "patterns that are mapped over must have the same shape and number of connections, since arrays are stacked "
             f"that have no other size; got {got}: draw them with as many connections, or call them one after the other"
+        )
+    if len({type(pattern) for pattern in patterns}) > 1:
+        raise TypeError(
+            f"either all patterns of a stack keep bits, or none; got {', '.join(map(repr, patterns))}: make all of them "
+            "by with_bits, or stack them without, and jax.vmap(with_bits) over the stack"
         )
     stacked: SparsityPattern = jax.tree.map(lambda *arrays: jnp.stack(arrays), *patterns)
     return stacked

@@ -17,7 +17,6 @@ from maskedlinear._timing import median_seconds
 from maskedlinear.costs import Costs, Format, Layer, choose_forms, table
 from maskedlinear.models import check_patterns
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._trial import LayerCall, inference, training_step
 from maskedlinear_jax.flax._modules import (
     copy_metadata_and_attributes,
@@ -183,15 +182,15 @@ def get_forms(model: Any) -> dict[str, Literal["dense", "sparse"]]:
 
 
 def keep_bits(model: Model) -> Model:
-    """Keep a bit for each place of W in the sparse layers of an nnx model, for training on a GPU, in place; return it.
+    """Keep a bit for each place of W in the sparse layers of an nnx model, for GPUs, in place; return it.
 
-    Products go by them there, and kernels of the extra ``jax-triton`` form them in each program otherwise:
-    :func:`maskedlinear.jax.with_bits` says more. They are in the layers' state; :func:`regrow_model` and :func:`load_state`
-    make them anew. Layers with so few connections that no product goes by bits stay as they are, as do models without
-    sparse layers.
+    Products on GPUs go by them: :func:`maskedlinear.jax.with_bits` says more. They are in the layers' state, so keep them
+    before a state is saved, and in the model that it is restored into; :func:`load_state` takes states with and without.
+    ``regrow_model`` and ``load_state`` make them anew. :func:`compress` times a layer that keeps bits with them, and loses
+    them where it exchanges it, as :func:`expand` does: call this again then. Layers with so few connections
+    that no product goes by bits stay as they are.
 
-    Raises:
-        TypeError: if a layer's indices are traced or abstract: this is a step of its own, outside of ``nnx.jit``.
+    Works under ``nnx.eval_shape`` and ``nnx.jit`` too: ``nnx.eval_shape(lambda: keep_bits(make()))``.
 
     Example:
         >>> from flax import nnx
@@ -202,15 +201,7 @@ def keep_bits(model: Model) -> Model:
         >>> layer.bits[...].shape
         (8, 2)
     """
-    layers = layers_of(model, SparseLinear)
-    for name, layer in layers.items():
-        indices = layer.indices.get_value()
-        if is_traced(indices) or isinstance(indices, jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"keep_bits takes layers whose indices have values; those of {name or 'the layer'} are traced or abstract: "
-                "call it outside of nnx.jit, on a model that has been filled"
-            )
-    for layer in layers.values():
+    for layer in layers_of(model, SparseLinear).values():
         layer._keep_bits()
     return model
 
@@ -278,9 +269,14 @@ def _facts(name: str, layer: Any, shared: bool, pattern: SparsityPattern | None 
         fixed,
         min(device.platform for device in weight.devices()) if isinstance(weight, jax.Array) else jax.default_backend(),
         f"{weight.dtype}, computed in {layer.dtype or weight.dtype}",
-        index_bytes=16,
+        index_bytes=16 + _bytes_of_bits(layer, live),
         copies=copies,
     )
+
+
+def _bytes_of_bits(layer: Any, live: int) -> int:
+    kept = getattr(layer, "bits", None)
+    return 0 if kept is None else round(8 * kept.get_value().size / max(live, 1))
 
 
 def _why_fixed(layer: Any, shared: bool) -> str:

@@ -84,7 +84,7 @@ def copy_metadata_and_attributes(new: Any, old: Any) -> Any:
         for name, value in () if other is None else other.get_metadata().items():
             if name not in one.get_metadata():
                 one.set_metadata(name, value)
-    known = vars(new).keys() | vars(type(old)(1, 1, rngs=nnx.Rngs(0))).keys()
+    known = vars(new).keys() | vars(type(old)(1, 1, rngs=nnx.Rngs(0))).keys() | type(old).__annotations__.keys()
     for name in vars(old).keys() - known:
         value = getattr(old, name)
         setattr(new, name, nnx.data(value) if holds_data(old, name) else nnx.static(value))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, Self
 
 import jax
@@ -19,7 +20,7 @@ from jax.typing import ArrayLike
 from maskedlinear._gpu_rule import has_bits, words_of
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._bits import PatternWithBits, bits_of
+from maskedlinear_jax._bits import PatternWithBits, bits_of, form_bits
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._placement import laid, on_device, to_host, to_like
@@ -48,7 +49,7 @@ class SparseLinear(nnx.Module):
 
     The indices are in the layer's state, by rows (``indptr``, ``rows``, ``indices``) and by columns (``starts``,
     ``outputs``, ``order``). ``indptr`` and ``indices`` say all, and :func:`maskedlinear.flax.load_state` makes the others of
-    them. A call checks that all six say the same: where a state has brought others it is an error; and inside transforms,
+    them. A call checks that all say the same: where a state has brought others it is an error; and inside transforms,
     where numbers cannot be looked at, NaN whatever wrong indices are used for (those by columns for x's gradient only). A
     layer whose ``pattern`` keeps bits (:func:`maskedlinear.jax.with_bits`), or that :func:`maskedlinear.flax.keep_bits`
     gave some, has them in its state, too (``bits``, ``firsts``).
@@ -360,10 +361,22 @@ class SparseLinear(nnx.Module):
         self._set_arrays(self.patterns, self.indptr.get_value().shape[:-1])
 
     def _keep_bits(self) -> None:
-        """Keep bits from now on, unless these would take so much that no product goes by them."""
-        if self.bits is None and has_bits(self.out_features, self.in_features, self.weight_values[...].shape[-1]):
-            self.bits, self.firsts = (PatternIndex(self.indices.get_value()) for _ in range(2))  # laid so, to be set
-            self._complete_pattern()
+        """Keep bits from now on, unless there are so few connections that no product goes by them."""
+        indices = self.indices.get_value()
+        if self.bits is not None or not has_bits(self.out_features, self.in_features, indices.shape[-1]):
+            return
+        form: Any = partial(form_bits, in_features=self.in_features)
+        for _ in indices.shape[:-1]:
+            form = jax.vmap(form)
+        sharding, where = getattr(indices, "sharding", None), None
+        if isinstance(sharding, NamedSharding) and not is_traced(indices):  # whole on each device, of each of a stack
+            of_stack = PartitionSpec(*tuple(sharding.spec)[: indices.ndim - 1])  # type: ignore[no-untyped-call]
+            where = NamedSharding(sharding.mesh, of_stack)
+        make: Any = jax.jit(form, out_shardings=where)
+        if isinstance(indices, jax.ShapeDtypeStruct):
+            make = partial(jax.eval_shape, form)
+        formed = make(self.indptr.get_value(), self.rows.get_value(), indices)
+        self.bits, self.firsts = (PatternIndex(array) for array in formed)
 
     def _set_arrays(self, patterns: Sequence[SparsityPattern], stack: tuple[int, ...]) -> None:
         """Set the indices to those of patterns, stacked as the layers are."""
@@ -374,11 +387,18 @@ class SparseLinear(nnx.Module):
             arrays = np.stack([one[name] for one in every])
             array = arrays.reshape(*stack, *arrays.shape[1:])
             variable = getattr(self, name)
+            if variable is None:  # a state has brought bits alone
+                self.firsts = variable = PatternIndex(jnp.asarray(array))
             variable.set_value(to_like(array, variable.get_value(), name))
 
     def _device_pattern(self) -> DevicePattern:
         """Return the indices, whose shapes are checked: a state may have brought any."""
         variables = [getattr(self, name) for name in DevicePattern._fields]
+        if (self.bits is None) != (self.firsts is None):
+            raise ValueError(
+                "bits and firsts belong together; got a state with one of them alone: restore both, or neither, with "
+                "maskedlinear.flax.load_state"
+            )
         found = DevicePattern(*(one.get_value() for one in variables if one is not None))
         each = self.weight_values[...].shape
         if len(each) != 1:
