@@ -30,6 +30,7 @@ from maskedlinear_jax.flax import (
     MaskedLinear,
     SparseLinear,
     get_masks,
+    keep_bits,
     load_state,
     mask_model,
     param_masks,
@@ -406,13 +407,13 @@ def _nnx_layer(weight: Array, mask: Array, bias: Bias, forward_mode: bool = Fals
 
 
 def _nnx_sparse(weight: Array, pattern: SparsityPattern, bias: Bias) -> SparseLinear:
-    """Return a layer with these values, the pattern being traced perhaps."""
+    """Return a layer with these values, the pattern being traced perhaps; on GPUs it keeps bits, which functions form."""
     graph, state = _nnx_sparse_made(pattern.shape, bias is not None, weight.dtype)
     state = jax.tree.map(lambda leaf: leaf, state)
     parts = {"weight_values": weight[pattern.rows, pattern.indices], **DevicePattern.of(pattern).named}
     nnx.replace_by_pure_dict(state, parts | ({} if bias is None else {"bias": bias}))
     layer: SparseLinear = nnx.merge(graph, state)
-    return layer
+    return keep_bits(layer) if jax.default_backend() == "gpu" else layer
 
 
 @cache
