@@ -49,8 +49,7 @@ _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 25e12, "tf32"
 _INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be issued
 TALL = 128  # rows of a tile
 _MULTIPROCESSORS = 132
-_WARPS = 8  # that are to be at work on each,
-_STEPS = 8  # and steps of a tile that are worth a program
+_STEPS = 8  # of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
@@ -122,7 +121,8 @@ class Tiles(NamedTuple):
     """How W x is cut into tiles of :data:`TALL` rows, each ``wide`` columns of the batch.
 
     ``deep`` places of W's rows make a step, which ``warps`` take together. A tile is shared by so many ``programs``, of
-    which each takes ``steps`` at most, and what they make is added up.
+    which each takes ``steps`` at most, and what they make is added up. A tile has ``tail`` more columns, since ``wide`` and
+    ``tail`` are powers of two each.
     """
 
     wide: int
@@ -130,27 +130,41 @@ class Tiles(NamedTuple):
     warps: int
     steps: int
     programs: int
+    tail: int = 0
 
 
 @lru_cache(maxsize=1024)
 def tiles_of(product: Product) -> Tiles:
-    """Return how W x is cut: as wide as takes the least time, so that W is unpacked for few tiles, and few columns too many.
+    """Return how W x is cut: as takes the least time, so that W is unpacked for few tiles, and few columns too many.
 
-    As many programs share a tile as keep all multiprocessors at work, with eight warps each, if their steps are worth it.
-    Kept, since each call of a product asks twice, in 13 µs otherwise.
+    So many programs share a tile as keep all multiprocessors at work, each with one program or two, if their steps are worth
+    it. Kept, since each call of a product asks twice.
     """
-    most = min(128 if product.multiply == "float32" else 256, max(16, _power_of_2(product.batch)))
-    cuts = [_cut(product, wide) for wide in (256, 128, 64, 32, 16) if wide <= most]
+    most = max(16, _power_of_2(product.batch))
+    cuts = []
+    for wide in (128, 64, 32, 16):
+        if wide <= most:
+            longest = _longest_tail(product, wide) if wide < product.batch else 0
+            tails = [tail for tail in (0, 16, 32) if tail <= longest]
+            cuts += [_cut(product, wide, tail, beside) for tail in tails for beside in (1, 2)]
     return min(cuts, key=lambda cut: _seconds_as_cut(product, cut))
 
 
-def _cut(product: Product, wide: int) -> Tiles:
+def _longest_tail(product: Product, wide: int) -> int:
+    """Return how many columns more the registers have room for, and of another program on the multiprocessor."""
+    if product.multiply == "float32":
+        return 16 if wide >= 32 else 0
+    return wide // 2 if wide <= 64 else 0
+
+
+def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1) -> Tiles:
+    """Return tiles of a width, which as many programs share as there are ``beside`` each other on a multiprocessor."""
     rows, depth, _, batch, size, *_ = product
     deep, warps = (32 if size == 4 else 64), (4 if size == 4 and wide <= 64 else 8)
-    tiles, steps = max(1, -(-rows // TALL) * -(-batch // wide)), max(1, -(-depth // deep))
-    programs = max(1, min(_MULTIPROCESSORS * _WARPS // warps // tiles, steps // _STEPS))
+    tiles, steps = max(1, -(-rows // TALL) * -(-batch // (wide + tail))), max(1, -(-depth // deep))
+    programs = max(1, min(_MULTIPROCESSORS * beside // tiles, steps // _STEPS))
     each = -(-steps // programs)
-    return Tiles(wide, deep, warps, each, -(-steps // each))
+    return Tiles(wide, deep, warps, each, -(-steps // each), tail)
 
 
 def _power_of_2(batch: int) -> int:
@@ -162,21 +176,23 @@ def _sum_bytes(product: Product) -> int:
 
 
 def instructions(
-    way: Literal["bits", "reduced", "tiles", "sampled", "panel", "panel by XLA", "sampled by XLA"],
+    way: Literal["bits", "reduced", "tiles", "tail", "sampled", "panel", "panel by XLA", "sampled by XLA"],
     multiply: Multiply,
     batch: int = 0,
     transposed: bool = False,
 ) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
 
-    At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile. ``"sampled"``
-    is to look at a place of a tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one. XLA's
-    kernels look at some places together in a panel that they unpack, and at one in a sampled one; ``"reduced"``, they
-    multiply them too.
+    At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, without its
+    tail; ``"tail"`` is what that adds, but, in IEEE, one for each of its columns. ``"sampled"`` is to look at a place of a
+    tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one. XLA's kernels look at some places
+    together in a panel that they unpack, and at one in a sampled one; ``"reduced"``, they multiply them too.
     """
     half = multiply == "half"
     if way == "bits":
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
+    if way == "tail":
+        return 3 if half else 2.4 if multiply == "tf32" else 8.3 if batch > 64 else 3.2
     if way == "sampled":
         return 11.6 if multiply == "float32" else 13.6
     if way == "reduced":
@@ -278,15 +294,20 @@ def _seconds_as_cut(product: Product, cut: Tiles | None) -> float:
         times, columns, each, added = 1, batch, instructions("sampled", multiply), 0.0
         near = 2 * again
     else:
-        times = -(-batch // cut.wide)
-        columns, each = times * cut.wide, instructions("tiles", multiply, cut.wide, transposed)
+        width = cut.wide + cut.tail
+        times = -(-batch // width)
+        columns, each = times * width, instructions("tiles", multiply, cut.wide, transposed)
+        each += instructions("tail", multiply, cut.wide) if cut.tail else 0.0
         added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
         near = times * packed + again
     read, unpacked = max((packed + sides) / _MEMORY, near / _TILES_L2), times * weights * each / _INSTRUCTIONS
     if ieee:  # by instructions too; a sampled product loads both its sides from near memory
         return max(read, weights * columns * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked) + added
-    # While one program of a multiprocessor multiplies, or one tile is multiplied, the next is unpacked.
-    return max(read, weights * columns / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked) + added
+    multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
+    if cut is not None and -(-rows // TALL) * times * cut.programs < 1.5 * _MULTIPROCESSORS:
+        return max(read, multiplied + unpacked) + added  # a program waits for its own products
+    # While one program of a multiprocessor multiplies, another one unpacks: tiles are of a size of which two fit.
+    return max(read, multiplied, unpacked) + added
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

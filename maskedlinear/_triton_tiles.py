@@ -41,45 +41,67 @@ def _sample(
 
 
 @triton.jit
+def _side(right, source, column, depth, batch):
+    """Return some rows and columns of a side (depth, batch), with zeros beyond it."""
+    inside = (source < depth)[:, None] & (column < batch)[None, :]
+    return tl.load(right + source[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _add(total, tile, other, UP: tl.constexpr, PRECISION: tl.constexpr):
+    if UP:
+        tile, other = tile.to(tl.float32), other.to(tl.float32)
+    return tl.dot(tile, other, total, input_precision=PRECISION)
+
+
+@triton.jit
+def _put(product, total, target, column, count, batch):
+    inside = (target < count)[:, None] & (column < batch)[None, :]
+    tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
+
+
+@triton.jit
 def tiles_spmm_kernel(
     values, right, bits, firsts, product, rows, depth, words, nnz, batch, part,
     TRANSPOSED: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
 
-    Over ``part`` words, or rows: other programs have the tile's others.
+    Over ``part`` words, or rows: other programs have the tile's others. A tile has TAIL more columns, so that its width need
+    be no power of two.
     """
     start = tl.program_id(2) * part
-    column = tl.program_id(1) * BN + tl.arange(0, BN)
+    first = tl.program_id(1) * (BN + TAIL)
+    column = first + tl.arange(0, BN)
+    HEIGHT: tl.constexpr = BW * 32 if TRANSPOSED else BM
+    total = tl.zeros((HEIGHT, BN), tl.float32)
+    if TAIL > 0:
+        last = first + BN + tl.arange(0, TAIL)
+        rest = tl.zeros((HEIGHT, TAIL), tl.float32)
     if TRANSPOSED:
         word = tl.program_id(0) * BW + tl.arange(0, BW)
-        total = tl.zeros((BW * 32, BN), tl.float32)
         for begin in range(start, tl.minimum(start + part, rows), BM):
             row = begin + tl.arange(0, BM)
             tile = tl.trans(_unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW))
-            inside = (row < rows)[:, None] & (column < batch)[None, :]
-            other = tl.load(right + row[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
-            if UP:
-                tile, other = tile.to(tl.float32), other.to(tl.float32)
-            total = tl.dot(tile, other, total, input_precision=PRECISION)
+            total = _add(total, tile, _side(right, row, column, rows, batch), UP, PRECISION)
+            if TAIL > 0:
+                rest = _add(rest, tile, _side(right, row, last, rows, batch), UP, PRECISION)
         target, count = tl.program_id(0) * BW * 32 + tl.arange(0, BW * 32), depth
     else:
         row = tl.program_id(0) * BM + tl.arange(0, BM)
-        total = tl.zeros((BM, BN), tl.float32)
         for begin in range(start, tl.minimum(start + part, words), BW):
             word = begin + tl.arange(0, BW)
             tile = _unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
             source = begin * 32 + tl.arange(0, BW * 32)
-            inside = (source < depth)[:, None] & (column < batch)[None, :]
-            other = tl.load(right + source[:, None].to(tl.int64) * batch + column[None, :], mask=inside, other=0.0)
-            if UP:
-                tile, other = tile.to(tl.float32), other.to(tl.float32)
-            total = tl.dot(tile, other, total, input_precision=PRECISION)
+            total = _add(total, tile, _side(right, source, column, depth, batch), UP, PRECISION)
+            if TAIL > 0:
+                rest = _add(rest, tile, _side(right, source, last, depth, batch), UP, PRECISION)
         target, count = row, rows
-    inside = (target < count)[:, None] & (column < batch)[None, :]
     product += tl.program_id(2).to(tl.int64) * count * batch
-    tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
+    _put(product, total, target, column, count, batch)
+    if TAIL > 0:
+        _put(product, rest, target, last, count, batch)
 
 
 @triton.jit
@@ -122,7 +144,7 @@ def spmm(
     options = spmm_options(cut, multiply == "float32", transposed)
     part = cut.steps * options["BM" if transposed else "BW"]
     told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    grid = (triton.cdiv(count, TALL), triton.cdiv(sizes.batch, cut.wide), cut.programs)
+    grid = (triton.cdiv(count, TALL), triton.cdiv(sizes.batch, cut.wide + cut.tail), cut.programs)
     return Launch(tiles_spmm_kernel, grid, told | options)
 
 
@@ -147,7 +169,8 @@ def spmm_options(cut: Tiles, ieee: bool, transposed: bool) -> dict[str, int]:
     # Small programs hide what each of them waits for; of the transpose in IEEE, as all others, tiles on their way.
     stages = 1 if cut.warps == 4 and not (ieee and transposed) else 3
     tall, words = (cut.deep, TALL // 32) if transposed else (TALL, cut.deep // 32)
-    return {"BM": tall, "BN": cut.wide, "BW": words, "num_warps": cut.warps, "num_stages": stages}
+    sizes = {"BM": tall, "BN": cut.wide, "BW": words, "TAIL": cut.tail}
+    return {**sizes, "num_warps": cut.warps, "num_stages": stages}
 
 
 def sddmm_options(itemsize: int, ieee: bool) -> dict[str, int]:

@@ -122,8 +122,8 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 
 @pytest.mark.parametrize("multiply", ["float32", "tf32", "half"])
 def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: Multiply) -> None:
-    """But where float32 is multiplied by what unpacks it too; where tiles smaller than the dense product's are sampled; and
-    where bits are read beside half types, or what programs make of a tile is added up: of powers of two."""
+    """But where float32 is multiplied by what unpacks it too; where tiles smaller than the dense product's are sampled, or
+    unpacked; and where bits are read beside half types, or what programs make of a tile is added up: of powers of two."""
     by_all: tuple[Way, ...] = ("rows", "bits", "tiles", "panels")
     by_most: tuple[Way, ...] = ("rows", "tiles", "panels")
     for ways, of in ((by_all, {}), (by_most, {"transposed": True}), (by_most, {"sampled": True})):
@@ -135,9 +135,10 @@ def test_by_count_with_triton_no_density_and_batch_is_far_from_dense(multiply: M
         elif sampled:
             assert far.keys() == {256, 512, 1024}
         else:
-            assert far.keys() == ({64, 128, 256} if multiply == "half" else {256})
-            assert max(far.values()) < 1.27
-        assert max(far.values(), default=0) < 1.34
+            assert far.keys() == ({64, 128, 256, 512, 1024} if multiply == "half" else {256, 512, 1024})
+        # In W x, one program waits for its product, and another one unpacks, of tiles of half as many columns.
+        by_tiles = not sampled and multiply != "float32"
+        assert max(far.values(), default=0) < ({"half": 1.585, "tf32": 1.435}[multiply] if by_tiles else 1.34)
 
 
 @pytest.mark.parametrize("multiply", ["float32", "tf32", "half"])
@@ -159,8 +160,10 @@ def test_tiles_cover_the_product_and_programs_share_all_of_each(multiply: Multip
         assert cut.wide < 2 * max(batch, 16)
         assert seconds("tiles", product) < float("inf")
     # A batch that no power of two is near is not multiplied as if it were the next one.
-    few = _gpu_rule.tiles_of(Product(8192, 8192, 1 << 22, 300, 4, "tf32"))
-    assert -(-300 // few.wide) * few.wide < 512
+    for batch in (300, 321, 384, 513):
+        few = _gpu_rule.tiles_of(Product(8192, 8192, 1 << 22, batch, size, multiply))
+        width = few.wide + few.tail
+        assert -(-batch // width) * width < 1.3 * batch, (batch, few)
 
 
 def test_a_pattern_of_no_size_has_no_bits() -> None:
@@ -224,7 +227,8 @@ def test_the_tables_of_the_documentation_are_the_rules() -> None:
         )
         other = [(row, place) for row in (0, 1) for place in range(10) if of_jax[row][place] != of_torch[row][place]]
         assert all(place >= 7 for row, place in other if row)
-        assert [(place, of_jax[0][place]) for row, place in other if not row] == [(8, "1.07")] * (multiply == "half")
+        of_products = [(place, of_jax[0][place]) for row, place in other if not row]
+        assert of_products == [(7, "1.27"), (8, "1.07")] * (multiply == "half")
         if last:
             assert last.startswith(", ".join(of_jax[1][7:]))
             assert last in text
@@ -264,7 +268,7 @@ def test_the_tables_of_the_documentation_are_the_rules() -> None:
         [cells((1, 16, 64, 256, 1024), multiply, LIVE, **jax | of)[0] for multiply in ("tf32", "half")]  # type: ignore[arg-type]
         for of in ({"triton": True}, {"kept": True})
     )
-    assert [max(map(float, row[:4])) for row in formed] == [2.14, 3.25]
+    assert [max(map(float, row[:4])) for row in formed] == [2.37, 3.47]
     sampled = [cells((1, 64, 256), multiply, LIVE, **jax | {"kept": True})[1] for multiply in ("tf32", "half")]  # type: ignore[arg-type]
     assert [max(row) for row in sampled] == ["2.09", "3.55"]
     assert [(row[0], row[3], row[4]) for row in by_xla] == [("1.61", "1.94", "1.24"), ("1.78", "2.09", "1.27")]

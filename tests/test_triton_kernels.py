@@ -119,6 +119,24 @@ for dtype, programs in ((torch.float32, 4), (torch.bfloat16, 2)):
         found = kernels.tiles_spmm(values, right, by_rows, shape[1], transposed, multiply, up=True)
         torch.testing.assert_close(found.double(), (dense.T if transposed else dense) @ right.double(), rtol=0, atol=1e-4)
 
+# Tiles with a tail, alone, and one beside the other, of which the last one is not full.
+chosen = tiles.tiles_of
+for dtype, wide, tail, batch in ((torch.float32, 32, 16, 41), (torch.bfloat16, 16, 32, 101), (torch.float32, 64, 16, 64)):
+    for transposed in (False, True):
+        tiles.tiles_of = lambda product: _gpu_rule._cut(product, wide, tail)
+        shape = (1100, 40) if transposed else (40, 1100)
+        some = masks.random(shape, sparsity=0.7, seed=2)
+        by_rows = DevicePattern.of(SparsityPattern.from_mask(some), torch.device("cpu")).csr(False)
+        values, right = torch.randn(int(some.sum())).to(dtype), torch.randn(1100, batch).to(dtype)
+        dense = torch.zeros(shape, dtype=torch.float64).masked_scatter_(torch.tensor(some), values.double())
+        multiply = "float32" if dtype is torch.float32 else "half"
+        sizes = Sizes(*shape, values.numel(), batch)
+        launch = tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=True)
+        assert launch.told["TAIL"] == tail and launch.grid[1] == -(-batch // (wide + tail))
+        found = kernels.tiles_spmm(values, right, by_rows, shape[1], transposed, multiply, up=True)
+        torch.testing.assert_close(found.double(), (dense.T if transposed else dense) @ right.double(), rtol=0, atol=1e-4)
+tiles.tiles_of = chosen
+
 # The way from the function to the kernels, as on CUDA.
 _products._is_on_gpu = _gpu_products.has_triton = lambda tensor: True
 whole = SparsityPattern.from_mask(mask)
@@ -195,7 +213,7 @@ def compiled(kernel, dtype, constants, expected=0, places=1, outside=0, batch=1)
     products = made.asm["ptx"].count("wgmma.mma_async") + made.asm["ptx"].count("mma.sync")
     threads = told["num_warps"] * 32
     batch_of_bits = constants["BB"] if kernel is kernels.bits_spmm_kernel else 0
-    tale = [kernel.__name__, batch_of_bits, products, dtype, constants.get("PRECISION")]
+    tale = [kernel.__name__, batch_of_bits, constants.get("TAIL", 0), threads, products, dtype, constants.get("PRECISION")]
     tale += [made.metadata.shared, said.returncode, said.stderr]
     looped, others = (count / (places / threads) for count in in_longest_loop("kernel"))
     issued = [[looped / batch, expected]] * bool(expected) + [[others, outside]] * bool(outside)
@@ -218,14 +236,25 @@ for dtype, sampled in PANELS[: 5 if EVERY else 2]:
     told = kernels.PANEL_OPTIONS | {"SAMPLED": sampled, "CHECKED": False}
     issued = _gpu_rule.instructions("panel", MULTIPLY.get(dtype, "half"))
     compiled(kernels.panel_kernel, dtype, told, 0, told["BM"] * told["BW"] * 32, issued)
+TAILS = dict.fromkeys(("half", "tf32"), [(64, 32), (64, 16), (32, 16)])
+TAILS["float32"] = [(128, 16), (64, 16), (32, 16)]
+for multiply, tails in TAILS.items():
+    product = _gpu_rule.Product(8192, 8192, 1 << 22, 512, 4, multiply)
+    assert all(tail <= _gpu_rule._longest_tail(product, wide) for wide, tail in tails)
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32"))[: 2 + EVERY]:
     ieee = multiply == "float32"
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
     for transposed in (False, True):
         for batch in (16, 32, 64, 128, 512) if EVERY else (512,):
             product = _gpu_rule.Product(8192, 8192, 1 << 22, batch, itemsize, multiply)
-            sizes = tiles.spmm_options(_gpu_rule._cut(product, min(batch, 128 if ieee else 256)), ieee, transposed)
+            sizes = tiles.spmm_options(_gpu_rule._cut(product, min(batch, 128)), ieee, transposed)
             expected = _gpu_rule.instructions("tiles", multiply, sizes["BN"], transposed) + ieee * sizes["BN"]
+            places = sizes["BM"] * sizes["BW"] * 32
+            compiled(tiles.tiles_spmm_kernel, dtype, sizes | {"TRANSPOSED": transposed} | precision, expected, places)
+        for wide, tail in TAILS[multiply] if EVERY else TAILS[multiply][:1]:
+            sizes = tiles.spmm_options(_gpu_rule._cut(product, wide, tail), ieee, transposed)
+            expected = _gpu_rule.instructions("tiles", multiply, wide, transposed) + ieee * (wide + tail)
+            expected += _gpu_rule.instructions("tail", multiply, wide)
             places = sizes["BM"] * sizes["BW"] * 32
             compiled(tiles.tiles_spmm_kernel, dtype, sizes | {"TRANSPOSED": transposed} | precision, expected, places)
     sizes = tiles.sddmm_options(itemsize, ieee)
@@ -249,9 +278,9 @@ BITS = {1: 64, 2: 96, 4: 128}  # by batch: eight, five and four programs by bits
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
     lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
-    assert len(lines) == (62 if every else 14)
+    assert len(lines) == (62 + 18 if every else 14 + 4)
     for line in lines:
-        name, batch, products, dtype, precision, shared, status, said, issued = json.loads(line)
+        name, batch, tail, threads, products, dtype, precision, shared, status, said, issued = json.loads(line)
         assert status == 0, said
         registers = int(re.search(r"Used (\d+) registers", said)[1])  # type: ignore[index]
         spilled = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", said)
@@ -259,11 +288,14 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
         assert spilled.groups() == ("0", "0"), (name, dtype, said)
         kind = name.partition("_")[0]
         most = LIMITS[kind]
-        allowed = FLOAT64 if dtype == "fp64" else BITS.get(batch, most[0])
+        allowed = FLOAT64 if dtype == "fp64" else 255 if tail else BITS.get(batch, most[0])
         assert registers <= allowed, (name, dtype, batch, registers)
-        assert shared <= most[1], (name, dtype, shared)
+        assert shared <= most[1] + (tail << 7), (name, dtype, shared)
         by_tensor_cores = kind == "tiles" and (dtype == "bf16" or precision == "tf32")
         assert bool(products) == by_tensor_cores, (name, dtype, precision)
+        if by_tensor_cores:  # one unpacks while the other waits for its products: ptxas says that each does
+            assert 2 * registers * threads <= 1 << 16, (name, dtype, tail, registers)
+            assert 2 * shared <= 226 << 10, (name, dtype, tail, shared)
         counted = {
             "tiles_sddmm_kernel": 2 - by_tensor_cores,
             "tiles_spmm_kernel": 1,
