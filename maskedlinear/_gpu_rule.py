@@ -158,7 +158,7 @@ def _longest_tail(product: Product, wide: int) -> int:
 
 
 def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1) -> Tiles:
-    """Return tiles of a width, which as many programs share as there are ``beside`` each other on a multiprocessor."""
+    """Return tiles of a width, shared by as many programs as make ``beside`` of them for each multiprocessor."""
     rows, depth, _, batch, size, *_ = product
     deep, warps = (32 if size == 4 else 64), (4 if size == 4 and wide <= 64 else 8)
     tiles, steps = max(1, -(-rows // TALL) * -(-batch // (wide + tail))), max(1, -(-depth // deep))

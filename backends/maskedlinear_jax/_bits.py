@@ -20,7 +20,7 @@ from maskedlinear._gpu_rule import has_bits, words_of
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear_jax._compat import is_traced
 
-__all__ = ["PatternWithBits", "bits_of", "form_bits", "with_bits"]
+__all__ = ["PatternWithBits", "form_bits", "kept_bits", "with_bits"]
 
 
 class PatternWithBits(SparsityPattern):
@@ -113,6 +113,6 @@ def with_bits(pattern: SparsityPattern) -> SparsityPattern:
     return PatternWithBits.of(pattern) if has_bits(*pattern.shape, shape[0]) else pattern
 
 
-def bits_of(pattern: SparsityPattern) -> tuple[Any, ...]:
+def kept_bits(pattern: SparsityPattern) -> tuple[Any, ...]:
     """Return the two arrays that a pattern keeps; none if it keeps none."""
     return pattern.bits if isinstance(pattern, PatternWithBits) else ()

@@ -142,7 +142,7 @@ def packed_product(x: Array, packed: PackedWeights) -> Array:
     fits = dtypes == _DTYPES and x.dtype == jnp.float32  # a tree may have been cast
     if _packed_p is None or not fits:
         return multiplied(without_gradient(packed.values), x, pattern)
-    return _bound(packed.kind, packed.values, x, *pattern[:6], *packed.layout)
+    return _bound(packed.kind, packed.values, x, *pattern.without_bits().arrays, *packed.layout)
 
 
 @partial(jax.jit, static_argnums=0, inline=True)

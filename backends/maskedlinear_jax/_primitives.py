@@ -157,7 +157,7 @@ def _each(
     shared = pattern.indices.ndim == 1
     if not shared:
         pattern = jax.tree.map(lambda index: index.reshape(math.prod(stack), *index.shape[lead:]), pattern)
-    count, largest = one.shape[0], max(index.shape[-1] for index in pattern[:6])
+    count, largest = one.shape[0], max(index.shape[-1] for index in pattern.without_bits().arrays)
     one_by_one = kernel == "cpu" or not isinstance(count, int) or count * largest > _LIMIT
     if one_by_one or (kernel == "gpu" and _gpu_products.is_stack_one_by_one(one, other, pattern)):
         parts = (one, other) if shared else (one, other, pattern)
@@ -174,7 +174,7 @@ def _joined(stacked: Array) -> Array:
 
 def _side_by_side(pattern: DevicePattern, count: int) -> DevicePattern:
     """Return the pattern of a stack as one, each layer's connections between inputs and outputs of its own."""
-    pattern = DevicePattern(*(jnp.broadcast_to(index, (count, index.shape[-1])) for index in pattern[:6]))
+    pattern = jax.tree.map(lambda index: jnp.broadcast_to(index, (count, index.shape[-1])), pattern.without_bits())
     size, out, in_ = (array.shape[1] for array in (pattern.indices, pattern.indptr[:, 1:], pattern.starts[:, 1:]))
     place = jnp.arange(count, dtype=jnp.int32)[:, None]
     end = jnp.full(1, count * size, jnp.int32)

@@ -20,7 +20,7 @@ from jax import Array, export, lax
 from jax.experimental import sparse
 
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._bits import PatternWithBits, bits_of
+from maskedlinear_jax._bits import PatternWithBits, kept_bits
 from maskedlinear_jax._compat import from_the_start
 
 __all__ = ["DevicePattern", "sddmm", "spmm", "taken", "to_columns", "to_rows"]
@@ -45,6 +45,10 @@ class DevicePattern(NamedTuple):
     order: Array
     bits: Array | None = None
     firsts: Array | None = None
+
+    def without_bits(self) -> DevicePattern:
+        """Return its indices alone."""
+        return self._replace(bits=None, firsts=None)
 
     @classmethod
     def of(cls, pattern: SparsityPattern) -> DevicePattern:
@@ -133,7 +137,7 @@ def _none(wrong: Array) -> Array:
 
 
 def _flatten(pattern: SparsityPattern) -> tuple[tuple[Any, ...], tuple[int, int]]:
-    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc, *bits_of(pattern)), pattern.shape
+    return (pattern.indptr, pattern.rows, pattern.indices, *pattern.csc, *kept_bits(pattern)), pattern.shape
 
 
 def _register(kind: type[SparsityPattern]) -> None:

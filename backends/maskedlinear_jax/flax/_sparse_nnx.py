@@ -20,7 +20,7 @@ from jax.typing import ArrayLike
 from maskedlinear._gpu_rule import has_bits, words_of
 from maskedlinear.masks import Recipe
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_jax._bits import PatternWithBits, bits_of, form_bits
+from maskedlinear_jax._bits import PatternWithBits, form_bits, kept_bits
 from maskedlinear_jax._compat import is_traced
 from maskedlinear_jax._functional import as_array
 from maskedlinear_jax._placement import laid, on_device, to_host, to_like
@@ -151,7 +151,7 @@ class SparseLinear(nnx.Module):
         if self.bits is not None:
             pattern = PatternWithBits.of(pattern)
         found = {"rows": pattern.rows} | dict(zip(("starts", "outputs", "order"), pattern.csc, strict=True))
-        found |= dict(zip(("bits", "firsts"), bits_of(pattern), strict=False))
+        found |= dict(zip(("bits", "firsts"), kept_bits(pattern), strict=False))
         for name, expected in found.items():
             if not np.array_equal(here[name], expected):
                 raise ValueError(
@@ -372,9 +372,8 @@ class SparseLinear(nnx.Module):
         if isinstance(sharding, NamedSharding) and not is_traced(indices):  # whole on each device, of each of a stack
             of_stack = PartitionSpec(*tuple(sharding.spec)[: indices.ndim - 1])  # type: ignore[no-untyped-call]
             where = NamedSharding(sharding.mesh, of_stack)
-        make: Any = jax.jit(form, out_shardings=where)
-        if isinstance(indices, jax.ShapeDtypeStruct):
-            make = partial(jax.eval_shape, form)
+        abstract = isinstance(indices, jax.ShapeDtypeStruct)
+        make: Any = partial(jax.eval_shape, form) if abstract else jax.jit(form, out_shardings=where)
         formed = make(self.indptr.get_value(), self.rows.get_value(), indices)
         self.bits, self.firsts = (PatternIndex(array) for array in formed)
 
