@@ -27,8 +27,10 @@ __all__ = [
     "choose",
     "has_bits",
     "instructions",
+    "instructions_of_tiles",
     "panels",
     "panels_by_bits",
+    "sampled_width",
     "seconds",
     "tiles_of",
     "words_of",
@@ -51,6 +53,7 @@ TALL = 128  # rows of a tile
 _MULTIPROCESSORS = 132
 _STEPS = 8  # of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
+_GOING_ON = 0.75  # of a step's product, while a program that is alone on a multiprocessor unpacks the next step
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
@@ -118,11 +121,14 @@ def has_bits(rows: int, depth: int, nnz: int) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How W x is cut into tiles of :data:`TALL` rows, each ``wide`` columns of the batch.
+    """How W x is cut into tiles of ``tall`` rows, each ``wide`` columns of the batch.
 
     ``deep`` places of W's rows make a step, which ``warps`` take together. A tile is shared by so many ``programs``, of
     which each takes ``steps`` at most, and what they make is added up. A tile has ``tail`` more columns, since ``wide`` and
     ``tail`` are powers of two each.
+
+    Of four warps, two programs fit a multiprocessor, and one unpacks while the other multiplies. One of eight is alone; by
+    tensor cores the products of its two parts go on while it unpacks the next step.
     """
 
     wide: int
@@ -131,6 +137,7 @@ class Tiles(NamedTuple):
     steps: int
     programs: int
     tail: int = 0
+    tall: int = TALL
 
 
 @lru_cache(maxsize=1024)
@@ -145,26 +152,45 @@ def tiles_of(product: Product) -> Tiles:
     for wide in (128, 64, 32, 16):
         if wide <= most:
             longest = _longest_tail(product, wide) if wide < product.batch else 0
-            tails = [tail for tail in (0, 16, 32) if tail <= longest]
+            tails = [tail for tail in (0, 16, 32, 64, 128) if tail <= longest]
             cuts += [_cut(product, wide, tail, beside) for tail in tails for beside in (1, 2)]
+            if product.multiply == "half" and wide in tails and wide < 128:
+                cuts.append(_cut(product, wide, wide, tall=TALL // 2))  # twice as many tiles, which none has to share
     return min(cuts, key=lambda cut: _seconds_as_cut(product, cut))
 
 
 def _longest_tail(product: Product, wide: int) -> int:
-    """Return how many columns more the registers have room for, and of another program on the multiprocessor."""
+    """Return how many columns more the registers have room for."""
     if product.multiply == "float32":
-        return 16 if wide >= 32 else 0
-    return wide // 2 if wide <= 64 else 0
+        return 16 if wide in (32, 128) or (wide == 64 and not product.transposed) else 0
+    return wide if wide >= 32 else 0
 
 
-def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1) -> Tiles:
-    """Return tiles of a width, shared by as many programs as make ``beside`` of them for each multiprocessor."""
+def _goes_on(wide: int, tail: int) -> bool:
+    """Whether products of a tile by tensor cores go on while the next step is unpacked: they take turns, in two parts."""
+    return tail == wide or (wide == 128 and tail > 0)
+
+
+def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1, tall: int = TALL) -> Tiles:
+    """Return tiles of a size, shared by as many programs as make ``beside`` of them for each multiprocessor."""
     rows, depth, _, batch, size, *_ = product
-    deep, warps = (32 if size == 4 else 64), (4 if size == 4 and wide <= 64 else 8)
-    tiles, steps = max(1, -(-rows // TALL) * -(-batch // (wide + tail))), max(1, -(-depth // deep))
+    deep = 32 if size == 4 else 64 if tall == TALL else 256
+    alone = wide == 128 if product.multiply == "float32" else _goes_on(wide, tail)
+    tiles, steps = max(1, -(-rows // tall) * -(-batch // (wide + tail))), max(1, -(-depth // deep))
     programs = max(1, min(_MULTIPROCESSORS * beside // tiles, steps // _STEPS))
     each = -(-steps // programs)
-    return Tiles(wide, deep, warps, each, -(-steps // each), tail)
+    return Tiles(wide, deep, 8 if alone else 4, each, -(-steps // each), tail, tall)
+
+
+def sampled_width(product: Product) -> int:
+    """Return how many columns of W a tile of a sampled product has.
+
+    With 192 in place of 128 its sides are read from near memory less often; but the last tile of a row may have more that
+    are beyond W.
+    """
+    if product.multiply == "float32":
+        return 128
+    return min((192, 128), key=lambda width: _seconds_sampled(product, width))
 
 
 def _power_of_2(batch: int) -> int:
@@ -176,36 +202,44 @@ def _sum_bytes(product: Product) -> int:
 
 
 def instructions(
-    way: Literal["bits", "reduced", "tiles", "tail", "sampled", "panel", "panel by XLA", "sampled by XLA"],
+    way: Literal["bits", "reduced", "sampled", "panel", "panel by XLA", "sampled by XLA"],
     multiply: Multiply,
     batch: int = 0,
-    transposed: bool = False,
 ) -> float:
-    """Return how many instructions of a thread it takes to unpack a place of W, by bits to multiply it too.
+    """Return how many instructions of a thread it takes to go over a place of W by bits; ``batch``, to multiply it, too.
 
-    At most, of what the kernels are compiled to for an H100, which the tests count. ``batch`` is of one tile, without its
-    tail; ``"tail"`` is what that adds, but, in IEEE, one for each of its columns. ``"sampled"`` is to look at a place of a
+    At most, of what the kernels are compiled to for an H100, which the tests count. ``"sampled"`` is to look at a place of a
     tile that was multiplied, and to write it where it is live; ``"panel"`` to go over one. XLA's kernels look at some places
     together in a panel that they unpack, and at one in a sampled one; ``"reduced"``, they multiply them too.
     """
     half = multiply == "half"
     if way == "bits":
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
-    if way == "tail":
-        return 3 if half else 2.4 if multiply == "tf32" else 8.3 if batch > 64 else 3.2
     if way == "sampled":
-        return 11.6 if multiply == "float32" else 13.6
+        return 11.6 if multiply == "float32" else 15.5
     if way == "reduced":
         return 18 if batch == 1 else 37 if multiply == "float64" else 31
     if way in ("panel by XLA", "sampled by XLA"):
         return 23 if way == "panel by XLA" else 46
-    if way == "panel":
-        return 19 if multiply == "float64" else 17.5 if half else 14
-    if half:
-        return 14 + batch / 90
-    if multiply == "tf32":
-        return 12.4 if batch <= 64 else 21 + batch / 26
-    return 30 if batch > 64 else (12.9 if transposed else 9.2) + batch / 10
+    return 19 if multiply == "float64" else 17.5 if half else 14
+
+
+def instructions_of_tiles(cut: Tiles, multiply: Multiply, transposed: bool) -> float:
+    """Return how many instructions of a thread it takes to unpack a place of W in tiles, beside those that multiply.
+
+    At most, as :func:`instructions`. In IEEE one more multiplies it, for each column.
+    """
+    wide, tail = cut.wide, cut.tail
+    if multiply == "float32":
+        alone = 29 if wide > 64 else (10 if transposed else 9.4) + wide / 10
+        return alone + (0 if not tail else 5 if wide > 64 else 2.5)
+    if multiply == "half":
+        return 12.3 if cut.warps == 4 else 17.2
+    if cut.warps == 8:  # values of four bytes are on their way, as sides are
+        return 25.8 if not transposed else 26.4 if wide <= 64 else 29 + tail / 30
+    if transposed:
+        return 11.5 + wide / 33 + (0.5 if tail else 0)
+    return 9.4 + wide / 80 + (1.3 if tail else 0)
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -281,33 +315,48 @@ def _seconds_by_tiles(product: Product) -> float:
     """Return the time of a product whose tiles of W are unpacked for each tile of the batch, or once if sampled."""
     if product.itemsize == 8:
         return float("inf")
-    return _seconds_as_cut(product, None if product.sampled else tiles_of(product))
+    if product.sampled:
+        return _seconds_sampled(product, sampled_width(product))
+    return _seconds_as_cut(product, tiles_of(product))
 
 
-def _seconds_as_cut(product: Product, cut: Tiles | None) -> float:
-    """Return the time of a product by tiles; of a sampled one, ``None`` of which is shared."""
-    rows, depth, nnz, batch, size, multiply, sampled, transposed, *_ = product
-    weights, ieee = rows * depth, multiply == "float32"
-    packed, sides = weights / 4 + nnz * size, (rows + depth) * batch * size
-    again = weights * batch * size / TALL  # a side is read again by each tile, beside what is written, as by dense ones
-    if cut is None:
-        times, columns, each, added = 1, batch, instructions("sampled", multiply), 0.0
-        near = 2 * again
-    else:
-        width = cut.wide + cut.tail
-        times = -(-batch // width)
-        columns, each = times * width, instructions("tiles", multiply, cut.wide, transposed)
-        each += instructions("tail", multiply, cut.wide) if cut.tail else 0.0
-        added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
-        near = times * packed + again
-    read, unpacked = max((packed + sides) / _MEMORY, near / _TILES_L2), times * weights * each / _INSTRUCTIONS
-    if ieee:  # by instructions too; a sampled product loads both its sides from near memory
-        return max(read, weights * columns * (_LOADED if sampled else 1) / _INSTRUCTIONS + unpacked) + added
+def _seconds_as_cut(product: Product, cut: Tiles) -> float:
+    """Return the time of W x by tiles."""
+    rows, depth, nnz, batch, size, multiply, _, transposed, *_ = product
+    tiles, steps, width = -(-rows // cut.tall), -(-depth // cut.deep), cut.wide + cut.tail
+    weights, times = tiles * cut.tall * steps * cut.deep, -(-batch // width)  # with what is beyond W
+    packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
+    again = tiles * depth * batch * size  # x is read again by each tile of W
+    read = max((packed + sides) / _MEMORY, (times * packed + again) / _TILES_L2)
+    unpacked = times * weights * instructions_of_tiles(cut, multiply, transposed) / _INSTRUCTIONS
+    columns = times * width
+    added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
+    if multiply == "float32":  # by instructions, too
+        return max(read, weights * columns / _INSTRUCTIONS + unpacked) + added
     multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
-    if cut is not None and -(-rows // TALL) * times * cut.programs < 1.5 * _MULTIPROCESSORS:
+    if cut.warps == 8:
+        return max(read, max(_GOING_ON * multiplied, unpacked) + (1 - _GOING_ON) * multiplied) + added
+    if tiles * times * cut.programs < 1.5 * _MULTIPROCESSORS:
         return max(read, multiplied + unpacked) + added  # a program waits for its own products
-    # While one program of a multiprocessor multiplies, another one unpacks: tiles are of a size of which two fit.
     return max(read, multiplied, unpacked) + added
+
+
+def _seconds_sampled(product: Product, width: int) -> float:
+    """Return the time of a sampled product by tiles of so many columns of W.
+
+    Two programs of a multiprocessor have half of its registers each: one unpacks what it has multiplied while the other one
+    multiplies.
+    """
+    rows, depth, nnz, batch, size, multiply, *_ = product
+    tall = TALL // 2 if multiply == "float32" else TALL
+    weights = -(-rows // tall) * tall * -(-depth // width) * width  # with what is beyond W
+    packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
+    again = weights * batch * size * (1 / tall + 1 / width)  # each tile reads a piece of both sides
+    read = max((packed + sides) / _MEMORY, again / _TILES_L2)
+    unpacked = weights * instructions("sampled", multiply) / _INSTRUCTIONS
+    if multiply == "float32":  # by instructions, too, and it loads both its sides from near memory
+        return max(read, weights * batch * _LOADED / _INSTRUCTIONS + unpacked)
+    return max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

@@ -80,6 +80,7 @@ def tiles_spmm(values: Array, right: Array, pattern: Any, multiply: Multiply, *,
     sizes = _sizes(pattern, right)
     launch = _triton_tiles.spmm(sizes, right.dtype.itemsize, multiply, transposed=transposed, checked=True)
     shape = launch.grid[2], sizes.depth if transposed else sizes.rows, sizes.batch
+    right = right.T if launch.told["ALONG"] else right
     return _product(launch, shape, right.dtype, values, right, *bits_of(pattern)).sum(0)
 
 

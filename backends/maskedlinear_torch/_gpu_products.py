@@ -59,7 +59,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     if way == "tiles":
         by_rows, columns = (csr.by_rows, rows) if is_transposed else (csr, depth)
         of = (by_rows, columns, is_transposed, _multiply(right))
-        return _triton().tiles_spmm(values.contiguous(), right.contiguous(), *of)  # type: ignore[no-any-return]
+        return _triton().tiles_spmm(values.contiguous(), right, *of)  # type: ignore[no-any-return]
     if way == "bits":
         return _triton().bits_spmm(values.contiguous(), right, csr)  # type: ignore[no-any-return]
     if way == "panels":

@@ -57,6 +57,7 @@ def tiles_spmm(
     launch = _triton_tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False, up=up)
     shape = launch.grid[2], depth if transposed else sizes.rows, sizes.batch
     products = right.new_empty(shape, dtype=torch.float32)
+    right = (right.mT if launch.told["ALONG"] else right).contiguous()
     _run(launch, values, right, *bits_of(csr, depth), products)
     return products[0] if len(products) == 1 else products.sum(0)
 
