@@ -3,7 +3,7 @@
 Nothing here was timed: rates are those of an H100's data sheet, brought down to what large programs reach, and each way's
 count is of what it must move, multiply and, of the kernels in Triton, of the instructions that they are compiled to. What
 different parts of the machine do counts as done at once. It tells ways apart that differ by factors, not by percents;
-launches of kernels are not counted, nor what small products leave idle.
+launches of kernels are not counted, nor copies of a side that lies another way, nor what small products leave idle.
 """
 
 from __future__ import annotations
