@@ -25,9 +25,11 @@ __all__ = [
     "Tiles",
     "Way",
     "choose",
+    "going_on",
     "has_bits",
     "instructions",
     "instructions_of_tiles",
+    "is_read_along",
     "panels",
     "panels_by_bits",
     "sampled_width",
@@ -53,7 +55,6 @@ TALL = 128  # rows of a tile
 _MULTIPROCESSORS = 132
 _STEPS = 8  # of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
-_GOING_ON = 0.75  # of a step's product, while a program that is alone on a multiprocessor unpacks the next step
 _TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
@@ -147,28 +148,43 @@ def tiles_of(product: Product) -> Tiles:
     So many programs share a tile as keep all multiprocessors at work, each with one program or two, if their steps are worth
     it. Kept, since each call of a product asks twice.
     """
-    most = max(16, _power_of_2(product.batch))
+    has_all = product.multiply == "float32" or _is_read_by_16(product)
+    most = min(max(16, _power_of_2(product.batch)), 128 if has_all else 64)
     cuts = []
     for wide in (128, 64, 32, 16):
         if wide <= most:
             longest = _longest_tail(product, wide) if wide < product.batch else 0
             tails = [tail for tail in (0, 16, 32, 64, 128) if tail <= longest]
             cuts += [_cut(product, wide, tail, beside) for tail in tails for beside in (1, 2)]
-            if product.multiply == "half" and wide in tails and wide < 128:
+            if product.multiply == "half" and wide in tails and 16 < wide < 128:
                 cuts.append(_cut(product, wide, wide, tall=TALL // 2))  # twice as many tiles, which none has to share
     return min(cuts, key=lambda cut: _seconds_as_cut(product, cut))
+
+
+def _is_read_by_16(product: Product) -> bool:
+    """Whether x is read in pieces of 16 bytes: if its lines are of a multiple of 16 numbers, as the compiler asks for.
+
+    Tiles have fewer columns where not, and one part, or they would take more registers than there are.
+    """
+    return (product.depth if is_read_along(product.multiply, product.transposed) else product.batch) % 16 == 0
 
 
 def _longest_tail(product: Product, wide: int) -> int:
     """Return how many columns more the registers have room for."""
     if product.multiply == "float32":
-        return 16 if wide in (32, 128) or (wide == 64 and not product.transposed) else 0
-    return wide if wide >= 32 else 0
+        at_64 = not product.transposed and _is_read_by_16(product)
+        return 16 if wide in (32, 128) or (wide == 64 and at_64) else 0
+    return 0 if wide < 32 else wide if _is_read_by_16(product) else 16
 
 
 def _goes_on(wide: int, tail: int) -> bool:
-    """Whether products of a tile by tensor cores go on while the next step is unpacked: they take turns, in two parts."""
+    """Whether the product of a tile by tensor cores goes on while the next step is unpacked: its two parts take turns."""
     return tail == wide or (wide == 128 and tail > 0)
+
+
+def going_on(cut: Tiles) -> float:
+    """Return how much of a step's product goes on while its program unpacks the next step: but a half of the first part."""
+    return (cut.wide / 2 + cut.tail) / (cut.wide + cut.tail)
 
 
 def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1, tall: int = TALL) -> Tiles:
@@ -191,6 +207,14 @@ def sampled_width(product: Product) -> int:
     if product.multiply == "float32":
         return 128
     return min((192, 128), key=lambda width: _seconds_sampled(product, width))
+
+
+def is_read_along(multiply: Multiply, transposed: bool) -> bool:
+    """Whether tiles of W · right read right as a layer has it, (batch, depth), and as tensor cores take TF32.
+
+    Not the transposed product of half types, which takes twice the registers then.
+    """
+    return not (transposed and multiply == "half")
 
 
 def _power_of_2(batch: int) -> int:
@@ -224,22 +248,24 @@ def instructions(
     return 19 if multiply == "float64" else 17.5 if half else 14
 
 
-def instructions_of_tiles(cut: Tiles, multiply: Multiply, transposed: bool) -> float:
+def instructions_of_tiles(cut: Tiles, product: Product) -> float:
     """Return how many instructions of a thread it takes to unpack a place of W in tiles, beside those that multiply.
 
     At most, as :func:`instructions`. In IEEE one more multiplies it, for each column.
     """
-    wide, tail = cut.wide, cut.tail
+    wide, tail, multiply, transposed = cut.wide, cut.tail, product.multiply, product.transposed
     if multiply == "float32":
         alone = 29 if wide > 64 else (10 if transposed else 9.4) + wide / 10
         return alone + (0 if not tail else 5 if wide > 64 else 2.5)
+    if multiply == "half" and not _is_read_by_16(product):
+        return 12.5 + wide / 11 + (2.5 if tail else 0) if transposed else 12.7 if wide < 64 else 14.2
     if multiply == "half":
-        return 12.3 if cut.warps == 4 else 17.2
+        return 12.3 if cut.warps == 4 else 17.5
     if cut.warps == 8:  # values of four bytes are on their way, as sides are
         return 25.8 if not transposed else 26.4 if wide <= 64 else 29 + tail / 30
     if transposed:
-        return 11.5 + wide / 33 + (0.5 if tail else 0)
-    return 9.4 + wide / 80 + (1.3 if tail else 0)
+        return 11.5 + wide / 33 + (1 if tail else 0)
+    return max(9.4 + wide / 65, 0 if _is_read_by_16(product) else 12) + (1.7 if tail else 0)
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -322,20 +348,21 @@ def _seconds_by_tiles(product: Product) -> float:
 
 def _seconds_as_cut(product: Product, cut: Tiles) -> float:
     """Return the time of W x by tiles."""
-    rows, depth, nnz, batch, size, multiply, _, transposed, *_ = product
+    rows, depth, nnz, batch, size, multiply, *_ = product
     tiles, steps, width = -(-rows // cut.tall), -(-depth // cut.deep), cut.wide + cut.tail
     weights, times = tiles * cut.tall * steps * cut.deep, -(-batch // width)  # with what is beyond W
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
     again = tiles * depth * batch * size  # x is read again by each tile of W
     read = max((packed + sides) / _MEMORY, (times * packed + again) / _TILES_L2)
-    unpacked = times * weights * instructions_of_tiles(cut, multiply, transposed) / _INSTRUCTIONS
+    unpacked = times * weights * instructions_of_tiles(cut, product) / _INSTRUCTIONS
     columns = times * width
     added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
     if multiply == "float32":  # by instructions, too
         return max(read, weights * columns / _INSTRUCTIONS + unpacked) + added
     multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
     if cut.warps == 8:
-        return max(read, max(_GOING_ON * multiplied, unpacked) + (1 - _GOING_ON) * multiplied) + added
+        meanwhile = going_on(cut) * multiplied
+        return max(read, max(meanwhile, unpacked) + multiplied - meanwhile) + added
     if tiles * times * cut.programs < 1.5 * _MULTIPROCESSORS:
         return max(read, multiplied + unpacked) + added  # a program waits for its own products
     return max(read, multiplied, unpacked) + added
@@ -361,4 +388,9 @@ def _seconds_sampled(product: Product, width: int) -> float:
 
 def choose(ways: Iterable[Way], product: Product) -> Way:
     """Return the way of the least time; of two alike the first."""
+    return _choose(tuple(ways), product)
+
+
+@lru_cache(maxsize=1024)
+def _choose(ways: tuple[Way, ...], product: Product) -> Way:  # kept: counting takes as long as a small product
     return min(ways, key=lambda way: seconds(way, product))

@@ -15,7 +15,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, Product, Tiles, sampled_width, tiles_of, words_of
+from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, sampled_width, tiles_of, words_of
 from maskedlinear._triton_rows import Launch, Sizes, quads_of, sample, unpack
 
 __all__ = ["sddmm", "spmm"]
@@ -202,10 +202,10 @@ def spmm(
 ) -> Launch:
     """Return what runs W · right by tiles, for W (rows, depth); or, transposed, Wᵀ · right.
 
-    Pointers: values, right, which lies as (batch, depth), or (batch, rows), where it is told to be ``ALONG``, bits, firsts,
-    and products, float32, shape ``(grid[2], rows, batch)``, which are to be added up: where there are few tiles, several
-    programs share each. ``checked``, bits lead to no values that are not there; ``up`` widens before the product, which the
-    interpreter needs.
+    Pointers: values, right, which lies as a layer has it, (batch, depth) or (batch, rows), where it is told to be ``ALONG``,
+    bits, firsts, and products, float32, shape ``(grid[2], rows, batch)``, which are to be added up: where there are few
+    tiles, several programs share each. W has a row and a column, at least. ``checked``, bits lead to no values that are not
+    there; ``up`` widens before the product, which the interpreter needs.
     """
     count, length = (sizes.depth, sizes.rows) if transposed else (sizes.rows, sizes.depth)
     cut = tiles_of(Product(count, length, sizes.nnz, sizes.batch, itemsize, multiply, transposed=transposed))
@@ -236,14 +236,14 @@ def _told(sizes: Sizes, multiply: Multiply) -> dict[str, Any]:
 def spmm_options(cut: Tiles, multiply: Multiply, transposed: bool) -> dict[str, Any]:
     """Return the sizes of a program of the product by tiles, and how it goes about it.
 
-    Tensor cores take TF32 along the length alone.
+    Sides are read ``ALONG`` the length where :func:`maskedlinear._gpu_rule.is_read_along` says so.
     """
     ieee = multiply == "float32"
     # Small programs hide what each of them waits for; of large ones, one to a multiprocessor, sides are on their way.
     stages = 1 if cut.warps == 4 or (ieee and transposed) else 3 if cut.deep <= 64 else 2
     tall, words = (cut.deep, cut.tall // 32) if transposed else (cut.tall, cut.deep // 32)
     sizes = {"BM": tall, "BN": cut.wide, "BW": words, "TAIL": cut.tail, "num_warps": cut.warps, "num_stages": stages}
-    return {"ALONG": not (transposed and multiply == "half"), "IEEE": ieee, **sizes}
+    return {"ALONG": is_read_along(multiply, transposed), "IEEE": ieee, **sizes}
 
 
 def sddmm_options(itemsize: int, multiply: Multiply, width: int) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class _HalfSpmm(torch.autograd.Function):
             dvalues = _products.sddmm(g, right.float(), pattern).to(dtype) if needs_values else None
             dright = _products.spmm(values.float(), g, pattern, True).to(dtype) if needs_right else None
             return dvalues, dright, *(None,) * 5
-        g = _products.laid_out(g.to(dtype))
+        g = _products.laid_out(g.to(dtype), pattern, True)
         if needs_values:
             dvalues = _products._sddmm(g, right, pattern.csr(False)).to(dtype)
         if needs_right:

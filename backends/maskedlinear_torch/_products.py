@@ -151,11 +151,13 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
     return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def laid_out(matrix: Tensor) -> Tensor:
-    """Return a matrix as the products read it, so that none of them has to copy it."""
-    if torch.compiler.is_compiling() or is_fake(matrix) or not _cpu_kernels.are_for(matrix):
+def laid_out(matrix: Tensor, pattern: DevicePattern, transposed: bool = False) -> Tensor:
+    """Return the right side of :func:`spmm` as the products read it, so that none of them has to copy it twice."""
+    if torch.compiler.is_compiling() or is_fake(matrix):
         return matrix.contiguous()
-    return _cpu_kernels.lies_well(matrix)
+    if _cpu_kernels.are_for(matrix):
+        return _cpu_kernels.lies_well(matrix)
+    return matrix if _gpu_products.is_read_along(matrix, pattern.csr(transposed)) else matrix.contiguous()
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
@@ -343,7 +345,8 @@ class _Spmm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         values, right, *rest = ctx.saved_tensors
-        pattern, g = DevicePattern(*rest), laid_out(g)  # once for both products
+        pattern = DevicePattern(*rest)
+        g = laid_out(g, pattern, not ctx.transposed)  # once for both products
         dvalues = dright = None
         if ctx.needs_input_grad[0]:
             dvalues = sddmm(right, g, pattern) if ctx.transposed else sddmm(g, right, pattern)

@@ -71,9 +71,9 @@ def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int,
     x, values, bias = autocast_arguments(x, values, bias, "values")
     wide = torch.promote_types(x.dtype, torch.float32)
     if is_half_product(x, values):
-        columns = half_spmm(values, laid_out(flatten_batch(x).mT), pattern)
+        columns = half_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern)
     else:
-        columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide)), pattern)
+        columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide), pattern), pattern)
     y = columns.mT.contiguous().reshape(*x.shape[:-1], out)
     if bias is not None:
         y = y + bias.to(wide)  # last: hooks of FSDP2 get lost where a view is written to in place
