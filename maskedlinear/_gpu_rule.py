@@ -25,7 +25,6 @@ __all__ = [
     "Tiles",
     "Way",
     "choose",
-    "going_on",
     "has_bits",
     "instructions",
     "instructions_of_tiles",
@@ -182,7 +181,7 @@ def _goes_on(wide: int, tail: int) -> bool:
     return tail == wide or (wide == 128 and tail > 0)
 
 
-def going_on(cut: Tiles) -> float:
+def _part_going_on(cut: Tiles) -> float:
     """Return how much of a step's product goes on while its program unpacks the next step: but a half of the first part."""
     return (cut.wide / 2 + cut.tail) / (cut.wide + cut.tail)
 
@@ -361,7 +360,7 @@ def _seconds_as_cut(product: Product, cut: Tiles) -> float:
         return max(read, weights * columns / _INSTRUCTIONS + unpacked) + added
     multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
     if cut.warps == 8:
-        meanwhile = going_on(cut) * multiplied
+        meanwhile = _part_going_on(cut) * multiplied
         return max(read, max(meanwhile, unpacked) + multiplied - meanwhile) + added
     if tiles * times * cut.programs < 1.5 * _MULTIPROCESSORS:
         return max(read, multiplied + unpacked) + added  # a program waits for its own products

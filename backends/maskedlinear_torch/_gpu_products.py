@@ -23,7 +23,7 @@ from maskedlinear_torch._compat import is_grads_batched
 if TYPE_CHECKING:
     from maskedlinear_torch._products import CSR
 
-__all__ = ["has_triton", "is_read_along", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
+__all__ = ["has_triton", "lies_well", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _PLACE_BYTES = 36  # that are moved to find the place of a connection in a panel: one row's, twice, and that of it
@@ -67,13 +67,13 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
     return None
 
 
-def is_read_along(right: Tensor, csr: CSR) -> bool:
-    """Whether W · right reads right (depth, batch) as a layer has it, as (batch, depth)."""
+def lies_well(right: Tensor, csr: CSR) -> Tensor:
+    """Return right (depth, batch) as W · right reads it: as it is where tiles take it as a layer has it, (batch, depth)."""
     if not has_triton(right):
-        return False
+        return right.contiguous()
     product = _product(len(csr.starts) - 1, right.shape[0], right, csr)
     along = _gpu_rule.is_read_along(product.multiply, product.transposed)
-    return along and _way(product, (right, right)) == "tiles"
+    return right if along and _way(product, (right, right)) == "tiles" else right.contiguous()
 
 
 def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:

@@ -157,7 +157,7 @@ def laid_out(matrix: Tensor, pattern: DevicePattern, transposed: bool = False) -
         return matrix.contiguous()
     if _cpu_kernels.are_for(matrix):
         return _cpu_kernels.lies_well(matrix)
-    return matrix if _gpu_products.is_read_along(matrix, pattern.csr(transposed)) else matrix.contiguous()
+    return _gpu_products.lies_well(matrix, pattern.csr(transposed))
 
 
 def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
