@@ -1,9 +1,9 @@
-"""Which way a GPU forms a product of the sparse form: one rule for both frameworks, by count of bytes and operations.
+"""Which way a GPU forms a product of the sparse form: one rule for both frameworks, by what was measured on an H100.
 
-Nothing here was timed: rates are those of an H100's data sheet, brought down to what large programs reach, and each way's
-count is of what it must move, multiply and, of the kernels in Triton, of the instructions that they are compiled to. What
-different parts of the machine do counts as done at once. It tells ways apart that differ by factors, not by percents;
-launches of kernels are not counted, nor copies of a side that lies another way, nor what small products leave idle.
+Each way's time is of what it moves, multiplies and, of the kernels in Triton, of the instructions that they are compiled to,
+at rates that were measured (``benchmarks/results/h100``); those of cuSPARSE and of XLA's kernels are of the data sheet. It
+tells ways apart that differ by factors, not by percents; launches of kernels are not counted, nor copies of a side that
+lies another way, nor what small products leave idle.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ __all__ = [
     "is_read_along",
     "panels",
     "panels_by_bits",
-    "sampled_width",
     "seconds",
     "tiles_of",
     "words_of",
@@ -43,24 +42,43 @@ Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "reduce
 PANEL_BYTES = 32 << 20  # the most that is unpacked at once: it stays in the second-level cache, 50 MB
 LARGEST_PANEL = 128 << 20  # but where panels add up to a product that is as large
 
-_MEMORY = 3.0e12  # bytes a second
+_MEMORY = 2.4e12  # bytes a second
 _L2 = 5.5e12
 _L1 = 20e12
-_L1_BYTES = 128 << 10  # of what is gathered from, if it is to stay in the first-level cache
+_L1_BYTES = 48 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
-_MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 25e12, "tf32": 170e12, "half": 340e12}  # a second
-_INSTRUCTIONS = 28e12  # of each thread a second, five sixths of what can be issued
+_BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # bytes a second that are gathered, of half types last; sampled
+_ORDERED = 40  # bytes for each connection whose value lies in another order,
+_ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
+_MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
+_ISSUED = 28e12  # instructions of each thread a second, five sixths of what can be issued
+_UNPACKING = 10e12  # that kernels in Triton come to: they wait for what a place's address depends on
+_SAMPLING = 7e12  # of tiles and panels that are multiplied first
+_MULTIPLYING = 12e12  # without tensor cores
+_WARPS = 8  # of a multiprocessor, for that
+_STEPS = 8  # of a tile that are worth a program
 TALL = 128  # rows of a tile
 _MULTIPROCESSORS = 132
-_STEPS = 8  # of a tile that are worth a program
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
-_TILES_L2 = 8e12  # bytes a second, which the dense product's rate takes, if its tiles are of 128 x 256
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
+_PANEL = 4e-6  # seconds that a panel takes more, as it takes two kernels
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
 _LARGEST_REDUCED_BATCH = 2  # of four XLA writes to memory which places are live
+
+# Of tiles of W · right, or of its transpose, by their columns: how many instructions of a thread it takes to unpack a place,
+# beside those that multiply, and how many programs a multiprocessor has registers for. Of what the kernels are compiled to
+# for an H100, as the tests count; in IEEE one instruction more multiplies it, for each column.
+_TILES: dict[tuple[Multiply, bool], dict[int, tuple[float, int]]] = {
+    ("tf32", False): {16: (12.6, 4), 32: (12.4, 3), 64: (14.9, 3), 128: (17, 2), 256: (17.4, 1)},
+    ("tf32", True): {16: (13.1, 3), 32: (13.5, 2), 64: (15.2, 3), 128: (19, 1), 256: (27.7, 1)},
+    ("half", False): {16: (12.8, 4), 32: (12.6, 3), 64: (12.7, 2), 128: (17, 2), 256: (17.4, 1)},
+    ("half", True): {16: (12.5, 4), 32: (12.5, 3), 64: (13, 3), 128: (18.4, 2), 256: (20, 1)},
+    ("float32", False): {16: (15.9, 5), 32: (18.7, 4), 64: (20, 2)},
+    ("float32", True): {16: (14.1, 5), 32: (16, 4), 64: (19.2, 2)},
+}
 
 
 class Product(NamedTuple):
@@ -121,14 +139,10 @@ def has_bits(rows: int, depth: int, nnz: int) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How W x is cut into tiles of ``tall`` rows, each ``wide`` columns of the batch.
+    """How W x is cut into tiles of :data:`TALL` rows, each ``wide`` columns of the batch.
 
     ``deep`` places of W's rows make a step, which ``warps`` take together. A tile is shared by so many ``programs``, of
-    which each takes ``steps`` at most, and what they make is added up. A tile has ``tail`` more columns, since ``wide`` and
-    ``tail`` are powers of two each.
-
-    Of four warps, two programs fit a multiprocessor, and one unpacks while the other multiplies. One of eight is alone; by
-    tensor cores the products of its two parts go on while it unpacks the next step.
+    which each takes ``steps`` at most, and what they make is added up.
     """
 
     wide: int
@@ -136,76 +150,40 @@ class Tiles(NamedTuple):
     warps: int
     steps: int
     programs: int
-    tail: int = 0
-    tall: int = TALL
 
 
 @lru_cache(maxsize=1024)
 def tiles_of(product: Product) -> Tiles:
     """Return how W x is cut: as takes the least time, so that W is unpacked for few tiles, and few columns too many.
 
-    So many programs share a tile as keep all multiprocessors at work, each with one program or two, if their steps are worth
-    it. Kept, since each call of a product asks twice.
+    So many programs share a tile as a GPU has registers for, if their steps are worth it: each waits for what it reads, and
+    more of them wait at once. Kept, since each call of a product asks twice.
     """
-    has_all = product.multiply == "float32" or _is_read_by_16(product)
-    most = min(max(16, _power_of_2(product.batch)), 128 if has_all else 64)
-    cuts = []
-    for wide in (128, 64, 32, 16):
-        if wide <= most:
-            longest = _longest_tail(product, wide) if wide < product.batch else 0
-            tails = [tail for tail in (0, 16, 32, 64, 128) if tail <= longest]
-            cuts += [_cut(product, wide, tail, beside) for tail in tails for beside in (1, 2)]
-            if product.multiply == "half" and wide in tails and 16 < wide < 128:
-                cuts.append(_cut(product, wide, wide, tall=TALL // 2))  # twice as many tiles, which none has to share
-    return min(cuts, key=lambda cut: _seconds_as_cut(product, cut))
+    most = max(16, 1 << max(0, product.batch - 1).bit_length())
+    if product.multiply == "half" and not _is_read_by_16(product):
+        most = min(most, 128)  # one number after the other, they would take more registers than there are
+    widths = [wide for wide in _TILES[_tensor_cores(product)] if wide <= most]
+    return min((_cut(product, wide) for wide in widths), key=lambda cut: _seconds_as_cut(product, cut))
+
+
+def _tensor_cores(product: Product) -> tuple[Multiply, bool]:
+    return product.multiply, product.transposed
 
 
 def _is_read_by_16(product: Product) -> bool:
-    """Whether x is read in pieces of 16 bytes: if its lines are of a multiple of 16 numbers, as the compiler asks for.
-
-    Tiles have fewer columns where not, and one part, or they would take more registers than there are.
-    """
+    """Whether x is read in pieces of 16 bytes: if its lines are of a multiple of 16 numbers, as the compiler asks for."""
     return (product.depth if is_read_along(product.multiply, product.transposed) else product.batch) % 16 == 0
 
 
-def _longest_tail(product: Product, wide: int) -> int:
-    """Return how many columns more the registers have room for."""
-    if product.multiply == "float32":
-        at_64 = not product.transposed and _is_read_by_16(product)
-        return 16 if wide in (32, 128) or (wide == 64 and at_64) else 0
-    return 0 if wide < 32 else wide if _is_read_by_16(product) else 16
-
-
-def _goes_on(wide: int, tail: int) -> bool:
-    """Whether the product of a tile by tensor cores goes on while the next step is unpacked: its two parts take turns."""
-    return tail == wide or (wide == 128 and tail > 0)
-
-
-def _part_going_on(cut: Tiles) -> float:
-    """Return how much of a step's product goes on while its program unpacks the next step: but a half of the first part."""
-    return (cut.wide / 2 + cut.tail) / (cut.wide + cut.tail)
-
-
-def _cut(product: Product, wide: int, tail: int = 0, beside: int = 1, tall: int = TALL) -> Tiles:
-    """Return tiles of a size, shared by as many programs as make ``beside`` of them for each multiprocessor."""
+def _cut(product: Product, wide: int) -> Tiles:
+    """Return tiles of a width."""
     rows, depth, _, batch, size, *_ = product
-    deep = 32 if size == 4 else 64 if tall == TALL else 256
-    alone = wide == 128 if product.multiply == "float32" else _goes_on(wide, tail)
-    tiles, steps = max(1, -(-rows // tall) * -(-batch // (wide + tail))), max(1, -(-depth // deep))
+    _, beside = _TILES[_tensor_cores(product)][wide]
+    deep = 64 if wide <= (0 if product.multiply == "float32" else 128 // size) else 32
+    tiles, steps = max(1, -(-rows // TALL) * -(-batch // wide)), max(1, -(-depth // deep))
     programs = max(1, min(_MULTIPROCESSORS * beside // tiles, steps // _STEPS))
     each = -(-steps // programs)
-    return Tiles(wide, deep, 8 if alone else 4, each, -(-steps // each), tail, tall)
-
-
-def sampled_width(product: Product) -> int:
-    """Return how many columns of W a tile of a sampled product has.
-
-    With 192 in place of 128 its sides are read from near memory less often; but the last tile of a row may have more that
-    are beyond W.
-    """
-    if product.multiply == "float32":
-        return 128
-    return min((192, 128), key=lambda width: _seconds_sampled(product, width))
+    return Tiles(wide, deep, 4 if wide <= 64 else 8, each, -(-steps // each))
 
 
 def is_read_along(multiply: Multiply, transposed: bool) -> bool:
@@ -214,10 +192,6 @@ def is_read_along(multiply: Multiply, transposed: bool) -> bool:
     Not the transposed product of half types, which takes twice the registers then.
     """
     return not (transposed and multiply == "half")
-
-
-def _power_of_2(batch: int) -> int:
-    return 1 << max(0, batch - 1).bit_length()
 
 
 def _sum_bytes(product: Product) -> int:
@@ -239,32 +213,20 @@ def instructions(
     if way == "bits":
         return 17 + 4.7 * batch if multiply == "float64" else 12.4 + 1.7 * batch if half else 11 + 1.8 * batch
     if way == "sampled":
-        return 11.6 if multiply == "float32" else 15.5
+        return 11.6 if multiply == "float32" else 13.8
     if way == "reduced":
         return 18 if batch == 1 else 37 if multiply == "float64" else 31
     if way in ("panel by XLA", "sampled by XLA"):
         return 23 if way == "panel by XLA" else 46
-    return 19 if multiply == "float64" else 17.5 if half else 14
+    return 19 if multiply == "float64" else 19.5 if half else 16
 
 
-def instructions_of_tiles(cut: Tiles, product: Product) -> float:
-    """Return how many instructions of a thread it takes to unpack a place of W in tiles, beside those that multiply.
+def instructions_of_tiles(wide: int, multiply: Multiply, transposed: bool) -> float:
+    """Return how many instructions of a thread it takes to unpack a place of W in tiles of a width.
 
-    At most, as :func:`instructions`. In IEEE one more multiplies it, for each column.
+    Beside those that multiply: in IEEE one more multiplies it, for each column.
     """
-    wide, tail, multiply, transposed = cut.wide, cut.tail, product.multiply, product.transposed
-    if multiply == "float32":
-        alone = 29 if wide > 64 else (10 if transposed else 9.4) + wide / 10
-        return alone + (0 if not tail else 5 if wide > 64 else 2.5)
-    if multiply == "half" and not _is_read_by_16(product):
-        return 12.5 + wide / 11 + (2.5 if tail else 0) if transposed else 12.7 if wide < 64 else 14.2
-    if multiply == "half":
-        return 12.3 if cut.warps == 4 else 17.5
-    if cut.warps == 8:  # values of four bytes are on their way, as sides are
-        return 25.8 if not transposed else 26.4 if wide <= 64 else 29 + tail / 30
-    if transposed:
-        return 11.5 + wide / 33 + (1 if tail else 0)
-    return max(9.4 + wide / 65, 0 if _is_read_by_16(product) else 12) + (1.7 if tail else 0)
+    return _TILES[multiply, transposed][wide][0]
 
 
 def seconds(way: Way, product: Product) -> float:
@@ -284,13 +246,14 @@ def seconds(way: Way, product: Product) -> float:
     if way in ("bits", "reduced"):
         if sampled or batch > (LARGEST_BITS_BATCH if way == "bits" else _LARGEST_REDUCED_BATCH):
             return float("inf")
-        issued = weights * instructions(way, multiply, _power_of_2(batch))
+        issued = weights * instructions(way, multiply, 1 << max(0, batch - 1).bit_length())
         read = (weights / 4 + nnz * size) / _MEMORY + sides
-        return max(read, issued / _INSTRUCTIONS) + _seconds_of_bits(product)
+        return max(read, issued / (_UNPACKING if way == "bits" else _ISSUED)) + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)
-    near = _L1 if depth * batch * size <= _L1_BYTES else _L2
     if way == "rows":  # of a sampled product the row's own side stays near
-        return gathered / near + connections + sides
+        near = _L1 if depth * batch * size <= _L1_BYTES else _BY_ROWS[sampled][multiply == "half"]
+        ordered = nnz * _ORDERED / _L2 + gathered / _ORDERED_L2 if product.transposed else 0
+        return max(gathered / near, ordered) + connections + sides
     if way == "gathered":  # read once, and added to or, sampled, read from, another place
         return gathered * (2 if sampled else 3) / _L2 + connections + nnz * 4 / _MEMORY + sides
     return gathered * _CUSPARSE * (2 if sampled else 1) / _L2 + connections + sides
@@ -311,14 +274,19 @@ def _seconds_by_panels(product: Product) -> float:
         kernel: Literal["panel", "panel by XLA", "sampled by XLA"] = "panel"
         if by_xla:
             kernel = "sampled by XLA" if sampled else "panel by XLA"
-        issued = weights * instructions(kernel, multiply) / _INSTRUCTIONS
-        unpacked = max(full / near, values + weights / 4 / _MEMORY, issued)
+        rate = _ISSUED if by_xla else _SAMPLING if sampled else _UNPACKING
+        unpacked = max(full / near, values + weights / 4 / _MEMORY, weights * instructions(kernel, multiply) / rate)
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product
         whole = rows * batch * _sum_bytes(product)
         added = 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
     sides, multiplied = (rows + depth) * batch * size / _MEMORY, weights * batch / _MULTIPLIES[multiply]
-    return unpacked + max(multiplied, sides, full / near + added)
+    if multiply in ("tf32", "half"):  # of fewer tiles than multiprocessors, it takes longer, but not as many times
+        tall, wide = (rows, batch) if transposed else (-(-rows // count), depth if sampled else batch)
+        multiplied /= math.sqrt(min(1, -(-tall // TALL) * -(-wide // TALL) / _MULTIPROCESSORS))
+    if transposed and multiply == "tf32":  # tensor cores take rows of a panel, not columns
+        multiplied *= 2
+    return unpacked + max(multiplied, sides, full / near + added) + count * _PANEL
 
 
 def _seconds_of_bits(product: Product) -> float:
@@ -333,7 +301,7 @@ def _seconds_of_bits(product: Product) -> float:
     average = 32 * product.nnz / places
     rounds = min(32 / AT_ONCE, 1 + (average + 2.5 * math.sqrt(average)) / AT_ONCE)
     issued = places / 32 * (160 + ROUND * rounds)
-    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _INSTRUCTIONS)
+    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _ISSUED)
 
 
 def _seconds_by_tiles(product: Product) -> float:
@@ -341,48 +309,43 @@ def _seconds_by_tiles(product: Product) -> float:
     if product.itemsize == 8:
         return float("inf")
     if product.sampled:
-        return _seconds_sampled(product, sampled_width(product))
+        return _seconds_sampled(product)
     return _seconds_as_cut(product, tiles_of(product))
 
 
 def _seconds_as_cut(product: Product, cut: Tiles) -> float:
-    """Return the time of W x by tiles."""
+    """Return the time of W x by tiles: a step is unpacked, and multiplied."""
     rows, depth, nnz, batch, size, multiply, *_ = product
-    tiles, steps, width = -(-rows // cut.tall), -(-depth // cut.deep), cut.wide + cut.tail
-    weights, times = tiles * cut.tall * steps * cut.deep, -(-batch // width)  # with what is beyond W
+    tiles, steps, times = -(-rows // TALL), -(-depth // cut.deep), -(-batch // cut.wide)
+    weights, columns = tiles * TALL * steps * cut.deep, times * cut.wide  # with what is beyond W
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
     again = tiles * depth * batch * size  # x is read again by each tile of W
-    read = max((packed + sides) / _MEMORY, (times * packed + again) / _TILES_L2)
-    unpacked = times * weights * instructions_of_tiles(cut, product) / _INSTRUCTIONS
-    columns = times * width
-    added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
+    read = max((packed + sides) / _MEMORY, (times * packed + again) / _L2)
+    issued, rate = times * weights * instructions_of_tiles(cut.wide, multiply, product.transposed), _UNPACKING
+    multiplied = 0.0
     if multiply == "float32":  # by instructions, too
-        return max(read, weights * columns / _INSTRUCTIONS + unpacked) + added
-    multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
-    if cut.warps == 8:
-        meanwhile = _part_going_on(cut) * multiplied
-        return max(read, max(meanwhile, unpacked) + multiplied - meanwhile) + added
-    if tiles * times * cut.programs < 1.5 * _MULTIPROCESSORS:
-        return max(read, multiplied + unpacked) + added  # a program waits for its own products
-    return max(read, multiplied, unpacked) + added
+        issued, rate = issued + weights * columns, _MULTIPLYING
+    else:
+        multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
+    busy = min(1, tiles * times * cut.programs * cut.warps / (_MULTIPROCESSORS * _WARPS))
+    added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
+    return max(read, issued / (rate * busy) + multiplied) + added
 
 
-def _seconds_sampled(product: Product, width: int) -> float:
-    """Return the time of a sampled product by tiles of so many columns of W.
-
-    Two programs of a multiprocessor have half of its registers each: one unpacks what it has multiplied while the other one
-    multiplies.
-    """
+def _seconds_sampled(product: Product) -> float:
+    """Return the time of a sampled product by tiles of 128 columns of W."""
     rows, depth, nnz, batch, size, multiply, *_ = product
     tall = TALL // 2 if multiply == "float32" else TALL
-    weights = -(-rows // tall) * tall * -(-depth // width) * width  # with what is beyond W
+    weights = -(-rows // tall) * tall * -(-depth // TALL) * TALL  # with what is beyond W
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
-    again = weights * batch * size * (1 / tall + 1 / width)  # each tile reads a piece of both sides
-    read = max((packed + sides) / _MEMORY, again / _TILES_L2)
-    unpacked = weights * instructions("sampled", multiply) / _INSTRUCTIONS
+    again = weights * batch * size * (1 / tall + 1 / TALL)  # each tile reads a piece of both sides
+    read = max((packed + sides) / _MEMORY, again / _L2)
+    issued, multiplied = weights * instructions("sampled", multiply) / _SAMPLING, 0.0
     if multiply == "float32":  # by instructions, too, and it loads both its sides from near memory
-        return max(read, weights * batch * _LOADED / _INSTRUCTIONS + unpacked)
-    return max(read, weights * batch / (_TILE_RATE * _MULTIPLIES[multiply]), unpacked)
+        issued = weights * (instructions("sampled", multiply) + batch * _LOADED) / _MULTIPLYING
+    else:
+        multiplied = weights * batch / (_TILE_RATE * _MULTIPLIES[multiply])
+    return max(read, issued + multiplied)
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

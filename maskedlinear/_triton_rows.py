@@ -27,10 +27,12 @@ __all__ = [
     "form_bits",
     "panel",
     "quads_of",
+    "quads_of_words",
     "rows_sddmm",
     "rows_spmm",
     "sample",
     "unpack",
+    "words_at",
 ]
 
 _TILE = 1024  # numbers that a program multiplies at once
@@ -140,20 +142,41 @@ def form_bits_kernel(
 
 
 @triton.jit
-def quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
-    """Return of a tile of rows and words the bits of each four places, and where their first value lies: (BM, BW, 8).
+def words_at(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
+    """Return the bits of words, and which value is the first of each, of the shape that rows and words make together.
 
     ``CHECKED``, a word that has more values than lie behind its first one is empty.
     """
-    there = (row < rows)[:, None] & (word < words)[None, :]
-    place = row[:, None].to(tl.int64) * words + word[None, :]
+    there = (row < rows) & (word < words)
+    place = row.to(tl.int64) * words + word
     held = tl.load(bits + place, mask=there, other=0)
-    first = tl.load(firsts + place, mask=there)
+    first = tl.load(firsts + place, mask=there, other=0)
     if CHECKED:
         held = tl.where((first >= 0) & (first <= nnz - count_ones(held)), held, 0)
-    lowest = 4 * tl.arange(0, 8)[None, None, :]
-    before = count_ones(held[:, :, None] & ((1 << lowest) - 1))
-    return held[:, :, None] >> lowest, values + (first[:, :, None] + before)
+    return held, first
+
+
+@triton.jit
+def quads_in(values, held, first, lowest):
+    """Return the bits of each four places, of which ``lowest`` is the first of a word, and where their first value lies."""
+    return held >> lowest, values + (first + count_ones(held & ((1 << lowest) - 1)))
+
+
+@triton.jit
+def quads_of_words(values, held, first):
+    """Return of words (BW, BM) what :func:`quads_in` does: (8, BW, BM).
+
+    Threads side by side take what is side by side in the first dimension, as the compiler deals out addresses of which it
+    knows nothing: eight have a word, and what they read, or write, lies together.
+    """
+    return quads_in(values, held[None, :, :], first[None, :, :], 4 * tl.arange(0, 8)[:, None, None])
+
+
+@triton.jit
+def quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
+    """Return of a tile of rows and words the bits of each four places, and where their first value lies: (8, BW, BM)."""
+    held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
+    return quads_of_words(values, held, first)
 
 
 @triton.jit
@@ -170,7 +193,7 @@ def unpack(quads, where):
     _, second, where = take_place(quads, where, 1)
     _, third, where = take_place(quads, where, 2)
     _, fourth, where = take_place(quads, where, 3)
-    return tl.join(tl.join(first, third), tl.join(second, fourth))
+    return tl.permute(tl.join(tl.join(first, third), tl.join(second, fourth)), (2, 1, 0, 3, 4))
 
 
 @triton.jit
@@ -193,7 +216,7 @@ def split_places(numbers):
 @triton.jit
 def sample(numbers, quads, where):
     """Write the live ones of all places (BM, BW, 8, 2, 2) to their values."""
-    first, second, third, fourth = split_places(numbers)
+    first, second, third, fourth = split_places(tl.permute(numbers, (2, 1, 0, 3, 4)))
     where = put_place(first, quads, where, 0)
     where = put_place(second, quads, where, 1)
     where = put_place(third, quads, where, 2)
@@ -219,7 +242,9 @@ def bits_spmm_kernel(
     total = tl.zeros((BB, BM, BW, 8), ACC)
     for begin in range(0, words, BW):
         word = begin + tl.arange(0, BW)
-        quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+        held, mine = words_at(bits, firsts, row[:, None], word[None, :], rows, words, nnz, CHECKED)
+        # Threads side by side have rows, which share numbers of x.
+        quads, where = quads_in(values, held[:, :, None], mine[:, :, None], 4 * tl.arange(0, 8)[None, None, :])
         source = (word[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
         numbers = tl.load(x + one.to(tl.int64) * depth + source, mask=(source < depth) & (one < batch), other=0.0)
         first, second, third, fourth = split_places(tl.reshape(numbers, (BB, BW, 8, 2, 2)))

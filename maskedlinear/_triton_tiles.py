@@ -15,18 +15,16 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, sampled_width, tiles_of, words_of
-from maskedlinear._triton_rows import Launch, Sizes, quads_of, sample, unpack
+from maskedlinear._gpu_rule import TALL, Multiply, Product, Tiles, is_read_along, tiles_of, words_of
+from maskedlinear._triton_rows import Launch, Sizes, quads_of, quads_of_words, sample, unpack, words_at
 
 __all__ = ["sddmm", "spmm"]
 
 
 @triton.jit
-def _unpacked(
-    values, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
-):
-    """Return a tile of W, of BM rows and BW words: (BM, BW * 32)."""
-    quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
+def _unpacked(values, held, first, BM: tl.constexpr, BW: tl.constexpr):
+    """Return a tile of W, of words (BW, BM): (BM, BW * 32)."""
+    quads, where = quads_of_words(values, held, first)
     return tl.reshape(unpack(quads, where), (BM, BW * 32))
 
 
@@ -41,39 +39,10 @@ def _sample(
     tile, sampled, bits, firsts, row, word, rows, words, nnz,
     CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
-    """Write what is live of some rows, BM of them, and BW words from ``word`` on."""
-    quads, where = quads_of(sampled, bits, firsts, row, word + tl.arange(0, BW), rows, words, nnz, CHECKED)
+    """Write what is live of rows from ``row`` on, BM of them, and BW words from ``word`` on."""
+    row, word = row + tl.arange(0, BM), word + tl.arange(0, BW)
+    quads, where = quads_of(sampled, bits, firsts, row, word, rows, words, nnz, CHECKED)
     sample(tl.reshape(tile, (BM, BW, 8, 2, 2)), quads, where)
-
-
-@triton.jit
-def _sample_word(tile, sampled, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr):
-    """Write what is live of BM rows and a word, half of the rows after the other.
-
-    Of 16 rows a warp multiplies, and of those a thread has two that are eight apart, so that nothing moves.
-    """
-    upper, lower = tl.split(tl.permute(tl.reshape(tile, (BM // 16, 2, 8, 32)), (0, 2, 3, 1)))
-    above = row + tl.reshape(16 * tl.arange(0, BM // 16)[:, None] + tl.arange(0, 8)[None, :], (BM // 2,))
-    _sample(upper, sampled, bits, firsts, above, word, rows, words, nnz, CHECKED, BM // 2, 1)
-    _sample(lower, sampled, bits, firsts, above + 8, word, rows, words, nnz, CHECKED, BM // 2, 1)
-
-
-@triton.jit
-def _sample_two(
-    tile, sampled, bits, firsts, row, word, rows, words, nnz,
-    HALVED: tl.constexpr, CHECKED: tl.constexpr, BM: tl.constexpr,
-):  # fmt: skip
-    """Write what is live of BM rows from ``row`` on, and two words.
-
-    At once; or, ``HALVED``, in four parts, which takes as few registers as leave room for another program, that multiplies
-    meanwhile.
-    """
-    if HALVED:
-        near, far = _halves(tile, BM, 64)
-        _sample_word(near, sampled, bits, firsts, row, word, rows, words, nnz, CHECKED, BM)
-        _sample_word(far, sampled, bits, firsts, row, word + 1, rows, words, nnz, CHECKED, BM)
-    else:
-        _sample(tile, sampled, bits, firsts, row + tl.arange(0, BM), word, rows, words, nnz, CHECKED, BM, 2)
 
 
 @triton.jit
@@ -100,63 +69,57 @@ def _add(total, tile, other, UP: tl.constexpr, PRECISION: tl.constexpr, FLIPPED:
 
 
 @triton.jit
-def _put(product, total, target, column, count, batch, FLIPPED: tl.constexpr):
-    inside = (target < count)[:, None] & (column < batch)[None, :]
-    if FLIPPED:
-        total = tl.trans(total)
-    tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
+def _next(row, word, TRANSPOSED: tl.constexpr, STEP: tl.constexpr):
+    """Return rows and words of the next step."""
+    return (row + STEP, word) if TRANSPOSED else (row, word + STEP)
 
 
 @triton.jit
 def tiles_spmm_kernel(
     values, right, bits, firsts, product, rows, depth, words, nnz, batch, part,
     TRANSPOSED: tl.constexpr, ALONG: tl.constexpr, IEEE: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr, TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
 
-    Over ``part`` words, or rows: other programs have the tile's others. A tile has TAIL more columns, so that its width need
-    be no power of two, and that the product of one goes on while the next step is unpacked.
+    Over ``part`` words, or rows: other programs have the tile's others. Words are loaded a step ahead and, but in IEEE, for
+    which that takes too many registers, the next step is unpacked while this one is multiplied.
     """
     start = tl.program_id(2) * part
-    first = tl.program_id(1) * (BN + TAIL)
-    column = first + tl.arange(0, BN)
+    column = tl.program_id(1) * BN + tl.arange(0, BN)
     HEIGHT: tl.constexpr = BW * 32 if TRANSPOSED else BM
     FLIPPED: tl.constexpr = TRANSPOSED and IEEE  # in shared memory a tile stays as it was unpacked
     total = tl.zeros((BN, HEIGHT) if FLIPPED else (HEIGHT, BN), tl.float32)
-    if TAIL > 0:
-        last = first + BN + tl.arange(0, TAIL)
-        rest = tl.zeros((TAIL, HEIGHT) if FLIPPED else (HEIGHT, TAIL), tl.float32)
+    length = rows if TRANSPOSED else depth
     end = tl.minimum(start + part, rows if TRANSPOSED else words)
+    STEP: tl.constexpr = BM if TRANSPOSED else BW
+    row = (start if TRANSPOSED else tl.program_id(0) * BM) + tl.arange(0, BM)
+    word = (tl.program_id(0) * BW if TRANSPOSED else start) + tl.arange(0, BW)
+    held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
     if not IEEE:
-        # Each program has a step. Where the compiler has to think of none, totals are set on a way around the loop, and
-        # it lets no product of the tensor cores go on while the next step is unpacked.
-        tl.assume(start < end)
-    if TRANSPOSED:
-        word = tl.program_id(0) * BW + tl.arange(0, BW)
-        for begin in range(start, end, BM):
-            row = begin + tl.arange(0, BM)
-            tile = _unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-            if not FLIPPED:
-                tile = tl.trans(tile)
-            total = _add(total, tile, _side(right, row, column, rows, batch, ALONG), UP, PRECISION, FLIPPED)
-            if TAIL > 0:
-                rest = _add(rest, tile, _side(right, row, last, rows, batch, ALONG), UP, PRECISION, FLIPPED)
-        target, count = tl.program_id(0) * BW * 32 + tl.arange(0, BW * 32), depth
-    else:
-        row = tl.program_id(0) * BM + tl.arange(0, BM)
-        for begin in range(start, end, BW):
-            word = begin + tl.arange(0, BW)
-            tile = _unpacked(values, bits, firsts, row, word, rows, words, nnz, CHECKED, BM, BW)
-            source = begin * 32 + tl.arange(0, BW * 32)
-            total = _add(total, tile, _side(right, source, column, depth, batch, ALONG), UP, PRECISION, FLIPPED)
-            if TAIL > 0:
-                rest = _add(rest, tile, _side(right, source, last, depth, batch, ALONG), UP, PRECISION, FLIPPED)
-        target, count = row, rows
+        tile = _unpacked(values, held, first, BM, BW)
+        row, word = _next(row, word, TRANSPOSED, STEP)
+        held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
+    for begin in range(start, end, STEP):
+        if IEEE:
+            tile = _unpacked(values, held, first, BM, BW)
+            row, word = _next(row, word, TRANSPOSED, STEP)
+            held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
+        source = begin + tl.arange(0, BM) if TRANSPOSED else begin * 32 + tl.arange(0, BW * 32)
+        side = _side(right, source, column, length, batch, ALONG)
+        one = tl.trans(tile) if TRANSPOSED and not FLIPPED else tile
+        total = _add(total, one, side, UP, PRECISION, FLIPPED)
+        if not IEEE:
+            tile = _unpacked(values, held, first, BM, BW)
+            row, word = _next(row, word, TRANSPOSED, STEP)
+            held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
+    count = depth if TRANSPOSED else rows
+    target = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)
+    if FLIPPED:
+        total = tl.trans(total)
+    inside = (target < count)[:, None] & (column < batch)[None, :]
     product += tl.program_id(2).to(tl.int64) * count * batch
-    _put(product, total, target, column, count, batch, FLIPPED)
-    if TAIL > 0:
-        _put(product, rest, target, last, count, batch, FLIPPED)
+    tl.store(product + target[:, None].to(tl.int64) * batch + column[None, :], total, mask=inside)
 
 
 @triton.jit
@@ -170,31 +133,22 @@ def _rows_of(side, row, step, rows, batch, UP: tl.constexpr):
 @triton.jit
 def tiles_sddmm_kernel(
     left, right, bits, firsts, sampled, rows, depth, words, nnz, batch,
-    MORE: tl.constexpr, HALVED: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr,
-    BM: tl.constexpr, BK: tl.constexpr,
+    CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """A tile (BM, 128) of left · rightᵀ, or ``MORE``, (BM, 192), BK of the batch at a time; what is live is written."""
+    """A tile (BM, 128) of left · rightᵀ, BK of the batch at a time; what is live of it is written."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
-    first = tl.program_id(1) * (6 if MORE else 4)  # of its words
+    first = tl.program_id(1) * 4  # of its words
     column = first * 32 + tl.arange(0, 128)
     total = tl.zeros((BM, 128), tl.float32)
-    if MORE:
-        last = first * 32 + 128 + tl.arange(0, 64)
-        rest = tl.zeros((BM, 64), tl.float32)
     for begin in range(0, batch, BK):
         step = begin + tl.arange(0, BK)
         one = _rows_of(left, row, step, rows, batch, UP)
         other = _rows_of(right, column, step, depth, batch, UP)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
-        if MORE:
-            other = _rows_of(right, last, step, depth, batch, UP)
-            rest = tl.dot(one, tl.trans(other), rest, input_precision=PRECISION)
     row = tl.program_id(0) * BM
     near, far = _halves(total, BM, 128)
-    _sample_two(near, sampled, bits, firsts, row, first, rows, words, nnz, HALVED, CHECKED, BM)
-    _sample_two(far, sampled, bits, firsts, row, first + 2, rows, words, nnz, HALVED, CHECKED, BM)
-    if MORE:
-        _sample_two(rest, sampled, bits, firsts, row, first + 4, rows, words, nnz, HALVED, CHECKED, BM)
+    _sample(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM, 2)
+    _sample(far, sampled, bits, firsts, row, first + 2, rows, words, nnz, CHECKED, BM, 2)
 
 
 def spmm(
@@ -212,7 +166,7 @@ def spmm(
     options = spmm_options(cut, multiply, transposed)
     part = cut.steps * options["BM" if transposed else "BW"]
     told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    grid = (triton.cdiv(count, cut.tall), triton.cdiv(sizes.batch, cut.wide + cut.tail), cut.programs)
+    grid = (triton.cdiv(count, TALL), triton.cdiv(sizes.batch, cut.wide), cut.programs)
     return Launch(tiles_spmm_kernel, grid, told | options)
 
 
@@ -221,9 +175,8 @@ def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up:
 
     Pointers: left (rows, batch), right (depth, batch), bits, firsts, and what is sampled (nnz,), float32.
     """
-    width = sampled_width(Product(sizes.rows, sizes.depth, sizes.nnz, sizes.batch, itemsize, multiply, sampled=True))
-    options = sddmm_options(itemsize, multiply, width)
-    grid = (triton.cdiv(sizes.rows, options["BM"]), triton.cdiv(sizes.depth, width))
+    options = sddmm_options(itemsize, multiply)
+    grid = (triton.cdiv(sizes.rows, options["BM"]), triton.cdiv(sizes.depth, 128))
     told = {"CHECKED": checked, "UP": up, **_told(sizes, multiply)}
     return Launch(tiles_sddmm_kernel, grid, told | options)
 
@@ -236,19 +189,17 @@ def _told(sizes: Sizes, multiply: Multiply) -> dict[str, Any]:
 def spmm_options(cut: Tiles, multiply: Multiply, transposed: bool) -> dict[str, Any]:
     """Return the sizes of a program of the product by tiles, and how it goes about it.
 
-    Sides are read ``ALONG`` the length where :func:`maskedlinear._gpu_rule.is_read_along` says so.
+    Sides are read ``ALONG`` the length where :func:`maskedlinear._gpu_rule.is_read_along` says so. They are not on their way
+    before they are needed, but where registers would not do: what is then in shared memory is not fenced before the barrier.
     """
-    ieee = multiply == "float32"
-    # Small programs hide what each of them waits for; of large ones, one to a multiprocessor, sides are on their way.
-    stages = 1 if cut.warps == 4 or (ieee and transposed) else 3 if cut.deep <= 64 else 2
-    tall, words = (cut.deep, cut.tall // 32) if transposed else (cut.tall, cut.deep // 32)
-    sizes = {"BM": tall, "BN": cut.wide, "BW": words, "TAIL": cut.tail, "num_warps": cut.warps, "num_stages": stages}
-    return {"ALONG": is_read_along(multiply, transposed), "IEEE": ieee, **sizes}
+    tall, words = (cut.deep, TALL // 32) if transposed else (TALL, cut.deep // 32)
+    stages = 2 if transposed and multiply == "tf32" and cut.wide == 256 else 1
+    sizes = {"BM": tall, "BN": cut.wide, "BW": words, "num_warps": cut.warps, "num_stages": stages}
+    return {"ALONG": is_read_along(multiply, transposed), "IEEE": multiply == "float32", **sizes}
 
 
-def sddmm_options(itemsize: int, multiply: Multiply, width: int) -> dict[str, Any]:
-    """Return the sizes of a program of the sampled product by tiles, of so many columns of W."""
-    more = {"MORE": width == 192}
+def sddmm_options(itemsize: int, multiply: Multiply) -> dict[str, Any]:
+    """Return the sizes of a program of the sampled product by tiles."""
     if multiply == "float32":
-        return {**more, "HALVED": False, "BM": 64, "BK": 16, "num_warps": 4, "num_stages": 2}
-    return {**more, "HALVED": True, "BM": 128, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}
+        return {"BM": 64, "BK": 16, "num_warps": 4, "num_stages": 1}
+    return {"BM": 128, "BK": 64 // itemsize, "num_warps": 8, "num_stages": 3}
