@@ -150,7 +150,7 @@ def words_at(bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr):
     there = (row < rows) & (word < words)
     place = row.to(tl.int64) * words + word
     held = tl.load(bits + place, mask=there, other=0)
-    first = tl.load(firsts + place, mask=there, other=0)
+    first = tl.load(firsts + place, mask=there)
     if CHECKED:
         held = tl.where((first >= 0) & (first <= nnz - count_ones(held)), held, 0)
     return held, first
