@@ -1,9 +1,9 @@
 """Claims for one GPU, none of them measured yet: what each form takes, as a ratio to cuBLAS in the same dtype (``TARGETS``).
 
-``make bench-gpu`` runs the conformance suite on the GPU first, on every backend that is there, and then times the forms
-beside ``torch.nn.utils.prune``, torch's compressed rows (CSR) and blocks (BSR), and JAX's BCOO, in at most eight minutes and
-without a network; what does not fit in is told as not measured. ``--device cpu --quick`` runs the same code on some small
-layers, to see that it runs: its times say nothing.
+``make bench-gpu`` runs the conformance suite on the GPU first, on every backend that is there, then each kernel beside
+float64 and the clock (``gpu_kernels.py``), and then times the forms beside ``torch.nn.utils.prune``, torch's compressed rows
+(CSR) and blocks (BSR), and JAX's BCOO, in at most eight minutes and without a network; what does not fit in is told as not
+measured. ``--device cpu --quick`` runs the same code on some small layers, to see that it runs: its times say nothing.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import os
 import platform
 import subprocess
 import sys
+import tempfile
 import time
+import tomllib
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from importlib import metadata
 from importlib.util import find_spec
@@ -30,6 +33,7 @@ from maskedlinear.pattern import SparsityPattern
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax_triton", "flax", "numpy", "maskedlinear")
+MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of the GPU, which others of its processes need too
 SUITES = (  # backends of one run of the suite, and its formats: the sparse form first, which has more to prove
     ("torch", ("sparse", "dense")),
     ("torch-nn", ("sparse", "dense")),
@@ -187,8 +191,8 @@ def timed(framework: str, device: str, quick: bool, seconds: float) -> Iterator[
 
 
 def conformance(device: str, quick: bool, seconds: float) -> dict[str, Any]:
-    """Run the suite on each backend that is installed, in its forms; return what it reports, or what it ended with."""
-    end, found = time.monotonic() + seconds, {}
+    """Run the suite on each backend that is installed, in its forms, side by side; return what each says, or ended with."""
+    end, found, commands = time.monotonic() + seconds, {}, {}
     for backend, formats in SUITES[:1] if quick else SUITES:
         if find_spec({"torch": "torch", "torch-nn": "torch", "jax": "jax"}.get(backend, "flax")) is None:
             found[backend] = "not installed"
@@ -198,18 +202,49 @@ def conformance(device: str, quick: bool, seconds: float) -> dict[str, Any]:
             command += ["--device", device, "--profile", "quick", "--tb=line", "-q"]
             if quick:  # some laws are enough to see that the command is right
                 command += ["-k", "idempotent or golden"]
-            left = end - time.monotonic()
-            try:
-                if left <= 0:
-                    raise subprocess.TimeoutExpired(command, 0)
-                ran = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-            except subprocess.TimeoutExpired:
-                found[f"{backend} {form}"] = "not measured: out of time"
-                continue
-            lines = [line for line in ran.stdout.splitlines() if line.startswith("FAILED") or " passed" in line]
-            found[f"{backend} {form}"] = {"status": ran.returncode, "said": lines or ran.stderr.splitlines()[-3:]}
-            print(f"conformance, {backend} {form}: status {ran.returncode}", flush=True)
+            commands[f"{backend} {form}"] = command
+
+    def run(command: list[str]) -> Any:
+        try:
+            left = max(0.0, end - time.monotonic())
+            ran = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False, env=environment)
+        except subprocess.TimeoutExpired:
+            return "not measured: out of time"
+        lines = [line for line in ran.stdout.splitlines() if line.startswith("FAILED") or " passed" in line]
+        return {"status": ran.returncode, "said": lines or [*ran.stdout.splitlines(), *ran.stderr.splitlines()][-3:]}
+
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
+        environment = os.environ | MEMORY | {"PYTHONPATH": os.pathsep.join([*sys.path, registered(Path(folder))])}
+        for name, said in zip(commands, pool.map(run, commands.values()), strict=True):
+            found[name] = said
+            print(f"conformance, {name}: {said if isinstance(said, str) else said['said'][-1:]}", flush=True)
     return found
+
+
+def registered(folder: Path) -> str:
+    """Return a folder by which the package's backends are found by name, where it is not installed but lies here."""
+    points = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]["entry-points"]
+    try:
+        metadata.version("maskedlinear")
+    except metadata.PackageNotFoundError:
+        told = folder / "maskedlinear-0.dist-info"
+        told.mkdir()
+        (told / "METADATA").write_text("Metadata-Version: 2.1\nName: maskedlinear\nVersion: 0\n")
+        lines = [
+            f"[{group}]\n" + "".join(f"{name} = {at}\n" for name, at in of.items()) for group, of in points.items()
+        ]
+        (told / "entry_points.txt").write_text("".join(lines))
+    return str(folder)
+
+
+def kernels(device: str, seconds: float) -> Any:
+    """Return what PyTorch's products took, each beside float64, or why there is nothing."""
+    if find_spec("torch") is None or find_spec("triton") is None:
+        return "not measured: PyTorch or Triton is not installed"
+    command = [sys.executable, str(Path(__file__).with_name("gpu_kernels.py")), device, str(seconds)]
+    environment = os.environ | ({"TRITON_INTERPRET": "1", "MASKEDLINEAR_KERNELS": "0"} if device == "cpu" else {})
+    ran = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
+    return json.loads(ran.stdout) if not ran.returncode else f"ended with status {ran.returncode}"
 
 
 def gpu_name(device: str) -> str:
@@ -240,7 +275,8 @@ def main() -> None:
         "gpu": gpu_name(given.device),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES if find_spec(name) and name != "maskedlinear"},
-        "conformance": conformance(given.device, given.quick, 0.5 * 60 * given.minutes),
+        "conformance": conformance(given.device, given.quick, 0.4 * 60 * given.minutes),
+        "kernels": kernels(given.device, 0.4 * (end - time.monotonic())),
         "rows": [],
     }
     for part, framework in ((0.6, "torch"), (1.0, "jax")):
@@ -248,8 +284,7 @@ def main() -> None:
             continue
         command = [sys.executable, __file__, "--rows", framework, "--device", given.device]
         command += ["--seconds", str(part * (end - time.monotonic())), *(["--quick"] if given.quick else [])]
-        environment = os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | MEMORY) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 results["rows"].append(json.loads(line))

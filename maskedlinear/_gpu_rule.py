@@ -39,15 +39,18 @@ __all__ = [
 Multiply = Literal["float64", "float32", "tf32", "half"]
 Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "reduced", "tiles"]
 
-PANEL_BYTES = 32 << 20  # the most that is unpacked at once: it stays in the second-level cache, 50 MB
-LARGEST_PANEL = 128 << 20  # but where panels add up to a product that is as large
+PANEL_BYTES = 32 << 20  # of a panel that stays in the second-level cache, 50 MB
+LARGEST_PANEL = 128 << 20  # the most that is unpacked at once
 
 _MEMORY = 2.4e12  # bytes a second
 _L2 = 5.5e12
 _L1 = 20e12
 _L1_BYTES = 48 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
-_BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # bytes a second that are gathered, of half types last; sampled
+_BY_ROWS = {
+    False: (8.8e12, 6.3e12),
+    True: (6.5e12, 4.0e12),
+}  # bytes a second that are gathered, of half types last; sampled
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
@@ -107,16 +110,19 @@ class Product(NamedTuple):
 def panels(product: Product) -> int:
     """Return how many panels there are, of rows that are stored or of the sampled product; 0 if a single row is too large.
 
-    A panel has at most :data:`PANEL_BYTES`. Transposed, when each of them adds to the whole product, it may be as large as
-    the product, up to :data:`LARGEST_PANEL`, so that less is moved for that.
+    A panel of at most :data:`PANEL_BYTES` stays in the cache; of one as large as :data:`LARGEST_PANEL` the product takes
+    less time, and it adds to the product of a transpose less often.
     """
-    rows, depth, most = product.rows, product.depth, PANEL_BYTES
-    size = _sum_bytes(product) if product.sampled else product.itemsize
-    if product.transposed:
-        most = max(most, min(rows * product.batch * _sum_bytes(product), LARGEST_PANEL))
-        rows, depth = depth, rows
-    height = min(rows, most // max(1, depth * size))
-    return -(-rows // height) if height else 0
+    return _panels(product, PANEL_BYTES, LARGEST_PANEL)
+
+
+@lru_cache(maxsize=1024)
+def _panels(product: Product, least: int, largest: int) -> int:
+    rows, depth = (product.depth, product.rows) if product.transposed else (product.rows, product.depth)
+    row = max(1, depth * (_sum_bytes(product) if product.sampled else product.itemsize))
+    heights = {min(rows, most // row) for most in (least, 2 * least, largest) if least <= most <= largest}
+    counts = sorted({-(-rows // height) for height in heights if height}, reverse=True)
+    return min(counts, key=lambda count: _seconds_by_panels(product, count), default=0)
 
 
 def panels_by_bits(product: Product) -> Product:
@@ -218,7 +224,7 @@ def instructions(
         return 18 if batch == 1 else 37 if multiply == "float64" else 31
     if way in ("panel by XLA", "sampled by XLA"):
         return 23 if way == "panel by XLA" else 46
-    return 19 if multiply == "float64" else 19.5 if half else 16
+    return 19 if multiply == "float64" else 17.5 if half else 16
 
 
 def instructions_of_tiles(wide: int, multiply: Multiply, transposed: bool) -> float:
@@ -238,7 +244,7 @@ def seconds(way: Way, product: Product) -> float:
     if way == "dense":
         return max(multiplied, weights * size / _MEMORY + sides)
     if way == "panels":
-        return _seconds_by_panels(product)
+        return _seconds_by_panels(product, panels(product))
     if way in ("bits", "reduced", "tiles") and not has_bits(rows, depth, nnz):
         return float("inf")
     if way == "tiles":
@@ -259,10 +265,10 @@ def seconds(way: Way, product: Product) -> float:
     return gathered * _CUSPARSE * (2 if sampled else 1) / _L2 + connections + sides
 
 
-def _seconds_by_panels(product: Product) -> float:
-    """Return the time of a product whose panels are made and read in the cache: unpacked or sampled, and multiplied."""
+def _seconds_by_panels(product: Product, count: int) -> float:
+    """Return the time of a product by so many panels, which are made and read: unpacked or sampled, and multiplied."""
     rows, depth, nnz, batch, size, multiply, sampled, transposed, place_bytes, _, by_xla = product
-    weights, count = rows * depth, panels(product)
+    weights = rows * depth
     if not count:
         return float("inf")
     full = weights * (_sum_bytes(product) if sampled else size)

@@ -167,7 +167,7 @@ def test_one_panel_is_there_at_a_time(size: int) -> None:
 @pytest.mark.parametrize("depth", [2048, 3072])  # others XLA may fill up, to split the product: 26 to 40 instructions
 def test_a_panel_by_bits_is_one_kernel_and_no_longer_than_the_rule_says(depth: int) -> None:
     # In the program, and in a loop over panels, whose first rows a kernel must work out.
-    sizes = ((1024, depth, 256), (8192, 8 * depth, 64))
+    sizes = ((1024, depth, 256), (32768, 8 * depth, 64))
     for dtype in BOTH:
         cases = [
             (out, in_, out * in_ // 2, batch, dtype, "kept panels", what)

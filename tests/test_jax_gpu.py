@@ -36,7 +36,8 @@ def test_panels_give_the_products(
     with enable_x64(True):
         indices = DevicePattern.of(pattern)
         numbers, left, right = (jnp.asarray(array) for array in (numbers, left, right))
-        monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * 40 * 8)
+        for name in ("PANEL_BYTES", "LARGEST_PANEL"):
+            monkeypatch.setattr(_gpu_rule, name, rows * 40 * 8)
         monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
         monkeypatch.setattr(_gpu_rule, "panels_by_bits", lambda product: product._replace(place_bytes=0, by_xla=True))
         products = lambda indices: (  # noqa: E731
@@ -56,7 +57,8 @@ def test_of_wrong_bits_panels_are_numbers_of_what_is_there(
     """A state may have brought any: where they lead beyond the values one of these is read, and nothing written."""
     monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
     monkeypatch.setattr(_gpu_rule, "panels_by_bits", lambda product: product._replace(place_bytes=0, by_xla=True))
-    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", rows * 40 * 4)
+    for name in ("PANEL_BYTES", "LARGEST_PANEL"):
+        monkeypatch.setattr(_gpu_rule, name, rows * 40 * 4)
     pattern = DevicePattern.of(with_bits(SparsityPattern.from_mask(MASK)))
     left, right, numbers = (jnp.asarray(rng.standard_normal(size)) for size in ((300, 9), (40, 9), (MASK.sum(),)))
     for first in (0, -1, MASK.sum() - 3, 1 << 30, -(1 << 31)):
@@ -128,7 +130,8 @@ def test_a_stack_of_patterns_goes_panel_by_panel_each() -> None:
 
 
 def test_a_panel_is_all_that_is_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_gpu_rule, "PANEL_BYTES", 1 << 18)
+    for name in ("PANEL_BYTES", "LARGEST_PANEL"):
+        monkeypatch.setattr(_gpu_rule, name, 1 << 18)
     monkeypatch.setattr(_gpu_rule, "choose", lambda *_: "panels")
     pattern = SparsityPattern.from_mask(masks.random((2048, 2048), sparsity=0.98))
     indices = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), DevicePattern.of(pattern))

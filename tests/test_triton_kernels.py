@@ -91,7 +91,8 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
     torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
 
     # Panels of two rows, the last of one, and their transposes.
-    _gpu_rule.PANEL_BYTES, whole, _gpu_products.has_triton = 2 * 70 * 4, _gpu_rule.PANEL_BYTES, lambda tensor: True
+    whole, _gpu_products.has_triton = (_gpu_rule.PANEL_BYTES, _gpu_rule.LARGEST_PANEL), lambda tensor: True
+    _gpu_rule.PANEL_BYTES = _gpu_rule.LARGEST_PANEL = 2 * 70 * 4
     wide = [side.float() for side in (values, left, right)]
     found = _gpu_products.spmm_in_panels(wide[0], wide[2], by_rows)
     torch.testing.assert_close(found.double(), matrix @ right.double(), **near)
@@ -99,7 +100,7 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
     torch.testing.assert_close(found.double(), matrix.T @ left.double(), **near)
     found = _gpu_products.sddmm_in_panels(wide[1], wide[2], by_rows)
     torch.testing.assert_close(found.double(), (left.double() @ right.double().T)[live], **near)
-    _gpu_rule.PANEL_BYTES = whole
+    _gpu_rule.PANEL_BYTES, _gpu_rule.LARGEST_PANEL = whole
     for first, last in ((0, 5), (1, 3)):  # of any type, as it is
         panel = torch.full((last - first, 70), torch.nan, dtype=dtype)
         kernels.unpack(values, by_rows, first, panel)
@@ -219,8 +220,9 @@ def in_longest_loop(kernel):
     return longest, count - longest
 
 def order_of(ptx):
-    "Return, a letter each, what a program does with shared memory in its longest loop, or in all of it, from there on."
-    kinds = {"st.shared": "S", "stmatrix": "S", "cp.async.c": "A", "fence.proxy.async": "F", "bar.sync": "B", "wgmma.mma_async": "M"}
+    "Return, a letter each, what a program does with shared memory, one after the other."
+    kinds = {"st.shared": "S", "stmatrix": "S", "cp.async.c": "A", "fence.proxy.async": "F", "bar.sync": "B"}
+    kinds["wgmma.mma_async"] = "M"
     found = re.findall("|".join(map(re.escape, kinds)), ptx)
     return "".join(kinds[one] for one in found)
 

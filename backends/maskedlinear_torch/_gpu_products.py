@@ -1,9 +1,9 @@
 """The products of the sparse form off the CPU: by Triton, by panels and the dense product, or by torch's compressed rows.
 
 ``maskedlinear._gpu_rule`` says which. A panel is some rows of W, or of the product that is sampled, unpacked to at most
-``PANEL_BYTES``, beside which are 16 bytes of indices for each of its connections. It is multiplied by ``torch.mm``, by
-cuBLAS on CUDA, with the user's precision, as a dense layer is. Operands may be of half types: products are float32
-then, added up in float32.
+``LARGEST_PANEL`` bytes, beside which are 16 bytes of indices for each of its connections. It is multiplied by ``torch.mm``,
+by cuBLAS on CUDA, with the user's precision, as a dense layer is. Operands may be of half types: products are float32 then,
+added up in float32.
 """
 
 from __future__ import annotations
@@ -68,12 +68,15 @@ def spmm(values: Tensor, right: Tensor, csr: CSR) -> Tensor | None:
 
 
 def lies_well(right: Tensor, csr: CSR) -> Tensor:
-    """Return right (depth, batch) as W · right reads it: as it is where tiles take it as a layer has it, (batch, depth)."""
+    """Return right (depth, batch) as W · right reads it.
+
+    As a layer has it, (batch, depth), tiles take it, but in one case, and the dense product of panels, as a dense layer's.
+    """
     if not has_triton(right):
         return right.contiguous()
     product = _product(len(csr.starts) - 1, right.shape[0], right, csr)
-    along = _gpu_rule.is_read_along(product.multiply, product.transposed)
-    return right if along and _way(product, (right, right)) == "tiles" else right.contiguous()
+    way, along = _way(product, (right, right)), _gpu_rule.is_read_along(product.multiply, product.transposed)
+    return right if way == "panels" or (way == "tiles" and along) else right.contiguous()
 
 
 def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:
