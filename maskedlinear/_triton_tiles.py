@@ -69,9 +69,11 @@ def _add(total, tile, other, UP: tl.constexpr, PRECISION: tl.constexpr, FLIPPED:
 
 
 @triton.jit
-def _next(row, word, TRANSPOSED: tl.constexpr, STEP: tl.constexpr):
-    """Return rows and words of the next step."""
-    return (row + STEP, word) if TRANSPOSED else (row, word + STEP)
+def _next(row, word, rows, words, end, TRANSPOSED: tl.constexpr, STEP: tl.constexpr):
+    """Return rows and words of the next step; from ``end`` on, which is another program's, beyond W, where nothing is."""
+    if TRANSPOSED:
+        return tl.where(row + STEP < end, row + STEP, rows), word
+    return row, tl.where(word + STEP < end, word + STEP, words)
 
 
 @triton.jit
@@ -98,12 +100,12 @@ def tiles_spmm_kernel(
     held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
     if not IEEE:
         tile = _unpacked(values, held, first, BM, BW)
-        row, word = _next(row, word, TRANSPOSED, STEP)
+        row, word = _next(row, word, rows, words, end, TRANSPOSED, STEP)
         held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
     for begin in range(start, end, STEP):
         if IEEE:
             tile = _unpacked(values, held, first, BM, BW)
-            row, word = _next(row, word, TRANSPOSED, STEP)
+            row, word = (row + STEP, word) if TRANSPOSED else (row, word + STEP)
             held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
         source = begin + tl.arange(0, BM) if TRANSPOSED else begin * 32 + tl.arange(0, BW * 32)
         side = _side(right, source, column, length, batch, ALONG)
@@ -111,7 +113,7 @@ def tiles_spmm_kernel(
         total = _add(total, one, side, UP, PRECISION, FLIPPED)
         if not IEEE:
             tile = _unpacked(values, held, first, BM, BW)
-            row, word = _next(row, word, TRANSPOSED, STEP)
+            row, word = _next(row, word, rows, words, end, TRANSPOSED, STEP)
             held, first = words_at(bits, firsts, row[None, :], word[:, None], rows, words, nnz, CHECKED)
     count = depth if TRANSPOSED else rows
     target = tl.program_id(0) * HEIGHT + tl.arange(0, HEIGHT)

@@ -326,7 +326,8 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
         most = LIMITS[kind]
         allowed = FLOAT64 if dtype == "fp64" else BITS.get(batch, most[0])
         assert registers <= allowed, (name, dtype, batch, registers)
-        assert shared <= most[1], (name, dtype, shared)
+        doubled = kind == "panel" and dtype == "fp64"  # a panel's numbers change threads there before they are written
+        assert shared <= most[1] << doubled, (name, dtype, shared)
         by_tensor_cores = kind == "tiles" and (dtype == "bf16" or precision == "tf32")
         assert bool(products) == by_tensor_cores, (name, dtype, precision)
         sampled = name == "tiles_sddmm_kernel"

@@ -3,8 +3,8 @@
 XLA's compiler for GPUs makes one kernel, without temporaries, of a gather, a multiplication and a sum, unless a loop stands
 around them: so nothing is cut into parts. Above a few per cent of live connections the dense product is faster: W, or the
 product that is sampled, is there in panels of at most ``LARGEST_PANEL`` bytes, one after the other. Which way is gone is
-said by ``maskedlinear._gpu_rule``. Panels are multiplied as ``jnp.dot`` multiplies, by the user's precision, as a dense layer
-is. Operands may be of half types, of which no copy in float32 is made: products are float32 then, added up in float32.
+said by ``maskedlinear._gpu_rule``. Panels are multiplied as ``jnp.dot`` multiplies, by the user's precision, as those of a
+dense layer. Operands may be of half types, of which no copy in float32 is made: products are float32 then.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
