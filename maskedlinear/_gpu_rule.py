@@ -47,10 +47,7 @@ _L2 = 5.5e12
 _L1 = 20e12
 _L1_BYTES = 48 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
-_BY_ROWS = {
-    False: (8.8e12, 6.3e12),
-    True: (6.5e12, 4.0e12),
-}  # bytes a second that are gathered, of half types last; sampled
+_BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # gathered a second; sampled; of half types last
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
@@ -168,12 +165,8 @@ def tiles_of(product: Product) -> Tiles:
     most = max(16, 1 << max(0, product.batch - 1).bit_length())
     if product.multiply == "half" and not _is_read_by_16(product):
         most = min(most, 128)  # one number after the other, they would take more registers than there are
-    widths = [wide for wide in _TILES[_tensor_cores(product)] if wide <= most]
+    widths = [wide for wide in _TILES[product.multiply, product.transposed] if wide <= most]
     return min((_cut(product, wide) for wide in widths), key=lambda cut: _seconds_as_cut(product, cut))
-
-
-def _tensor_cores(product: Product) -> tuple[Multiply, bool]:
-    return product.multiply, product.transposed
 
 
 def _is_read_by_16(product: Product) -> bool:
@@ -184,7 +177,7 @@ def _is_read_by_16(product: Product) -> bool:
 def _cut(product: Product, wide: int) -> Tiles:
     """Return tiles of a width."""
     rows, depth, _, batch, size, *_ = product
-    _, beside = _TILES[_tensor_cores(product)][wide]
+    _, beside = _TILES[product.multiply, product.transposed][wide]
     deep = 64 if wide <= (0 if product.multiply == "float32" else 128 // size) else 32
     tiles, steps = max(1, -(-rows // TALL) * -(-batch // wide)), max(1, -(-depth // deep))
     programs = max(1, min(_MULTIPROCESSORS * beside // tiles, steps // _STEPS))
@@ -289,7 +282,8 @@ def _seconds_by_panels(product: Product, count: int) -> float:
     sides, multiplied = (rows + depth) * batch * size / _MEMORY, weights * batch / _MULTIPLIES[multiply]
     if multiply in ("tf32", "half"):  # of fewer tiles than multiprocessors, it takes longer, but not as many times
         tall, wide = (rows, batch) if transposed else (-(-rows // count), depth if sampled else batch)
-        multiplied /= math.sqrt(min(1, -(-tall // TALL) * -(-wide // TALL) / _MULTIPROCESSORS))
+        tiles = max(1, -(-tall // TALL) * -(-wide // TALL))
+        multiplied /= math.sqrt(min(1, tiles / _MULTIPROCESSORS))
     if transposed and multiply == "tf32":  # tensor cores take rows of a panel, not columns
         multiplied *= 2
     return unpacked + max(multiplied, sides, full / near + added) + count * _PANEL
@@ -333,7 +327,7 @@ def _seconds_as_cut(product: Product, cut: Tiles) -> float:
         issued, rate = issued + weights * columns, _MULTIPLYING
     else:
         multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
-    busy = min(1, tiles * times * cut.programs * cut.warps / (_MULTIPROCESSORS * _WARPS))
+    busy = min(1, max(1, tiles * times) * cut.programs * cut.warps / (_MULTIPROCESSORS * _WARPS))
     added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
     return max(read, issued / (rate * busy) + multiplied) + added
 

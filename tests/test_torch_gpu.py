@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from typing import Any
@@ -197,6 +198,27 @@ def test_tiles_cover_the_product_and_programs_share_all_of_each(multiply: Multip
         assert cut.programs == 1 or cut.steps >= 4
         assert cut.wide < 2 * max(batch, 16)
         assert seconds("tiles", product) < float("inf")
+
+
+@pytest.mark.parametrize("multiply", ["float32", "float64", "tf32", "half"])
+def test_of_every_size_the_rule_takes_a_way_that_there_is(multiply: Multiply) -> None:
+    """No rows, no columns, no batch; and what is as large as a kernel is launched for."""
+    size = {"float64": 8, "half": 2}.get(multiply, 4)
+    ways: tuple[Way, ...] = ("cusparse", "rows", "bits", "tiles", "panels")
+    some = (0, 1, 33, 1 << 21)
+    for rows, depth, batch, live in itertools.product(some, some, some, (0, 1, 0.1)):
+        nnz = min(int(rows * depth * live), (1 << 31) - 1)
+        for of in ({}, {"sampled": True}, {"transposed": True}):
+            for place_bytes in (0, 36):
+                product = Product(rows, depth, nnz, batch, size, multiply, place_bytes=place_bytes, **of)
+                chosen = choose(ways, product)
+                assert 0 <= seconds(chosen, product) < float("inf"), (product, chosen)
+                assert seconds("dense", product) >= 0
+                if chosen == "panels":
+                    height = -(-(depth if "transposed" in of else rows) // _gpu_rule.panels(product))
+                    row = rows if "transposed" in of else depth
+                    row *= max(4, size) if "sampled" in of else size
+                    assert 0 < height * row <= _gpu_rule.LARGEST_PANEL
 
 
 def test_a_pattern_of_no_size_has_no_bits() -> None:
