@@ -257,6 +257,18 @@ def test_synflow_of_transformers_needs_a_signal() -> None:
         synflow_prune(model, 0.8, tokens()[:1], output=lambda _: None)  # type: ignore[arg-type, return-value]
 
 
+def test_synflow_takes_rounding_for_no_signal() -> None:
+    """What a last layer normalisation leaves of a sum is zero on one machine, and what rounding leaves on another."""
+
+    class Cancelled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = super().forward(x)
+            return torch.cat([y, y * (-1 - 1e-15)])
+
+    with pytest.raises(ValueError, match="no signal"):
+        synflow_prune(mask_model(Cancelled(4, 6, bias=False)), 0.5, torch.zeros(1, 4), rounds=2)
+
+
 def test_movement_lets_masked_connections_come_back() -> None:
     torch.manual_seed(0)
     model = mask_model(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Unflatten(1, (2, 4)), nn.Conv1d(2, 3, 2)))

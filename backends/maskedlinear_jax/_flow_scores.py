@@ -76,12 +76,16 @@ def synflow_scores(
     positive = jax.tree.map(jnp.abs, params if masks is None else apply_masks(params, masks))
     if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         positive = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), positive)
-    flow, gradient = jax.value_and_grad(lambda p: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(forward(p))))(positive)
+    def outputs(positive: Any) -> tuple[Any, Any]:
+        leaves = jax.tree.leaves(forward(positive))
+        return sum(jnp.sum(leaf) for leaf in leaves), sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves)
+
+    (flow, whole), gradient = jax.value_and_grad(outputs, has_aux=True)(positive)
     scores = _scored(pruning.synflow, positive, gradient, include, axes)
     largest = max(float(own.max(initial=0)) for own in scores.values())
     if not (np.isfinite(float(flow)) and np.isfinite(largest)):
         raise ValueError(f"the flow must be finite; got {float(flow)}: compute it in float64, with jax_enable_x64")
-    if largest <= 1e-12 * abs(float(flow)):
+    if largest <= 1e-12 * float(whole):
         raise ValueError(
             "no signal arrives at the output's sum, which changes with no parameter: return what is before a last layer "
             "normalisation"

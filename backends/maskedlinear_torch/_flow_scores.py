@@ -252,7 +252,8 @@ def _flow(
     replaced = {key: weights[name] for name, (called, _) in masked.items() for key in called}
     arguments, keywords = _ones(inputs)
     result = torch.func.functional_call(model, plain | replaced, arguments, keywords, tie_weights=False)
-    flow = _tensor_of(result if output is None else output(result)).sum()
+    outputs = _tensor_of(result if output is None else output(result))
+    flow = outputs.sum()
     gradients = (
         torch.autograd.grad(flow, list(weights.values()), allow_unused=True, materialize_grads=True)
         if flow.requires_grad
@@ -260,7 +261,7 @@ def _flow(
     )
     pairs = zip(weights.items(), gradients, strict=True)
     scores = {name: pruning.synflow(weight, gradient) for (name, weight), gradient in pairs}
-    if max(float(own.max(initial=0)) for own in scores.values()) <= 1e-12 * abs(float(flow.detach())):
+    if max(float(own.max(initial=0)) for own in scores.values()) <= 1e-12 * float(outputs.detach().abs().sum()):
         raise ValueError(
             "no signal arrives at the output's sum, which changes with no weight: a last layer normalisation makes it "
             "constant, or a module returns something else; pass output=..., or the part of the model before it"
