@@ -1,8 +1,8 @@
 """Which way a GPU forms a product of the sparse form: one rule for both frameworks, by what was measured on an H100.
 
 Each way's time is of what it moves, multiplies and, of the kernels in Triton, of the instructions that they are compiled to,
-at rates that were measured (``benchmarks/results/h100``); those of cuSPARSE and of XLA's kernels are of the data sheet. It
-tells ways apart that differ by factors, not by percents; launches of kernels are not counted, nor copies of a side that
+at rates that were measured (``benchmarks/results/h100``). XLA's kernels, which were not, are taken to wait as Triton's do.
+It tells ways apart that differ by factors, not by percents; launches of kernels are not counted, nor copies of a side that
 lies another way, nor what small products leave idle.
 """
 
@@ -51,8 +51,9 @@ _BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # gathered a secon
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
-_ISSUED = 28e12  # instructions of each thread a second, five sixths of what can be issued
-_UNPACKING = 10e12  # that kernels in Triton come to: they wait for what a place's address depends on
+_UNPACKING = (
+    10e12  # instructions of each thread a second, a third of what can be issued: they wait for a place's address
+)
 _SAMPLING = 7e12  # of tiles and panels that are multiplied first
 _MULTIPLYING = 12e12  # without tensor cores
 _WARPS = 8  # of a multiprocessor, for that
@@ -247,7 +248,7 @@ def seconds(way: Way, product: Product) -> float:
             return float("inf")
         issued = weights * instructions(way, multiply, 1 << max(0, batch - 1).bit_length())
         read = (weights / 4 + nnz * size) / _MEMORY + sides
-        return max(read, issued / (_UNPACKING if way == "bits" else _ISSUED)) + _seconds_of_bits(product)
+        return max(read, issued / _UNPACKING) + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)
     if way == "rows":  # of a sampled product the row's own side stays near
         near = _L1 if depth * batch * size <= _L1_BYTES else _BY_ROWS[sampled][multiply == "half"]
@@ -273,7 +274,7 @@ def _seconds_by_panels(product: Product, count: int) -> float:
         kernel: Literal["panel", "panel by XLA", "sampled by XLA"] = "panel"
         if by_xla:
             kernel = "sampled by XLA" if sampled else "panel by XLA"
-        rate = _ISSUED if by_xla else _SAMPLING if sampled else _UNPACKING
+        rate = _SAMPLING if sampled and not by_xla else _UNPACKING
         unpacked = max(full / near, values + weights / 4 / _MEMORY, weights * instructions(kernel, multiply) / rate)
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product
@@ -284,8 +285,10 @@ def _seconds_by_panels(product: Product, count: int) -> float:
         tall, wide = (rows, batch) if transposed else (-(-rows // count), depth if sampled else batch)
         tiles = max(1, -(-tall // TALL) * -(-wide // TALL))
         multiplied /= math.sqrt(min(1, tiles / _MULTIPROCESSORS))
-    if transposed and multiply == "tf32":  # tensor cores take rows of a panel, not columns
-        multiplied *= 2
+    if (
+        transposed and multiply == "tf32"
+    ):  # tensor cores take rows of a panel, not columns, the less well the fewer there are
+        multiplied *= min(2, 1 + count / 8)
     return unpacked + max(multiplied, sides, full / near + added) + count * _PANEL
 
 
@@ -301,7 +304,7 @@ def _seconds_of_bits(product: Product) -> float:
     average = 32 * product.nnz / places
     rounds = min(32 / AT_ONCE, 1 + (average + 2.5 * math.sqrt(average)) / AT_ONCE)
     issued = places / 32 * (160 + ROUND * rounds)
-    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _ISSUED)
+    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _UNPACKING)
 
 
 def _seconds_by_tiles(product: Product) -> float:

@@ -85,7 +85,8 @@ def tiles_spmm_kernel(
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
 
     Over ``part`` words, or rows: other programs have the tile's others. Words are loaded a step ahead and, but in IEEE, for
-    which that takes too many registers, the next step is unpacked while this one is multiplied.
+    which that takes too many registers, a step is unpacked before x is loaded for the one before: so its values are on
+    their way as that is, and its words were there.
     """
     start = tl.program_id(2) * part
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -192,7 +193,8 @@ def spmm_options(cut: Tiles, multiply: Multiply, transposed: bool) -> dict[str, 
     """Return the sizes of a program of the product by tiles, and how it goes about it.
 
     Sides are read ``ALONG`` the length where :func:`maskedlinear._gpu_rule.is_read_along` says so. They are not on their way
-    before they are needed, but where registers would not do: what is then in shared memory is not fenced before the barrier.
+    in steps before, but where registers would not do: then of most tiles what is in shared memory is fenced after the
+    barrier only.
     """
     tall, words = (cut.deep, TALL // 32) if transposed else (TALL, cut.deep // 32)
     stages = 2 if transposed and multiply == "tf32" and cut.wide == 256 else 1

@@ -233,7 +233,39 @@ def test_a_row_that_fills_a_panel_is_not_unpacked() -> None:
     assert choose(("gathered", "panels"), wide._replace(depth=1 << 12, nnz=1 << 14)) == "panels"
 
 
-def test_xla_goes_by_bits_where_panels_are_sooner_unpacked_so() -> None:
+LIVE = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.05, 0.03, 0.02, 0.015, 0.01, 0.0079, 0.0077, 0.005, 0.001)
+BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+
+
+def slowest(multiply: Multiply, batch: int, **of: Any) -> float:
+    """Return the longest time of the chosen way, of any density, in those of the dense product, by the rule."""
+    size = 2 if multiply == "half" else 4
+    ways: tuple[Way, ...] = (
+        ("cusparse", "rows", "tiles", "panels") if of else ("cusparse", "rows", "bits", "tiles", "panels")
+    )
+    products = [Product(8192, 8192, int(live * 8192**2), batch, size, multiply, **of) for live in LIVE]
+    each = [0 if _gpu_rule.has_bits(*product[:3]) else _gpu_products._PLACE_BYTES for product in products]
+    products = [product._replace(place_bytes=one) for product, one in zip(products, each, strict=True)]
+    return max(seconds(choose(ways, product), product) / seconds("dense", product) for product in products)
+
+
+def test_by_the_rule_no_density_and_batch_is_further_from_dense_than_the_documentation_says() -> None:
+    text = (ROOT / "docs" / "when-sparse-pays.md").read_text()
+    kinds: tuple[dict[str, bool], ...] = {}, {"transposed": True}, {"sampled": True}
+    most = []
+    for multiply in ("tf32", "half", "float32"):
+        found = {batch: max(slowest(multiply, batch, **of) for of in kinds) for batch in BATCHES}  # type: ignore[arg-type]
+        worst = max(found, key=lambda batch: found[batch])
+        most.append(f"{found[worst]:.1f} at batch {worst}")
+        assert max(slowest(multiply, 16384, **of) for of in ({}, {"sampled": True})) < 1.15  # type: ignore[arg-type]
+        assert found[16384] < 1.3
+    tf32, half, float32 = most
+    wanted = f"of any density it would be at most {tf32} in TF32, {half} in half types, and {float32} without TF32"
+    assert wanted in text, wanted
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_xla_goes_by_bits_where_panels_are_sooner_unpacked_so(sampled: bool) -> None:
     for multiply, size in (("tf32", 4), ("half", 2), ("float32", 4)):
-        some = [Product(8192, 8192, int(live * 8192**2), 1024, size, multiply, True) for live in (0.001, 0.5)]  # type: ignore[arg-type]
+        some = [Product(8192, 8192, int(live * 8192**2), 1024, size, multiply, sampled) for live in (0.001, 1)]  # type: ignore[arg-type]
         assert [_gpu_rule.panels_by_bits(one).by_xla for one in some] == [False, True]

@@ -220,11 +220,19 @@ def in_longest_loop(kernel):
     return longest, count - longest
 
 def order_of(ptx):
-    "Return, a letter each, what a program does with shared memory, one after the other."
-    kinds = {"st.shared": "S", "stmatrix": "S", "cp.async.c": "A", "fence.proxy.async": "F", "bar.sync": "B"}
-    kinds["wgmma.mma_async"] = "M"
-    found = re.findall("|".join(map(re.escape, kinds)), ptx)
-    return "".join(kinds[one] for one in found)
+    "Return, a letter each, what the loop that has tensor cores does, one after the other; R: they read registers."
+    kinds = {"st.shared": "S", "stmatrix": "S", "cp.async.c[ag]": "A", "cp.async.wait": "w", "fence.proxy.async": "F"}
+    kinds |= {"bar.sync": "B", "wgmma.commit": "C", "wgmma.wait": "W", "wgmma.mma_async": "M"}
+    bodies = re.split(r"^(\\$L__BB\\d+_\\d+):|bra[ \\t]+(\\$L__BB\\d+_\\d+)", ptx, flags=re.MULTILINE)
+    looped = [body for body in bodies if body and "wgmma.mma_async" in body]
+    letters = []
+    for line in (looped[0] if looped else "").splitlines():
+        for pattern, letter in kinds.items():
+            if re.search(pattern, line):
+                # A is a list of registers, or a descriptor, before that of B.
+                of_registers = letter == "M" and line.count("{") > 1
+                letters.append("R" if of_registers else letter)
+    return "".join(letters) + "," * (len(looped) - 1)
 
 def compiled(kernel, dtype, constants, expected=0, places=1, outside=0, batch=1, uneven=None, beside=None):
     # Tell what a kernel takes, whose loop, in a program, has so many instructions for each of so many places; a sampled one
@@ -334,15 +342,15 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
         if by_tensor_cores:
             assert "serialized" not in said, (name, dtype, said)  # ptxas would let no product go on
         if by_tensor_cores and not sampled:
-            # What is written to shared memory is fenced, and all wait, before tensor cores read it; and they read nothing
-            # from registers, one product a step.
-            assert re.fullmatch(r"[^M]*[^SM]*FB[^SFBAM]*M+[^M]*", order), (name, dtype, order)
+            # What is written to shared memory is fenced, and all wait, before tensor cores read it; they read nothing from
+            # registers, and there is one product a step.
+            assert re.fullmatch(r"[SAwFB]*FBM+CW[SAwFB]*", order), (name, dtype, order)
         if beside:  # so many programs fit a multiprocessor, with registers by the eight
             assert beside * threads * -(-registers // 8) * 8 <= 1 << 16, (name, dtype, precision, registers, beside)
             assert beside * shared <= 227 << 10, (name, dtype, shared)
         counted = {
             "tiles_sddmm_kernel": 2 - by_tensor_cores,
-            "tiles_spmm_kernel": len(issued),  # none where sides are read a number at a time
+            "tiles_spmm_kernel": int(beside is not None),  # none where sides are read a number at a time
             "bits_spmm_kernel": 1,
             "form_bits_kernel": 1,
             "panel_kernel": 1,
