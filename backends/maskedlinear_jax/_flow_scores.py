@@ -76,6 +76,7 @@ def synflow_scores(
     positive = jax.tree.map(jnp.abs, params if masks is None else apply_masks(params, masks))
     if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         positive = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), positive)
+
     def outputs(positive: Any) -> tuple[Any, Any]:
         leaves = jax.tree.leaves(forward(positive))
         return sum(jnp.sum(leaf) for leaf in leaves), sum(jnp.sum(jnp.abs(leaf)) for leaf in leaves)
