@@ -68,12 +68,14 @@ def instructions(folder):
 def step(x, values, pattern, g):
     return jax.vjp(lambda x, values: product(x, values, pattern, x.shape[1], None), x, values)[1](g)
 
-choose = _gpu_rule.choose
+choose, by_rule = _gpu_rule.choose, _gpu_rule.panels_by_bits
 KERNELS = "rows", "bits", "tiles"
 for out, in_, nnz, batch, dtype, way, what in json.loads(sys.argv[1]):
     keeps_bits = bool(way) and way.startswith("kept ")
     way = way.removeprefix("kept ") if way else way
     _gpu_rule.choose = (lambda ways, product: way if way in ways else "rows") if way else choose
+    by_bits = lambda product: product._replace(place_bytes=0, by_xla=True)
+    _gpu_rule.panels_by_bits = by_bits if way == "panels" and keeps_bits else by_rule
     _triton_products._capability = lambda: 90 * (way in KERNELS)
     number, indices = (lambda *shape: like(jnp.dtype(dtype), *shape)), pattern(out, in_, nnz, keeps_bits)
     x, g, values = (batch, in_), (batch, out), number(nnz)
