@@ -27,7 +27,6 @@ __all__ = [
     "choose",
     "has_bits",
     "instructions",
-    "instructions_of_tiles",
     "is_read_along",
     "panels",
     "panels_by_bits",
@@ -51,9 +50,8 @@ _BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # gathered a secon
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
-_UNPACKING = (
-    10e12  # instructions of each thread a second, a third of what can be issued: they wait for a place's address
-)
+# Instructions of each thread a second, a third of what can be issued: they wait for the address of a place.
+_UNPACKING = 10e12
 _SAMPLING = 7e12  # of tiles and panels that are multiplied first
 _MULTIPLYING = 12e12  # without tensor cores
 _WARPS = 8  # of a multiprocessor, for that
@@ -111,14 +109,10 @@ def panels(product: Product) -> int:
     A panel of at most :data:`PANEL_BYTES` stays in the cache; of one as large as :data:`LARGEST_PANEL` the product takes
     less time, and it adds to the product of a transpose less often.
     """
-    return _panels(product, PANEL_BYTES, LARGEST_PANEL)
-
-
-@lru_cache(maxsize=1024)
-def _panels(product: Product, least: int, largest: int) -> int:
     rows, depth = (product.depth, product.rows) if product.transposed else (product.rows, product.depth)
     row = max(1, depth * (_sum_bytes(product) if product.sampled else product.itemsize))
-    heights = {min(rows, most // row) for most in (least, 2 * least, largest) if least <= most <= largest}
+    most_bytes = {PANEL_BYTES, min(2 * PANEL_BYTES, LARGEST_PANEL), LARGEST_PANEL}
+    heights = {min(rows, most // row) for most in most_bytes}
     counts = sorted({-(-rows // height) for height in heights if height}, reverse=True)
     return min(counts, key=lambda count: _seconds_by_panels(product, count), default=0)
 
@@ -221,14 +215,6 @@ def instructions(
     return 19 if multiply == "float64" else 17.5 if half else 16
 
 
-def instructions_of_tiles(wide: int, multiply: Multiply, transposed: bool) -> float:
-    """Return how many instructions of a thread it takes to unpack a place of W in tiles of a width.
-
-    Beside those that multiply: in IEEE one more multiplies it, for each column.
-    """
-    return _TILES[multiply, transposed][wide][0]
-
-
 def seconds(way: Way, product: Product) -> float:
     """Return the time of a product by count; infinite where the way cannot be gone."""
     rows, depth, nnz, batch, size, multiply, sampled, *_ = product
@@ -324,7 +310,7 @@ def _seconds_as_cut(product: Product, cut: Tiles) -> float:
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
     again = tiles * depth * batch * size  # x is read again by each tile of W
     read = max((packed + sides) / _MEMORY, (times * packed + again) / _L2)
-    issued, rate = times * weights * instructions_of_tiles(cut.wide, multiply, product.transposed), _UNPACKING
+    issued, rate = times * weights * _TILES[multiply, product.transposed][cut.wide][0], _UNPACKING
     multiplied = 0.0
     if multiply == "float32":  # by instructions, too
         issued, rate = issued + weights * columns, _MULTIPLYING

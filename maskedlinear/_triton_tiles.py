@@ -29,20 +29,18 @@ def _unpacked(values, held, first, BM: tl.constexpr, BW: tl.constexpr):
 
 
 @triton.jit
-def _halves(tile, BM: tl.constexpr, WIDE: tl.constexpr):
-    """Return the left and the right half of a tile (BM, WIDE)."""
-    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, WIDE // 2)), (0, 2, 1)))
+def _halves(tile, BM: tl.constexpr):
+    """Return the left and the right half of a tile (BM, 128)."""
+    return tl.split(tl.permute(tl.reshape(tile, (BM, 2, 64)), (0, 2, 1)))
 
 
 @triton.jit
 def _sample(
-    tile, sampled, bits, firsts, row, word, rows, words, nnz,
-    CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+    tile, sampled, bits, firsts, row, word, rows, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr
 ):  # fmt: skip
-    """Write what is live of rows from ``row`` on, BM of them, and BW words from ``word`` on."""
-    row, word = row + tl.arange(0, BM), word + tl.arange(0, BW)
-    quads, where = quads_of(sampled, bits, firsts, row, word, rows, words, nnz, CHECKED)
-    sample(tl.reshape(tile, (BM, BW, 8, 2, 2)), quads, where)
+    """Write what is live of some rows, BM of them, and of the two words from ``word`` on."""
+    quads, where = quads_of(sampled, bits, firsts, row, word + tl.arange(0, 2), rows, words, nnz, CHECKED)
+    sample(tl.reshape(tile, (BM, 2, 8, 2, 2)), quads, where)
 
 
 @triton.jit
@@ -84,9 +82,9 @@ def tiles_spmm_kernel(
 ):  # fmt: skip
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
 
-    Over ``part`` words, or rows: other programs have the tile's others. Words are loaded a step ahead and, but in IEEE, for
-    which that takes too many registers, a step is unpacked before x is loaded for the one before: so its values are on
-    their way as that is, and its words were there.
+    Over ``part`` words, or rows: other programs have the tile's others. Words are loaded a step ahead, so that they are
+    there when they are needed. But in IEEE, which would take too many registers, a step is unpacked right after the product
+    of the one before, too: its values are on their way while its x is loaded.
     """
     start = tl.program_id(2) * part
     column = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -148,10 +146,9 @@ def tiles_sddmm_kernel(
         one = _rows_of(left, row, step, rows, batch, UP)
         other = _rows_of(right, column, step, depth, batch, UP)
         total = tl.dot(one, tl.trans(other), total, input_precision=PRECISION)
-    row = tl.program_id(0) * BM
-    near, far = _halves(total, BM, 128)
-    _sample(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM, 2)
-    _sample(far, sampled, bits, firsts, row, first + 2, rows, words, nnz, CHECKED, BM, 2)
+    near, far = _halves(total, BM)
+    _sample(near, sampled, bits, firsts, row, first, rows, words, nnz, CHECKED, BM)
+    _sample(far, sampled, bits, firsts, row, first + 2, rows, words, nnz, CHECKED, BM)
 
 
 def spmm(

@@ -198,6 +198,13 @@ def test_tiles_cover_the_product_and_programs_share_all_of_each(multiply: Multip
         assert cut.programs == 1 or cut.steps >= 4
         assert cut.wide < 2 * max(batch, 16)
         assert seconds("tiles", product) < float("inf")
+    # A batch that no power of two is near is not multiplied as if it were the next one, where columns are what takes time.
+    for batch in (300, 321, 384, 513):
+        product = Product(8192, 8192, 1 << 22, batch, size, multiply)
+        width = _gpu_rule.tiles_of(product).wide
+        assert -(-batch // width) * width < (1.3 * batch if multiply == "float32" else batch + 256), (batch, width)
+        others = [_gpu_rule._cut(product, wide) for wide in _gpu_rule._TILES[multiply, False]]
+        assert seconds("tiles", product) == min(_gpu_rule._seconds_as_cut(product, cut) for cut in others)
 
 
 @pytest.mark.parametrize("multiply", ["float32", "float64", "tf32", "half"])

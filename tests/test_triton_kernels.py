@@ -279,7 +279,7 @@ PANELS = ("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp
 for dtype, sampled in PANELS[: 5 if EVERY else 2]:
     told = kernels.PANEL_OPTIONS | {"SAMPLED": sampled, "CHECKED": False}
     issued = _gpu_rule.instructions("panel", MULTIPLY.get(dtype, "half"))
-    compiled(kernels.panel_kernel, dtype, told, 0, told["BM"] * told["BW"] * 32, issued)
+    compiled(kernels.panel_kernel, dtype, told, 0, told["BM"] * told["BW"] * 32, issued, beside=9)
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32")):
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
     for transposed in (False, True):
@@ -292,7 +292,7 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
                 if odd and multiply == "half" and wide == 256:
                     continue
                 sizes = tiles.spmm_options(_gpu_rule._cut(product, wide), multiply, transposed)
-                expected = _gpu_rule.instructions_of_tiles(wide, multiply, transposed)
+                expected = widths[wide][0]
                 expected = 0 if odd else expected + (multiply == "float32") * wide
                 told = sizes | {"TRANSPOSED": transposed} | precision
                 beside = None if odd else widths[wide][1]

@@ -107,7 +107,7 @@ def _way(product: Product, operands: tuple[Tensor, Tensor]) -> Way:
     if max(product.batch, product.depth) <= _WIDEST and has_triton(operands[0]):
         ways += ["rows", "tiles"] if product.transposed else ["rows", "bits", "tiles"]
     # A graph that is captured cannot ask the device where panels begin.
-    asks = _gpu_rule.panels(product) > 1 and product.place_bytes
+    asks = product.place_bytes and _gpu_rule.panels(product) > 1
     if not (asks and operands[0].is_cuda and torch.cuda.is_current_stream_capturing()):
         ways += ["panels"]
     return _gpu_rule.choose(ways, product)
