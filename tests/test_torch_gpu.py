@@ -16,7 +16,7 @@ from helpers import ROOT
 from maskedlinear import _gpu_rule, masks
 from maskedlinear._gpu_rule import Multiply, Product, Way, choose, seconds
 from maskedlinear.pattern import SparsityPattern
-from maskedlinear_torch import _gpu_products, _half_products
+from maskedlinear_torch import _gpu_products, _layer_product
 from maskedlinear_torch._products import DevicePattern
 
 MASK = masks.random((300, 40), sparsity=0.4)
@@ -85,9 +85,8 @@ def test_half_types_have_the_gradients_of_what_is_widened(monkeypatch: pytest.Mo
     values, g, right, matrix = problem(3, torch.bfloat16)
     values.requires_grad_()
     right.requires_grad_()
-    y = _half_products.half_spmm(values, right, PATTERN)
-    assert y.dtype is torch.float32
-    y = y.to(torch.bfloat16)
+    y = _layer_product.layer_product(right.mT, values, PATTERN, None).mT
+    assert y.dtype is torch.bfloat16
     found = torch.autograd.grad(y, (values, right), g, retain_graph=True)
     wanted = (g.double() @ right.double().T)[torch.tensor(MASK)], matrix.T @ g.double()
     for one, other in zip(found, wanted, strict=True):

@@ -41,11 +41,10 @@ _DTYPES = {
 def are_for(*operands: Tensor) -> bool:
     """Whether the kernels take these: numbers of one dtype on the CPU, on a machine for which there are kernels."""
     dtype = operands[0].dtype
-    return (
-        dtype in _DTYPES
-        and all(operand.device.type == "cpu" and operand.dtype is dtype for operand in operands)
-        and kernels.is_available()
-    )
+    for operand in operands:
+        if not operand.is_cpu or operand.dtype is not dtype:
+            return False
+    return dtype in _DTYPES and kernels.is_available()
 
 
 def lies_well(matrix: Tensor) -> Tensor:
@@ -66,7 +65,7 @@ def _lies_by_batch(matrix: Tensor) -> bool:
 def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor:
     """Return the product, which lies as ``right`` does, or by features; of half types as float32."""
     right, values = lies_well(right), _settled(values).contiguous()
-    (depth, batch), rows = right.shape, len(csr.starts) - 1
+    (depth, batch), rows = right.shape, csr.starts.shape[0] - 1
     dtype, by_batch = _DTYPES[right.dtype], _lies_by_batch(right)
     out_by_batch = by_batch and as_it_lies
     # Not a view of another tensor: forward mode wants a view's tangent to lie as the view does.
@@ -111,20 +110,20 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return the sampled product; of half types as float32."""
     left, right = lies_well(left), lies_well(right)
-    batch, dtype = right.shape[1], _DTYPES[right.dtype]
+    (depth, batch), dtype = right.shape, _DTYPES[right.dtype]
     starts, across, _ = _indices(csr, csr.across.numel())
-    if len(left) != len(starts) - 1 or left.shape[1] != batch:
+    rows = starts.shape[0] - 1
+    if left.shape != (rows, batch):
         raise ValueError(
-            f"left must have shape {(len(starts) - 1, batch)}, as the pattern and right have; got {tuple(left.shape)}"
+            f"left must have shape {(rows, batch)}, as the pattern and right have; got {tuple(left.shape)}"
         )
     out = right.new_empty(across.shape, dtype=wide(right.dtype))
-    sides = (left, right)
-    ways = [_lies_by_batch(side) for side in sides]
-    direct = kernels.is_direct(batch, any(ways), dtype)
-    panels = [None if direct else _room(side, dtype) for side in sides]
+    left_by_batch, right_by_batch = _lies_by_batch(left), _lies_by_batch(right)
+    direct = kernels.is_direct(batch, left_by_batch or right_by_batch, dtype)
+    left_panels, right_panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
     kernels.sddmm(
         dtype,
-        (len(left), len(right)),
+        (rows, depth),
         batch,
         across.numel(),
         starts=_address(starts),
@@ -132,10 +131,10 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         left=_address(left),
         right=_address(right),
         out=_address(out),
-        left_panels=_address(panels[0]),
-        right_panels=_address(panels[1]),
-        left_by_batch=ways[0],
-        right_by_batch=ways[1],
+        left_panels=_address(left_panels),
+        right_panels=_address(right_panels),
+        left_by_batch=left_by_batch,
+        right_by_batch=right_by_batch,
         threads=torch.get_num_threads(),
     )
     return out
@@ -143,15 +142,14 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
 
 def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return the indices as the kernels read them; their number is checked here, and what they say by the kernels."""
-    indices = [index for index in csr[:3] if index is not None]
-    lengths = [len(index) for index in indices[1:]]
-    if any(index.dtype is not torch.int32 for index in indices) or set(lengths) != {connections}:
-        raise ValueError(
-            f"a pattern must have int32 indices, one for each of {connections} values; got "
-            f"{[str(index.dtype) for index in indices]} of lengths {lengths}"
-        )
-    starts, across, *order = (index.contiguous() for index in indices)
-    return starts, across, order[0] if order else None
+    starts, across, order, *_ = csr
+    for index in (starts, across) if order is None else (starts, across, order):
+        if index.dtype is not torch.int32 or (index is not starts and index.shape[0] != connections):
+            raise ValueError(
+                f"a pattern must have int32 indices, one for each of {connections} values; got {index.dtype} of length "
+                f"{index.shape[0]}"
+            )
+    return starts.contiguous(), across.contiguous(), None if order is None else order.contiguous()
 
 
 def _room(matrix: Tensor, dtype: str) -> Tensor:

@@ -36,6 +36,8 @@ __all__ = [
     "is_fake",
     "laid_out",
     "may_be_one_row",
+    "plain_sddmm",
+    "plain_spmm",
     "sddmm",
     "sddmm_expression",
     "spmm",
@@ -81,7 +83,7 @@ class DevicePattern(NamedTuple):
 
 def may_be_one_row(x: Any, in_features: int) -> bool:
     """Whether x is an ordinary tensor of one row, and nothing changes what its product is."""
-    return are_ordinary_rows(x, in_features) and x.numel() == in_features
+    return type(x) is Tensor and x.numel() == in_features and are_ordinary_rows(x, in_features)
 
 
 def are_ordinary_rows(x: Any, in_features: int) -> bool:
@@ -145,7 +147,7 @@ def spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool
             return spmm_expression(values, right, pattern, transposed)
         return torch.ops.maskedlinear.spmm(values, right, *pattern, transposed)  # type: ignore[no-any-return]
     if is_plain(values) and is_plain(right):
-        return _spmm(values, right, pattern.csr(transposed))
+        return plain_spmm(values, right, pattern, transposed)
     if is_nested("Jvp"):
         return spmm_expression(values, right, pattern, transposed)
     return _Spmm.apply(values, right, *pattern, transposed)  # type: ignore[no-any-return, no-untyped-call]
@@ -167,7 +169,7 @@ def sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
             return sddmm_expression(left, right, pattern)
         return torch.ops.maskedlinear.sddmm(left, right, *pattern)  # type: ignore[no-any-return]
     if is_plain(left) and is_plain(right):
-        return _sddmm(left, right, pattern.csr(False))
+        return plain_sddmm(left, right, pattern)
     if is_nested("Jvp"):
         return sddmm_expression(left, right, pattern)
     return _Sddmm.apply(left, right, *pattern)  # type: ignore[no-any-return, no-untyped-call]
@@ -221,12 +223,22 @@ def is_fake(tensor: Tensor) -> bool:
 # Half types are read by kernels of ours alone, and widened for all others; these products are float32.
 
 
+def plain_spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool = False) -> Tensor:
+    """Return what :func:`spmm` does, of ordinary tensors that nothing differentiates; of half types float32."""
+    return _spmm(values, right, pattern.csr(transposed))
+
+
+def plain_sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
+    """Return what :func:`sddmm` does, of ordinary tensors that nothing differentiates; of half types float32."""
+    return _sddmm(left, right, pattern.csr(False))
+
+
 def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -> Tensor:
-    rows, (depth, batch) = len(csr.starts) - 1, right.shape
+    rows, (depth, batch) = csr.starts.shape[0] - 1, right.shape
     wide = _cpu_kernels.wide(right.dtype)
     if not values.numel() or not batch:
         return right.new_zeros(rows, batch, dtype=wide)
-    if _cpu_kernels.are_for(values, right) and not any(is_grads_batched(operand) for operand in (values, right)):
+    if _cpu_kernels.are_for(values, right) and not (is_grads_batched(values) or is_grads_batched(right)):
         return _cpu_kernels.spmm(values, right, csr, as_it_lies=as_it_lies)
     if _is_on_gpu(right) and (product := _gpu_products.spmm(values, right, csr)) is not None:
         return product
@@ -234,7 +246,7 @@ def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -
     if csr.order is not None:
         values = values.index_select(0, csr.order)
     if not _has_kernels(values, right):
-        return _spmm_plain(values, right, csr)
+        return _spmm_gathered(values, right, csr)
     matrix = _csr(csr, values.contiguous(), depth)
     with _no_autocast(right.device.type):
         if batch == 1:  # a matrix times a vector takes less than half the time
@@ -247,13 +259,13 @@ def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     wide = _cpu_kernels.wide(right.dtype)
     if not csr.across.numel() or not batch:
         return right.new_zeros(csr.across.shape, dtype=wide)
-    if _cpu_kernels.are_for(left, right) and not any(is_grads_batched(operand) for operand in (left, right)):
+    if _cpu_kernels.are_for(left, right) and not (is_grads_batched(left) or is_grads_batched(right)):
         return _cpu_kernels.sddmm(left, right, csr)
     if _is_on_gpu(right) and (product := _gpu_products.sddmm(left, right, csr)) is not None:
         return product
     left, right = left.to(wide), right.to(wide)
     if not _has_kernels(left, right):
-        return _sddmm_plain(left, right, csr)
+        return _sddmm_gathered(left, right, csr)
     if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
         left, right = (torch.nn.functional.pad(side, (0, _LANES - batch)) for side in (left, right))
     matrix = _csr(csr, right.new_zeros(csr.across.shape), depth)
@@ -266,7 +278,7 @@ def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type not in ("cpu", "meta")
 
 
-def _spmm_plain(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
+def _spmm_gathered(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     product = right.new_zeros(len(csr.starts) - 1, right.shape[1])
     rows = _rows(csr)
     for part in _parts(csr, right.shape[1]):
@@ -275,7 +287,7 @@ def _spmm_plain(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     return product
 
 
-def _sddmm_plain(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
+def _sddmm_gathered(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     rows = _rows(csr)
     parts = [
         (left.index_select(0, rows[part]) * right.index_select(0, csr.across[part])).sum(1)

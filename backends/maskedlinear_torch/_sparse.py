@@ -11,7 +11,7 @@ from torch import Tensor
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
-from maskedlinear_torch._half_products import half_spmm, is_half_product
+from maskedlinear_torch._layer_product import is_layer_product, layer_product
 from maskedlinear_torch._products import DevicePattern, is_fake, laid_out, spmm
 
 __all__ = ["check_values", "product", "real_tensor", "sparse_linear"]
@@ -66,14 +66,13 @@ def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | Non
 
 def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int, bias: Tensor | None) -> Tensor:
     """Return y, for arguments whose values are checked already."""
-    out = len(pattern.indptr) - 1
+    out = pattern.indptr.shape[0] - 1
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     x, values, bias = autocast_arguments(x, values, bias, "values")
+    if is_layer_product(x, values, bias):
+        return layer_product(x, values, pattern, bias)
     wide = torch.promote_types(x.dtype, torch.float32)
-    if is_half_product(x, values):
-        columns = half_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern)
-    else:
-        columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide), pattern), pattern)
+    columns = spmm(values.to(wide), laid_out(flatten_batch(x).mT.to(wide), pattern), pattern)
     y = columns.mT.contiguous().reshape(*x.shape[:-1], out)
     if bias is not None:
         y = y + bias.to(wide)  # last: hooks of FSDP2 get lost where a view is written to in place

@@ -48,7 +48,7 @@ __all__ = ["SparseLinear"]
 
 
 def _forward(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
-    check_values(x, values, len(values), bias)
+    check_values(x, values, values.shape[0], bias)
     return product(x, values, DevicePattern(*pattern), in_features, bias)
 
 

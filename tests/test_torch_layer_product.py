@@ -1,4 +1,4 @@
-"""Half types of the sparse form, whatever looks on: as of the same numbers in float32, rounded once."""
+"""A layer's product in one Function, and what is said instead whatever looks on; half types as float32, rounded once."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from maskedlinear import masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import SparseLinear, sparse_linear
-from maskedlinear_torch import _compat, _half_products
+from maskedlinear_torch import _compat, _layer_product
 
 OUT, IN, BATCH = 30, 50, 4
 PATTERN = SparsityPattern.from_mask(masks.random((OUT, IN), sparsity=0.7, seed=0))
 HALF = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+EACH = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
 Sides = tuple[Tensor, Tensor, Tensor]
 
 
@@ -47,10 +48,11 @@ def exact(sides: Sides, g: Tensor) -> tuple[Tensor, ...]:
 def check(found: Any, wanted: Any, dtype: torch.dtype) -> None:
     for one, other in zip(found, wanted, strict=True):
         assert one.dtype is dtype
-        torch.testing.assert_close(one.double(), other, rtol=2 * torch.finfo(dtype).eps, atol=2e-2)
+        eps = torch.finfo(dtype).eps
+        torch.testing.assert_close(one.double(), other, rtol=2 * eps, atol=2e-2 if dtype.itemsize == 2 else 64 * eps)
 
 
-@HALF
+@EACH
 def test_eager(dtype: torch.dtype) -> None:
     sides, g = problem(dtype)
     y = product(*sides)
@@ -103,7 +105,7 @@ def test_a_program_that_is_recorded_multiplies(dtype: torch.dtype, grad: bool, r
         torch.testing.assert_close(traced(other), layer(other), **near)
 
 
-@HALF
+@EACH
 def test_a_cotangent_may_have_a_tangent(dtype: torch.dtype) -> None:
     sides, g = problem(dtype)
     tangent = torch.randn(BATCH, OUT).to(dtype)
@@ -114,7 +116,7 @@ def test_a_cotangent_may_have_a_tangent(dtype: torch.dtype) -> None:
     check(tangents, exact(sides, tangent)[1:], dtype)  # gradients are linear in it
 
 
-@HALF
+@EACH
 @pytest.mark.parametrize("how", ["torch.func.vmap", "is_grads_batched"])
 def test_cotangents_may_be_mapped_over(dtype: torch.dtype, how: str) -> None:
     sides, g = problem(dtype)
@@ -132,7 +134,7 @@ def test_cotangents_may_be_mapped_over(dtype: torch.dtype, how: str) -> None:
         check([grad[place] for grad in found], exact(sides, one)[1:], dtype)
 
 
-@HALF
+@EACH
 def test_gradients_may_be_differentiated_again(dtype: torch.dtype) -> None:
     sides, g = problem(dtype)
     x, values, _ = sides
@@ -148,16 +150,16 @@ def test_a_torch_that_cannot_say_what_looks_on_goes_by_operators(
 ) -> None:
     monkeypatch.setattr(_compat, "_dispatch_modes", lambda: 1)
     sides, g = problem(dtype)
-    assert not _half_products.is_half_product(*sides[:2])
+    assert not _layer_product.is_layer_product(*sides)
     y = product(*sides)
     check((y.detach(), *torch.autograd.grad(y, sides, g)), exact(sides, g), dtype)
 
 
-@HALF
+@EACH
 def test_what_a_gradient_does_not_need_may_change(dtype: torch.dtype) -> None:
     """Of frozen values, x may be overwritten after the call, and is not kept; of x without gradient, values may."""
     (x, values, bias), g = problem(dtype)
-    assert _half_products.is_half_product(x, values)
+    assert _layer_product.is_layer_product(x, values, bias)
     wanted = exact((x, values, bias), g)
     inner = x.detach().clone().requires_grad_()
     overwritten = inner * 1
@@ -170,3 +172,42 @@ def test_what_a_gradient_does_not_need_may_change(dtype: torch.dtype) -> None:
     with torch.no_grad():
         own.zero_()
     check(torch.autograd.grad(y, own, g), wanted[2:3], dtype)
+
+
+LAID: dict[str, Callable[[Tensor], Tensor]] = {
+    "by rows": lambda x: x,
+    "by features": lambda x: x.mT.contiguous().mT,
+    "with gaps": lambda x: x.repeat_interleave(2, -1)[..., ::2],
+    "in three dimensions": lambda x: x.view(2, BATCH // 2, IN),
+    "turned in three dimensions": lambda x: x.view(2, BATCH // 2, IN).transpose(0, 1),
+    "one row": lambda x: x[0],
+    "no row": lambda x: x[:0],
+    "negated when it is read": lambda x: torch._neg_view(x),
+}
+
+
+@EACH
+@pytest.mark.parametrize("lies", LAID)
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_x_may_lie_anyhow_and_y_be_written_to(dtype: torch.dtype, lies: str, has_bias: bool) -> None:
+    (x, values, bias), _ = problem(dtype)
+    assert _layer_product.is_layer_product(x, values, bias)
+    y = sparse_linear(LAID[lies](x), values, PATTERN, bias if has_bias else None)
+    y.mul_(2)
+    y += 1
+    with torch.no_grad():
+        without = sparse_linear(LAID[lies](x), values, PATTERN, bias if has_bias else None)
+    assert torch.equal(without.mul_(2).add_(1), y)
+    wide = [side.detach().double().requires_grad_() for side in (x, values, bias)]
+    rows, columns = (torch.tensor(index).long() for index in (PATTERN.rows, PATTERN.indices))
+    weight = torch.zeros(OUT, IN, dtype=torch.float64).index_put((rows, columns), wide[1])
+    wanted = nn.functional.linear(LAID[lies](wide[0]), weight, wide[2] if has_bias else None) * 2 + 1
+    assert y.shape == wanted.shape
+    torch.testing.assert_close(y.double(), wanted, rtol=8 * torch.finfo(dtype).eps, atol=32 * torch.finfo(dtype).eps)
+    sides = slice(3 if has_bias else 2)
+    found = torch.autograd.grad(y.sum(), (x, values, bias)[sides])
+    for one, other in zip(found, torch.autograd.grad(wanted.sum(), wide[sides]), strict=True):
+        assert one.dtype is dtype
+        torch.testing.assert_close(
+            one.double(), other, rtol=4 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps
+        )
