@@ -102,6 +102,13 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
         """Whether one whole number is below the other."""
         return self.icmp_unsigned("<", self.number(one), self.number(other))
 
+    def are_all_below(self, numbers: Any, bound: Any) -> Any:
+        """Whether all lanes of a vector of whole numbers, which count from 0, are below one of 64 bits."""
+        lanes = ir.IntType(numbers.type.count)
+        bounds = self.spread(self.trunc(bound, numbers.type.element), numbers.type)
+        are_below = self.bitcast(self.icmp_unsigned("<", numbers, bounds), lanes)
+        return self.icmp_unsigned("==", are_below, lanes(-1))
+
     def place(self, pointer: Any, index: Any, kind: Any) -> Any:
         """Return where entry ``index`` of an array of ``kind`` lies."""
         return self.gep(pointer, [self.number(index)], source_etype=kind)

@@ -24,8 +24,9 @@ PROGRAM = ir.FunctionType(I64, [PTR, PTR, PTR])  # what it is told, the parallel
 
 _BLOCK_BYTES = 32 << 10  # of a panel's block at least: the first cache; at most twice that
 _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
-_FULL_BLOCK = 16  # connections of a row that a block should have, on average
-_FEWEST_IN_BLOCK = 7  # from which blocks pay
+# Connections of a row that a block should have, on average, and from which blocks pay, in the widest tiles; in those half as
+# wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
+_FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
 _GRAIN = 40_000  # additions of vectors that are worth a thread
 
 
@@ -80,11 +81,14 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     width: Any = I64(sizes[-1])
     for size in reversed(sizes):  # that of the first tile
         width = code.select(code.less(batch, size), width, I64(size))
-    places = code.times(rows, depth)
+    distance = code.over(
+        code.times(rows, depth, 16), code.most(nnz, 1)
+    )  # of a row's connections, in sixteenths of a column
+    narrower = code.over(sizes[0], width)
     least = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
-    columns = code.over(code.times(places, _FULL_BLOCK), code.most(nnz, 1))
+    columns = code.over(code.times(distance, narrower, _FULL_BLOCK), 16)
     columns = code.least(code.most(columns, least), code.times(least, 2))
-    is_full = code.less(code.times(places, _FEWEST_IN_BLOCK), code.sum(code.times(nnz, columns), 1))
+    is_full = code.less(code.times(distance, narrower, _FEWEST_IN_BLOCK), code.sum(code.times(columns, 16), 1))
     # Without blocks the panel of all columns stays in the second cache, down to half of the widest tile.
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
     told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))

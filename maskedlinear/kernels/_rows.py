@@ -38,6 +38,7 @@ __all__ = [
 ]
 
 CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
+_GROUP = 4  # connections from which on a look at all their indices at once takes less time than one at each
 # Rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's.
 _AHEAD = 2
 _LINES = 3  # of the cache that are fetched
@@ -106,9 +107,19 @@ class Pattern:
         start = self._code.whole(self._code.get(self._starts, row, I32))
         return self._code.least(start, self._nnz) if self._checked else start
 
-    def column(self, connection: Any) -> Any:
+    def column(self, connection: Any, *, is_known: bool = False) -> Any:
+        """Return the column of a connection, that of a group ``is_known`` to be of W."""
         column = self._code.whole(self._code.get(self._across, connection, I32))
-        return self._code.least(column, self._last) if self._checked else column
+        return self._code.least(column, self._last) if self._checked and not is_known else column
+
+    def is_group_below(self, connection: Any, together: int, bound: Any) -> Any:
+        """Whether as many connections from one on have columns below ``bound``, and places in the order that there are."""
+        code, kind = self._code, ir.VectorType(I32, together)
+        are_below = code.are_all_below(code.get(self._across, connection, kind, I32), bound)
+        if self._order is None or not self._checked:
+            return are_below
+        places = code.get(self._order, connection, kind, I32)
+        return code.and_(are_below, code.are_all_below(places, self._nnz))
 
     def fetch(self, connection: Any, numbers: Any = None) -> None:
         """Have what belongs to some connections brought into the first cache: their columns, and ``numbers``, of results.
@@ -126,10 +137,12 @@ class Pattern:
             code.fetch(code.place(self._across, connection, I32), 64 * line)
             code.fetch(there, 64 * line)
 
-    def value(self, connection: Any) -> Any:
+    def value(self, connection: Any, *, is_known: bool = False) -> Any:
+        """Return the value of a connection, that of a group ``is_known`` to have places that there are."""
         if self._order is not None:
             connection = self._code.whole(self._code.get(self._order, connection, I32))
-            connection = self._code.least(connection, self._last_value) if self._checked else connection
+            is_checked = self._checked and not is_known
+            connection = self._code.least(connection, self._last_value) if is_checked else connection
         return self._code.read(self._values, connection, self._dtype)
 
     def values(self, connection: Any, lanes: int) -> Any:
@@ -239,9 +252,9 @@ def spmm_task(
             for k in range(count):
                 code.put(zero, tile, code.sum(code.times(at, width), k * vector.count), kind)
 
-        def add(sums: list[Any], connection: Any, across: Any) -> list[Any]:
+        def add(sums: list[Any], connection: Any, across: Any, *, is_known: bool) -> list[Any]:
             source = code.place(panel, code.times(across, stride), kind)
-            value = code.spread(pattern.value(connection), vector)
+            value = code.spread(pattern.value(connection, is_known=is_known), vector)
             numbers = [code.get(source, k * vector.count, vector, kind) for k in range(count)]
             return [code.multiply_add(value, *pair) for pair in zip(numbers, sums, strict=True)]
 
@@ -258,7 +271,7 @@ def spmm_task(
                     following.append(code.sum(carried[0], together))
                     for one, across in enumerate(loop.columns(carried[0])):
                         part = carried[1 + one * count : 1 + (one + 1) * count]
-                        following.extend(add(part, code.sum(carried[0], one), across))
+                        following.extend(add(part, code.sum(carried[0], one), across, is_known=loop.is_known))
                 place, *parts = carried
                 sums = [total_of(code, parts[k::count]) for k in range(count)]
             code.put(place, cursors, at)
@@ -293,17 +306,23 @@ class _Connections:
     def __init__(self, code: Emitter, pattern: Pattern, together: int, end: Any, bound: Any) -> None:
         self._code, self._pattern, self._together, self._end, self._bound = code, pattern, together, end, bound
         self._last: Any = None
+        self.is_known = together >= _GROUP  # whether indices are looked at together, and need no look each
 
     def over(self, starts: list[Any]) -> AbstractContextManager[tuple[list[Any], list[Any]]]:
         return self._code.while_loop(starts, until(self._code, self._end, self._together), self._is_in_block)
 
     def _is_in_block(self, carried: list[Any]) -> Any:
+        if self.is_known:
+            return self._pattern.is_group_below(carried[0], self._together, self._bound)
         self._last = self._pattern.column(self._code.sum(carried[0], self._together - 1))
         return self._code.less(self._last, self._bound)
 
     def columns(self, place: Any) -> list[Any]:
         """Return the columns of the connections that are taken together."""
-        return [*(self._pattern.column(self._code.sum(place, one)) for one in range(self._together - 1)), self._last]
+        places = [self._code.sum(place, one) for one in range(self._together)]
+        if self.is_known:
+            return [self._pattern.column(one, is_known=True) for one in places]
+        return [*map(self._pattern.column, places[:-1]), self._last]
 
 
 def until(code: Emitter, end: Any, together: int) -> Callable[[list[Any]], Any]:

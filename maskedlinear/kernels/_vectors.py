@@ -153,20 +153,14 @@ class _Groups:
             first = code.least(code.and_(first, I64(-self._lanes)), code.sub(self._depth, I64(window)))
             places = code.sub(columns, code.spread(code.trunc(first, I32), self._indices))
             self._within = first, places
-            return self._are_all_below(places, ir.Constant(self._indices, [window] * self._lanes))
+            return code.are_all_below(places, I64(window))
 
         return condition
 
     def _are_of_x(self, carried: list[Any]) -> Any:
         """Whether x has all columns of a group."""
-        code = self._code
-        columns = code.get(self._across, carried[0], self._indices, I32)
-        return self._are_all_below(columns, code.spread(code.trunc(self._depth, I32), self._indices))
-
-    def _are_all_below(self, numbers: Any, bound: Any) -> Any:
-        code, lanes = self._code, ir.IntType(self._lanes)
-        are_below = code.bitcast(code.icmp_unsigned("<", numbers, bound), lanes)
-        return code.icmp_unsigned("==", are_below, lanes(-1))
+        columns = self._code.get(self._across, carried[0], self._indices, I32)
+        return self._code.are_all_below(columns, self._depth)
 
     def _picked(self, window: int, _: Any) -> Any:
         """Return the numbers of the group that was found to lie in a window."""
