@@ -165,10 +165,10 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
         found = self.module.globals.get(name) or ir.Function(self.module, ir.FunctionType(result, kinds), name)
         return self.call(found, arguments)
 
-    def fetch(self, pointer: Any, offset: int) -> None:
+    def fetch(self, pointer: Any, offset: int, *, to_write: bool = False) -> None:
         """Have the line of memory ``offset`` bytes further on brought into the first cache; any address will do."""
         line = self.gep(pointer, [I64(offset)], source_etype=I8)
-        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), [line, I32(0), I32(3), I32(1)])
+        self.intrinsic("llvm.prefetch.p0", ir.VoidType(), [line, I32(int(to_write)), I32(3), I32(1)])
 
     def zero(self, pointer: Any, count: Any) -> None:
         """Write ``count`` bytes of 0."""

@@ -86,6 +86,11 @@ def _emit_copy(code: Emitter, lanes: int, dtype: str, *, to_panel: bool) -> None
             whole = code.sub(last, code.urem(code.sub(last, first), I64(lanes)))
             with code.loop(first, whole, lanes) as feature, code.loop(0, squares, lanes) as lane:
                 of_batch = code.sum(code.times(code.sum(column, lane), features), feature)
+                if not to_panel:  # lines far from each other, written to when the next features are
+                    for one in range(lanes):
+                        code.fetch(
+                            code.at(matrix, code.sum(of_batch, code.times(features, one)), dtype), 64, to_write=True
+                        )
                 sides = [(code.at(matrix, of_batch, dtype), features)]
                 sides.insert(1 if to_panel else 0, (code.place(panel, in_panel(feature, lane), kind), width))
                 code.call(code.module.globals["turn"], [part for side in sides for part in side])
