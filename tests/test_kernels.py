@@ -65,8 +65,9 @@ def spmm(
     by_batch: bool = False,
     threads: int = 2,
     checked: bool = True,
+    bias: Array | None = None,
 ) -> Array:
-    """Return W · right, or Wᵀ · right, for right (features, batch)."""
+    """Return W · right, or Wᵀ · right, for right (features, batch), and a bias."""
     shape, dtype, batch = pattern.shape[:: -1 if transposed else 1], str(right.dtype), right.shape[1]
     starts, across, order = pattern.csc if transposed else (pattern.indptr, pattern.indices, None)
     given, panels = lay(right, by_batch), room(len(right), batch, by_batch, dtype)
@@ -83,6 +84,7 @@ def spmm(
         out=address(out),
         order=address(order),
         panels=address(panels),
+        bias=address(bias),
         right_by_batch=by_batch,
         out_by_batch=by_batch,
         threads=threads,
@@ -158,6 +160,23 @@ def test_half_types_are_read_as_float32(shape: tuple[int, int, float], dtype: st
             np.testing.assert_array_equal(sddmm(pattern, g, x, by_batch=by_batch), same)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_bias_is_added_last(shape: tuple[int, int, float], dtype: str) -> None:
+    """To the last bit what is added to the product, infinities and NaN too, whose row alone they reach."""
+    rng, pattern, kind = np.random.default_rng(11), pattern_of(*shape), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    values = rng.standard_normal(pattern.nnz).astype(kind)
+    for batch in (1, 2, 7, 16, 33, 130):
+        for transposed in (False, True):
+            rows, depth = pattern.shape[:: -1 if transposed else 1]
+            x, bias = (rng.standard_normal(size).astype(kind) for size in ((depth, batch), rows))
+            bias[:3] = [np.inf, -0.0, np.nan][:rows]
+            for by_batch in (False, True):
+                without = spmm(pattern, values, x, transposed=transposed, by_batch=by_batch)
+                found = spmm(pattern, values, x, transposed=transposed, by_batch=by_batch, bias=bias)
+                np.testing.assert_array_equal(found, without + bias.astype(without.dtype)[:, None])
+
+
 def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
     import torch  # noqa: F401 - it brings the pool
 
@@ -200,8 +219,9 @@ def test_what_is_not_a_number_reaches_only_what_it_is_connected_to() -> None:
         assert np.isnan(y[1]).all()
 
 
-@pytest.mark.parametrize("batch", [1, 7, 64])
-def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
+@pytest.mark.parametrize("batch", [1, 3, 7, 16, 64, 130])
+@pytest.mark.parametrize("which", [slice(1, None, 3), slice(5, 6), slice(-1, None)], ids=["a third", "one", "the last"])
+def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int, which: slice) -> None:
     pattern = pattern_of(40, 30, 0.5)
     rng = np.random.default_rng(3)
     values = rng.standard_normal(pattern.nnz).astype(np.float32)
@@ -211,19 +231,43 @@ def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int) -> None:
     for name, wrong in itertools.product(("indices", "indptr"), (-1, 2**31 - 1)):
         bad: Any = object.__new__(SparsityPattern)
         bad.indptr, bad.indices, bad.shape = pattern.indptr.copy(), pattern.indices.copy(), pattern.shape
-        getattr(bad, name)[1::3] = wrong
+        getattr(bad, name)[which] = wrong
         assert spmm(bad, values, x, by_batch=True).shape == (40, batch)
         assert sddmm(bad, np.ones((40, batch), np.float32), x).shape == values.shape
         assert spmm(bad, halves, half_x).shape == (40, batch)
         bad_columns: Any = copy.copy(pattern)
         starts, outputs, order = (index.copy() for index in pattern.csc)
-        order[1::3] = wrong
+        order[which] = wrong
         vars(bad_columns)["csc"] = starts, outputs, order
         for some in (values, halves):
             g = np.ones((40, batch), some.dtype)
             assert spmm(bad_columns, some, g, transposed=True).shape == (30, batch)
         assert sddmm(bad, np.ones((40, batch), np.float16), half_x).shape == values.shape
     np.testing.assert_array_equal(spmm(pattern, values, x), before)
+
+
+@pytest.mark.parametrize("batch", [3, 16, 64, 130])
+def test_an_index_beyond_the_end_is_taken_for_the_last(batch: int) -> None:
+    """Each on its own, and none of those that are looked at with it."""
+    pattern, rng = pattern_of(40, 30, 0.9), np.random.default_rng(12)
+    values, g = (rng.standard_normal(size).astype(np.float32) for size in (pattern.nnz, (40, batch)))
+    for side, x in (("indices", rng.standard_normal((30, batch)).astype(np.float32)), ("order", g)):
+        bad: Any = copy.copy(pattern)
+        wrong, right = (
+            index.copy() for index in ((pattern.indices,) * 2 if side == "indices" else (pattern.csc[2],) * 2)
+        )
+        wrong[7::20], right[7::20] = 2**31 - 1, (29 if side == "indices" else pattern.nnz - 1)
+        found = []
+        for index in (wrong, right):
+            if side == "indices":
+                bad = object.__new__(SparsityPattern)
+                bad.indptr, bad.indices, bad.shape = pattern.indptr, index, pattern.shape
+            else:
+                vars(bad)["csc"] = (*pattern.csc[:2], index)
+            found.append(spmm(bad, values, x, transposed=side == "order"))
+            if side == "indices":
+                found[-1] = np.concatenate([found[-1].ravel(), sddmm(bad, g, x)])
+        np.testing.assert_allclose(*found, rtol=1e-5, atol=1e-5)
 
 
 def test_threads_of_python_may_call_at_once() -> None:

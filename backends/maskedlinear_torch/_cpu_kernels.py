@@ -62,8 +62,8 @@ def _lies_by_batch(matrix: Tensor) -> bool:
     return not matrix.is_contiguous()
 
 
-def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor:
-    """Return the product, which lies as ``right`` does, or by features; of half types as float32."""
+def spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None, *, as_it_lies: bool) -> Tensor:
+    """Return the product, and a bias added last, which lies as ``right`` does, or by features; of half types as float32."""
     right, values = lies_well(right), _settled(values).contiguous()
     (depth, batch), rows = right.shape, csr.starts.shape[0] - 1
     dtype, by_batch = _DTYPES[right.dtype], _lies_by_batch(right)
@@ -75,6 +75,12 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
     if order is not None and kernels.is_ordered_first(values.numel(), batch, dtype):
         values, order = _in_order(values, order), None
     panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
+    if bias is not None:
+        bias = _settled(bias).contiguous()
+        if bias.shape != (rows,) or bias.dtype is not values.dtype:
+            raise ValueError(
+                f"bias must have shape {(rows,)} in {values.dtype}; got {tuple(bias.shape)} in {bias.dtype}"
+            )
     kernels.spmm(
         dtype,
         (rows, depth),
@@ -86,6 +92,7 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool) -> Tensor
         values=_address(values),
         right=_address(right),
         panels=_address(panels),
+        bias=_address(bias),
         out=_address(out),
         right_by_batch=by_batch,
         out_by_batch=out_by_batch,

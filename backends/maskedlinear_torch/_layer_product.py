@@ -46,9 +46,7 @@ def layer_product(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tenso
 
 def _rows_of_y(x: Tensor, right: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
     """Return y for x, which ``right`` (in, batch) has as the products read it."""
-    y = plain_spmm(values, right, pattern, False).mT.contiguous()
-    if bias is not None:
-        y += bias
+    y = plain_spmm(values, right, pattern, bias=bias).mT.contiguous()
     y = y if y.dtype is x.dtype else y.to(x.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
 

@@ -223,9 +223,14 @@ def is_fake(tensor: Tensor) -> bool:
 # Half types are read by kernels of ours alone, and widened for all others; these products are float32.
 
 
-def plain_spmm(values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool = False) -> Tensor:
-    """Return what :func:`spmm` does, of ordinary tensors that nothing differentiates; of half types float32."""
-    return _spmm(values, right, pattern.csr(transposed))
+def plain_spmm(
+    values: Tensor, right: Tensor, pattern: DevicePattern, transposed: bool = False, bias: Tensor | None = None
+) -> Tensor:
+    """Return what :func:`spmm` does, of ordinary tensors that nothing differentiates; of half types float32.
+
+    A ``bias``, of the dtype of values, is added last to each column.
+    """
+    return _spmm(values, right, pattern.csr(transposed), bias)
 
 
 def plain_sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
@@ -233,13 +238,19 @@ def plain_sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     return _sddmm(left, right, pattern.csr(False))
 
 
-def _spmm(values: Tensor, right: Tensor, csr: CSR, *, as_it_lies: bool = True) -> Tensor:
+def _spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None = None, *, as_it_lies: bool = True) -> Tensor:
+    is_for_kernels = _cpu_kernels.are_for(values, right) and not (is_grads_batched(values) or is_grads_batched(right))
+    if is_for_kernels and values.numel() and right.shape[1]:
+        return _cpu_kernels.spmm(values, right, csr, bias, as_it_lies=as_it_lies)
+    product = _spmm_without_kernels(values, right, csr)
+    return product if bias is None else product.add_(bias[:, None])
+
+
+def _spmm_without_kernels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     rows, (depth, batch) = csr.starts.shape[0] - 1, right.shape
     wide = _cpu_kernels.wide(right.dtype)
     if not values.numel() or not batch:
         return right.new_zeros(rows, batch, dtype=wide)
-    if _cpu_kernels.are_for(values, right) and not (is_grads_batched(values) or is_grads_batched(right)):
-        return _cpu_kernels.spmm(values, right, csr, as_it_lies=as_it_lies)
     if _is_on_gpu(right) and (product := _gpu_products.spmm(values, right, csr)) is not None:
         return product
     values, right = values.to(wide), right.to(wide)

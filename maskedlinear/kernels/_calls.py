@@ -140,12 +140,13 @@ def spmm(
     out: int,
     order: int = 0,
     panels: int = 0,
+    bias: int = 0,
     right_by_batch: bool = False,
     out_by_batch: bool = False,
     threads: int = 1,
     checked: bool = True,
 ) -> None:
-    """Write W · right to ``out``; all matrices are given as the addresses of their first numbers.
+    """Write W · right + bias to ``out``; all matrices are given as the addresses of their first numbers.
 
     The bits of the result depend on nothing but the arguments' values and the machine: not on ``threads``.
 
@@ -162,6 +163,7 @@ def spmm(
         out: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
         order: int32, shape ``(nnz,)``: connection k has the value ``values[order[k]]``; 0 if values are in order.
         panels: room for :func:`panel_numbers` numbers; neither needed nor used if :func:`is_direct`.
+        bias: shape ``(rows,)``, of the dtype of values, added last to each column; 0 for none.
         right_by_batch: which way right lies.
         out_by_batch: which way out lies.
         threads: the most threads that take part.
@@ -175,7 +177,7 @@ def spmm(
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
         "order": order, "values": values, "right": right, "right_by_batch": right_by_batch,
         "panels": right if direct else panels, "direct": direct, "out": out,
-        "out_by_batch": out_by_batch,
+        "out_by_batch": out_by_batch, "bias": bias,
     }  # fmt: skip
     _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
 

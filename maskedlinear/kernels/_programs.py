@@ -28,6 +28,7 @@ _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
 # wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
 _GRAIN = 40_000  # additions of vectors that are worth a thread
+_COPIED = 3  # additions that take as long as it takes to copy one vector to a panel, or from one
 
 
 def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, sampled: bool) -> None:
@@ -73,7 +74,8 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     Blocks, in whose order a row's terms are added up, do not depend on threads.
     """
     rows, depth, batch, nnz = (told.number(name) for name in ("rows", "depth", "batch", "nnz"))
-    work = code.over(code.times(nnz, code.over(code.sum(batch, 7), 8)), _GRAIN)
+    counted = code.sum(nnz, code.times(code.sum(rows, depth), _COPIED))
+    work = code.over(code.times(counted, code.over(code.sum(batch, 7), 8)), _GRAIN)
     threads = code.least(told.number("threads"), code.sum(work, 1))
     # Some chunks for each thread, of whole cache lines of a product by batch.
     height = code.times(code.rounded_up(code.rounded_up(rows, code.times(threads, 4)), 16), 16)

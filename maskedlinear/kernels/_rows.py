@@ -49,7 +49,7 @@ ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
 SLOTS = (
     "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
-    "tasks", "column", "tiles", "widest", "threads",
+    "tasks", "column", "tiles", "widest", "threads", "bias",
 )  # fmt: skip
 
 
@@ -277,6 +277,11 @@ def spmm_task(
             code.put(place, cursors, at)
             for k, total in enumerate(sums):
                 code.put(total, tile, code.sum(mine, k * vector.count), kind)
+        with code.if_then(told.flag("bias")), code.loop(first, last) as row:
+            number = code.spread(code.read(told.pointer("bias"), row, dtype), vector)
+            for k in range(count):
+                here = code.sum(code.times(code.sub(row, first), width), k * vector.count)
+                code.put(code.fadd(code.get(tile, here, vector, kind), number), tile, here, kind)
         sizes = (told.number("rows"), told.number("batch"), column, I64(width))
         target = (told.pointer("out"), told.number("out_by_batch"))
         code.call_address(write_panel, COPY, [*target, *sizes, tile, first, last])

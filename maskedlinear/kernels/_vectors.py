@@ -58,6 +58,9 @@ def vector_task(
                         following.append(code.multiply_add(pattern.value(connection), number_of_x, total))
                 place, sums = carried[0], [total_of(code, carried[1:])]
             code.put(sums[0], out, row)
+        with code.if_then(told.flag("bias")), code.loop(first, last) as row:
+            number = code.read(told.pointer("bias"), row, dtype)
+            code.put(code.fadd(code.get(out, row, kind), number), out, row)
 
 
 def sampled_vector_task(
