@@ -197,7 +197,10 @@ def test_x_may_lie_anyhow_and_y_be_written_to(dtype: torch.dtype, lies: str, has
     y += 1
     with torch.no_grad():
         without = sparse_linear(LAID[lies](x), values, PATTERN, bias if has_bias else None)
-    assert torch.equal(without.mul_(2).add_(1), y)
+    assert torch.equal(without * 2 + 1, y)
+    without += torch.ones_like(without, requires_grad=True)  # as to the y of a dense layer, made without gradients
+    with torch.inference_mode():
+        assert torch.equal(sparse_linear(LAID[lies](x), values, PATTERN, bias if has_bias else None) * 2 + 1, y)
     wide = [side.detach().double().requires_grad_() for side in (x, values, bias)]
     rows, columns = (torch.tensor(index).long() for index in (PATTERN.rows, PATTERN.indices))
     weight = torch.zeros(OUT, IN, dtype=torch.float64).index_put((rows, columns), wide[1])
@@ -211,3 +214,33 @@ def test_x_may_lie_anyhow_and_y_be_written_to(dtype: torch.dtype, lies: str, has
         torch.testing.assert_close(
             one.double(), other, rtol=4 * torch.finfo(dtype).eps, atol=64 * torch.finfo(dtype).eps
         )
+
+
+@pytest.mark.parametrize("lies", sorted(LAID.keys() - {"one row", "no row"}))
+def test_x_is_kept_once(lies: str) -> None:
+    """As it is, or, where the products need a copy, the copy alone."""
+    (x, values, bias), _ = problem(torch.float32)
+    kept: list[Tensor] = []
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept.append(tensor)
+        return tensor
+
+    given = LAID[lies](x)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        y = sparse_linear(given, values, PATTERN, bias)
+    assert y.requires_grad
+    storages = {
+        one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in kept if one.numel() == x.numel()
+    }
+    assert list(storages.values()) == [x.nbytes]
+
+
+@pytest.mark.parametrize("rows", [1, BATCH])
+def test_what_a_layer_gives_without_gradients_may_be_written_to(rows: int) -> None:
+    layer = SparseLinear(IN, OUT, pattern=PATTERN)
+    with torch.no_grad():
+        outputs = [layer(torch.ones(*shape, IN)) for shape in ((rows,), (2, rows), (1, 1, rows))]
+    for y in outputs:
+        y += torch.ones_like(y, requires_grad=True)
+        assert y.requires_grad

@@ -39,16 +39,21 @@ def _nothing_looks_on() -> bool:
 
 def layer_product(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
     """Return y (..., out) for x (..., in) and values (nnz,) of one dtype; summed up in float32, if not float64."""
-    if torch.is_grad_enabled():
-        return _LayerProduct.apply(x, values, bias, *pattern)  # type: ignore[no-any-return, no-untyped-call]
-    return _rows_of_y(x, laid_out(flatten_batch(x).mT, pattern), values, pattern, bias)
+    if not torch.is_grad_enabled():
+        return _rows_of_y(x, values, pattern, bias)
+    rows = x
+    if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
+        # Copied here, if at all: once for both passes, and the copy alone is kept.
+        rows = laid_out(flatten_batch(x).mT, pattern).mT
+    y: Tensor = _LayerProduct.apply(rows, values, bias, *pattern)  # type: ignore[no-untyped-call]
+    return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])
 
 
-def _rows_of_y(x: Tensor, right: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
-    """Return y for x, which ``right`` (in, batch) has as the products read it."""
-    y = plain_spmm(values, right, pattern, bias=bias).mT.contiguous()
+def _rows_of_y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
+    """Return y, which is no view: torch refuses to write to one of a Function's memory, or made without gradients."""
+    y = plain_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern, bias=bias).mT.contiguous()
     y = y if y.dtype is x.dtype else y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])
+    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])).data
 
 
 class _LayerProduct(torch.autograd.Function):
@@ -56,20 +61,14 @@ class _LayerProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
-        pattern = DevicePattern(*rest)
-        right = laid_out(flatten_batch(x).mT, pattern)
         of_x, of_values = ctx.needs_input_grad[:2]
-        is_copy = of_values and right.data_ptr() != x.data_ptr()  # which the backward pass would have to make again
-        ctx.save_for_backward(
-            x if of_values else None, right if is_copy else None, values if of_x else None, *rest
-        )  # fmt: skip
+        ctx.save_for_backward(x if of_values else None, values if of_x else None, *rest)
         ctx.shape, ctx.dtype = x.shape, x.dtype
-        # Not a view, which others may not write to: one of a Function's memory is refused.
-        return _rows_of_y(x, right, values, pattern, bias).data
+        return _rows_of_y(x, values, DevicePattern(*rest), bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, right, values, *rest = ctx.saved_tensors
+        x, values, *rest = ctx.saved_tensors
         pattern, dtype = DevicePattern(*rest), ctx.dtype
         of_x, of_values, of_bias = ctx.needs_input_grad[:3]
         # Differentiated again, mapped, recorded or compiled, which may have begun after the forward pass.
@@ -80,8 +79,7 @@ class _LayerProduct(torch.autograd.Function):
         columns = rows.mT.to(to) if is_watched else laid_out(rows.mT, pattern, True)
         dx = dvalues = dbias = None
         if of_values:
-            other = flatten_batch(x).mT if is_watched or right is None else right
-            dvalues = sampled(columns, other.to(to), pattern).to(dtype)
+            dvalues = sampled(columns, flatten_batch(x).mT.to(to), pattern).to(dtype)
         if of_x:
             dx = product(values.to(to), columns, pattern, True).mT.to(dtype).reshape(ctx.shape)
         if of_bias:

@@ -126,7 +126,7 @@ class Matrix:
             y = torch.mv(made[2], vector) if bias is None else torch.addmv(bias, made[2], vector)
         except RuntimeError:  # torch refuses what does not belong together; the checks say it better
             return None
-        return y if x.dim() == 1 else y.view(*x.shape[:-1], len(y))
+        return y if x.dim() == 1 else y.view(*x.shape[:-1], len(y)).data  # no view, which could not be written to
 
     def __deepcopy__(self, _: Any) -> Matrix:
         """A copied layer makes its own."""

@@ -27,6 +27,10 @@ _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
 # Connections of a row that a block should have, on average, and from which blocks pay, in the widest tiles; in those half as
 # wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
+_FAR_BYTES, _FEWEST_IF_FAR = (
+    1 << 20,
+    7,
+)  # where a panel without blocks is too large for a second cache, they pay from fewer on
 _GRAIN = 40_000  # additions of vectors that are worth a thread
 _COPIED = 3  # additions that take as long as it takes to copy one vector to a panel, or from one
 
@@ -90,7 +94,10 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     least = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
     columns = code.over(code.times(distance, narrower, _FULL_BLOCK), 16)
     columns = code.least(code.most(columns, least), code.times(least, 2))
-    is_full = code.less(code.times(distance, narrower, _FEWEST_IN_BLOCK), code.sum(code.times(columns, 16), 1))
+    panel_bytes = code.times(depth, code.least(width, sizes[1]), item_bytes)
+    is_far = code.less(_FAR_BYTES, panel_bytes)
+    fewest = code.select(is_far, I64(_FEWEST_IF_FAR), code.times(narrower, _FEWEST_IN_BLOCK))
+    is_full = code.less(code.times(distance, fewest), code.sum(code.times(columns, 16), 1))
     # Without blocks the panel of all columns stays in the second cache, down to half of the widest tile.
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
     told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))
