@@ -27,10 +27,8 @@ _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
 # Connections of a row that a block should have, on average, and from which blocks pay, in the widest tiles; in those half as
 # wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
-_FAR_BYTES, _FEWEST_IF_FAR = (
-    1 << 20,
-    7,
-)  # where a panel without blocks is too large for a second cache, they pay from fewer on
+# They pay from fewer on where a panel without blocks is too large for a second cache.
+_FAR_BYTES, _FEWEST_IF_FAR = 1 << 20, 7
 _GRAIN = 40_000  # additions of vectors that are worth a thread
 _COPIED = 3  # additions that take as long as it takes to copy one vector to a panel, or from one
 
@@ -87,9 +85,8 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     width: Any = I64(sizes[-1])
     for size in reversed(sizes):  # that of the first tile
         width = code.select(code.less(batch, size), width, I64(size))
-    distance = code.over(
-        code.times(rows, depth, 16), code.most(nnz, 1)
-    )  # of a row's connections, in sixteenths of a column
+    # How far a row's connections are from each other, in sixteenths of a column.
+    distance = code.over(code.times(rows, depth, 16), code.most(nnz, 1))
     narrower = code.over(sizes[0], width)
     least = code.most(code.over(_BLOCK_BYTES // item_bytes, width), 16)
     columns = code.over(code.times(distance, narrower, _FULL_BLOCK), 16)
