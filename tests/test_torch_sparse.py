@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from maskedlinear import kernels, masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import MaskedLinear, SparseLinear, masked_linear, sparse_linear
-from maskedlinear_torch import _products
+from maskedlinear_torch import _cpu_kernels, _gathered_products, _products
 from maskedlinear_torch._products import DevicePattern
 from maskedlinear_torch._sparse import product
 
@@ -43,12 +43,14 @@ def layer_and_x() -> tuple[SparseLinear, Tensor]:
     return SparseLinear(5, 6, mask=MASK), torch.randn(4, 5)
 
 
-@pytest.fixture(params=["kernels", "plain"])
+@pytest.fixture(params=["ours", "kernels", "plain"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The products by torch's kernels, and as they are where there are none, in several parts."""
+    """The products by kernels of ours, by torch's, and as they are where there are none, in several parts."""
+    if request.param != "ours":
+        monkeypatch.setattr(_cpu_kernels, "are_for", lambda *_: False)
     if request.param == "plain":
         monkeypatch.setattr(_products, "_has_kernels", lambda *_: False)
-        monkeypatch.setattr(_products, "_CHUNK", 40)
+        monkeypatch.setattr(_gathered_products, "_CHUNK", 40)
 
 
 @pytest.mark.usefixtures("products")

@@ -26,6 +26,7 @@ from maskedlinear_torch._compat import (
     is_tracing,
 )
 from maskedlinear_torch._cpu_kernels import CSR
+from maskedlinear_torch._gathered_products import sddmm_gathered, spmm_gathered
 from maskedlinear_torch._storage import is_plain
 
 __all__ = [
@@ -45,7 +46,6 @@ __all__ = [
 ]
 
 _LANES = 8  # columns that the sampled product takes at a time
-_CHUNK = 1 << 22  # numbers that the products without MKL gather at once
 
 
 class DevicePattern(NamedTuple):
@@ -257,7 +257,7 @@ def _spmm_without_kernels(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
     if csr.order is not None:
         values = values.index_select(0, csr.order)
     if not _has_kernels(values, right):
-        return _spmm_gathered(values, right, csr)
+        return spmm_gathered(values, right, csr)
     matrix = _csr(csr, values.contiguous(), depth)
     with _no_autocast(right.device.type):
         if batch == 1:  # a matrix times a vector takes less than half the time
@@ -276,7 +276,7 @@ def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         return product
     left, right = left.to(wide), right.to(wide)
     if not _has_kernels(left, right):
-        return _sddmm_gathered(left, right, csr)
+        return sddmm_gathered(left, right, csr)
     if 1 < batch < _LANES and right.device.type == "cpu":  # what is left over takes longer than all the rest
         left, right = (torch.nn.functional.pad(side, (0, _LANES - batch)) for side in (left, right))
     matrix = _csr(csr, right.new_zeros(csr.across.shape), depth)
@@ -287,34 +287,6 @@ def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
 
 def _is_on_gpu(tensor: Tensor) -> bool:
     return tensor.device.type not in ("cpu", "meta")
-
-
-def _spmm_gathered(values: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    product = right.new_zeros(len(csr.starts) - 1, right.shape[1])
-    rows = _rows(csr)
-    for part in _parts(csr, right.shape[1]):
-        # Not in place, which a batch of gradients refuses.
-        product = product.index_add(0, rows[part], values[part, None] * right.index_select(0, csr.across[part]))
-    return product
-
-
-def _sddmm_gathered(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
-    rows = _rows(csr)
-    parts = [
-        (left.index_select(0, rows[part]) * right.index_select(0, csr.across[part])).sum(1)
-        for part in _parts(csr, right.shape[1])
-    ]
-    return torch.cat(parts)
-
-
-def _rows(csr: CSR) -> Tensor:
-    counts = csr.starts.diff()
-    return torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts)
-
-
-def _parts(csr: CSR, batch: int) -> list[slice]:
-    step = max(1, _CHUNK // batch)
-    return [slice(start, start + step) for start in range(0, csr.across.numel(), step)]
 
 
 def _has_kernels(*operands: Tensor) -> bool:
