@@ -1,4 +1,4 @@
-"""Claims for one GPU, none of them measured yet: what each form takes, as a ratio to cuBLAS in the same dtype (``TARGETS``).
+"""What each form takes on a GPU, as a ratio to cuBLAS in the same dtype, beside what was once expected (``TARGETS``).
 
 ``make bench-gpu`` runs the conformance suite on the GPU first, on every backend that is there, then each kernel beside
 float64 and the clock (``gpu_kernels.py``), and then times the forms beside ``torch.nn.utils.prune``, torch's compressed rows
@@ -70,7 +70,7 @@ TARGETS = [
     *_rows("blocks", "bfloat16", 2048, {0.1: 0.15, 0.25: 0.32, 0.5: 0.6}, block=64),
     *[Row("sparse", "float32", 64, live, None) for live in (0.1, 0.5)],
 ]
-"""What the notes on kernels expect of an H100; ``None`` where nothing was said."""
+"""What is expected of an H100, by bytes alone, which kernels do not reach; ``None`` where nothing was said."""
 
 
 @cache

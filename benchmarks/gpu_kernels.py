@@ -63,8 +63,8 @@ class Case(NamedTuple):
         """Return what the rule is asked about."""
         sizes = (self.depth, self.rows) if self.kind == "Wt g" else (self.rows, self.depth)
         is_of = {"sampled": self.kind == "values", "transposed": self.kind == "Wt g"}
-        by_bits = _gpu_rule.has_bits(*sizes, self.nnz)
-        place_bytes = 0 if by_bits else _gpu_products._PLACE_BYTES
+        by_kernel = self.kind == "values" or _gpu_rule.has_bits(*sizes, self.nnz)
+        place_bytes = 0 if by_kernel else _gpu_products._PLACE_BYTES
         return Product(*sizes, self.nnz, self.batch, self.itemsize, self.multiply, place_bytes=place_bytes, **is_of)
 
 

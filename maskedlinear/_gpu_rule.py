@@ -1,9 +1,8 @@
-"""Which way a GPU forms a product of the sparse form: one rule for both frameworks, by what was measured on an H100.
+"""Which way a GPU forms a product of the sparse form: one rule for both frameworks, by what was measured on an H200.
 
 Each way's time is of what it moves, multiplies and, of the kernels in Triton, of the instructions that they are compiled to,
-at rates that were measured (``benchmarks/results/h100``). XLA's kernels, which were not, are taken to wait as Triton's do.
-It tells ways apart that differ by factors, not by percents; launches of kernels are not counted, nor copies of a side that
-lies another way, nor what small products leave idle.
+at rates that were measured (``benchmarks/results/h200/kernels.json``), but for XLA's. It tells ways apart that differ by
+factors, not by percents; copies of a side that lies another way are not counted.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ __all__ = [
     "LARGEST_PANEL",
     "PANEL_BYTES",
     "ROUND",
-    "TALL",
     "Multiply",
     "Product",
     "Tiles",
@@ -41,42 +39,108 @@ Way = Literal["dense", "panels", "gathered", "cusparse", "rows", "bits", "reduce
 PANEL_BYTES = 32 << 20  # of a panel that stays in the second-level cache, 50 MB
 LARGEST_PANEL = 128 << 20  # the most that is unpacked at once
 
-_MEMORY = 2.4e12  # bytes a second
+_MEMORY = 3.0e12  # bytes a second
 _L2 = 5.5e12
 _L1 = 20e12
 _L1_BYTES = 48 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
-_BY_ROWS = {False: (8.8e12, 6.3e12), True: (6.5e12, 4.0e12)}  # gathered a second; sampled; of half types last
+_BY_ROWS = {False: (10.5e12, 6.0e12), True: (6.8e12, 4.4e12)}  # gathered a second; sampled; of half types last
+_ONE_BY_ONE = {
+    False: 1.1e12,
+    True: 0.55e12,
+}  # numbers, where batches are no multiples of 16, which are not read together
+_LEAST_COLUMNS = 64  # that cuBLAS multiplies without tensor cores, more than one
+_ROW = 1.2e-9  # seconds that a program of a row, and of at most so many columns, takes beside
+_WIDEST_ROW = 128
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
-_ORDERED_L2 = 10e12  # beside which so much is gathered a second, if that takes longer than without an order
+_ORDERED_L2 = 15e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
-# Instructions of each thread a second, a third of what can be issued: they wait for the address of a place.
-_UNPACKING = 10e12
-_SAMPLING = 7e12  # of tiles and panels that are multiplied first
-_MULTIPLYING = 12e12  # without tensor cores
-_WARPS = 8  # of a multiprocessor, for that
-_STEPS = 8  # of a tile that are worth a program
-TALL = 128  # rows of a tile
+# Instructions of each thread a second, of some 30e12 that can be issued: they wait for the address of a place.
+_BITS = 10e12
+_BUSY_ROWS = 4096  # that the programs by bits need to keep all multiprocessors busy
+_PANELS = 20e12
+_BY_XLA = 12e12  # not measured: between the two
+_SAMPLING = 19e12  # of tiles that are multiplied first
+_MULTIPLYING = 12e12  # those too, without tensor cores
+# Of tiles of W · right, or of its transpose, which lies across in shared memory.
+_UNPACKING: dict[tuple[Multiply, bool], float] = {
+    ("tf32", False): 12.5e12,
+    ("tf32", True): 7e12,
+    ("half", False): 13e12,
+    ("half", True): 13.5e12,
+    ("float32", False): 7.5e12,
+    ("float32", True): 19e12,
+}
+_WARPS = 8  # of a multiprocessor, that reach such a rate
+_STEPS = 8  # of a tile that are worth a program,
+_STEP = 2e-6  # and how many seconds one takes at least
+_TALL = 128  # rows of a tile of the dense product, and of a sampled one
 _MULTIPROCESSORS = 132
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
-_PANEL = 4e-6  # seconds that a panel takes more, as it takes two kernels
+_LAUNCH = 3e-6  # seconds that a kernel takes at least; of a panel there are two
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
 _LARGEST_REDUCED_BATCH = 2  # of four XLA writes to memory which places are live
 
-# Of tiles of W · right, or of its transpose, by their columns: how many instructions of a thread it takes to unpack a place,
-# beside those that multiply, and how many programs a multiprocessor has registers for. Of what the kernels are compiled to
-# for an H100, as the tests count; in IEEE one instruction more multiplies it, for each column.
-_TILES: dict[tuple[Multiply, bool], dict[int, tuple[float, int]]] = {
-    ("tf32", False): {16: (13.2, 4), 32: (13.2, 3), 64: (14.9, 3), 128: (17, 2), 256: (17.4, 1)},
-    ("tf32", True): {16: (13.1, 3), 32: (13.5, 2), 64: (15.2, 3), 128: (19, 1), 256: (27.7, 1)},
-    ("half", False): {16: (13.5, 4), 32: (13.1, 3), 64: (13.3, 2), 128: (18.2, 2), 256: (18.5, 1)},
-    ("half", True): {16: (13.6, 4), 32: (13.2, 3), 64: (13.6, 3), 128: (19.4, 2), 256: (21.1, 1)},
-    ("float32", False): {16: (15.9, 5), 32: (18.7, 4), 64: (20, 2)},
-    ("float32", True): {16: (14.3, 5), 32: (16.4, 4), 64: (19.2, 2)},
+
+class Shape(NamedTuple):
+    """How a tile of so many columns is cut, and what it takes, as the kernel is compiled for an H100.
+
+    It is ``tall`` rows of the product; ``deep`` places of each make a step, which ``warps`` unpack in so many
+    ``instructions`` of a thread for each place, beside those that multiply: in IEEE one more, for each column. A
+    multiprocessor has room for so many programs ``beside`` each other.
+    """
+
+    tall: int
+    deep: int
+    warps: int
+    beside: int
+    instructions: float
+
+
+# Of tiles of W · right, or of its transpose, by their columns: the shapes that took the least time.
+_TILES: dict[tuple[Multiply, bool], dict[int, Shape]] = {
+    ("tf32", False): {
+        16: Shape(64, 64, 4, 4, 13.3),
+        32: Shape(128, 64, 4, 3, 13.2),
+        64: Shape(128, 64, 8, 2, 13.7),
+        128: Shape(128, 32, 8, 2, 17),
+        256: Shape(128, 32, 8, 1, 17.4),
+    },
+    ("tf32", True): {
+        16: Shape(64, 64, 4, 4, 14.5),
+        32: Shape(64, 64, 4, 4, 14.6),
+        64: Shape(64, 32, 4, 4, 15.4),
+        128: Shape(128, 32, 8, 1, 19),
+        256: Shape(128, 32, 8, 1, 27.7),
+    },
+    ("half", False): {
+        16: Shape(64, 128, 4, 4, 13.3),
+        32: Shape(64, 128, 4, 4, 13.5),
+        64: Shape(64, 64, 4, 4, 14.1),
+        128: Shape(64, 64, 8, 2, 13.8),
+        256: Shape(64, 64, 4, 2, 16.9),
+    },
+    ("half", True): {
+        16: Shape(128, 64, 4, 4, 13.6),
+        32: Shape(128, 64, 4, 3, 13.2),
+        64: Shape(128, 64, 4, 3, 13.6),
+        128: Shape(128, 32, 8, 2, 19.4),
+        256: Shape(128, 32, 8, 1, 21.1),
+    },
+    ("float32", False): {
+        16: Shape(128, 32, 4, 5, 15.9),
+        32: Shape(128, 32, 4, 4, 18.7),
+        64: Shape(128, 32, 4, 2, 20),
+    },
+    ("float32", True): {
+        16: Shape(128, 32, 4, 5, 14.3),
+        32: Shape(128, 32, 4, 4, 16.4),
+        64: Shape(128, 32, 4, 2, 19.2),
+    },
 }
 
 
@@ -137,12 +201,13 @@ def has_bits(rows: int, depth: int, nnz: int) -> bool:
 
 
 class Tiles(NamedTuple):
-    """How W x is cut into tiles of :data:`TALL` rows, each ``wide`` columns of the batch.
+    """How W x is cut into tiles of ``tall`` rows, each ``wide`` columns of the batch.
 
     ``deep`` places of W's rows make a step, which ``warps`` take together. A tile is shared by so many ``programs``, of
     which each takes ``steps`` at most, and what they make is added up.
     """
 
+    tall: int
     wide: int
     deep: int
     warps: int
@@ -171,13 +236,12 @@ def _is_read_by_16(product: Product) -> bool:
 
 def _cut(product: Product, wide: int) -> Tiles:
     """Return tiles of a width."""
-    rows, depth, _, batch, size, *_ = product
-    _, beside = _TILES[product.multiply, product.transposed][wide]
-    deep = 64 if wide <= (0 if product.multiply == "float32" else 128 // size) else 32
-    tiles, steps = max(1, -(-rows // TALL) * -(-batch // wide)), max(1, -(-depth // deep))
-    programs = max(1, min(_MULTIPROCESSORS * beside // tiles, steps // _STEPS))
+    rows, depth, _, batch, *_ = product
+    shape = _TILES[product.multiply, product.transposed][wide]
+    tiles, steps = max(1, -(-rows // shape.tall) * -(-batch // wide)), max(1, -(-depth // shape.deep))
+    programs = max(1, min(_MULTIPROCESSORS * shape.beside // tiles, steps // _STEPS))
     each = -(-steps // programs)
-    return Tiles(wide, deep, 4 if wide <= 64 else 8, each, -(-steps // each))
+    return Tiles(shape.tall, wide, shape.deep, shape.warps, each, -(-steps // each))
 
 
 def is_read_along(multiply: Multiply, transposed: bool) -> bool:
@@ -220,9 +284,9 @@ def seconds(way: Way, product: Product) -> float:
     rows, depth, nnz, batch, size, multiply, sampled, *_ = product
     weights, connections = rows * depth, nnz * (size + 4) / _MEMORY
     sides = (rows + depth) * batch * size / _MEMORY
-    multiplied = weights * batch / _MULTIPLIES[multiply]
+    multiplied = _seconds_multiplied(product)
     if way == "dense":
-        return max(multiplied, weights * size / _MEMORY + sides)
+        return max(multiplied, weights * size / _MEMORY + sides) + _LAUNCH
     if way == "panels":
         return _seconds_by_panels(product, panels(product))
     if way in ("bits", "reduced", "tiles") and not has_bits(rows, depth, nnz):
@@ -234,15 +298,32 @@ def seconds(way: Way, product: Product) -> float:
             return float("inf")
         issued = weights * instructions(way, multiply, 1 << max(0, batch - 1).bit_length())
         read = (weights / 4 + nnz * size) / _MEMORY + sides
-        return max(read, issued / _UNPACKING) + _seconds_of_bits(product)
+        busy = min(1, rows / _BUSY_ROWS)
+        return max(read, issued / (_BITS * busy)) + _LAUNCH + _seconds_of_bits(product)
     gathered = nnz * max(batch * size, _SECTOR)
-    if way == "rows":  # of a sampled product the row's own side stays near
+    if way == "rows":  # of a sampled product the row's own side stays near; connections are read meanwhile, in parts
         near = _L1 if depth * batch * size <= _L1_BYTES else _BY_ROWS[sampled][multiply == "half"]
         ordered = nnz * _ORDERED / _L2 + gathered / _ORDERED_L2 if product.transposed else 0
-        return max(gathered / near, ordered) + connections + sides
+        one_by_one = nnz * _columns(batch) / _ONE_BY_ONE[sampled] if batch > 16 and batch % 16 else 0
+        beside = rows * -(-batch // _WIDEST_ROW) * _ROW
+        return max(gathered / near, ordered, one_by_one) + connections / 2 + sides + beside + _LAUNCH
     if way == "gathered":  # read once, and added to or, sampled, read from, another place
         return gathered * (2 if sampled else 3) / _L2 + connections + nnz * 4 / _MEMORY + sides
     return gathered * _CUSPARSE * (2 if sampled else 1) / _L2 + connections + sides
+
+
+def _seconds_multiplied(product: Product) -> float:
+    """Return the time of the dense product's multiplications."""
+    batch = product.batch
+    if product.multiply == "float32" and batch > 1 and not product.sampled:
+        batch = max(batch, _LEAST_COLUMNS)
+    return product.rows * product.depth * batch / _MULTIPLIES[product.multiply]
+
+
+def _columns(batch: int) -> int:
+    """Return how many columns the programs of a row go over, those beyond the batch too."""
+    wide = min(_WIDEST_ROW, 1 << max(0, batch - 1).bit_length())
+    return -(-batch // wide) * wide
 
 
 def _seconds_by_panels(product: Product, count: int) -> float:
@@ -256,26 +337,29 @@ def _seconds_by_panels(product: Product, count: int) -> float:
     sectors, values = min(nnz * _SECTOR, full), nnz * size / _MEMORY
     if place_bytes:  # zeros in one step, places in another, and then what is at them
         unpacked = (sectors if sampled else full + sectors) / near + values + nnz * place_bytes / _MEMORY
-    else:  # in one step
-        kernel: Literal["panel", "panel by XLA", "sampled by XLA"] = "panel"
-        if by_xla:
-            kernel = "sampled by XLA" if sampled else "panel by XLA"
-        rate = _SAMPLING if sampled and not by_xla else _UNPACKING
-        unpacked = max(full / near, values + weights / 4 / _MEMORY, weights * instructions(kernel, multiply) / rate)
+    elif by_xla:  # in one step
+        kernel: Literal["panel by XLA", "sampled by XLA"] = "sampled by XLA" if sampled else "panel by XLA"
+        unpacked = max(full / near, values + weights / 4 / _MEMORY, weights * instructions(kernel, multiply) / _BY_XLA)
+    elif sampled:
+        unpacked = sectors / near + values + nnz * 4 / _MEMORY
+    else:
+        unpacked = (
+            max(full / near, weights * instructions("panel", multiply) / _PANELS) + values + weights / 4 / _MEMORY
+        )
     added = 0.0
     if transposed:  # each panel but the first adds to the whole product
         whole = rows * batch * _sum_bytes(product)
         added = 2 * (count - 1) * whole / (_L2 if whole <= PANEL_BYTES else _MEMORY)
-    sides, multiplied = (rows + depth) * batch * size / _MEMORY, weights * batch / _MULTIPLIES[multiply]
+    sides, multiplied = (rows + depth) * batch * size / _MEMORY, _seconds_multiplied(product)
     if multiply in ("tf32", "half"):  # of fewer tiles than multiprocessors, it takes longer, but not as many times
         tall, wide = (rows, batch) if transposed else (-(-rows // count), depth if sampled else batch)
-        tiles = max(1, -(-tall // TALL) * -(-wide // TALL))
+        tiles = max(1, -(-tall // _TALL) * -(-wide // _TALL))
         multiplied /= math.sqrt(min(1, tiles / _MULTIPROCESSORS))
     if (
         transposed and multiply == "tf32"
     ):  # tensor cores take rows of a panel, not columns, the less well the fewer there are
         multiplied *= min(2, 1 + count / 8)
-    return unpacked + max(multiplied, sides, full / near + added) + count * _PANEL
+    return unpacked + max(multiplied, sides, full / near + added) + 2 * count * _LAUNCH
 
 
 def _seconds_of_bits(product: Product) -> float:
@@ -290,7 +374,7 @@ def _seconds_of_bits(product: Product) -> float:
     average = 32 * product.nnz / places
     rounds = min(32 / AT_ONCE, 1 + (average + 2.5 * math.sqrt(average)) / AT_ONCE)
     issued = places / 32 * (160 + ROUND * rounds)
-    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _UNPACKING)
+    return product.forms_bits * max((product.nnz * 4 + places / 4) / _MEMORY, issued / _BITS)
 
 
 def _seconds_by_tiles(product: Product) -> float:
@@ -305,36 +389,39 @@ def _seconds_by_tiles(product: Product) -> float:
 def _seconds_as_cut(product: Product, cut: Tiles) -> float:
     """Return the time of W x by tiles: a step is unpacked, and multiplied."""
     rows, depth, nnz, batch, size, multiply, *_ = product
-    tiles, steps, times = -(-rows // TALL), -(-depth // cut.deep), -(-batch // cut.wide)
-    weights, columns = tiles * TALL * steps * cut.deep, times * cut.wide  # with what is beyond W
+    tiles, steps, times = -(-rows // cut.tall), -(-depth // cut.deep), -(-batch // cut.wide)
+    weights, columns = tiles * cut.tall * steps * cut.deep, times * cut.wide  # with what is beyond W
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
     again = tiles * depth * batch * size  # x is read again by each tile of W
     read = max((packed + sides) / _MEMORY, (times * packed + again) / _L2)
-    issued, rate = times * weights * _TILES[multiply, product.transposed][cut.wide][0], _UNPACKING
-    multiplied = 0.0
+    kind = multiply, product.transposed
+    issued, rate, multiplied = times * weights * _TILES[kind][cut.wide].instructions, _UNPACKING[kind], 0.0
     if multiply == "float32":  # by instructions, too
-        issued, rate = issued + weights * columns, _MULTIPLYING
+        issued += weights * columns
     else:
         multiplied = weights * columns / (_TILE_RATE * _MULTIPLIES[multiply])
     busy = min(1, max(1, tiles * times) * cut.programs * cut.warps / (_MULTIPROCESSORS * _WARPS))
-    added = 2 * cut.programs * rows * batch * 4 / _L2 if cut.programs > 1 else 0.0
-    return max(read, issued / (rate * busy) + multiplied) + added
+    added = 2 * cut.programs * rows * batch * 4 / _L2 + _LAUNCH if cut.programs > 1 else 0.0
+    return max(read, issued / (rate * busy) + multiplied, cut.steps * _STEP) + added + _LAUNCH
 
 
 def _seconds_sampled(product: Product) -> float:
     """Return the time of a sampled product by tiles of 128 columns of W."""
     rows, depth, nnz, batch, size, multiply, *_ = product
-    tall = TALL // 2 if multiply == "float32" else TALL
-    weights = -(-rows // tall) * tall * -(-depth // TALL) * TALL  # with what is beyond W
+    tall = _TALL // 2 if multiply == "float32" else _TALL
+    weights = -(-rows // tall) * tall * -(-depth // _TALL) * _TALL  # with what is beyond W
     packed, sides = rows * depth / 4 + nnz * size, (rows + depth) * batch * size
-    again = weights * batch * size * (1 / tall + 1 / TALL)  # each tile reads a piece of both sides
+    again = weights * batch * size * (1 / tall + 1 / _TALL)  # each tile reads a piece of both sides
     read = max((packed + sides) / _MEMORY, again / _L2)
-    issued, multiplied = weights * instructions("sampled", multiply) / _SAMPLING, 0.0
-    if multiply == "float32":  # by instructions, too, and it loads both its sides from near memory
+    written = nnz * _SECTOR / _L2  # one by one, each to a place of its own
+    if multiply == "float32":  # multiplied by instructions, too, which load both sides from near memory
         issued = weights * (instructions("sampled", multiply) + batch * _LOADED) / _MULTIPLYING
-    else:
-        multiplied = weights * batch / (_TILE_RATE * _MULTIPLIES[multiply])
-    return max(read, issued + multiplied)
+        return max(read, issued, written) + _LAUNCH
+    issued, multiplied = (
+        weights * instructions("sampled", multiply) / _SAMPLING,
+        weights * batch / _MULTIPLIES[multiply],
+    )
+    return max(read, issued + multiplied / _TILE_RATE + written) + _LAUNCH
 
 
 def choose(ways: Iterable[Way], product: Product) -> Way:

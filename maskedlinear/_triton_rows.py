@@ -2,7 +2,7 @@
 
 By rows they take compressed rows, any batch. By bits they are for the batches of inference, and so many connections that an
 index of each would be more to read than W itself: a bit a place says where values are, which stay in the pattern's order.
-``panel_kernel`` goes by bits too, from and to panels that a dense product multiplies.
+Panels, which a dense product multiplies, are unpacked by bits too, and sampled by rows.
 
 Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
 and each sum has its order, so that the same call gives the same bits. Pointers come first, the result's last, then sizes.
@@ -33,11 +33,12 @@ __all__ = [
     "sample",
     "unpack",
     "words_at",
+    "write_live",
 ]
 
 _TILE = 1024  # numbers that a program multiplies at once
 _WIDEST = 128  # columns of a batch that a program takes at once
-PANEL_OPTIONS = {"BM": 4, "BW": 16, "num_warps": 4}  # sizes of a program that goes over a panel
+PANEL_OPTIONS = {"BM": 4, "BW": 16, "num_warps": 4}  # sizes of a program that unpacks a panel
 
 
 @triton.jit
@@ -214,7 +215,7 @@ def split_places(numbers):
 
 
 @triton.jit
-def sample(numbers, quads, where):
+def write_live(numbers, quads, where):
     """Write the live ones of all places (BM, BW, 8, 2, 2) to their values."""
     first, second, third, fourth = split_places(tl.permute(numbers, (2, 1, 0, 3, 4)))
     where = put_place(first, quads, where, 0)
@@ -259,20 +260,28 @@ def bits_spmm_kernel(
 
 @triton.jit
 def panel_kernel(
-    values, panel, bits, firsts, rows, depth, words, nnz,
-    SAMPLED: tl.constexpr, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
-):  # fmt: skip
-    """BM rows and BW words of a panel (rows, depth): all of it is written from values; or, sampled, values from it."""
+    values, panel, bits, firsts, rows, depth, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
+):
+    """BM rows and BW words of a panel (rows, depth), all of which is written, from values."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
     quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
     column = (word[:, None] * 32 + tl.arange(0, 32)[None, :])[None, :, :]
     place = panel + row[:, None, None].to(tl.int64) * depth + column
     inside = (row < rows)[:, None, None] & (column < depth)
-    if SAMPLED:
-        sample(tl.reshape(tl.load(place, mask=inside, other=0.0), (BM, BW, 8, 2, 2)), quads, where)
-    else:
-        tl.store(place, tl.reshape(unpack(quads, where), (BM, BW, 32)), mask=inside)
+    tl.store(place, tl.reshape(unpack(quads, where), (BM, BW, 32)), mask=inside)
+
+
+@triton.jit
+def sample_kernel(panel, starts, across, sampled, depth, BK: tl.constexpr):
+    """The connections of one row of a panel (rows, depth), BK at a time: what it has there."""
+    row = tl.program_id(0)
+    begin, end = row_ends(starts, row, 0, False)
+    for first in range(begin, end, BK):
+        place = first + tl.arange(0, BK)
+        there = place < end
+        source = tl.load(across + place, mask=there, other=0)
+        tl.store(sampled + place, tl.load(panel + row.to(tl.int64) * depth + source, mask=there), mask=there)
 
 
 class Sizes(NamedTuple):
@@ -298,7 +307,7 @@ def rows_spmm(sizes: Sizes, itemsize: int, *, ordered: bool, checked: bool) -> L
     Pointers: values, right, starts, across, order, or anything unless ``ordered``, and the product (rows, batch).
     ``checked``, no index leads out of memory.
     """
-    options = rows_options(sizes)
+    options = rows_options(sizes, sampled=False)
     told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz}
     told |= {"ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
     return Launch(rows_spmm_kernel, (sizes.rows, triton.cdiv(sizes.batch, options["BB"])), told | options)
@@ -309,7 +318,7 @@ def rows_sddmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
 
     Pointers: left (rows, batch), right (depth, batch), starts, across, and what is sampled (nnz,).
     """
-    options = rows_options(sizes)
+    options = rows_options(sizes, sampled=True)
     splits = min(16, max(1, sizes.nnz // max(1, sizes.rows * options["BK"])))
     told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz, "splits": splits}
     told |= {"CHECKED": checked, "ACC": _sums(itemsize)}
@@ -344,26 +353,36 @@ def form_bits(rows: int, depth: int, nnz: int, *, checked: bool) -> Launch:
     return Launch(form_bits_kernel, (rows, triton.cdiv(words, wide)), told)
 
 
-def panel(rows: int, depth: int, nnz: int, *, sampled: bool) -> Launch:
-    """Return what writes a panel (rows, depth) from values, or, ``sampled``, values from a panel.
+def panel(rows: int, depth: int, nnz: int) -> Launch:
+    """Return what writes a panel (rows, depth) from values.
 
     Pointers: values, panel, and bits and firsts of its rows.
     """
     words = words_of(depth)
     grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(words, PANEL_OPTIONS["BW"]))
-    told = {"rows": rows, "depth": depth, "words": words, "nnz": nnz, "SAMPLED": sampled, "CHECKED": False}
+    told = {"rows": rows, "depth": depth, "words": words, "nnz": nnz, "CHECKED": False}
     return Launch(panel_kernel, grid, told | PANEL_OPTIONS)
+
+
+def sample(rows: int, depth: int, each: int) -> Launch:
+    """Return what writes values from a panel (rows, depth), of whose rows one has so many connections on average.
+
+    Pointers: panel, starts of its rows, across, and what is sampled (nnz,).
+    """
+    wide = min(1024, max(128, triton.next_power_of_2(each)))
+    return Launch(sample_kernel, (rows,), {"depth": depth, "BK": wide, "num_warps": wide // 128})
 
 
 def _sums(itemsize: int) -> Any:
     return tl.float64 if itemsize == 8 else tl.float32
 
 
-def rows_options(sizes: Sizes) -> dict[str, int]:
-    """Return the sizes of a program of the products by rows."""
+def rows_options(sizes: Sizes, *, sampled: bool) -> dict[str, int]:
+    """Return the sizes of a program of the products by rows: of those that took the least time on an H200."""
     wide = min(_WIDEST, triton.next_power_of_2(sizes.batch))
+    tile = _TILE if sampled or wide < 16 else _TILE // 2
     each = triton.next_power_of_2(max(8, -(-sizes.nnz // max(1, sizes.rows))))
-    tall = max(8, min(_TILE // wide, each))
+    tall = max(8, min(tile // wide, each))
     return {"BK": tall, "BB": wide, "num_warps": max(1, min(4, tall * wide // 256))}
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import TALL, Multiply, Product, Tiles, is_read_along, tiles_of, words_of
-from maskedlinear._triton_rows import Launch, Sizes, quads_of, quads_of_words, sample, unpack, words_at
+from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, tiles_of, words_of
+from maskedlinear._triton_rows import Launch, Sizes, quads_of, quads_of_words, unpack, words_at, write_live
 
 __all__ = ["sddmm", "spmm"]
 
@@ -40,7 +40,7 @@ def _sample(
 ):  # fmt: skip
     """Write what is live of some rows, BM of them, and of the two words from ``word`` on."""
     quads, where = quads_of(sampled, bits, firsts, row, word + tl.arange(0, 2), rows, words, nnz, CHECKED)
-    sample(tl.reshape(tile, (BM, 2, 8, 2, 2)), quads, where)
+    write_live(tl.reshape(tile, (BM, 2, 8, 2, 2)), quads, where)
 
 
 @triton.jit
@@ -166,7 +166,7 @@ def spmm(
     options = spmm_options(cut, multiply, transposed)
     part = cut.steps * options["BM" if transposed else "BW"]
     told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    grid = (triton.cdiv(count, TALL), triton.cdiv(sizes.batch, cut.wide), cut.programs)
+    grid = (triton.cdiv(count, cut.tall), triton.cdiv(sizes.batch, cut.wide), cut.programs)
     return Launch(tiles_spmm_kernel, grid, told | options)
 
 
@@ -193,7 +193,7 @@ def spmm_options(cut: Tiles, multiply: Multiply, transposed: bool) -> dict[str, 
     in steps before, but where registers would not do: then of most tiles what is in shared memory is fenced after the
     barrier only.
     """
-    tall, words = (cut.deep, TALL // 32) if transposed else (TALL, cut.deep // 32)
+    tall, words = (cut.deep, cut.tall // 32) if transposed else (cut.tall, cut.deep // 32)
     stages = 2 if transposed and multiply == "tf32" and cut.wide == 256 else 1
     sizes = {"BM": tall, "BN": cut.wide, "BW": words, "num_warps": cut.warps, "num_stages": stages}
     return {"ALONG": is_read_along(multiply, transposed), "IEEE": multiply == "float32", **sizes}

@@ -105,20 +105,29 @@ for dtype in (torch.float32, torch.bfloat16):  # of which the interpreter's own 
         panel = torch.full((last - first, 70), torch.nan, dtype=dtype)
         kernels.unpack(values, by_rows, first, panel)
         assert torch.equal(panel, matrix[first:last].to(dtype))
+        sampled = torch.zeros_like(values)
+        kernels.sample(panel, by_rows, first, sampled)
+        assert torch.equal(sampled, values * ((live.nonzero()[:, 0] >= first) & (live.nonzero()[:, 0] < last)))
 
 # Long rows, and columns, which several programs share.
-for dtype, programs in ((torch.float32, 4), (torch.bfloat16, 2)):
-    for shape, transposed in (((40, 1100), False), ((1100, 40), True)):
-        some = masks.random(shape, sparsity=0.7, seed=1)
-        by_rows = DevicePattern.of(SparsityPattern.from_mask(some), torch.device("cpu")).csr(False)
-        values, right = torch.randn(int(some.sum())).to(dtype), torch.randn(1100, 20).to(dtype)
-        dense = torch.zeros(shape, dtype=torch.float64).masked_scatter_(torch.tensor(some), values.double())
-        multiply = "float32" if dtype is torch.float32 else "half"
-        sizes = Sizes(*shape, values.numel(), 20)
-        launch = tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False)
-        assert launch.grid[2] == programs, launch.grid
-        found = kernels.tiles_spmm(values, right, by_rows, shape[1], transposed, multiply, up=True)
-        torch.testing.assert_close(found.double(), (dense.T if transposed else dense) @ right.double(), rtol=0, atol=1e-4)
+LONG = (
+    (torch.float32, False, 1100, 4),
+    (torch.float32, True, 1100, 4),
+    (torch.bfloat16, False, 2200, 2),
+    (torch.bfloat16, True, 1100, 2),
+)
+for dtype, transposed, length, programs in LONG:
+    shape = (length, 40) if transposed else (40, length)
+    some = masks.random(shape, sparsity=0.7, seed=1)
+    by_rows = DevicePattern.of(SparsityPattern.from_mask(some), torch.device("cpu")).csr(False)
+    values, right = torch.randn(int(some.sum())).to(dtype), torch.randn(length, 20).to(dtype)
+    dense = torch.zeros(shape, dtype=torch.float64).masked_scatter_(torch.tensor(some), values.double())
+    multiply = "float32" if dtype is torch.float32 else "half"
+    sizes = Sizes(*shape, values.numel(), 20)
+    launch = tiles.spmm(sizes, right.itemsize, multiply, transposed=transposed, checked=False)
+    assert launch.grid[2] == programs, launch.grid
+    found = kernels.tiles_spmm(values, right, by_rows, shape[1], transposed, multiply, up=True)
+    torch.testing.assert_close(found.double(), (dense.T if transposed else dense) @ right.double(), rtol=0, atol=1e-4)
 
 # Tiles of each width, of which the last one is not full; sides of each layout.
 chosen = tiles.tiles_of
@@ -265,9 +274,10 @@ def compiled(kernel, dtype, constants, expected=0, places=1, outside=0, batch=1,
 
 BATCHES = ("bf16", 1), ("fp32", 512), ("fp32", 16), ("fp64", 16), ("fp32", 4), ("bf16", 2), ("bf16", 4), ("fp32", 8)
 for dtype, batch in BATCHES[: 8 if EVERY else 2]:
-    rows = kernels.rows_options(kernels.Sizes(4096, 4096, 1 << 20, batch))
+    sizes = kernels.Sizes(4096, 4096, 1 << 20, batch)
+    rows = kernels.rows_options(sizes, sampled=False)
     compiled(kernels.rows_spmm_kernel, dtype, {"ORDERED": batch > 16} | rows)
-    compiled(kernels.rows_sddmm_kernel, dtype, rows)
+    compiled(kernels.rows_sddmm_kernel, dtype, kernels.rows_options(sizes, sampled=True))
     if batch <= _gpu_rule.LARGEST_BITS_BATCH:
         sizes = kernels.bits_options(batch, 8 if dtype == "fp64" else 4)
         expected = _gpu_rule.instructions("bits", MULTIPLY.get(dtype, "half"), batch)
@@ -275,11 +285,13 @@ for dtype, batch in BATCHES[: 8 if EVERY else 2]:
 form = kernels.form_bits(4096, 8192, 1 << 22, checked=True).told
 form = {name: form[name] for name in ("BW", "AT_ONCE", "num_warps")}
 compiled(kernels.form_bits_kernel, "fp32", form, _gpu_rule.ROUND, form["BW"])
-PANELS = ("bf16", False), ("fp32", True), ("fp32", False), ("fp64", False), ("fp64", True)
-for dtype, sampled in PANELS[: 5 if EVERY else 2]:
-    told = kernels.PANEL_OPTIONS | {"SAMPLED": sampled, "CHECKED": False}
+for dtype in ("bf16", "fp32", "fp64")[: 3 if EVERY else 1]:
+    told = kernels.PANEL_OPTIONS | {"CHECKED": False}
     issued = _gpu_rule.instructions("panel", MULTIPLY.get(dtype, "half"))
     compiled(kernels.panel_kernel, dtype, told, 0, told["BM"] * told["BW"] * 32, issued, beside=9)
+for dtype, each in (("fp32", 4096), ("fp64", 64))[: 1 + EVERY]:
+    told = kernels.sample(4096, 8192, each).told
+    compiled(kernels.sample_kernel, dtype, {name: told[name] for name in ("BK", "num_warps")})
 for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), ("fp32", 4, "tf32")):
     precision = {"PRECISION": "tf32" if multiply == "tf32" else "ieee"}
     for transposed in (False, True):
@@ -292,10 +304,10 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
                 if odd and multiply == "half" and wide == 256:
                     continue
                 sizes = tiles.spmm_options(_gpu_rule._cut(product, wide), multiply, transposed)
-                expected = widths[wide][0]
+                expected = widths[wide].instructions
                 expected = 0 if odd else expected + (multiply == "float32") * wide
                 told = sizes | {"TRANSPOSED": transposed} | precision
-                beside = None if odd else widths[wide][1]
+                beside = None if odd else widths[wide].beside
                 compiled(
                     tiles.tiles_spmm_kernel, dtype, told, expected, sizes["BM"] * sizes["BW"] * 32, uneven=odd, beside=beside
                 )
@@ -314,6 +326,7 @@ LIMITS = {
     "form": (48, 4 << 10),
     "tiles": (255, 160 << 10),
     "panel": (64, 8 << 10),
+    "sample": (40, 0),
 }
 FLOAT64 = 208
 BITS = {1: 64, 2: 96, 4: 128}  # by batch: eight, five and four programs by bits

@@ -81,8 +81,8 @@ def lies_well(right: Tensor, csr: CSR) -> Tensor:
 
 def _product(rows: int, depth: int, right: Tensor, csr: CSR, sampled: bool = False) -> Product:
     nnz, is_transposed = csr.across.numel(), csr.order is not None
-    by_bits = _gpu_rule.has_bits(rows, depth, nnz) and has_triton(right) and max(rows, depth) <= _WIDEST
-    place_bytes = 0 if by_bits else _PLACE_BYTES
+    by_kernel = (sampled or _gpu_rule.has_bits(rows, depth, nnz)) and has_triton(right) and max(rows, depth) <= _WIDEST
+    place_bytes = 0 if by_kernel else _PLACE_BYTES
     return Product(
         rows, depth, nnz, right.shape[1], right.itemsize, _multiply(right), sampled, is_transposed, place_bytes
     )
@@ -163,7 +163,7 @@ def sddmm_in_panels(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
 def _panels(csr: CSR, columns: int, product: Product) -> Iterator[tuple[int, int, tuple[slice, Tensor] | None]]:
     """Yield for each panel its first row, and the one past its last, and its connections with their places in it.
 
-    ``None`` in place of these where Triton finds them by bits.
+    ``None`` in place of these where a kernel in Triton finds them.
     """
     rows = len(csr.starts) - 1
     height = -(-rows // max(1, _gpu_rule.panels(product)))

@@ -73,18 +73,16 @@ def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, multiply: Multiply, up: b
 
 def unpack(values: Tensor, csr: Any, first: int, panel: Tensor) -> None:
     """Write rows of W, from ``first`` on, to a panel (rows, depth)."""
-    _run_panel(values, csr, first, panel, sampled=False)
+    rows, depth = panel.shape
+    bits, firsts = (of[first : first + rows] for of in bits_of(csr, depth))
+    _run(_triton_rows.panel(rows, depth, values.numel()), values, panel, bits, firsts)
 
 
 def sample(panel: Tensor, csr: Any, first: int, sampled: Tensor) -> None:
     """Write what a panel (rows, depth) has at the connections of rows from ``first`` on to their places in ``sampled``."""
-    _run_panel(sampled, csr, first, panel, sampled=True)
-
-
-def _run_panel(values: Tensor, csr: Any, first: int, panel: Tensor, sampled: bool) -> None:
     rows, depth = panel.shape
-    bits, firsts = (of[first : first + rows] for of in bits_of(csr, depth))
-    _run(_triton_rows.panel(rows, depth, values.numel(), sampled=sampled), values, panel, bits, firsts)
+    launch = _triton_rows.sample(rows, depth, sampled.numel() // max(1, len(csr.starts) - 1))
+    _run(launch, panel, csr.starts[first:], csr.across, sampled)
 
 
 def _run(launch: Launch, *pointers: Tensor) -> None:
