@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -33,6 +34,8 @@ from maskedlinear.pattern import SparsityPattern
 
 RESULTS = Path(__file__).parent / "results" / "gpu.json"
 PACKAGES = ("torch", "triton", "jax", "jaxlib", "jax_triton", "flax", "numpy", "maskedlinear")
+OUT_OF_TIME = "not measured: out of time"
+LATEST = 15  # seconds that a suite whose time is up may take to tell what it found
 MEMORY = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # of the GPU, which others of its processes need too
 SUITES = (  # backends of one run of the suite, and its formats: the sparse form first, which has more to prove
     ("torch", ("sparse", "dense")),
@@ -178,7 +181,7 @@ def timed(framework: str, device: str, quick: bool, seconds: float) -> Iterator[
         small = row._replace(batch=min(row.batch, 32)) if quick else row
         told = {"framework": framework, "width": width} | small._asdict()
         if time.monotonic() > end:
-            yield told | {"times": "not measured: out of time"}
+            yield told | {"times": OUT_OF_TIME}
             continue
         calls, refused = (torch_calls if framework == "torch" else jax_calls)(small, width, device), {}
         for name, call in [*calls.items()]:
@@ -190,6 +193,14 @@ def timed(framework: str, device: str, quick: bool, seconds: float) -> Iterator[
         yield told | {"times": ratios(calls, next(iter(calls)), 1), "failed": refused}
 
 
+def suite(backend: str, form: str, device: str, quick: bool) -> list[str]:
+    """Return the command that runs the suite on a form of a backend."""
+    command = [sys.executable, "-m", "maskedlinear_conformance", "--backend", backend, "--format", form]
+    command += ["--device", device, "--profile", "quick", "--tb=line", "-q"]
+    # Some laws are enough to see that the command is right.
+    return command + (["-k", "idempotent or golden"] if quick else [])
+
+
 def conformance(device: str, quick: bool, seconds: float) -> dict[str, Any]:
     """Run the suite on each backend that is installed, in its forms, side by side; return what each says, or ended with."""
     end, found, commands = time.monotonic() + seconds, {}, {}
@@ -198,20 +209,29 @@ def conformance(device: str, quick: bool, seconds: float) -> dict[str, Any]:
             found[backend] = "not installed"
             continue
         for form in formats[:1] if quick else formats:
-            command = [sys.executable, "-m", "maskedlinear_conformance", "--backend", backend, "--format", form]
-            command += ["--device", device, "--profile", "quick", "--tb=line", "-q"]
-            if quick:  # some laws are enough to see that the command is right
-                command += ["-k", "idempotent or golden"]
-            commands[f"{backend} {form}"] = command
+            commands[f"{backend} {form}"] = suite(backend, form, device, quick)
 
     def run(command: list[str]) -> Any:
-        try:
-            left = max(0.0, end - time.monotonic())
-            ran = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False, env=environment)
-        except subprocess.TimeoutExpired:
-            return "not measured: out of time"
-        lines = [line for line in ran.stdout.splitlines() if line.startswith("FAILED") or " passed" in line]
-        return {"status": ran.returncode, "said": lines or [*ran.stdout.splitlines(), *ran.stderr.splitlines()][-3:]}
+        left = end - time.monotonic()
+        if left <= 0:
+            return OUT_OF_TIME
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as ran:
+            try:
+                printed, late = ran.communicate(timeout=left)[0], False
+            except subprocess.TimeoutExpired:
+                ran.send_signal(signal.SIGINT)  # what it found so far it tells
+                try:
+                    printed, late = ran.communicate(timeout=LATEST)[0], True
+                except subprocess.TimeoutExpired:
+                    ran.kill()
+                    return OUT_OF_TIME
+        lines = [line for line in printed.splitlines() if line.startswith("FAILED") or " passed" in line]
+        if late:
+            lines.append("the rest " + OUT_OF_TIME)
+        failed = any(line.startswith("FAILED") for line in lines)
+        return {"status": int(failed) if late else ran.returncode, "said": lines or printed.splitlines()[-3:]}
 
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 2)) as pool:
         environment = os.environ | MEMORY | {"PYTHONPATH": os.pathsep.join([*sys.path, registered(Path(folder))])}

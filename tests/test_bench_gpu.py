@@ -50,3 +50,21 @@ def test_what_was_not_measured_is_said_so(script: Any) -> None:
         assert found["conformance"]
         assert found["versions"]
     assert script.conformance("cuda", quick=True, seconds=-1) == {"torch sparse": "not measured: out of time"}
+
+
+def test_a_suite_whose_time_is_up_tells_what_it_found(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = """
+import signal, sys, time
+def stop(*_):
+    print("FAILED one" if "fails" in sys.argv else "", "3 passed", sep="\\n", flush=True)
+    sys.exit(2)
+signal.signal(signal.SIGINT, stop)
+print("begun", flush=True)
+time.sleep(60)
+"""
+    for fails in ([], ["fails"]):
+        monkeypatch.setattr(script, "suite", lambda *_, fails=fails: [sys.executable, "-c", told, *fails])
+        found = script.conformance("cpu", quick=True, seconds=3)["torch sparse"]
+        assert found["status"] == len(fails)
+        assert found["said"][-2:] == ["3 passed", "the rest not measured: out of time"]
+        assert ("FAILED one" in found["said"]) == bool(fails)
