@@ -73,7 +73,7 @@ TARGETS = [
     *_rows("blocks", "bfloat16", 2048, {0.1: 0.15, 0.25: 0.32, 0.5: 0.6}, block=64),
     *[Row("sparse", "float32", 64, live, None) for live in (0.1, 0.5)],
 ]
-"""What is expected of an H100, by bytes alone, which kernels do not reach; ``None`` where nothing was said."""
+"""What was expected, of an H100 and by bytes alone, and is not reached; ``None`` where nothing was said."""
 
 
 @cache

@@ -56,10 +56,10 @@ _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 15e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
 # Instructions of each thread a second, of some 30e12 that can be issued: they wait for the address of a place.
-_BITS = 10e12
+_BITS = 10e12  # XLA's are taken to wait as long
 _BUSY_ROWS = 4096  # that the programs by bits need to keep all multiprocessors busy
 _PANELS = 20e12
-_BY_XLA = 12e12  # not measured: between the two
+_BY_XLA = 12e12  # of XLA's kernels for panels, which were not measured: between by bits and panels
 _SAMPLING = 19e12  # of tiles that are multiplied first
 _MULTIPLYING = 12e12  # those too, without tensor cores
 # Of tiles of W · right, or of its transpose, which lies across in shared memory.
@@ -73,13 +73,14 @@ _UNPACKING: dict[tuple[Multiply, bool], float] = {
 }
 _WARPS = 8  # of a multiprocessor, that reach such a rate
 _STEPS = 8  # of a tile that are worth a program,
-_STEP = 2e-6  # and how many seconds one takes at least
-_TALL = 128  # rows of a tile of the dense product, and of a sampled one
+_STEP = 2e-6  # and how many seconds a step takes at least
+_TALL = 128  # rows of a tile of the dense product, and of a sampled one by tensor cores
 _MULTIPROCESSORS = 132
 _TILE_RATE = 0.88  # of the dense product's multiplications a second
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
+_READ_BACK = 1.25  # times what it moves, to sample a panel: by its product before, and the kernel alone now
 _LAUNCH = 3e-6  # seconds that a kernel takes at least; of a panel there are two
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
@@ -149,7 +150,7 @@ class Product(NamedTuple):
 
     ``itemsize`` is the bytes of a number of either side, ``multiply`` how the dense product multiplies them. ``transposed``,
     W is the transpose of what is stored in compressed rows. ``place_bytes`` is what is read and written, for each
-    connection, to know where in a panel it is; 0 if bits say so, to a kernel in Triton, or to XLA's (``by_xla``).
+    connection, to know where in a panel it is; 0 if a kernel in Triton finds it, or XLA's by bits (``by_xla``).
     ``forms_bits`` is the part of forming a pattern's bits that the product is charged with, if it goes by them: 0 where they
     are kept.
     """
@@ -341,7 +342,7 @@ def _seconds_by_panels(product: Product, count: int) -> float:
         kernel: Literal["panel by XLA", "sampled by XLA"] = "sampled by XLA" if sampled else "panel by XLA"
         unpacked = max(full / near, values + weights / 4 / _MEMORY, weights * instructions(kernel, multiply) / _BY_XLA)
     elif sampled:
-        unpacked = sectors / near + values + nnz * 4 / _MEMORY
+        unpacked = (sectors / near + values + nnz * 4 / _MEMORY) * _READ_BACK
     else:
         unpacked = (
             max(full / near, weights * instructions("panel", multiply) / _PANELS) + values + weights / 4 / _MEMORY

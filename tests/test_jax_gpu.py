@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import jax
@@ -196,3 +197,16 @@ def test_a_panel_of_a_large_batch_stays_a_panel(dtype: Any) -> None:
         given = [jax.ShapeDtypeStruct(shape, dtype) for shape in shapes]
         made = jax.eval_shape(lambda v, g, p: _gpu_products.spmm_in_panels(v, g, p, transposed=True), *given, pattern)
         assert made.shape == (in_, batch)
+
+
+def test_where_triton_is_products_are_by_its_kernels_or_panels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small layers, too: what is gathered adds up in no fixed order."""
+    for is_used in (True, False):
+        monkeypatch.setattr(_gpu_products._triton_products, "are_used", lambda *_, is_used=is_used: is_used)
+        found = set()
+        for shape, live, batch in itertools.product(((5, 7), (129, 257), (784, 256)), (0.01, 0.3), (1, 4, 33, 300)):
+            pattern = DevicePattern.of(SparsityPattern.from_mask(masks.random(shape, sparsity=1 - live, seed=0)))
+            for of in ({}, {"sampled": True}, {"transposed": True}):
+                sizes = shape[::-1] if "transposed" in of else shape
+                found.add(_gpu_products._way(*sizes, pattern, batch, jnp.float32, **of))
+        assert ("gathered" not in found) if is_used else (found <= {"gathered", "panels"})

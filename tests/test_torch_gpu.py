@@ -124,30 +124,52 @@ def asked(case: Case) -> Product:
     return Product(*sizes, nnz, batch, 2 if multiply == "half" else 4, multiply, place_bytes=place_bytes, **is_of)
 
 
+def ways_of(case: Case) -> tuple[Way, ...]:
+    """Return the ways that PyTorch chooses among, with Triton."""
+    return ("rows", "bits", "tiles", "panels") if case[-1] == "W x" else ("rows", "tiles", "panels")
+
+
 def test_what_was_measured_is_right() -> None:
-    worst: dict[Multiply, float] = {"tf32": 2.5e-3, "half": 2e-4, "float32": 4e-6}
+    worst: dict[Multiply, float] = {"tf32": 2.5e-3, "half": 4e-6, "float32": 1e-6}
     errors = [(row[5], row[-1]) for row in MEASURED["rows"] if row[-1] is not None]
     assert len(errors) > 1350
     assert all(error <= worst[multiply] for multiply, error in errors)
 
 
 def test_the_rule_takes_the_way_that_was_the_fastest_on_an_h200_or_one_near_it() -> None:
+    """Of the products that were measured by several ways, also by that one, as they are now."""
     assert len(TOOK) == 561
-    lost = {}
+    lost = []
     for case, ways in TOOK.items():
-        others = [way for way in ways if way != "dense"]
-        lost[case] = ways[choose(others, asked(case))] / min(ways[way] for way in others)
-    assert max(lost.values()) < 1.45, lost
-    assert sum(loss > 1.15 for loss in lost.values()) < 25
-    assert sum(loss == 1 for loss in lost.values()) > 510
+        chosen = choose(ways_of(case), asked(case))
+        if chosen in ways and len(ways) > 2:  # the dense product is one of them
+            lost.append(ways[chosen] / min(us for way, us in ways.items() if way != "dense"))
+    best, far = sum(loss == 1 for loss in lost), sum(loss > 1.15 for loss in lost)
+    text = (ROOT / "docs" / "when-sparse-pays.md").read_text()
+    wanted = f"it takes the fastest way of {best} of {len(lost)} products, and of {far} one that takes more than 1.15"
+    assert wanted in text, wanted
+    assert max(lost) < 1.45
+    assert best > 0.85 * len(lost)
+
+
+def test_where_triton_is_products_are_by_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of small layers, too: others add up in no fixed order."""
+    monkeypatch.setattr(_gpu_products, "has_triton", lambda tensor: True)
+    side = torch.ones(1, 1)
+    for rows, depth, batch, live in itertools.product((5, 129, 2048), (7, 257), (1, 4, 33, 300), (0.001, 0.1, 1)):
+        nnz = max(1, int(rows * depth * live))
+        for of in ({}, {"sampled": True}, {"transposed": True}):
+            product = Product(rows, depth, nnz, batch, 4, "float32", **of)
+            assert _gpu_products._way(product, (side, side)) in ("rows", "bits", "tiles", "panels")
+    monkeypatch.setattr(_gpu_products, "has_triton", lambda tensor: False)
+    assert _gpu_products._way(Product(5, 7, 9, 4, 4, "float32"), (side, side)) in ("gathered", "panels")
 
 
 def test_the_rules_times_are_those_of_an_h200() -> None:
     """Of the ways that it takes, of large products: small ones wait for more than the rule knows of."""
     for case, ways in TOOK.items():
         product = asked(case)
-        others = [way for way in ways if way != "dense"]
-        chosen = choose(others, product)
+        chosen = choose([way for way in ways if way != "dense"], product)
         small = product.rows * product.depth < 8192 * 8192
         assert (0.1 if small else 0.4) < 1e6 * seconds("dense", product) / ways["dense"] < 1.3, case
         found = 1e6 * seconds(chosen, product) / ways[chosen]
@@ -243,11 +265,10 @@ BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 def slowest(multiply: Multiply, batch: int, **of: Any) -> float:
     """Return the longest time of the chosen way, of any density, in those of the dense product, by the rule."""
     size = 2 if multiply == "half" else 4
-    ways: tuple[Way, ...] = (
-        ("cusparse", "rows", "tiles", "panels") if of else ("cusparse", "rows", "bits", "tiles", "panels")
-    )
+    ways: tuple[Way, ...] = ("rows", "tiles", "panels") if of else ("rows", "bits", "tiles", "panels")
     products = [Product(8192, 8192, int(live * 8192**2), batch, size, multiply, **of) for live in LIVE]
-    each = [0 if _gpu_rule.has_bits(*product[:3]) else _gpu_products._PLACE_BYTES for product in products]
+    no_bits = [not (product.sampled or _gpu_rule.has_bits(*product[:3])) for product in products]
+    each = [_gpu_products._PLACE_BYTES if one else 0 for one in no_bits]
     products = [product._replace(place_bytes=one) for product, one in zip(products, each, strict=True)]
     return max(seconds(choose(ways, product), product) / seconds("dense", product) for product in products)
 

@@ -169,6 +169,23 @@ for multiply, depth in ("tf32", 380), ("half", 120), ("float32", 190):
     wanted = (left.double() @ right.double().T)[torch.tensor(some)]
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=1e-4)
 
+# Sampled panels of a row that is longer than what a program takes at once, beside empty ones, of so few connections that the
+# pattern has no bits.
+some = torch.zeros(9, 6000, dtype=torch.bool)
+some[4, ::15], some[7, 5] = True, True
+few = DevicePattern.of(SparsityPattern.from_mask(some.numpy()), torch.device("cpu")).csr(False)
+panel, sampled = torch.randn(9, 6000), torch.zeros(int(some.sum()))
+assert kernels.sample(panel, few, 0, sampled) is None and torch.equal(sampled, panel[some])
+assert len(sampled) // 9 < 128 < int(some[4].sum()) and not _gpu_rule.has_bits(9, 6000, len(sampled))
+kept, called = kernels.sample, []
+kernels.sample = lambda *given: called.append(given[2]) or kept(*given)
+_gpu_rule.PANEL_BYTES = _gpu_rule.LARGEST_PANEL = 2 * 6000 * 4
+left, right = torch.randn(9, 3), torch.randn(6000, 3)
+found = _gpu_products.sddmm_in_panels(left, right, few)
+torch.testing.assert_close(found, (left @ right.T)[some])
+assert called == [0, 2, 4, 6, 8], called
+kernels.sample, (_gpu_rule.PANEL_BYTES, _gpu_rule.LARGEST_PANEL) = kept, whole
+
 # The way from the function to the kernels, as on CUDA.
 _products._is_on_gpu = _gpu_products.has_triton = lambda tensor: True
 whole = SparsityPattern.from_mask(mask)
@@ -176,7 +193,7 @@ tiled, sides = kernels.tiles_spmm, []
 kernels.tiles_spmm = lambda values, right, *rest: sides.append(right) or tiled(values, right, *rest)
 for wanted in ("rows", "bits", "tiles", "panels"):
     chosen = []
-    _gpu_rule.choose = lambda ways, product: chosen.append(wanted if wanted in ways else ways[1]) or chosen[-1]
+    _gpu_rule.choose = lambda ways, product: chosen.append(wanted if wanted in ways else "rows") or chosen[-1]
     values = torch.randn(whole.nnz, requires_grad=True)
     x = torch.randn(3, 70, requires_grad=True)
     dense = torch.zeros(5, 70).index_put(tuple(live.nonzero().T), values)
@@ -319,7 +336,7 @@ for dtype, itemsize, multiply in (("bf16", 2, "half"), ("fp32", 4, "float32"), (
 """
 
 # Registers of a thread and bytes of a program, at most, of sizes that are multiples of 16: five programs by rows, three by
-# bits, two of float64, and by tiles one of eight warps or two of four fit a multiprocessor.
+# bits and two of float64 fit a multiprocessor; by tiles as many as the rule says.
 LIMITS = {
     "rows": (96, 8 << 10),
     "bits": (168, 8 << 10),

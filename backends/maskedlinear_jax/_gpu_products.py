@@ -52,11 +52,13 @@ def _product(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: 
 def _way(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool) -> Way:
     """Return how a product is formed."""
     product = _product(rows, depth, pattern, batch, dtype, **of)
-    ways: list[Way] = ["gathered", "panels"]
+    ways: list[Way] = ["panels"]
     if pattern.bits is not None and not (product.transposed or product.sampled):
         ways.append("reduced")
-    if _triton_products.are_used(rows, depth, batch):
+    if _triton_products.are_used(rows, depth, batch):  # in a fixed order, and faster than what is gathered
         ways += ["rows", "tiles"] if product.transposed or product.sampled else ["rows", "bits", "tiles"]
+    else:
+        ways.append("gathered")
     return _gpu_rule.choose(ways, product)
 
 
