@@ -15,7 +15,7 @@ from maskedlinear import kernels
 from maskedlinear_torch._compat import is_zero_tensor
 from maskedlinear_torch._storage import new_memory
 
-__all__ = ["CSR", "are_for", "lies_well", "masked_gradient", "sddmm", "spmm", "wide"]
+__all__ = ["CSR", "are_for", "gradients", "lies_well", "masked_gradient", "sddmm", "spmm", "wide"]
 
 
 class CSR(NamedTuple):
@@ -145,6 +145,48 @@ def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def gradients(values: Tensor, left: Tensor, right: Tensor, csr: CSR) -> tuple[Tensor, Tensor] | None:
+    """Return left · rightᵀ at the connections, and Wᵀ · left, which lies as ``right`` does; of half types as float32.
+
+    ``None`` where there are no kernels for these, or two products take less time, as they do but for few columns.
+    """
+    if not are_for(values, left, right):
+        return None
+    (depth, batch), dtype = right.shape, _DTYPES[right.dtype]
+    if not kernels.are_gradients_at_once(depth, batch, values.numel(), dtype):
+        return None
+    left, right, values = lies_well(left), lies_well(right), _settled(values).contiguous()
+    starts, across, _ = _indices(csr, values.numel())
+    rows = starts.shape[0] - 1
+    sampled = right.new_empty(across.shape, dtype=wide(right.dtype))
+    left_by_batch, right_by_batch = _lies_by_batch(left), _lies_by_batch(right)
+    strides = (1, depth) if right_by_batch else (batch, 1)
+    product = right.new_empty_strided((depth, batch), strides, dtype=sampled.dtype)
+    direct = kernels.is_direct(batch, left_by_batch or right_by_batch, dtype)
+    left_panels, right_panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
+    parts = _scratch(kernels.part_numbers(depth, batch, dtype), sampled.dtype, right)
+    kernels.gradients(
+        dtype,
+        (rows, depth),
+        batch,
+        values.numel(),
+        starts=_address(starts),
+        across=_address(across),
+        values=_address(values),
+        left=_address(left),
+        right=_address(right),
+        out=_address(sampled),
+        out_right=_address(product),
+        parts=_address(parts),
+        left_panels=_address(left_panels),
+        right_panels=_address(right_panels),
+        left_by_batch=left_by_batch,
+        right_by_batch=right_by_batch,
+        threads=torch.get_num_threads(),
+    )
+    return sampled, product
 
 
 def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]:

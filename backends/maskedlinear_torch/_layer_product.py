@@ -13,9 +13,16 @@ import torch
 from torch import Tensor
 
 from maskedlinear_torch._compat import is_dispatch_mode_on, is_grads_batched, nothing_looks_on
-from maskedlinear_torch._cpu_kernels import wide
+from maskedlinear_torch._cpu_kernels import gradients, wide
 from maskedlinear_torch._functional import flatten_batch
-from maskedlinear_torch._products import DevicePattern, laid_out, plain_sddmm, plain_spmm, sddmm, spmm
+from maskedlinear_torch._products import (
+    DevicePattern,
+    laid_out,
+    plain_sddmm,
+    plain_spmm,
+    sddmm,
+    spmm,
+)
 
 __all__ = ["is_layer_product", "layer_product"]
 
@@ -78,9 +85,13 @@ class _LayerProduct(torch.autograd.Function):
         rows = flatten_batch(g)
         columns = rows.mT.to(to) if is_watched else laid_out(rows.mT, pattern, True)
         dx = dvalues = dbias = None
-        if of_values:
+        if of_values and of_x and not is_watched:
+            both = gradients(values, columns, flatten_batch(x).mT, pattern.csr(False))
+            if both is not None:
+                dvalues, dx = both[0].to(dtype), both[1].mT.to(dtype).reshape(ctx.shape)
+        if of_values and dvalues is None:
             dvalues = sampled(columns, flatten_batch(x).mT.to(to), pattern).to(dtype)
-        if of_x:
+        if of_x and dx is None:
             dx = product(values.to(to), columns, pattern, True).mT.to(dtype).reshape(ctx.shape)
         if of_bias:
             dbias = rows.sum(0, dtype=wide(dtype)).to(dtype)

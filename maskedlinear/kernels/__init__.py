@@ -17,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from maskedlinear.kernels._calls import (
+        are_gradients_at_once,
         count_mask,
+        gradients,
         is_direct,
         is_ordered_first,
         list_mask,
         order_values,
         panel_numbers,
+        part_numbers,
         place_values,
         sddmm,
         spmm,
@@ -31,12 +34,15 @@ if TYPE_CHECKING:
 
 _CALLS = (
     "PackedMatrix",
+    "are_gradients_at_once",
     "count_mask",
+    "gradients",
     "is_direct",
     "is_ordered_first",
     "list_mask",
     "order_values",
     "panel_numbers",
+    "part_numbers",
     "place_values",
     "sddmm",
     "spmm",
@@ -45,7 +51,9 @@ _CALLS = (
 __all__ = [
     "Info",
     "PackedMatrix",
+    "are_gradients_at_once",
     "count_mask",
+    "gradients",
     "info",
     "is_available",
     "is_direct",
@@ -53,6 +61,7 @@ __all__ = [
     "list_mask",
     "order_values",
     "panel_numbers",
+    "part_numbers",
     "place_values",
     "sddmm",
     "spmm",

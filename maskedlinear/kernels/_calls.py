@@ -7,17 +7,21 @@ from functools import cache
 from typing import Any
 
 from maskedlinear.kernels import _engine, _openmp, _programs
-from maskedlinear.kernels._emit import HALF_TYPES, item_bytes
+from maskedlinear.kernels._emit import HALF_TYPES, item_bytes, wide
+from maskedlinear.kernels._gradients import PARTS
 from maskedlinear.kernels._rows import ORDERED_AT_ONCE, SLOTS, widths
 
 __all__ = [
+    "are_gradients_at_once",
     "compile_task",
     "count_mask",
+    "gradients",
     "is_direct",
     "is_ordered_first",
     "list_mask",
     "order_values",
     "panel_numbers",
+    "part_numbers",
     "place_values",
     "prepare",
     "sddmm",
@@ -227,6 +231,80 @@ def sddmm(
         "direct": direct, "out": out,
     }  # fmt: skip
     _call("sddmm", dtype, told, checked, threads)
+
+
+# Connections of a column, on average, from which on all of it is worth the sums of the parts; and most of their bytes.
+_FEWEST_IN_COLUMN, _PART_BYTES = 128, 4 << 20
+
+
+def are_gradients_at_once(depth: int, batch: int, nnz: int, dtype: str) -> bool:
+    """Return whether :func:`gradients` takes such a batch, and less time than two products: 2 to 4, 8 or 16 columns."""
+    width = max(batch, _sizes(dtype)[-1])
+    if batch < 2 or width not in _sizes(dtype) or width > _engine.host().shape(dtype).lanes:
+        return False
+    return (
+        nnz >= _FEWEST_IN_COLUMN * depth and part_numbers(depth, batch, dtype) * item_bytes(wide(dtype)) <= _PART_BYTES
+    )
+
+
+def part_numbers(depth: int, batch: int, dtype: str) -> int:
+    """Return how many numbers the sums of all parts have."""
+    return PARTS * depth * max(batch, _sizes(dtype)[-1])
+
+
+def gradients(
+    dtype: str,
+    shape: tuple[int, int],
+    batch: int,
+    nnz: int,
+    *,
+    starts: int,
+    across: int,
+    values: int,
+    left: int,
+    right: int,
+    out: int,
+    out_right: int,
+    parts: int,
+    left_panels: int = 0,
+    right_panels: int = 0,
+    left_by_batch: bool = False,
+    right_by_batch: bool = False,
+    threads: int = 1,
+    checked: bool = True,
+) -> None:
+    """Write left · rightᵀ at the connections to ``out``, and Wᵀ · left to ``out_right``, which lies as right does.
+
+    Of sizes for which :func:`are_gradients_at_once`; for the rest see :func:`sddmm`.
+
+    Args:
+        dtype: as in :func:`spmm`.
+        shape: the rows and the columns of W.
+        batch: the columns of left and right.
+        nnz: the number of connections.
+        starts: as in :func:`spmm`.
+        across: as in :func:`spmm`.
+        values: as in :func:`spmm`.
+        left: as in :func:`sddmm`.
+        right: as in :func:`sddmm`.
+        out: shape ``(nnz,)``.
+        out_right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
+        parts: room for :func:`part_numbers` numbers.
+        left_panels: as in :func:`sddmm`.
+        right_panels: as in :func:`sddmm`.
+        left_by_batch: as in :func:`sddmm`.
+        right_by_batch: as in :func:`sddmm`.
+        threads: as in :func:`spmm`.
+        checked: as in :func:`spmm`.
+    """
+    direct = _is_direct(batch, left_by_batch or right_by_batch, dtype, left_panels, right_panels)
+    told = {
+        "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
+        "values": values, "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
+        "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
+        "direct": direct, "out": out, "out_right": out_right, "parts": parts, "widest": max(batch, _sizes(dtype)[-1]),
+    }  # fmt: skip
+    _call("gradients", dtype, told, checked, threads)
 
 
 def order_values(dtype: str, nnz: int, *, values: int, order: int, out: int, threads: int = 1) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from maskedlinear.kernels import _mask, _panels, _permute, _pool, _programs, _rows, _vectors
+from maskedlinear.kernels import _gradients, _mask, _panels, _permute, _pool, _programs, _rows, _vectors
 from maskedlinear.kernels._emit import HALF_TYPES, wide
 
 __all__ = ["Host", "address", "compiled", "host", "machine_code"]
@@ -70,8 +70,9 @@ def address(kind: str, dtype: str = "", width: int = 0, *, checked: bool = False
 
     ``kind`` is "serial", "openmp" or "dry", "read_panel" or "write_panel", "pack_right" or "pack_left",
     "spmm", "spmm_ordered" or "sddmm" (a task of one width), the same with "_vector" behind, one of ``_permute.WAYS``
-    (a task of as many vectors as ``width``), or "spmm_program", "sddmm_program" or "permute_program"; "count",
-    "list" and "place" are of masks, and "order" is of values.
+    (a task of as many vectors as ``width``), "gradients" (a task of one width) or "gradients_vector", or "spmm_program",
+    "sddmm_program", "gradients_program" or "permute_program"; "count", "list" and "place" are of masks, and "order" is of
+    values.
     """
     key = (kind, dtype, width, checked)
     found = _made.get(key)
@@ -116,6 +117,13 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _rows.spmm_task(module, kind, shape, dtype, width, write, checked=checked, ordered=kind == "spmm_ordered")
     elif kind == "sddmm":
         _rows.sddmm_task(module, kind, shape, dtype, width, checked=checked)
+    elif kind == "gradients":
+        _gradients.gradients_task(module, kind, shape, dtype, width, checked=checked)
+    elif kind == "gradients_vector":
+        smallest, write = _rows.widths(shape, dtype)[-1], address("write_panel", wide(dtype))
+        _gradients.add_parts_task(module, kind, dtype, smallest, shape.lanes, write)
+    elif kind == "gradients_program":
+        _gradients.emit_program(module, kind, _rows.widths(shape, dtype))
     elif kind in _permute.WAYS:
         _permute.permute_task(module, kind, _permute.WAYS[kind], width, checked=checked)
     elif kind == "permute_program":

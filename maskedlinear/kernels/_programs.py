@@ -16,7 +16,7 @@ from maskedlinear.kernels._panels import STRIP
 from maskedlinear.kernels._pool import PARALLEL
 from maskedlinear.kernels._rows import MOST_ROWS, Arguments, tile_columns
 
-__all__ = ["PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program"]
+__all__ = ["GRAIN", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program", "run_task"]
 
 # The entries of the table of tasks; from the last on, one a width.
 PACK_RIGHT, PACK_LEFT, VECTOR, WIDTHS = range(4)
@@ -29,7 +29,7 @@ _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
 # They pay from fewer on where a panel without blocks is too large for a second cache.
 _FAR_BYTES, _FEWEST_IF_FAR = 1 << 20, 7
-_GRAIN = 40_000  # additions of vectors that are worth a thread
+GRAIN = 40_000  # additions of vectors that are worth a thread
 _COPIED = 3  # additions that take as long as it takes to copy one vector to a panel, or from one
 
 
@@ -45,7 +45,7 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         chunks = told.number("chunks")
 
         def run(task: int, parts: Any) -> None:
-            _run(code, told, task, parts, threads)
+            run_task(code, told, task, parts, threads)
 
         with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
             tiles = code.rounded_up(batch, told.number("widest"))
@@ -77,7 +77,7 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     """
     rows, depth, batch, nnz = (told.number(name) for name in ("rows", "depth", "batch", "nnz"))
     counted = code.sum(nnz, code.times(code.sum(rows, depth), _COPIED))
-    work = code.over(code.times(counted, code.over(code.sum(batch, 7), 8)), _GRAIN)
+    work = code.over(code.times(counted, code.over(code.sum(batch, 7), 8)), GRAIN)
     threads = code.least(told.number("threads"), code.sum(work, 1))
     # Some chunks for each thread, of whole cache lines of a product by batch.
     height = code.times(code.rounded_up(code.rounded_up(rows, code.times(threads, 4)), 16), 16)
@@ -104,7 +104,7 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     return threads
 
 
-def _run(code: Emitter, told: Arguments, task: int, chunks: Any, threads: Any) -> None:
+def run_task(code: Emitter, told: Arguments, task: int, chunks: Any, threads: Any) -> None:
     pointer, parallel, pool = code.function.args
     address = code.get(told.pointer("tasks"), task, I64)
     with code.if_then(code.icmp_unsigned("==", address, I64(0))):

@@ -23,11 +23,14 @@ __all__ = [
     "ORDERED_AT_ONCE",
     "SLOTS",
     "Arguments",
+    "Connections",
     "Pattern",
     "Shape",
     "chunk_rows",
+    "dots_of",
     "order_task",
     "pack_task",
+    "panel_of",
     "sddmm_task",
     "spmm_task",
     "sums_of",
@@ -49,7 +52,7 @@ ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
 SLOTS = (
     "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
-    "tasks", "column", "tiles", "widest", "threads", "bias",
+    "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right",
 )  # fmt: skip
 
 
@@ -242,7 +245,7 @@ def spmm_task(
         chunks, height = told.number("chunks"), code.function.args[1]
         first, last = chunk_rows(code, told, code.urem(height, chunks))
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
-        panel, stride = _panel(code, told, kind, width, column)
+        panel, stride = panel_of(code, told, kind, width, column)
         zero = ir.Constant(vector, [0.0] * vector.count)
         for ahead in range(_AHEAD):
             code.put(I64(0), cursors, MOST_ROWS + ahead)
@@ -266,7 +269,7 @@ def spmm_task(
             pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64))
             for together in sorted({max(1, CHAINS // count), 1}, reverse=True):
                 others = [zero] * (count * (together - 1))
-                loop = _Connections(code, pattern, together, end, bound)
+                loop = Connections(code, pattern, together, end, bound)
                 with loop.over([place, *sums, *others]) as (carried, following):
                     following.append(code.sum(carried[0], together))
                     for one, across in enumerate(loop.columns(carried[0])):
@@ -287,7 +290,7 @@ def spmm_task(
         code.call_address(write_panel, COPY, [*target, *sizes, tile, first, last])
 
 
-def _panel(code: Emitter, told: Arguments, kind: Any, width: int, column: Any, side: str = "") -> tuple[Any, Any]:
+def panel_of(code: Emitter, told: Arguments, kind: Any, width: int, column: Any, side: str = "") -> tuple[Any, Any]:
     """Return where the panel of a column starts, and how far its features lie from each other: packed, or as they came."""
     features, panels = ("rows", "left_panels") if side else ("depth", "panels")
     direct = told.flag("direct")
@@ -305,7 +308,7 @@ def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> It
             yield row, bound
 
 
-class _Connections:
+class Connections:
     """A loop over a row's connections in a block, ``together`` at a time; the first value carried says where it is."""
 
     def __init__(self, code: Emitter, pattern: Pattern, together: int, end: Any, bound: Any) -> None:
@@ -355,8 +358,8 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
             code.put(I64(0), cursors, MOST_ROWS + ahead)
         start = told.number("column")
         with code.loop(start, code.sum(start, code.times(told.number("tiles"), width)), width) as column:
-            right, right_stride = _panel(code, told, kind, width, column)
-            left, left_stride = _panel(code, told, kind, width, column, "left")
+            right, right_stride = panel_of(code, told, kind, width, column)
+            left, left_stride = panel_of(code, told, kind, width, column, "left")
             is_first = code.icmp_unsigned("==", column, I64(0))
             with code.loop(first, last) as row:
                 code.put(pattern.start(row), cursors, code.sub(row, first))
@@ -365,12 +368,12 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                 place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
                 pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out)
                 for together in (CHAINS, 1):
-                    loop = _Connections(code, pattern, together, end, bound)
+                    loop = Connections(code, pattern, together, end, bound)
                     with loop.over([place]) as (carried, following):
                         following.append(code.sum(carried[0], together))
                         columns = loop.columns(carried[0])
                         sources = [code.place(right, code.times(across, right_stride), kind) for across in columns]
-                        dots = _dots(code, line, sources, vector, count)
+                        dots = dots_of(code, line, sources, vector, count)
                         found = sums_of(code, dots, kind)
                         before = code.get(out, carried[0], found.type, kind)
                         before = code.select(is_first, ir.Constant(found.type, None), before)
@@ -379,7 +382,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                 code.put(place, cursors, at)
 
 
-def _dots(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int) -> list[Any]:
+def dots_of(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int) -> list[Any]:
     """Return, lane by lane, the dot products of one row with some."""
     totals: list[Any] = []
     for k in range(count):
