@@ -116,34 +116,9 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return the sampled product; of half types as float32."""
-    left, right = lies_well(left), lies_well(right)
-    (depth, batch), dtype = right.shape, _DTYPES[right.dtype]
-    starts, across, _ = _indices(csr, csr.across.numel())
-    rows = starts.shape[0] - 1
-    if left.shape != (rows, batch):
-        raise ValueError(
-            f"left must have shape {(rows, batch)}, as the pattern and right have; got {tuple(left.shape)}"
-        )
-    out = right.new_empty(across.shape, dtype=wide(right.dtype))
-    left_by_batch, right_by_batch = _lies_by_batch(left), _lies_by_batch(right)
-    direct = kernels.is_direct(batch, left_by_batch or right_by_batch, dtype)
-    left_panels, right_panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
-    kernels.sddmm(
-        dtype,
-        (rows, depth),
-        batch,
-        across.numel(),
-        starts=_address(starts),
-        across=_address(across),
-        left=_address(left),
-        right=_address(right),
-        out=_address(out),
-        left_panels=_address(left_panels),
-        right_panels=_address(right_panels),
-        left_by_batch=left_by_batch,
-        right_by_batch=right_by_batch,
-        threads=torch.get_num_threads(),
-    )
+    sides = _Sides.of(left, right, csr, csr.across.numel())
+    out = right.new_empty(csr.across.shape, dtype=wide(right.dtype))
+    kernels.sddmm(*sides.sizes(), out=_address(out), **sides.told())
     return out
 
 
@@ -157,36 +132,60 @@ def gradients(values: Tensor, left: Tensor, right: Tensor, csr: CSR) -> tuple[Te
     (depth, batch), dtype = right.shape, _DTYPES[right.dtype]
     if not kernels.are_gradients_at_once(depth, batch, values.numel(), dtype):
         return None
-    left, right, values = lies_well(left), lies_well(right), _settled(values).contiguous()
-    starts, across, _ = _indices(csr, values.numel())
-    rows = starts.shape[0] - 1
-    sampled = right.new_empty(across.shape, dtype=wide(right.dtype))
-    left_by_batch, right_by_batch = _lies_by_batch(left), _lies_by_batch(right)
-    strides = (1, depth) if right_by_batch else (batch, 1)
+    values = _settled(values).contiguous()
+    sides = _Sides.of(left, right, csr, values.numel())
+    sampled = right.new_empty(csr.across.shape, dtype=wide(right.dtype))
+    strides = (1, depth) if _lies_by_batch(sides.right) else (batch, 1)
     product = right.new_empty_strided((depth, batch), strides, dtype=sampled.dtype)
-    direct = kernels.is_direct(batch, left_by_batch or right_by_batch, dtype)
-    left_panels, right_panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
     parts = _scratch(kernels.part_numbers(depth, batch, dtype), sampled.dtype, right)
     kernels.gradients(
-        dtype,
-        (rows, depth),
-        batch,
-        values.numel(),
-        starts=_address(starts),
-        across=_address(across),
+        *sides.sizes(),
         values=_address(values),
-        left=_address(left),
-        right=_address(right),
         out=_address(sampled),
         out_right=_address(product),
         parts=_address(parts),
-        left_panels=_address(left_panels),
-        right_panels=_address(right_panels),
-        left_by_batch=left_by_batch,
-        right_by_batch=right_by_batch,
-        threads=torch.get_num_threads(),
+        **sides.told(),
     )
     return sampled, product
+
+
+class _Sides(NamedTuple):
+    """Both sides of a sampled product, as the kernels read them, with room for their panels, and the pattern."""
+
+    starts: Tensor
+    across: Tensor
+    left: Tensor
+    right: Tensor
+    left_panels: Tensor | None
+    right_panels: Tensor | None
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, csr: CSR, connections: int) -> _Sides:
+        left, right = lies_well(left), lies_well(right)
+        batch, dtype = right.shape[1], _DTYPES[right.dtype]
+        starts, across, _ = _indices(csr, connections)
+        rows = starts.shape[0] - 1
+        if left.shape != (rows, batch):
+            raise ValueError(
+                f"left must have shape {(rows, batch)}, as the pattern and right have; got {tuple(left.shape)}"
+            )
+        direct = kernels.is_direct(batch, _lies_by_batch(left) or _lies_by_batch(right), dtype)
+        panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
+        return cls(starts, across, left, right, *panels)
+
+    def sizes(self) -> tuple[str, tuple[int, int], int, int]:
+        """Return the dtype, the shape of W, the batch, and how many connections there are."""
+        depth, batch = self.right.shape
+        return _DTYPES[self.right.dtype], (self.starts.shape[0] - 1, depth), batch, self.across.numel()
+
+    def told(self) -> dict[str, Any]:
+        """Return where all of it lies, and how, as long as it is there."""
+        return {
+            **{name: _address(tensor) for name, tensor in self._asdict().items()},
+            "left_by_batch": _lies_by_batch(self.left),
+            "right_by_batch": _lies_by_batch(self.right),
+            "threads": torch.get_num_threads(),
+        }
 
 
 def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]:
