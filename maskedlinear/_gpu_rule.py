@@ -18,6 +18,7 @@ __all__ = [
     "LARGEST_PANEL",
     "PANEL_BYTES",
     "ROUND",
+    "WIDEST_ROW",
     "Multiply",
     "Product",
     "Tiles",
@@ -45,13 +46,11 @@ _L1 = 20e12
 _L1_BYTES = 48 << 10  # of what is gathered from, if it is to stay in the first-level cache
 _SECTOR = 32  # bytes, the least that is read or written at a place of its own
 _BY_ROWS = {False: (10.5e12, 6.0e12), True: (6.8e12, 4.4e12)}  # gathered a second; sampled; of half types last
-_ONE_BY_ONE = {
-    False: 1.1e12,
-    True: 0.55e12,
-}  # numbers, where batches are no multiples of 16, which are not read together
+# Numbers a second, not sampled and sampled, where the batch is no multiple of 16: they are not read together then.
+_ONE_BY_ONE = {False: 1.1e12, True: 0.55e12}
 _LEAST_COLUMNS = 64  # that cuBLAS multiplies without tensor cores, more than one
-_ROW = 1.2e-9  # seconds that a program of a row, and of at most so many columns, takes beside
-_WIDEST_ROW = 128
+WIDEST_ROW = 128  # columns of the batch, at most, that a program of a row takes,
+_ROW = 1.2e-9  # and the seconds that it takes beside
 _ORDERED = 40  # bytes for each connection whose value lies in another order,
 _ORDERED_L2 = 15e12  # beside which so much is gathered a second, if that takes longer than without an order
 _MULTIPLIES: dict[Multiply, float] = {"float64": 20e12, "float32": 26e12, "tf32": 208e12, "half": 397e12}  # a second
@@ -80,7 +79,7 @@ _TILE_RATE = 0.88  # of the dense product's multiplications a second
 AT_ONCE = 4  # connections that a word looks at together when bits are formed,
 ROUND = 54  # and in how many instructions
 _LOADED = 1.13  # instructions of a multiplication without tensor cores, its loads included
-_READ_BACK = 1.25  # times what it moves, to sample a panel: by its product before, and the kernel alone now
+_READ_BACK = 1.25  # how many times longer than by what is moved it takes to sample a panel
 _LAUNCH = 3e-6  # seconds that a kernel takes at least; of a panel there are two
 _CUSPARSE = 5.5  # its products move, so to say, so many times what they gather: 236k connections x 2048 take 1.9 ms
 LARGEST_BITS_BATCH = 16
@@ -306,7 +305,7 @@ def seconds(way: Way, product: Product) -> float:
         near = _L1 if depth * batch * size <= _L1_BYTES else _BY_ROWS[sampled][multiply == "half"]
         ordered = nnz * _ORDERED / _L2 + gathered / _ORDERED_L2 if product.transposed else 0
         one_by_one = nnz * _columns(batch) / _ONE_BY_ONE[sampled] if batch > 16 and batch % 16 else 0
-        beside = rows * -(-batch // _WIDEST_ROW) * _ROW
+        beside = rows * -(-batch // WIDEST_ROW) * _ROW
         return max(gathered / near, ordered, one_by_one) + connections / 2 + sides + beside + _LAUNCH
     if way == "gathered":  # read once, and added to or, sampled, read from, another place
         return gathered * (2 if sampled else 3) / _L2 + connections + nnz * 4 / _MEMORY + sides
@@ -323,7 +322,7 @@ def _seconds_multiplied(product: Product) -> float:
 
 def _columns(batch: int) -> int:
     """Return how many columns the programs of a row go over, those beyond the batch too."""
-    wide = min(_WIDEST_ROW, 1 << max(0, batch - 1).bit_length())
+    wide = min(WIDEST_ROW, 1 << max(0, batch - 1).bit_length())
     return -(-batch // wide) * wide
 
 

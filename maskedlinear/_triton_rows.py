@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import AT_ONCE, words_of
+from maskedlinear._gpu_rule import AT_ONCE, WIDEST_ROW, words_of
 
 __all__ = [
     "Launch",
@@ -37,7 +37,6 @@ __all__ = [
 ]
 
 _TILE = 1024  # numbers that a program multiplies at once
-_WIDEST = 128  # columns of a batch that a program takes at once
 PANEL_OPTIONS = {"BM": 4, "BW": 16, "num_warps": 4}  # sizes of a program that unpacks a panel
 
 
@@ -379,7 +378,7 @@ def _sums(itemsize: int) -> Any:
 
 def rows_options(sizes: Sizes, *, sampled: bool) -> dict[str, int]:
     """Return the sizes of a program of the products by rows: of those that took the least time on an H200."""
-    wide = min(_WIDEST, triton.next_power_of_2(sizes.batch))
+    wide = min(WIDEST_ROW, triton.next_power_of_2(sizes.batch))
     tile = _TILE if sampled or wide < 16 else _TILE // 2
     each = triton.next_power_of_2(max(8, -(-sizes.nnz // max(1, sizes.rows))))
     tall = max(8, min(tile // wide, each))

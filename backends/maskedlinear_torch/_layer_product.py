@@ -15,14 +15,7 @@ from torch import Tensor
 from maskedlinear_torch._compat import is_dispatch_mode_on, is_grads_batched, nothing_looks_on
 from maskedlinear_torch._cpu_kernels import gradients, wide
 from maskedlinear_torch._functional import flatten_batch
-from maskedlinear_torch._products import (
-    DevicePattern,
-    laid_out,
-    plain_sddmm,
-    plain_spmm,
-    sddmm,
-    spmm,
-)
+from maskedlinear_torch._products import DevicePattern, laid_out, plain_sddmm, plain_spmm, sddmm, spmm
 
 __all__ = ["is_layer_product", "layer_product"]
 

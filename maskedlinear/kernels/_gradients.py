@@ -11,7 +11,7 @@ from typing import Any
 
 from llvmlite import ir
 
-from maskedlinear.kernels._emit import I64, PTR, float_type, function
+from maskedlinear.kernels._emit import I64, PTR, float_type, function, item_bytes, wide
 from maskedlinear.kernels._panels import COPY, STRIP
 from maskedlinear.kernels._programs import GRAIN, PACK_LEFT, PACK_RIGHT, PROGRAM, VECTOR, WIDTHS, run_task
 from maskedlinear.kernels._rows import (
@@ -43,7 +43,7 @@ def gradients_task(module: ir.Module, name: str, shape: Shape, dtype: str, width
         right, right_stride = panel_of(code, told, kind, width, I64(0))
         left, left_stride = panel_of(code, told, kind, width, I64(0), "left")
         sums = code.place(told.pointer("parts"), code.times(part, depth, width), kind)
-        code.zero(sums, code.times(depth, width * (8 if dtype == "float64" else 4)))
+        code.zero(sums, code.times(depth, width * item_bytes(wide(dtype))))
         first, last = chunk_rows(code, told, part)
         with code.loop(first, last) as row:
             line = code.place(left, code.times(row, left_stride), kind)
@@ -104,5 +104,6 @@ def emit_program(module: ir.Module, name: str, sizes: list[int]) -> None:
         for place, width in enumerate(sizes):
             with code.if_then(code.icmp_unsigned("==", told.number("widest"), I64(width))):
                 run_task(code, told, WIDTHS + place, I64(PARTS), threads)
+        # The entry that other products have for a vector.
         run_task(code, told, VECTOR, code.rounded_up(depth, MOST_ROWS), threads)
         code.ret(I64(0))
