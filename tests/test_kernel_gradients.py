@@ -1,4 +1,4 @@
-"""Both gradients of a product at once, for small batches: the numbers of two products, where they take less time."""
+"""Both gradients of a product: at once, for small batches, or by two products that read the same panels."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ import torch
 from torch import nn
 
 from maskedlinear import kernels, masks
+from maskedlinear.kernels import _calls
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import SparseLinear
 from maskedlinear_torch import _cpu_kernels
-from test_kernels import Array, address, lay, matrix, pattern_of, room, sddmm, wide
+from test_kernels import Array, address, lay, matrix, pattern_of, room, sddmm, spmm, wide
 
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="no kernels on this machine")
 BATCHES = (2, 3, 4, 8, 16)
 
 
-def at_once(
+def gradients(
     pattern: Any,
     values: Array,
     left: Array,
@@ -34,8 +35,10 @@ def at_once(
     by_batch: bool = False,
     threads: int = 2,
     checked: bool = True,
+    by_two: bool = False,
+    sums: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Return left · rightᵀ at the connections, and Wᵀ · left, shape (columns, batch)."""
+    """Return left · rightᵀ at the connections, and Wᵀ · left, shape (columns, batch); ``by_two`` products."""
     dtype, batch = str(right.dtype), right.shape[1]
     sides = [lay(side, by_batch) for side in (left, right)]
     panels = [room(len(side), batch, by_batch, dtype) for side in (left, right)]
@@ -43,6 +46,7 @@ def at_once(
     out = np.full(len(values) + 8, np.nan, wide(dtype))
     product = np.full((batch, depth) if by_batch else (depth, batch), np.nan, wide(dtype))
     parts = np.full(kernels.part_numbers(depth, batch, dtype) + 8, np.nan, wide(dtype))
+    starts, across, order = pattern.csc if by_two else (None, None, None)
     kernels.gradients(
         dtype,
         pattern.shape,
@@ -55,7 +59,11 @@ def at_once(
         right=address(sides[1]),
         out=address(out),
         out_right=address(product),
-        parts=address(parts),
+        parts=0 if by_two else address(parts),
+        starts_by_columns=address(starts),
+        across_by_columns=address(across),
+        order=address(order),
+        left_sums=address(sums),
         left_panels=address(panels[0]),
         right_panels=address(panels[1]),
         left_by_batch=by_batch,
@@ -86,7 +94,7 @@ def test_gradients_are_those_in_float64(shape: tuple[int, int, float], dtype: st
     assert {2, 4} <= set(batches(dtype))
     for batch, by_batch in itertools.product(batches(dtype), (False, True)):
         values, left, right = sides(pattern, batch, kind)
-        sampled, product = at_once(pattern, values, left, right, by_batch=by_batch)
+        sampled, product = gradients(pattern, values, left, right, by_batch=by_batch)
         one, other, W = left.astype(float), right.astype(float), matrix(pattern, values.astype(float))
         unit = 8 * np.finfo(wide(dtype)).eps
         exact, scale = ((a @ b.T)[pattern.rows, pattern.indices] for a, b in ((one, other), (abs(one), abs(other))))
@@ -96,13 +104,81 @@ def test_gradients_are_those_in_float64(shape: tuple[int, int, float], dtype: st
         np.testing.assert_array_equal(sampled, sddmm(pattern, left, right, by_batch=by_batch))
 
 
+# Shapes of which both products have panels of the same tiles, or of others, so that one has to be packed anew.
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    "shape", [(300, 2000, 0.01), (2000, 300, 0.01), (70, 90, 0.5), (1, 40, 1.0), (40, 1, 0.5)], ids=str
+)
+def test_two_products_share_panels(shape: tuple[int, int, float], dtype: str) -> None:
+    """To the last bit what they are by themselves, at any number of threads."""
+    pattern, kind = pattern_of(*shape), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for batch, by_batch in itertools.product((1, 3, 16, 33, 128, 200), (False, True)):
+        values, left, right = sides(pattern, batch, kind)
+        wanted = spmm(pattern, values, left, transposed=True, by_batch=by_batch)
+        for threads in (1, 2, 3):
+            sampled, product = gradients(pattern, values, left, right, by_batch=by_batch, threads=threads, by_two=True)
+            np.testing.assert_array_equal(sampled, sddmm(pattern, left, right, by_batch=by_batch))
+            np.testing.assert_array_equal(product, wanted)
+
+
+def test_panels_are_packed_once_where_tiles_are_as_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seen by what is told: the width of the tiles that the first product has packed."""
+    told, real = [], _calls._call
+
+    def call(kind: str, dtype: str, what: dict[str, int], *rest: Any) -> Any:
+        slots = real(kind, dtype, what, *rest)
+        told.append((kind, what.get("packed", 0), slots[_calls._SLOT["widest"]]))
+        return slots
+
+    monkeypatch.setattr(_calls, "_call", call)
+    for shape, is_same in (((600, 600, 0.5), True), ((300, 2000, 0.01), False)):
+        told.clear()
+        pattern = pattern_of(*shape)
+        gradients(pattern, *sides(pattern, 200, np.float32), by_batch=True, by_two=True)
+        (first, none, width), (second, packed, own) = told
+        assert (first, second, none) == ("sddmm", "spmm_ordered", 0)
+        assert packed == width
+        assert (packed == own) is is_same
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
+@pytest.mark.parametrize("by_two", [True, False], ids=["by two products", "at once"])
+def test_sums_of_the_left_side_are_formed_by_the_way(by_two: bool, dtype: str) -> None:
+    """For the gradient of a bias: of all columns of the batch, and of no row that there is not."""
+    pattern, kind = pattern_of(131, 300, 0.1), np.dtype(getattr(ml_dtypes, dtype, dtype))
+    for batch, by_batch in itertools.product((2, 3, 7, 33, 200) if by_two else batches(dtype), (False, True)):
+        given = sides(pattern, batch, kind)
+        bits = []
+        for threads in (1, 2, 3):
+            sums = np.full(131 + 8, np.nan, wide(dtype))
+            found = gradients(pattern, *given, by_batch=by_batch, by_two=by_two, threads=threads, sums=sums)
+            exact = given[1].astype(float)
+            bound = 8 * np.finfo(wide(dtype)).eps * abs(exact).sum(1)
+            assert (abs(sums[:131] - exact.sum(1)) <= bound).all()
+            assert np.isnan(sums[131:]).all(), "numbers of others"
+            for one, other in zip(found, gradients(pattern, *given, by_batch=by_batch, by_two=by_two), strict=True):
+                np.testing.assert_array_equal(one, other)
+            bits.append(sums[:131].tobytes())
+        assert len(set(bits)) == 1
+
+
+def test_what_gradients_need_is_said() -> None:
+    sizes: dict[str, int] = dict.fromkeys(("starts", "across", "values", "left", "right", "out", "out_right"), 64)
+    with pytest.raises(ValueError, match=r"parts are for 2 to 4, 8 or 16 columns .* got 5: pass none"):
+        kernels.gradients("float32", (4, 4), 5, 4, **sizes, parts=64, left_panels=64, right_panels=64)
+    with pytest.raises(ValueError, match="need parts, or starts and across by columns; got neither"):
+        kernels.gradients("float32", (4, 4), 4, 4, **sizes, left_panels=64, right_panels=64)
+    with pytest.raises(ValueError, match="panels must be given"):
+        kernels.gradients("float32", (4, 4), 4, 4, **sizes, parts=64, left_by_batch=True)
+
+
 def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
     pattern = pattern_of(700, 500, 0.3)
     for batch in batches("float32"):
         given = sides(pattern, batch, np.float32)
-        one = at_once(pattern, *given, threads=1)
+        one = gradients(pattern, *given, threads=1)
         for other in ({"threads": 2}, {"threads": 3}, {"threads": 8}, {"checked": False}):
-            for found, wanted in zip(at_once(pattern, *given, **other), one, strict=True):  # type: ignore[arg-type]
+            for found, wanted in zip(gradients(pattern, *given, **other), one, strict=True):  # type: ignore[arg-type]
                 np.testing.assert_array_equal(found, wanted)
 
 
@@ -110,7 +186,7 @@ def test_what_is_not_a_number_reaches_only_what_it_is_connected_to() -> None:
     pattern = pattern_of(60, 50, 0.4)
     values, left, right = sides(pattern, 4, np.float32)
     left[7] = np.nan
-    sampled, product = at_once(pattern, values, left, right)
+    sampled, product = gradients(pattern, values, left, right)
     np.testing.assert_array_equal(np.isnan(sampled), pattern.rows == 7)
     connected = np.isin(np.arange(50), pattern.indices[pattern.rows == 7])
     np.testing.assert_array_equal(np.isnan(product), np.repeat(connected[:, None], 4, 1))
@@ -125,12 +201,12 @@ def test_indices_beyond_the_end_touch_no_memory_of_others(batch: int, which: sli
         bad: Any = object.__new__(SparsityPattern)
         bad.indptr, bad.indices, bad.shape = pattern.indptr.copy(), pattern.indices.copy(), pattern.shape
         getattr(bad, name)[which] = wrong
-        assert at_once(bad, *given)[1].shape == (30, batch)
+        assert gradients(bad, *given)[1].shape == (30, batch)
     bad.indptr, bad.indices = pattern.indptr, pattern.indices.copy()
     bad.indices[which] = 2**31 - 1
-    found = at_once(bad, *given)
+    found = gradients(bad, *given)
     bad.indices[which] = 29  # the last
-    for one, other in zip(found, at_once(bad, *given), strict=True):
+    for one, other in zip(found, gradients(bad, *given), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
@@ -143,13 +219,13 @@ import numpy as np
 from maskedlinear.kernels import _engine
 here = _engine.host()
 _engine.host = lambda: here._replace(register_bytes={register_bytes})
-from test_kernel_gradients import at_once, batches, matrix, pattern_of, sides
+from test_kernel_gradients import batches, gradients, matrix, pattern_of, sides
 pattern = pattern_of(70, 90, 0.4)
 for dtype, tolerance in (("float32", 1e-4), ("float64", 1e-12)):
     assert max(batches(dtype)) == {register_bytes} // np.dtype(dtype).itemsize
     for batch in batches(dtype):
         values, left, right = sides(pattern, batch, dtype)
-        sampled, product = at_once(pattern, values, left, right, by_batch=batch == 4)
+        sampled, product = gradients(pattern, values, left, right, by_batch=batch == 4)
         np.testing.assert_allclose(product, matrix(pattern, values).T @ left, atol=tolerance)
         np.testing.assert_allclose(sampled, (left @ right.T)[pattern.rows, pattern.indices], atol=tolerance)
 """
@@ -170,13 +246,13 @@ def test_it_is_for_few_columns_and_many_connections_of_each() -> None:
 def test_a_layer_asks_for_both_gradients_at_once(
     batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, alone = [], []
-    for name, called in (("gradients", asked), ("sddmm", alone)):
+    both, alone = [], []
+    for name, called in (("gradients", both), ("sddmm", alone)):
         real = getattr(kernels, name)
         monkeypatch.setattr(
             _cpu_kernels.kernels,
             name,
-            lambda *of, real=real, called=called, **more: called.append(1) or real(*of, **more),
+            lambda *of, real=real, called=called, **more: called.append(more.get("parts", 0) != 0) or real(*of, **more),
         )
     mask = masks.random((300, 200), sparsity=0.5, seed=0)
     layer = SparseLinear(200, 300, pattern=SparsityPattern.from_mask(mask), dtype=dtype)
@@ -189,7 +265,9 @@ def test_a_layer_asks_for_both_gradients_at_once(
         ((batch, 200), True, True),
         ((1, batch, 200), True, True),
         ((batch, 200), False, True),
+        ((batch, 200), True, False),
     ):
+        layer.weight_values.requires_grad_(of_values)
         x = torch.randn(shape).to(dtype).requires_grad_(of_x)
         layer.zero_grad()
         dense.zero_grad()
@@ -200,12 +278,14 @@ def test_a_layer_asks_for_both_gradients_at_once(
         dense(twin).backward(g.double())
         near: dict[str, float] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 256 * torch.finfo(wide_of(dtype)).eps}
         near["atol"] = max(near["atol"], 4e-2 if dtype.itemsize == 2 else 0)
-        torch.testing.assert_close(layer.weight_values.grad.double(), dense.weight.grad[rows, columns], **near)
+        torch.testing.assert_close(layer.bias.grad.double(), dense.bias.grad, **near)
+        if of_values:
+            torch.testing.assert_close(layer.weight_values.grad.double(), dense.weight.grad[rows, columns], **near)
         if of_x:
             torch.testing.assert_close(x.grad.double(), twin.grad, **near)
-        assert asked == [1] * (of_x and of_values and batch < 5)
-        assert len(alone) == 1 - len(asked)
-        asked.clear()
+        assert both == ([batch < 5] if of_x and of_values else [])
+        assert len(alone) == (of_values and not of_x)
+        both.clear()
         alone.clear()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -244,3 +245,25 @@ def test_what_a_layer_gives_without_gradients_may_be_written_to(rows: int) -> No
     for y in outputs:
         y += torch.ones_like(y, requires_grad=True)
         assert y.requires_grad
+
+
+@pytest.mark.parametrize("connections", [0, 1, 30])
+@pytest.mark.parametrize("batch", [0, 1, 2, 5, 33])
+def test_any_of_the_gradients_may_be_all_that_is_wanted(batch: int, connections: int) -> None:
+    mask = (torch.arange(48) < connections).view(6, 8)
+    g, numbers = torch.randn(batch, 6), torch.randn(batch, 8)
+    for of_x, of_values, of_bias in itertools.product((True, False), repeat=3):
+        layer, x = SparseLinear(8, 6, mask=mask), numbers.clone().requires_grad_(of_x)
+        layer.weight_values.requires_grad_(of_values)
+        layer.bias.requires_grad_(of_bias)
+        if of_x or of_values or of_bias:
+            layer(x).backward(g)
+        wanted = (
+            (of_x, x, g @ layer.weight.detach()),
+            (of_values, layer.weight_values, (g.mT @ numbers)[mask]),
+            (of_bias, layer.bias, g.sum(0)),
+        )
+        for is_wanted, parameter, gradient in wanted:
+            assert (parameter.grad is not None) is is_wanted
+            if is_wanted:
+                torch.testing.assert_close(parameter.grad, gradient)

@@ -6,6 +6,7 @@ or after.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from maskedlinear import kernels
 from maskedlinear_torch._compat import is_zero_tensor
 from maskedlinear_torch._storage import new_memory
 
-__all__ = ["CSR", "are_for", "gradients", "lies_well", "masked_gradient", "sddmm", "spmm", "wide"]
+__all__ = ["CSR", "are_for", "gradients", "lies_well", "masked_gradient", "rows_of_y", "sddmm", "spmm", "wide"]
 
 
 class CSR(NamedTuple):
@@ -58,23 +59,60 @@ def _settled(tensor: Tensor) -> Tensor:
     return tensor.clone() if is_zero_tensor(tensor) else tensor.resolve_neg()
 
 
-def _lies_by_batch(matrix: Tensor) -> bool:
-    return not matrix.is_contiguous()
+class _Side(NamedTuple):
+    """A matrix of some features and a batch, and how it lies in memory: that of a tensor that is kept here."""
+
+    matrix: Tensor
+    features: int
+    batch: int
+    by_batch: bool
+
+    @classmethod
+    def of(cls, matrix: Tensor) -> _Side:
+        """Return that of a tensor (features, batch)."""
+        matrix = lies_well(matrix)
+        return cls(matrix, matrix.shape[0], matrix.shape[1], not matrix.is_contiguous())
+
+    @classmethod
+    def of_rows(cls, rows: Tensor) -> _Side:
+        """Return that of a tensor (batch, features)."""
+        rows = _settled(rows)
+        batch, features = rows.shape
+        if rows.is_contiguous():
+            return cls(rows, features, batch, True)
+        return cls.of(rows.mT)
+
+    def room(self, dtype: str) -> Tensor:
+        """Return room for its panels."""
+        return _scratch(kernels.panel_numbers(self.features, self.batch, dtype), wide(self.matrix.dtype), self.matrix)
 
 
 def spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None, *, as_it_lies: bool) -> Tensor:
     """Return the product, and a bias added last, which lies as ``right`` does, or by features; of half types as float32."""
-    right, values = lies_well(right), _settled(values).contiguous()
-    (depth, batch), rows = right.shape, csr.starts.shape[0] - 1
-    dtype, by_batch = _DTYPES[right.dtype], _lies_by_batch(right)
-    out_by_batch = by_batch and as_it_lies
+    side, rows = _Side.of(right), csr.starts.shape[0] - 1
+    out_by_batch = side.by_batch and as_it_lies
     # Not a view of another tensor: forward mode wants a view's tangent to lie as the view does.
-    strides = (1, rows) if out_by_batch else (batch, 1)
-    out = right.new_empty_strided((rows, batch), strides, dtype=wide(right.dtype))
-    starts, across, order = _indices(csr, values.numel())
-    if order is not None and kernels.is_ordered_first(values.numel(), batch, dtype):
+    strides = (1, rows) if out_by_batch else (side.batch, 1)
+    out = right.new_empty_strided((rows, side.batch), strides, dtype=wide(right.dtype))
+    _multiply(values, side, csr, bias, out, out_by_batch)
+    return out
+
+
+def rows_of_y(x: Tensor, values: Tensor, csr: CSR, bias: Tensor | None) -> Tensor:
+    """Return the rows of y (batch, out), no view, for rows of x (batch, in); of half types as float32."""
+    out = x.new_empty((x.shape[0], csr.starts.shape[0] - 1), dtype=wide(x.dtype))
+    _multiply(values, _Side.of_rows(x), csr, bias, out, True)
+    return out
+
+
+def _multiply(values: Tensor, right: _Side, csr: CSR, bias: Tensor | None, out: Tensor, out_by_batch: bool) -> None:
+    """Write W times the matrix of ``right``, and a bias, to ``out``."""
+    values = _settled(values).contiguous()
+    dtype, connections, rows = _DTYPES[values.dtype], values.numel(), csr.starts.shape[0] - 1
+    starts, across, order = _indices(csr, connections)
+    if order is not None and kernels.is_ordered_first(connections, right.batch, dtype):
         values, order = _in_order(values, order), None
-    panels = None if kernels.is_direct(batch, by_batch, dtype) else _room(right, dtype)
+    panels = None if kernels.is_direct(right.batch, right.by_batch, dtype) else right.room(dtype)
     if bias is not None:
         bias = _settled(bias).contiguous()
         if bias.shape != (rows,) or bias.dtype is not values.dtype:
@@ -83,22 +121,21 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None, *, as_it_
             )
     kernels.spmm(
         dtype,
-        (rows, depth),
-        batch,
-        values.numel(),
+        (rows, right.features),
+        right.batch,
+        connections,
         starts=_address(starts),
         across=_address(across),
         order=_address(order),
         values=_address(values),
-        right=_address(right),
+        right=_address(right.matrix),
         panels=_address(panels),
         bias=_address(bias),
         out=_address(out),
-        right_by_batch=by_batch,
+        right_by_batch=right.by_batch,
         out_by_batch=out_by_batch,
         threads=torch.get_num_threads(),
     )
-    return out
 
 
 def _in_order(values: Tensor, order: Tensor) -> Tensor:
@@ -116,76 +153,107 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return the sampled product; of half types as float32."""
-    sides = _Sides.of(left, right, csr, csr.across.numel())
-    out = right.new_empty(csr.across.shape, dtype=wide(right.dtype))
-    kernels.sddmm(*sides.sizes(), out=_address(out), **sides.told())
-    return out
+    return _sample(_Side.of(left), _Side.of(right), csr, kernels.sddmm, csr.across.numel(), None)
 
 
-def gradients(values: Tensor, left: Tensor, right: Tensor, csr: CSR) -> tuple[Tensor, Tensor] | None:
-    """Return left · rightᵀ at the connections, and Wᵀ · left, which lies as ``right`` does; of half types as float32.
+def gradients(
+    g: Tensor, x: Tensor | None, values: Tensor | None, csr: CSR, transposed: CSR, *, of_bias: bool
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return the gradients of rows of x, if there are values, of values, if there is x, and of a bias; wide, of half types.
 
-    ``None`` where there are no kernels for these, or two products take less time, as they do but for few columns.
+    Args:
+        g: the gradient of rows of y, (batch, out).
+        x: its rows, (batch, in).
+        values: (nnz,).
+        csr: the pattern by rows.
+        transposed: the pattern by columns.
+        of_bias: whether there is one.
     """
-    if not are_for(values, left, right):
-        return None
-    (depth, batch), dtype = right.shape, _DTYPES[right.dtype]
-    if not kernels.are_gradients_at_once(depth, batch, values.numel(), dtype):
-        return None
+    left = _Side.of_rows(g)
+    dx = dvalues = dbias = None
+    if of_bias:  # which is formed by the way where rows of g are read
+        is_vector_or_alone = left.batch == 1 or x is None
+        dbias = g.sum(0, dtype=wide(g.dtype)) if is_vector_or_alone else g.new_empty(left.features, dtype=wide(g.dtype))
+    sums = None if left.batch == 1 else dbias
+    if x is None:
+        if values is not None:
+            dx = g.new_empty((left.batch, transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
+            _multiply(values, left, transposed, None, dx, True)
+    elif values is None:
+        dvalues = _sample(left, _Side.of_rows(x), csr, kernels.sddmm, csr.across.numel(), sums)
+    else:
+        dx, dvalues = _both(left, _Side.of_rows(x), values, csr, transposed, sums)
+    return dx, dvalues, dbias
+
+
+def _both(
+    left: _Side, right: _Side, values: Tensor, csr: CSR, transposed: CSR, sums: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the rows of leftᵀ · W, which lie as ``right`` does, and left · rightᵀ at the connections."""
     values = _settled(values).contiguous()
-    sides = _Sides.of(left, right, csr, values.numel())
-    sampled = right.new_empty(csr.across.shape, dtype=wide(right.dtype))
-    strides = (1, depth) if _lies_by_batch(sides.right) else (batch, 1)
-    product = right.new_empty_strided((depth, batch), strides, dtype=sampled.dtype)
-    parts = _scratch(kernels.part_numbers(depth, batch, dtype), sampled.dtype, right)
-    kernels.gradients(
-        *sides.sizes(),
-        values=_address(values),
-        out=_address(sampled),
-        out_right=_address(product),
-        parts=_address(parts),
-        **sides.told(),
+    dtype, connections = _DTYPES[values.dtype], values.numel()
+    size = (right.batch, right.features) if right.by_batch else (right.features, right.batch)
+    product = values.new_empty(size, dtype=wide(values.dtype))
+    parts, (starts, across, order) = None, _indices(transposed, connections)
+    if kernels.are_gradients_at_once(right.features, right.batch, connections, dtype):
+        parts = _scratch(kernels.part_numbers(right.features, right.batch, dtype), product.dtype, product)
+    elif order is not None and kernels.is_ordered_first(connections, right.batch, dtype):
+        values, order = _in_order(values, order), None
+    places = {
+        "starts_by_columns": _address(starts),
+        "across_by_columns": _address(across),
+        "order": _address(order),
+        "values": _address(values),
+        "out_right": _address(product),
+        "parts": _address(parts),
+    }
+    sampled = _sample(left, right, csr, kernels.gradients, connections, sums, **places)
+    return product if right.by_batch else product.mT, sampled
+
+
+def _sample(
+    left: _Side,
+    right: _Side,
+    csr: CSR,
+    kernel: Callable[..., None],
+    connections: int,
+    sums: Tensor | None,
+    **places: int,
+) -> Tensor:
+    """Return left · rightᵀ at the connections, which ``kernel`` makes, and whatever else it does with ``places``.
+
+    The sums of the rows of left are written to ``sums``.
+    """
+    dtype = _DTYPES[right.matrix.dtype]
+    starts, across, _ = _indices(csr, connections)
+    rows = starts.shape[0] - 1
+    if (rows, right.batch) != (left.features, left.batch):
+        raise ValueError(
+            f"left must have shape {(rows, right.batch)}, as the pattern and right have; got "
+            f"{(left.features, left.batch)}"
+        )
+    is_direct = kernels.is_direct(left.batch, left.by_batch or right.by_batch, dtype)
+    left_panels, right_panels = (None, None) if is_direct else (left.room(dtype), right.room(dtype))
+    out = right.matrix.new_empty(connections, dtype=wide(right.matrix.dtype))
+    kernel(
+        dtype,
+        (rows, right.features),
+        right.batch,
+        connections,
+        starts=_address(starts),
+        across=_address(across),
+        left=_address(left.matrix),
+        left_panels=_address(left_panels),
+        right=_address(right.matrix),
+        right_panels=_address(right_panels),
+        left_by_batch=left.by_batch,
+        right_by_batch=right.by_batch,
+        out=_address(out),
+        left_sums=_address(sums),
+        threads=torch.get_num_threads(),
+        **places,
     )
-    return sampled, product
-
-
-class _Sides(NamedTuple):
-    """Both sides of a sampled product, as the kernels read them, with room for their panels, and the pattern."""
-
-    starts: Tensor
-    across: Tensor
-    left: Tensor
-    right: Tensor
-    left_panels: Tensor | None
-    right_panels: Tensor | None
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor, csr: CSR, connections: int) -> _Sides:
-        left, right = lies_well(left), lies_well(right)
-        batch, dtype = right.shape[1], _DTYPES[right.dtype]
-        starts, across, _ = _indices(csr, connections)
-        rows = starts.shape[0] - 1
-        if left.shape != (rows, batch):
-            raise ValueError(
-                f"left must have shape {(rows, batch)}, as the pattern and right have; got {tuple(left.shape)}"
-            )
-        direct = kernels.is_direct(batch, _lies_by_batch(left) or _lies_by_batch(right), dtype)
-        panels = (None, None) if direct else (_room(left, dtype), _room(right, dtype))
-        return cls(starts, across, left, right, *panels)
-
-    def sizes(self) -> tuple[str, tuple[int, int], int, int]:
-        """Return the dtype, the shape of W, the batch, and how many connections there are."""
-        depth, batch = self.right.shape
-        return _DTYPES[self.right.dtype], (self.starts.shape[0] - 1, depth), batch, self.across.numel()
-
-    def told(self) -> dict[str, Any]:
-        """Return where all of it lies, and how, as long as it is there."""
-        return {
-            **{name: _address(tensor) for name, tensor in self._asdict().items()},
-            "left_by_batch": _lies_by_batch(self.left),
-            "right_by_batch": _lies_by_batch(self.right),
-            "threads": torch.get_num_threads(),
-        }
+    return out
 
 
 def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -198,10 +266,6 @@ def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]
                 f"{index.shape[0]}"
             )
     return starts.contiguous(), across.contiguous(), None if order is None else order.contiguous()
-
-
-def _room(matrix: Tensor, dtype: str) -> Tensor:
-    return _scratch(kernels.panel_numbers(matrix.shape[0], matrix.shape[1], dtype), wide(matrix.dtype), matrix)
 
 
 def _scratch(numbers: int, dtype: torch.dtype, like: Tensor) -> Tensor:

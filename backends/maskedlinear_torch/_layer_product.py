@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from maskedlinear_torch._compat import is_dispatch_mode_on, is_grads_batched, nothing_looks_on
-from maskedlinear_torch._cpu_kernels import gradients, wide
-from maskedlinear_torch._functional import flatten_batch
-from maskedlinear_torch._products import DevicePattern, laid_out, plain_sddmm, plain_spmm, sddmm, spmm
+from maskedlinear_torch import _cpu_kernels
+from maskedlinear_torch._compat import is_any_autocast_on, is_dispatch_mode_on, is_grads_batched, nothing_looks_on
+from maskedlinear_torch._cpu_kernels import wide
+from maskedlinear_torch._functional import FLOATING, flatten_batch
+from maskedlinear_torch._products import DevicePattern, are_for_kernels, laid_out, plain_sddmm, plain_spmm, sddmm, spmm
 
-__all__ = ["is_layer_product", "layer_product"]
+__all__ = ["belong_together", "is_layer_product", "layer_product"]
 
 _ORDINARY = (Tensor, torch.nn.Parameter)
 
@@ -33,6 +34,27 @@ def is_layer_product(x: Tensor, values: Tensor, bias: Tensor | None) -> bool:
     )
 
 
+def belong_together(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int, bias: Tensor | None) -> bool:
+    """Whether what :func:`is_layer_product` is true of may be multiplied as it is.
+
+    Asked at every call, in a third of the time of the checks that say what does not belong, which are for all others.
+    """
+    dtype, device, shape = values.dtype, values.device, x.shape
+    return (
+        x.dtype is dtype
+        and x.device == device
+        and dtype in FLOATING
+        and len(shape) > 0
+        and shape[-1] == in_features
+        and values.shape == pattern.indices.shape
+        and (
+            bias is None
+            or (bias.dtype is dtype and bias.device == device and bias.shape == (pattern.indptr.shape[0] - 1,))
+        )
+        and not is_any_autocast_on()
+    )
+
+
 def _nothing_looks_on() -> bool:
     return nothing_looks_on() and not torch.compiler.is_compiling() and not is_dispatch_mode_on()
 
@@ -45,47 +67,64 @@ def layer_product(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tenso
     if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
         # Copied here, if at all: once for both passes, and the copy alone is kept.
         rows = laid_out(flatten_batch(x).mT, pattern).mT
-    y: Tensor = _LayerProduct.apply(rows, values, bias, *pattern)  # type: ignore[no-untyped-call]
+    y: Tensor = _LayerProduct.apply(rows, values, bias, pattern)  # type: ignore[no-untyped-call]
     return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])
 
 
 def _rows_of_y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
     """Return y, which is no view: torch refuses to write to one of a Function's memory, or made without gradients."""
-    y = plain_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern, bias=bias).mT.contiguous()
+    rows = flatten_batch(x)
+    if are_for_kernels(values, rows):
+        y = _cpu_kernels.rows_of_y(rows, values, pattern.csr(False), bias)
+    else:
+        y = plain_spmm(values, laid_out(rows.mT, pattern), pattern, bias=bias).mT.contiguous().data
     y = y if y.dtype is x.dtype else y.to(x.dtype)
-    return (y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1])).data
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
 
 class _LayerProduct(torch.autograd.Function):
-    """Arguments: x, values, bias or ``None``, and the five of ``DevicePattern``."""
+    """Arguments: x, values, bias or ``None``, and the pattern, which is nothing to autograd."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, *rest: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: DevicePattern) -> Tensor:
         of_x, of_values = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if of_values else None, values if of_x else None, *rest)
-        ctx.shape, ctx.dtype = x.shape, x.dtype
-        return _rows_of_y(x, values, DevicePattern(*rest), bias)
+        ctx.save_for_backward(x if of_values else None, values if of_x else None)
+        ctx.pattern, ctx.shape = pattern, x.shape
+        return _rows_of_y(x, values, pattern, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, values, *rest = ctx.saved_tensors
-        pattern, dtype = DevicePattern(*rest), ctx.dtype
-        of_x, of_values, of_bias = ctx.needs_input_grad[:3]
+        x, values = ctx.saved_tensors
+        dtype, rows = g.dtype, flatten_batch(g)
         # Differentiated again, mapped, recorded or compiled, which may have begun after the forward pass.
         is_watched = torch.is_grad_enabled() or is_grads_batched(g) or not _nothing_looks_on()
-        product, sampled = (spmm, sddmm) if is_watched else (plain_spmm, plain_sddmm)
-        to = wide(dtype) if is_watched else dtype
-        rows = flatten_batch(g)
-        columns = rows.mT.to(to) if is_watched else laid_out(rows.mT, pattern, True)
-        dx = dvalues = dbias = None
-        if of_values and of_x and not is_watched:
-            both = gradients(values, columns, flatten_batch(x).mT, pattern.csr(False))
-            if both is not None:
-                dvalues, dx = both[0].to(dtype), both[1].mT.to(dtype).reshape(ctx.shape)
-        if of_values and dvalues is None:
-            dvalues = sampled(columns, flatten_batch(x).mT.to(to), pattern).to(dtype)
-        if of_x and dx is None:
-            dx = product(values.to(to), columns, pattern, True).mT.to(dtype).reshape(ctx.shape)
-        if of_bias:
-            dbias = rows.sum(0, dtype=wide(dtype)).to(dtype)
-        return dx, dvalues, dbias, *(None,) * 5
+        form = _watched_gradients if is_watched else _gradients
+        dx, *others = form(rows, None if x is None else flatten_batch(x), values, ctx.pattern, ctx.needs_input_grad[2])
+        if dx is not None and dx.shape != ctx.shape:
+            dx = dx.reshape(ctx.shape)
+        return *(side if side is None or side.dtype is dtype else side.to(dtype) for side in (dx, *others)), None
+
+
+# Gradients of rows of x, if there are values, of values, if there is x, and of a bias, if there is one; of half types
+# as float32.
+_Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+def _gradients(g: Tensor, x: Tensor | None, values: Tensor | None, pattern: DevicePattern, of_bias: bool) -> _Gradients:
+    if pattern.indices.numel() and are_for_kernels(g, *(side for side in (x, values) if side is not None)):
+        return _cpu_kernels.gradients(g, x, values, pattern.csr(False), pattern.csr(True), of_bias=of_bias)
+    columns = laid_out(g.mT, pattern, True)
+    dx = None if values is None else plain_spmm(values, columns, pattern, True).mT
+    dvalues = None if x is None else plain_sddmm(columns, x.mT, pattern)
+    return dx, dvalues, g.sum(0, dtype=wide(g.dtype)) if of_bias else None
+
+
+def _watched_gradients(
+    g: Tensor, x: Tensor | None, values: Tensor | None, pattern: DevicePattern, of_bias: bool
+) -> _Gradients:
+    """Return the same by products that say what they are to whoever looks on."""
+    to = wide(g.dtype)
+    columns = g.mT.to(to)
+    dx = None if values is None else spmm(values.to(to), columns, pattern, True).mT
+    dvalues = None if x is None else sddmm(columns, x.mT.to(to), pattern)
+    return dx, dvalues, g.sum(0, dtype=to) if of_bias else None

@@ -17,7 +17,7 @@ from maskedlinear_torch._compat import is_forward_mode
 from maskedlinear_torch._constraints import save_constraints, set_constraints, taken_from
 from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, are_ordinary_rows
-from maskedlinear_torch._sparse import check_values, product
+from maskedlinear_torch._sparse import product
 from maskedlinear_torch._sparse_layer import SparseLinear
 from maskedlinear_torch._sparse_state import load_pattern, named_buffers, save_pattern
 
@@ -27,7 +27,6 @@ _MOST_ROWS = 4  # of x, from which on the products by rows are faster
 
 
 def _by_rows(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
-    check_values(x, values, len(values), bias)
     return product(x, values, DevicePattern(*pattern), in_features, bias)
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "CSR",
     "DevicePattern",
     "Matrix",
+    "are_for_kernels",
     "are_ordinary_rows",
     "is_fake",
     "laid_out",
@@ -238,9 +239,13 @@ def plain_sddmm(left: Tensor, right: Tensor, pattern: DevicePattern) -> Tensor:
     return _sddmm(left, right, pattern.csr(False))
 
 
+def are_for_kernels(*operands: Tensor) -> bool:
+    """Whether our own kernels multiply these: on the CPU, of one dtype, with numbers, and no batch of gradients."""
+    return _cpu_kernels.are_for(*operands) and not any(not side.numel() or is_grads_batched(side) for side in operands)
+
+
 def _spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None = None, *, as_it_lies: bool = True) -> Tensor:
-    is_for_kernels = _cpu_kernels.are_for(values, right) and not (is_grads_batched(values) or is_grads_batched(right))
-    if is_for_kernels and values.numel() and right.shape[1]:
+    if are_for_kernels(values, right):
         return _cpu_kernels.spmm(values, right, csr, bias, as_it_lies=as_it_lies)
     product = _spmm_without_kernels(values, right, csr)
     return product if bias is None else product.add_(bias[:, None])
@@ -270,7 +275,7 @@ def _sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     wide = _cpu_kernels.wide(right.dtype)
     if not csr.across.numel() or not batch:
         return right.new_zeros(csr.across.shape, dtype=wide)
-    if _cpu_kernels.are_for(left, right) and not (is_grads_batched(left) or is_grads_batched(right)):
+    if are_for_kernels(left, right):
         return _cpu_kernels.sddmm(left, right, csr)
     if _is_on_gpu(right) and (product := _gpu_products.sddmm(left, right, csr)) is not None:
         return product

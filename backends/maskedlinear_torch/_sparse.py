@@ -11,7 +11,7 @@ from torch import Tensor
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.spec import check_floating, check_shapes
 from maskedlinear_torch._functional import FLOATING, autocast_arguments, flatten_batch
-from maskedlinear_torch._layer_product import is_layer_product, layer_product
+from maskedlinear_torch._layer_product import belong_together, is_layer_product, layer_product
 from maskedlinear_torch._products import DevicePattern, is_fake, laid_out, spmm
 
 __all__ = ["check_values", "product", "real_tensor", "sparse_linear"]
@@ -65,7 +65,10 @@ def check_values(x: Tensor, values: Tensor, connections: int, bias: Tensor | Non
 
 
 def product(x: Tensor, values: Tensor, pattern: DevicePattern, in_features: int, bias: Tensor | None) -> Tensor:
-    """Return y, for arguments whose values are checked already."""
+    """Return y, or raise if the arguments do not belong together."""
+    if is_layer_product(x, values, bias) and belong_together(x, values, pattern, in_features, bias):
+        return layer_product(x, values, pattern, bias)
+    check_values(x, values, len(pattern.indices), bias)
     out = pattern.indptr.shape[0] - 1
     check_shapes(x.shape, (out, in_features), None if bias is None else bias.shape)
     x, values, bias = autocast_arguments(x, values, bias, "values")

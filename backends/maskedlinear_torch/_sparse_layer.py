@@ -29,7 +29,7 @@ from maskedlinear_torch._functional import FLOATING, checked_mask
 from maskedlinear_torch._layer import MaskedLinear
 from maskedlinear_torch._masked_weight import KeepDormant
 from maskedlinear_torch._products import DevicePattern, Matrix, may_be_one_row
-from maskedlinear_torch._sparse import check_values, product, real_tensor
+from maskedlinear_torch._sparse import product, real_tensor
 from maskedlinear_torch._sparse_shards import (
     Cut,
     check_alike_where_shared,
@@ -48,7 +48,6 @@ __all__ = ["SparseLinear"]
 
 
 def _forward(x: Tensor, values: Tensor, pattern: tuple[Tensor, ...], in_features: int, bias: Tensor | None) -> Tensor:
-    check_values(x, values, values.shape[0], bias)
     return product(x, values, DevicePattern(*pattern), in_features, bias)
 
 

@@ -113,13 +113,14 @@ def _in_slots(told: dict[str, int]) -> Any:
     return slots
 
 
-def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: int, *, dry: bool = False) -> None:
-    """Run a product; what it needs and is not compiled yet is, and it begins anew."""
+def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: int, *, dry: bool = False) -> Any:
+    """Run a product, and return its slots; what it needs and is not compiled yet is, and it begins anew."""
     told["tasks"] = table_address(kind, dtype, checked=checked)
     told["threads"] = max(threads, 1)
     way = (_engine.address("dry"), 0) if dry else _openmp.pool()
-    while missing := _program(kind, dtype)(_in_slots(told), *way):
+    while missing := _program(kind, dtype)(slots := _in_slots(told), *way):
         compile_task(kind, dtype, missing - 1, checked)
+    return slots
 
 
 def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int) -> None:
@@ -197,6 +198,7 @@ def sddmm(
     left: int,
     right: int,
     out: int,
+    left_sums: int = 0,
     left_panels: int = 0,
     right_panels: int = 0,
     left_by_batch: bool = False,
@@ -216,6 +218,8 @@ def sddmm(
         left: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
         right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
         out: shape ``(nnz,)``.
+        left_sums: shape ``(rows,)``, of the dtype of out: the sum of each row of left is written there, too; 0 for none.
+            Not of a vector, which is its own sum.
         left_panels: room for the panels of left; not needed if both are direct.
         right_panels: room for the panels of right; not needed if both are direct.
         left_by_batch: which way left lies.
@@ -228,7 +232,7 @@ def sddmm(
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
         "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
         "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
-        "direct": direct, "out": out,
+        "direct": direct, "out": out, "sums": left_sums,
     }  # fmt: skip
     _call("sddmm", dtype, told, checked, threads)
 
@@ -238,13 +242,18 @@ _FEWEST_IN_COLUMN, _PART_BYTES = 128, 4 << 20
 
 
 def are_gradients_at_once(depth: int, batch: int, nnz: int, dtype: str) -> bool:
-    """Return whether :func:`gradients` takes such a batch, and less time than two products: 2 to 4, 8 or 16 columns."""
-    width = max(batch, _sizes(dtype)[-1])
-    if batch < 2 or width not in _sizes(dtype) or width > _engine.host().shape(dtype).lanes:
-        return False
+    """Return whether :func:`gradients` takes less time by one pass than by two products: for 2 to 4, 8 or 16 columns."""
     return (
-        nnz >= _FEWEST_IN_COLUMN * depth and part_numbers(depth, batch, dtype) * item_bytes(wide(dtype)) <= _PART_BYTES
+        _is_one_register(batch, dtype)
+        and nnz >= _FEWEST_IN_COLUMN * depth
+        and part_numbers(depth, batch, dtype) * item_bytes(wide(dtype)) <= _PART_BYTES
     )
+
+
+def _is_one_register(batch: int, dtype: str) -> bool:
+    """Return whether a batch, more than a vector, fills one register of a width that there is."""
+    width = max(batch, _sizes(dtype)[-1])
+    return batch > 1 and width in _sizes(dtype) and width <= _engine.host().shape(dtype).lanes
 
 
 def part_numbers(depth: int, batch: int, dtype: str) -> int:
@@ -265,7 +274,11 @@ def gradients(
     right: int,
     out: int,
     out_right: int,
-    parts: int,
+    left_sums: int = 0,
+    parts: int = 0,
+    starts_by_columns: int = 0,
+    across_by_columns: int = 0,
+    order: int = 0,
     left_panels: int = 0,
     right_panels: int = 0,
     left_by_batch: bool = False,
@@ -275,7 +288,8 @@ def gradients(
 ) -> None:
     """Write left · rightᵀ at the connections to ``out``, and Wᵀ · left to ``out_right``, which lies as right does.
 
-    Of sizes for which :func:`are_gradients_at_once`; for the rest see :func:`sddmm`.
+    With ``parts`` by one pass over W's rows, which takes less time where :func:`are_gradients_at_once`; else by two
+    products, of which the second reads the panels of left that the first has packed. For the rest see :func:`sddmm`.
 
     Args:
         dtype: as in :func:`spmm`.
@@ -284,27 +298,50 @@ def gradients(
         nnz: the number of connections.
         starts: as in :func:`spmm`.
         across: as in :func:`spmm`.
-        values: as in :func:`spmm`.
+        values: as in :func:`spmm`; of two products, in the order of columns if there is no ``order``.
         left: as in :func:`sddmm`.
         right: as in :func:`sddmm`.
         out: shape ``(nnz,)``.
         out_right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
-        parts: room for :func:`part_numbers` numbers.
+        left_sums: as in :func:`sddmm`.
+        parts: room for :func:`part_numbers` numbers, for a batch of 2 to 4, 8 or 16 that fits a register; or 0.
+        starts_by_columns: int32, shape ``(columns + 1,)``: ``starts`` of the transpose, for two products.
+        across_by_columns: int32, shape ``(nnz,)``: ``across`` of the transpose, for two products.
+        order: as in :func:`spmm`, of the transpose.
         left_panels: as in :func:`sddmm`.
         right_panels: as in :func:`sddmm`.
         left_by_batch: as in :func:`sddmm`.
         right_by_batch: as in :func:`sddmm`.
         threads: as in :func:`spmm`.
         checked: as in :func:`spmm`.
+
+    Raises:
+        ValueError: if there are parts, and the batch is none of those; or neither parts nor the pattern by columns.
     """
+    if parts and not _is_one_register(batch, dtype):
+        raise ValueError(
+            f"parts are for 2 to 4, 8 or 16 columns that fit a register of {dtype}; got {batch}: pass none"
+        )
+    if not parts and not (starts_by_columns and across_by_columns):
+        raise ValueError("gradients need parts, or starts and across by columns; got neither: pass one of them")
     direct = _is_direct(batch, left_by_batch or right_by_batch, dtype, left_panels, right_panels)
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
-        "values": values, "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
+        "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
         "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
-        "direct": direct, "out": out, "out_right": out_right, "parts": parts, "widest": max(batch, _sizes(dtype)[-1]),
+        "direct": direct, "out": out, "sums": left_sums, "values": values,
     }  # fmt: skip
-    _call("gradients", dtype, told, checked, threads)
+    if parts:
+        told |= {"out_right": out_right, "parts": parts, "widest": max(batch, _sizes(dtype)[-1])}
+        _call("gradients", dtype, told, checked, threads)
+        return
+    sampled = _call("sddmm", dtype, told, checked, threads)
+    told |= {
+        "rows": shape[1], "depth": shape[0], "starts": starts_by_columns, "across": across_by_columns, "order": order,
+        "right": left, "right_by_batch": left_by_batch, "panels": told["left_panels"],
+        "packed": 0 if direct else sampled[_SLOT["widest"]], "out": out_right, "out_by_batch": right_by_batch,
+    }  # fmt: skip
+    _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
 
 
 def order_values(dtype: str, nnz: int, *, values: int, order: int, out: int, threads: int = 1) -> None:

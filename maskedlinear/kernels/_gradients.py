@@ -48,6 +48,9 @@ def gradients_task(module: ir.Module, name: str, shape: Shape, dtype: str, width
         with code.loop(first, last) as row:
             line = code.place(left, code.times(row, left_stride), kind)
             mine = code.get(line, 0, vector, kind)
+            with code.if_then(told.flag("sums")):
+                total = code.fadd(ir.Constant(kind, 0.0), sums_of(code, [mine], kind))
+                code.put(total, told.pointer("sums"), row, kind)
             place, end = pattern.start(row), pattern.start(code.sum(row, 1))
             for together in (CHAINS, 1):
                 loop = Connections(code, pattern, together, end, depth)

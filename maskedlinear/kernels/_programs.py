@@ -37,7 +37,7 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
     """Emit ``name(told, parallel, pool)``: spmm, or, ``sampled``, sddmm, by tiles of the widths ``sizes``.
 
     It returns 0, or, if a task is not compiled yet, 1 more than its entry in the table: compile it, tell all again, and
-    call it again.
+    call it again. Panels of the right side that are ``packed`` already, in tiles as wide as its own, are read as they are.
     """
     with function(module, name, I64, PROGRAM.args) as code:
         told = Arguments(code, code.function.args[0])
@@ -49,7 +49,8 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
 
         with code.if_then(code.icmp_unsigned("==", told.number("direct"), I64(0))):
             tiles = code.rounded_up(batch, told.number("widest"))
-            run(PACK_RIGHT, code.times(tiles, code.rounded_up(told.number("depth"), STRIP)))
+            with code.if_then(code.icmp_unsigned("!=", told.number("packed"), told.number("widest"))):
+                run(PACK_RIGHT, code.times(tiles, code.rounded_up(told.number("depth"), STRIP)))
             if sampled:
                 run(PACK_LEFT, code.times(tiles, code.rounded_up(told.number("rows"), STRIP)))
         by_tiles = code.append_basic_block()

@@ -52,7 +52,7 @@ ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
 SLOTS = (
     "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
-    "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right",
+    "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right", "packed", "sums",
 )  # fmt: skip
 
 
@@ -345,7 +345,10 @@ def total_of(code: Emitter, parts: list[Any]) -> Any:
 
 
 def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: int, *, checked: bool) -> None:
-    """Emit the task that forms the dot products of some rows with what they are connected to, over some tiles."""
+    """Emit the task that forms the dot products of some rows with what they are connected to, over some tiles.
+
+    And, where that is asked for, the sums of these rows.
+    """
     kind = float_type(dtype)
     vector = ir.VectorType(kind, min(shape.lanes, width))
     count = width // vector.count
@@ -363,6 +366,13 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
             is_first = code.icmp_unsigned("==", column, I64(0))
             with code.loop(first, last) as row:
                 code.put(pattern.start(row), cursors, code.sub(row, first))
+            with code.if_then(told.flag("sums")), code.loop(first, last) as row:
+                line = code.place(left, code.times(row, left_stride), kind)
+                parts = [code.get(line, k * vector.count, vector, kind) for k in range(count)]
+                before = code.select(is_first, ir.Constant(kind, 0.0), code.get(told.pointer("sums"), row, kind))
+                code.put(
+                    code.fadd(before, sums_of(code, [total_of(code, parts)], kind)), told.pointer("sums"), row, kind
+                )
             for row, bound in _rows_by_blocks(code, told, first, last):
                 at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
                 place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
