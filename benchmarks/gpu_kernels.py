@@ -119,12 +119,12 @@ def launch_of(way: Way, case: Case) -> Launch | None:
     return None
 
 
-def compiled(job: tuple[str, str, tuple[int, ...], dict[str, Any]]) -> None:
+def compiled(job: tuple[str, str, tuple[int, ...], dict[str, int], dict[str, Any]]) -> None:
     """Compile a kernel into Triton's cache, in a process of its own."""
-    multiply, name, grid, told = job
+    multiply, name, grid, sizes, told = job
     kernel = getattr(_triton_tiles, name, None) or getattr(_triton_rows, name)
     indices = dict.fromkeys(("bits", "firsts", "starts", "across", "order"), torch.int32)
-    types = indices | dict.fromkeys(("product", "sampled"), torch.float32)
+    types = indices | dict.fromkeys(("product", "sampled"), torch.float32) | sizes
     arguments = [types.get(name, DTYPES[multiply]) for name in kernel.arg_names if name not in told]
     kernel.warmup(*arguments, grid=grid, **told)
 
@@ -135,7 +135,7 @@ def compile_all(end: float) -> None:
     for case in cases():
         for way in ways(case):
             if launch := launch_of(way, case):
-                job = (case.multiply, launch.kernel.__name__, launch.grid, launch.told)
+                job = (case.multiply, launch.kernel.__name__, launch.grid, launch.sizes, launch.told)
                 jobs[str(job)] = job
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
         waiting = [pool.submit(compiled, job) for job in jobs.values()]

@@ -5,8 +5,9 @@ index of each would be more to read than W itself: a bit a place says where valu
 Panels, which a dense product multiplies, are unpacked by bits too, and sampled by rows.
 
 Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
-and each sum has its order, so that the same call gives the same bits. Pointers come first, the result's last, then sizes.
-Imported only where Triton is.
+and each sum has its order, so that the same call gives the same bits. Arguments are pointers, then sizes, then pointers of
+results: no kernel is compiled anew for another size, but for what is known of it, that it is a multiple of 16 or 1. Imported
+only where Triton is.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -25,12 +26,14 @@ __all__ = [
     "Sizes",
     "bits_spmm",
     "form_bits",
+    "in_units",
     "panel",
     "quads_of",
     "quads_of_words",
     "rows_sddmm",
     "rows_spmm",
     "sample",
+    "unit_of",
     "unpack",
     "words_at",
     "write_live",
@@ -49,6 +52,14 @@ def within(index, size, CHECKED: tl.constexpr):
 
 
 @triton.jit
+def in_units(size, UNIT: tl.constexpr):
+    """Return a size that is a multiple of ``UNIT``, so that the compiler knows that it is."""
+    if UNIT > 1:
+        size = size // UNIT * UNIT
+    return size
+
+
+@triton.jit
 def row_ends(starts, row, nnz, CHECKED: tl.constexpr):
     """Return where a row's connections begin and end."""
     return within(tl.load(starts + row), nnz + 1, CHECKED), within(tl.load(starts + row + 1), nnz + 1, CHECKED)
@@ -56,10 +67,12 @@ def row_ends(starts, row, nnz, CHECKED: tl.constexpr):
 
 @triton.jit
 def rows_spmm_kernel(
-    values, right, starts, across, order, product, batch, depth, nnz,
-    ORDERED: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+    values, right, starts, across, order, batch, depth, nnz, product,
+    UNIT: tl.constexpr, ORDERED: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr,
+    BB: tl.constexpr,
 ):  # fmt: skip
     """One row of the product, BB columns of it: BK connections at a time."""
+    batch = in_units(batch, UNIT)
     row = tl.program_id(0)
     column = tl.program_id(1) * BB + tl.arange(0, BB)
     inside = column < batch
@@ -81,10 +94,11 @@ def rows_spmm_kernel(
 
 @triton.jit
 def rows_sddmm_kernel(
-    left, right, starts, across, sampled, batch, depth, nnz, splits,
-    CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
+    left, right, starts, across, batch, depth, nnz, splits, sampled,
+    UNIT: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """The connections of one row, every ``splits``-th BK of them, each a dot product over the whole batch."""
+    batch = in_units(batch, UNIT)
     row = tl.program_id(0)
     start, end = row_ends(starts, row, nnz, CHECKED)
     own = left + row.to(tl.int64) * batch
@@ -115,7 +129,7 @@ def count_ones(word):
 
 @triton.jit
 def form_bits_kernel(
-    starts, across, bits, firsts, words, nnz, CHECKED: tl.constexpr, BW: tl.constexpr, AT_ONCE: tl.constexpr
+    starts, across, words, nnz, bits, firsts, CHECKED: tl.constexpr, BW: tl.constexpr, AT_ONCE: tl.constexpr
 ):
     """BW words of a row, and where the connections of each begin, which is searched for among those of the row."""
     row = tl.program_id(0)
@@ -233,10 +247,11 @@ def add_place(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constex
 
 @triton.jit
 def bits_spmm_kernel(
-    values, x, bits, firsts, product, rows, depth, words, nnz, batch,
-    CHECKED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
+    values, x, bits, firsts, rows, depth, words, nnz, batch, product,
+    UNIT: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
 ):  # fmt: skip
     """BM rows of the product for a whole batch (batch, depth), BW words at a time, whose x is loaded once for all rows."""
+    depth = in_units(depth, UNIT)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     one = tl.arange(0, BB)[:, None, None]
     total = tl.zeros((BB, BM, BW, 8), ACC)
@@ -259,9 +274,11 @@ def bits_spmm_kernel(
 
 @triton.jit
 def panel_kernel(
-    values, panel, bits, firsts, rows, depth, words, nnz, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr
-):
+    values, bits, firsts, rows, depth, words, nnz, panel,
+    UNIT: tl.constexpr, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
+):  # fmt: skip
     """BM rows and BW words of a panel (rows, depth), all of which is written, from values."""
+    depth = in_units(depth, UNIT)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     word = tl.program_id(1) * BW + tl.arange(0, BW)
     quads, where = quads_of(values, bits, firsts, row, word, rows, words, nnz, CHECKED)
@@ -272,7 +289,7 @@ def panel_kernel(
 
 
 @triton.jit
-def sample_kernel(panel, starts, across, sampled, depth, BK: tl.constexpr):
+def sample_kernel(panel, starts, across, depth, sampled, BK: tl.constexpr):
     """The connections of one row of a panel (rows, depth), BK at a time: what it has there."""
     row = tl.program_id(0)
     begin, end = row_ends(starts, row, 0, False)
@@ -291,13 +308,29 @@ class Sizes(NamedTuple):
     nnz: int
     batch: int
 
+    def with_words(self) -> dict[str, int]:
+        """Return what kernels by bits are given, in their order."""
+        return {
+            "rows": self.rows,
+            "depth": self.depth,
+            "words": words_of(self.depth),
+            "nnz": self.nnz,
+            "batch": self.batch,
+        }
+
 
 class Launch(NamedTuple):
-    """A kernel, how many programs of it there are, and what it is told beside pointers."""
+    """A kernel, how many programs of it there are, its sizes, in their order, and the constants that it is compiled for."""
 
     kernel: Any
     grid: tuple[int, ...]
+    sizes: dict[str, int]
     told: dict[str, Any]
+
+
+def unit_of(size: int) -> int:
+    """Return the unit of a size that is a stride: numbers lie at its multiples, and are read several at once if it is 16."""
+    return 16 if size % 16 == 0 else 1
 
 
 def rows_spmm(sizes: Sizes, itemsize: int, *, ordered: bool, checked: bool) -> Launch:
@@ -307,9 +340,9 @@ def rows_spmm(sizes: Sizes, itemsize: int, *, ordered: bool, checked: bool) -> L
     ``checked``, no index leads out of memory.
     """
     options = rows_options(sizes, sampled=False)
-    told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz}
-    told |= {"ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
-    return Launch(rows_spmm_kernel, (sizes.rows, triton.cdiv(sizes.batch, options["BB"])), told | options)
+    given = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz}
+    told = {"UNIT": unit_of(sizes.batch), "ORDERED": ordered, "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_spmm_kernel, (sizes.rows, triton.cdiv(sizes.batch, options["BB"])), given, told | options)
 
 
 def rows_sddmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
@@ -319,9 +352,9 @@ def rows_sddmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
     """
     options = rows_options(sizes, sampled=True)
     splits = min(16, max(1, sizes.nnz // max(1, sizes.rows * options["BK"])))
-    told = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz, "splits": splits}
-    told |= {"CHECKED": checked, "ACC": _sums(itemsize)}
-    return Launch(rows_sddmm_kernel, (sizes.rows, splits), told | options)
+    given = {"batch": sizes.batch, "depth": sizes.depth, "nnz": sizes.nnz, "splits": splits}
+    told = {"UNIT": unit_of(sizes.batch), "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(rows_sddmm_kernel, (sizes.rows, splits), given, told | options)
 
 
 def bits_spmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
@@ -330,8 +363,8 @@ def bits_spmm(sizes: Sizes, itemsize: int, *, checked: bool) -> Launch:
     Pointers: values, x (batch, depth), bits, firsts, and the product (rows, batch).
     """
     options = bits_options(sizes.batch, itemsize)
-    told = {**sizes._asdict(), "words": words_of(sizes.depth), "CHECKED": checked, "ACC": _sums(itemsize)}
-    return Launch(bits_spmm_kernel, (triton.cdiv(sizes.rows, options["BM"]),), told | options)
+    told = {"UNIT": unit_of(sizes.depth), "CHECKED": checked, "ACC": _sums(itemsize)}
+    return Launch(bits_spmm_kernel, (triton.cdiv(sizes.rows, options["BM"]),), sizes.with_words(), told | options)
 
 
 def form_bits(rows: int, depth: int, nnz: int, *, checked: bool) -> Launch:
@@ -341,26 +374,19 @@ def form_bits(rows: int, depth: int, nnz: int, *, checked: bool) -> Launch:
     """
     words = words_of(depth)
     wide = min(64, max(32, triton.next_power_of_2(words)))  # of one warp, which waits for none of another's
-    told = {
-        "words": words,
-        "nnz": nnz,
-        "CHECKED": checked,
-        "BW": wide,
-        "AT_ONCE": AT_ONCE,
-        "num_warps": 1,
-    }
-    return Launch(form_bits_kernel, (rows, triton.cdiv(words, wide)), told)
+    told = {"CHECKED": checked, "BW": wide, "AT_ONCE": AT_ONCE, "num_warps": 1}
+    return Launch(form_bits_kernel, (rows, triton.cdiv(words, wide)), {"words": words, "nnz": nnz}, told)
 
 
 def panel(rows: int, depth: int, nnz: int) -> Launch:
     """Return what writes a panel (rows, depth) from values.
 
-    Pointers: values, panel, and bits and firsts of its rows.
+    Pointers: values, bits and firsts of its rows, and the panel.
     """
     words = words_of(depth)
     grid = (triton.cdiv(rows, PANEL_OPTIONS["BM"]), triton.cdiv(words, PANEL_OPTIONS["BW"]))
-    told = {"rows": rows, "depth": depth, "words": words, "nnz": nnz, "CHECKED": False}
-    return Launch(panel_kernel, grid, told | PANEL_OPTIONS)
+    given = {"rows": rows, "depth": depth, "words": words, "nnz": nnz}
+    return Launch(panel_kernel, grid, given, {"UNIT": unit_of(depth), "CHECKED": False, **PANEL_OPTIONS})
 
 
 def sample(rows: int, depth: int, each: int) -> Launch:
@@ -369,7 +395,7 @@ def sample(rows: int, depth: int, each: int) -> Launch:
     Pointers: panel, starts of its rows, across, and what is sampled (nnz,).
     """
     wide = min(1024, max(128, triton.next_power_of_2(each)))
-    return Launch(sample_kernel, (rows,), {"depth": depth, "BK": wide, "num_warps": wide // 128})
+    return Launch(sample_kernel, (rows,), {"depth": depth}, {"BK": wide, "num_warps": wide // 128})
 
 
 def _sums(itemsize: int) -> Any:

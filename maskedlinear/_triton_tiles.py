@@ -15,8 +15,18 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, tiles_of, words_of
-from maskedlinear._triton_rows import Launch, Sizes, quads_of, quads_of_words, unpack, words_at, write_live
+from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, tiles_of
+from maskedlinear._triton_rows import (
+    Launch,
+    Sizes,
+    in_units,
+    quads_of,
+    quads_of_words,
+    unit_of,
+    unpack,
+    words_at,
+    write_live,
+)
 
 __all__ = ["sddmm", "spmm"]
 
@@ -76,9 +86,9 @@ def _next(row, word, rows, words, end, TRANSPOSED: tl.constexpr, STEP: tl.conste
 
 @triton.jit
 def tiles_spmm_kernel(
-    values, right, bits, firsts, product, rows, depth, words, nnz, batch, part,
-    TRANSPOSED: tl.constexpr, ALONG: tl.constexpr, IEEE: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr,
-    PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
+    values, right, bits, firsts, rows, depth, words, nnz, batch, part, product,
+    UNIT: tl.constexpr, ALONG_UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, ALONG: tl.constexpr, IEEE: tl.constexpr,
+    CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BW: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, BN) of W · right, BW words of W's rows at a time; or, transposed, (BW * 32, BN) of Wᵀ · right, BM rows.
 
@@ -91,7 +101,7 @@ def tiles_spmm_kernel(
     HEIGHT: tl.constexpr = BW * 32 if TRANSPOSED else BM
     FLIPPED: tl.constexpr = TRANSPOSED and IEEE  # in shared memory a tile stays as it was unpacked
     total = tl.zeros((BN, HEIGHT) if FLIPPED else (HEIGHT, BN), tl.float32)
-    length = rows if TRANSPOSED else depth
+    batch, length = in_units(batch, UNIT), in_units(rows if TRANSPOSED else depth, ALONG_UNIT)
     end = tl.minimum(start + part, rows if TRANSPOSED else words)
     STEP: tl.constexpr = BM if TRANSPOSED else BW
     row = (start if TRANSPOSED else tl.program_id(0) * BM) + tl.arange(0, BM)
@@ -133,10 +143,12 @@ def _rows_of(side, row, step, rows, batch, UP: tl.constexpr):
 
 @triton.jit
 def tiles_sddmm_kernel(
-    left, right, bits, firsts, sampled, rows, depth, words, nnz, batch,
-    CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    left, right, bits, firsts, rows, depth, words, nnz, batch, sampled,
+    UNIT: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,
+    BK: tl.constexpr,
 ):  # fmt: skip
     """A tile (BM, 128) of left · rightᵀ, BK of the batch at a time; what is live of it is written."""
+    batch = in_units(batch, UNIT)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * 4  # of its words
     column = first * 32 + tl.arange(0, 128)
@@ -165,9 +177,10 @@ def spmm(
     cut = tiles_of(Product(count, length, sizes.nnz, sizes.batch, itemsize, multiply, transposed=transposed))
     options = spmm_options(cut, multiply, transposed)
     part = cut.steps * options["BM" if transposed else "BW"]
-    told = {"part": part, "TRANSPOSED": transposed, "CHECKED": checked, "UP": up, **_told(sizes, multiply)}
+    told = {"TRANSPOSED": transposed, "CHECKED": checked, "UP": up, "PRECISION": _precision(multiply)}
+    told |= {"UNIT": unit_of(sizes.batch), "ALONG_UNIT": unit_of(length)}
     grid = (triton.cdiv(count, cut.tall), triton.cdiv(sizes.batch, cut.wide), cut.programs)
-    return Launch(tiles_spmm_kernel, grid, told | options)
+    return Launch(tiles_spmm_kernel, grid, sizes.with_words() | {"part": part}, told | options)
 
 
 def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up: bool = False) -> Launch:
@@ -177,13 +190,12 @@ def sddmm(sizes: Sizes, itemsize: int, multiply: Multiply, *, checked: bool, up:
     """
     options = sddmm_options(itemsize, multiply)
     grid = (triton.cdiv(sizes.rows, options["BM"]), triton.cdiv(sizes.depth, 128))
-    told = {"CHECKED": checked, "UP": up, **_told(sizes, multiply)}
-    return Launch(tiles_sddmm_kernel, grid, told | options)
+    told = {"UNIT": unit_of(sizes.batch), "CHECKED": checked, "UP": up, "PRECISION": _precision(multiply)}
+    return Launch(tiles_sddmm_kernel, grid, sizes.with_words(), told | options)
 
 
-def _told(sizes: Sizes, multiply: Multiply) -> dict[str, Any]:
-    precision = "tf32" if multiply == "tf32" else "ieee"
-    return {**sizes._asdict(), "words": words_of(sizes.depth), "PRECISION": precision}
+def _precision(multiply: Multiply) -> str:
+    return "tf32" if multiply == "tf32" else "ieee"
 
 
 def spmm_options(cut: Tiles, multiply: Multiply, transposed: bool) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from maskedlinear.jax import pack, sparse_linear, stack_patterns, with_bits
 called = []
 
 def call(launch, made, *pointers):
-    "Run the kernel as jax_triton does: pointers, those of the results, and all else by name."
+    "Run the kernel as jax_triton does: pointers, sizes, those of the results, and all else by name."
     def run(*arrays):
         halves = [array.dtype == jnp.bfloat16 for array in arrays]
         tensors = [
@@ -42,7 +42,7 @@ def call(launch, made, *pointers):
             for one in jax.tree.leaves(made)
         ]
         told = launch.told | ({"UP": True} if "UP" in launch.told else {})
-        launch.kernel[launch.grid](*tensors, *results, **told)
+        launch.kernel[launch.grid](*tensors, *launch.sizes.values(), *results, **told)
         return jax.tree.unflatten(jax.tree.structure(made), [result.numpy() for result in results])
     called.append(launch.kernel.__name__)
     return jax.pure_callback(run, made, *pointers)

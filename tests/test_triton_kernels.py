@@ -229,7 +229,8 @@ TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
 TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
 TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words", "nnz", "part"), "i32")
 MULTIPLY = {"fp32": "float32", "fp64": "float64"}
-OF_16 = ("batch", "rows", "depth", "words", "nnz")  # as sizes are that matter
+# As sizes are that matter, which PyTorch's Triton sees by itself; JAX's is told of strides alone.
+OF_16 = ("batch", "rows", "depth", "words", "nnz") if SEEN else ()
 
 def in_longest_loop(kernel):
     "Count the instructions between the two ends of the jump back that goes furthest, and all others."
@@ -264,6 +265,7 @@ def compiled(kernel, dtype, constants, expected=0, places=1, outside=0, batch=1,
     # Tell what a kernel takes, whose loop, in a program, has so many instructions for each of so many places; a sampled one
     # for each place and row of x, and, outside of it, so many for each place.
     constants = {"ACC": tl.float64 if dtype == "fp64" else tl.float32, "UP": False, "CHECKED": True} | constants
+    constants |= {"UNIT": 1 if uneven == "batch" else 16, "ALONG_UNIT": 1 if uneven in ("depth", "rows") else 16}
     told = {name: constants.pop(name) for name in ("num_warps", "num_stages") if name in constants}
     types = TYPES | dict.fromkeys(("values", "left", "right", "x", "panel"), "*" + dtype)
     if dtype == "fp64":
@@ -349,9 +351,13 @@ FLOAT64 = 208
 BITS = {1: 64, 2: 96, 4: 128}  # by batch: eight, five and four programs by bits
 
 
+@pytest.mark.parametrize("seen", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["by JAX", "by PyTorch"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
-    lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
+def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(
+    tmp_path: Path, every: bool, seen: bool
+) -> None:
+    code = f"import os\nos.chdir({str(tmp_path)!r})\nEVERY, SEEN = {every}, {seen}\n{COMPILED}"
+    lines = python(code, tmp_path).splitlines()
     assert len(lines) == (29 + 53 if every else 8 + 10)
     for line in lines:
         name, batch, threads, products, dtype, precision, beside, order, shared, status, said, issued = json.loads(line)
@@ -388,3 +394,56 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
         assert len(issued) == counted.get(name, 0)
         for found, expected in issued:
             assert found <= 1.03 * expected, (name, dtype, precision, found, expected)
+
+
+OF_SIZES = """
+from maskedlinear import _triton_rows as rows, _triton_tiles as tiles
+from maskedlinear._triton_rows import Sizes, unit_of
+
+ALL = [Sizes(out * 16, in_ * 16, out * in_ * each, batch * 16)
+       for out, in_, each, batch in ((48, 192, 26, 8), (192, 48, 25, 8), (64, 64, 20, 9), (300, 501, 23, 15))]
+
+def launches(sizes):
+    yield rows.rows_spmm(sizes, 4, ordered=True, checked=True)
+    yield rows.rows_sddmm(sizes, 4, checked=True)
+    yield rows.bits_spmm(sizes._replace(batch=16), 4, checked=True)
+    yield rows.panel(sizes.rows, sizes.depth, sizes.nnz)
+    for multiply in ("tf32", "float32"):
+        for transposed in (False, True):
+            yield tiles.spmm(sizes._replace(batch=256), 4, multiply, transposed=transposed, checked=True)
+        yield tiles.sddmm(sizes, 4, multiply, checked=True)
+
+made = [list(launches(sizes)) for sizes in ALL]
+for one in zip(*made, strict=True):
+    # Of tiles the rule takes one of a few widths.
+    most = 2 if one[0].kernel is tiles.tiles_spmm_kernel else 1
+    assert len({(launch.kernel.__name__, str(launch.told)) for launch in one}) <= most, [launch.told for launch in one]
+    assert len({tuple(launch.sizes.values()) for launch in one}) == len(ALL)
+# Arguments are pointers, sizes in their order, results; and then constants.
+others = [rows.form_bits(70, 33, 5, checked=True), rows.sample(70, 33, 5)]
+for launch in [*made[0], *others]:
+    given = [name for name in launch.kernel.arg_names if name not in launch.told]
+    first = given.index(next(iter(launch.sizes)))
+    assert given[first : first + len(launch.sizes)] == list(launch.sizes), given
+    into = given[first + len(launch.sizes) :]
+    assert into == ["bits", "firsts"] if launch is others[0] else len(into) == 1
+    assert all(type(size) is int for size in launch.sizes.values())
+    constants = set(launch.kernel.arg_names) - set(given)
+    assert list(launch.kernel.arg_names[len(given) :]) == [name for name in launch.kernel.arg_names if name in constants]
+# What is said to be a multiple of 16 is one: the stride of what is read along the batch, or along the length.
+for size in range(1, 70):
+    assert unit_of(size) == (1 if size % 16 else 16)
+    for one in (Sizes(size, 64, 5, 64), Sizes(64, size, 5, 64), Sizes(64, 64, 5, size)):
+        for transposed in (False, True):
+            told = tiles.spmm(one, 2, "half", transposed=transposed, checked=True).told
+            assert told["UNIT"] == unit_of(one.batch)
+            assert told["ALONG_UNIT"] == unit_of(one.rows if transposed else one.depth)
+        for launch in (rows.rows_spmm(one, 2, ordered=False, checked=True), rows.rows_sddmm(one, 2, checked=True)):
+            assert launch.told["UNIT"] == unit_of(one.batch)
+        assert rows.bits_spmm(one._replace(batch=2), 2, checked=True).told["UNIT"] == unit_of(one.depth)
+        assert rows.panel(one.rows, one.depth, one.nnz).told["UNIT"] == unit_of(one.depth)
+"""
+
+
+def test_no_kernel_is_compiled_anew_for_another_size(tmp_path: Path) -> None:
+    python(OF_SIZES, tmp_path)

@@ -2,7 +2,7 @@
 
 Where that is not installed, or there is no such GPU, :func:`are_used` is false, and products are XLA's. Indices may be
 traced, restored or mapped, so that none is trusted: the kernels check those that they read, and words of bits.
-Sizes are constants of a kernel, as of a program of XLA.
+No kernel is compiled anew for another size, as a program of XLA is.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"
@@ -136,6 +136,7 @@ def _call(launch: Any, made: Any, *pointers: Array) -> Any:
 
     return jax_triton.triton_call(
         *pointers,
+        *launch.sizes.values(),
         kernel=launch.kernel,
         out_shape=made,
         grid=launch.grid,

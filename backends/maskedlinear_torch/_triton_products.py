@@ -6,6 +6,7 @@ unpacked for cuBLAS, or sampled.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -25,7 +26,7 @@ def rows_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
     sizes = Sizes(rows, depth, csr.across.numel(), batch)
     launch = _triton_rows.rows_spmm(sizes, right.itemsize, ordered=ordered, checked=False)
-    _run(launch, values, right, csr.starts, csr.across, csr.order if ordered else csr.across, product)
+    _run(launch, values, right, csr.starts, csr.across, csr.order if ordered else csr.across, into=[product])
     return product
 
 
@@ -33,7 +34,14 @@ def rows_sddmm(left: Tensor, right: Tensor, csr: Any) -> Tensor:
     """Return left · rightᵀ at the connections, shape (nnz,), of left (rows, batch): float32, or float64 of float64."""
     sampled = right.new_empty(csr.across.shape, dtype=_wide(right.dtype))
     sizes = Sizes(len(left), len(right), sampled.numel(), right.shape[1])
-    _run(_triton_rows.rows_sddmm(sizes, right.itemsize, checked=False), left, right, csr.starts, csr.across, sampled)
+    _run(
+        _triton_rows.rows_sddmm(sizes, right.itemsize, checked=False),
+        left,
+        right,
+        csr.starts,
+        csr.across,
+        into=[sampled],
+    )
     return sampled
 
 
@@ -42,7 +50,7 @@ def bits_spmm(values: Tensor, right: Tensor, csr: Any) -> Tensor:
     rows, (depth, batch) = len(csr.starts) - 1, right.shape
     product = right.new_empty((rows, batch), dtype=_wide(right.dtype))
     launch = _triton_rows.bits_spmm(Sizes(rows, depth, values.numel(), batch), right.itemsize, checked=False)
-    _run(launch, values, right.mT.contiguous(), *bits_of(csr, depth), product)
+    _run(launch, values, right.mT.contiguous(), *bits_of(csr, depth), into=[product])
     return product
 
 
@@ -58,7 +66,7 @@ def tiles_spmm(
     shape = launch.grid[2], depth if transposed else sizes.rows, sizes.batch
     products = right.new_empty(shape, dtype=torch.float32)
     right = (right.mT if launch.told["ALONG"] else right).contiguous()
-    _run(launch, values, right, *bits_of(csr, depth), products)
+    _run(launch, values, right, *bits_of(csr, depth), into=[products])
     return products[0] if len(products) == 1 else products.sum(0)
 
 
@@ -67,7 +75,7 @@ def tiles_sddmm(left: Tensor, right: Tensor, csr: Any, multiply: Multiply, up: b
     sampled = right.new_empty(csr.across.shape, dtype=torch.float32)
     sizes = Sizes(len(left), len(right), sampled.numel(), right.shape[1])
     launch = _triton_tiles.sddmm(sizes, right.itemsize, multiply, checked=False, up=up)
-    _run(launch, left, right, *bits_of(csr, sizes.depth), sampled)
+    _run(launch, left, right, *bits_of(csr, sizes.depth), into=[sampled])
     return sampled
 
 
@@ -75,21 +83,20 @@ def unpack(values: Tensor, csr: Any, first: int, panel: Tensor) -> None:
     """Write rows of W, from ``first`` on, to a panel (rows, depth)."""
     rows, depth = panel.shape
     bits, firsts = (of[first : first + rows] for of in bits_of(csr, depth))
-    _run(_triton_rows.panel(rows, depth, values.numel()), values, panel, bits, firsts)
+    _run(_triton_rows.panel(rows, depth, values.numel()), values, bits, firsts, into=[panel])
 
 
 def sample(panel: Tensor, csr: Any, first: int, sampled: Tensor) -> None:
     """Write what a panel (rows, depth) has at the connections of rows from ``first`` on to their places in ``sampled``."""
     rows, depth = panel.shape
     launch = _triton_rows.sample(rows, depth, sampled.numel() // max(1, len(csr.starts) - 1))
-    _run(launch, panel, csr.starts[first:], csr.across, sampled)
+    _run(launch, panel, csr.starts[first:], csr.across, into=[sampled])
 
 
-def _run(launch: Launch, *pointers: Tensor) -> None:
-    """Run a kernel on the device of its tensors; interpreted, on the CPU."""
-    last = pointers[-1]
-    with torch.cuda.device(last.device) if last.is_cuda else nullcontext():
-        launch.kernel[launch.grid](*pointers, **launch.told)
+def _run(launch: Launch, *pointers: Tensor, into: Sequence[Tensor]) -> None:
+    """Run a kernel that writes to some tensors, on their device; interpreted, on the CPU."""
+    with torch.cuda.device(into[0].device) if into[0].is_cuda else nullcontext():
+        launch.kernel[launch.grid](*pointers, *launch.sizes.values(), *into, **launch.told)
 
 
 def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
@@ -104,7 +111,7 @@ def bits_of(csr: Any, depth: int) -> tuple[Tensor, Tensor]:
     rows = len(csr.starts) - 1
     with torch.inference_mode(False), torch.no_grad():  # they outlive the call
         made = csr.across.new_empty(rows, words_of(depth)), csr.across.new_empty(rows, words_of(depth))
-        _run(_triton_rows.form_bits(rows, depth, csr.across.numel(), checked=False), csr.starts, csr.across, *made)
+        _run(_triton_rows.form_bits(rows, depth, csr.across.numel(), checked=False), csr.starts, csr.across, into=made)
     # Captured, they are not there before a replay.
     if not (csr.across.is_cuda and torch.cuda.is_current_stream_capturing()):
         csr.across._masked_bits = (version, csr.starts, made)
