@@ -24,7 +24,7 @@ from maskedlinear_jax import _triton_products
 from maskedlinear_jax._partition import wide
 from maskedlinear_jax._products import taken
 
-__all__ = ["is_stack_one_by_one", "precision", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
+__all__ = ["in_precision", "is_stack_one_by_one", "precision", "sddmm", "sddmm_in_panels", "spmm", "spmm_in_panels"]
 
 # Precisions, and presets of algorithms, by which a GPU multiplies float32 with no more bits than TF32 has.
 _AT_MOST_TF32 = {
@@ -38,6 +38,16 @@ _SPREAD = 1.5  # of how many connections a panel has on average, so many are unp
 def precision() -> Any:
     """Return the precision of dense products that is set now: a product keeps it, whenever it is lowered or transposed."""
     return getattr(jax.config, "jax_default_matmul_precision", None)
+
+
+def in_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a rule, or a body, whose products have the precision that the product had when it was traced."""
+
+    def within(*arguments: Any, precision: Any, **options: Any) -> Any:
+        with jax.default_matmul_precision(precision):
+            return rule(*arguments, **options)
+
+    return within
 
 
 def _product(rows: int, depth: int, pattern: Any, batch: int, dtype: Any, **of: bool) -> Product:

@@ -10,8 +10,9 @@ transpositions of ``turn`` and of these products undo each other when XLA simpli
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,16 @@ from maskedlinear_jax._partition import wide
 
 _DTYPES = {"float32", "float64", "bfloat16", "float16"}
 
-__all__ = ["are_used", "multiplies_packed", "multiply_packed", "sddmm", "spmm"]
+__all__ = [
+    "are_gradients_at_once",
+    "are_used",
+    "by_batch",
+    "gradients",
+    "multiplies_packed",
+    "multiply_packed",
+    "sddmm",
+    "spmm",
+]
 
 _lock = threading.Lock()
 
@@ -147,16 +157,48 @@ def sddmm(left: Array, right: Array, pattern: Any) -> Array:
     return _call("sddmm", layer, right.shape[0], dtype, shapes, [left, right, pattern.indptr, pattern.indices])
 
 
+def by_batch(array: Array, lead: int) -> Array:
+    """Return an array of features by a batch of any axes, behind ``lead`` axes, as matrices of batch by features."""
+    turned = jnp.moveaxis(array, lead, -1)
+    return turned.reshape(*turned.shape[:lead], math.prod(turned.shape[lead:-1]), turned.shape[-1])
+
+
+def are_gradients_at_once(values: Array, batch: Any, depth: int) -> bool:
+    """Whether both gradients of a product take less time by :func:`gradients` than by two products, on such a CPU."""
+    return (
+        isinstance(batch, int)
+        and str(values.dtype) in _DTYPES
+        and kernels.is_available()
+        and kernels.are_gradients_at_once(depth, batch, values.size, str(values.dtype))
+    )
+
+
+def gradients(values: Array, left: Array, right: Array, pattern: Any) -> tuple[Array, Array]:
+    """Return :func:`sddmm`, and the product of left (batch, out) with W, (batch, in), where they are made at once."""
+    (batch, depth), dtype = right.shape, str(right.dtype)
+    rooms = [_room(side.shape[1], batch, dtype) for side in (left, right)]
+    shapes = [values.shape, right.shape, *rooms, (kernels.part_numbers(depth, batch, dtype),)]
+    operands = [values, left, right, pattern.indptr, pattern.indices]
+    sampled, product, *_ = _results("gradients", (left.shape[1], depth), batch, dtype, shapes, operands)
+    return sampled, product
+
+
 def _room(features: int, batch: int, dtype: Any) -> tuple[int]:
     direct = kernels.is_direct(batch, by_batch=True, dtype=str(dtype))
     return (0 if direct else kernels.panel_numbers(features, batch, str(dtype)),)
 
 
 def _call(kind: str, shape: tuple[int, int], batch: int, dtype: Any, shapes: list[Any], operands: list[Array]) -> Array:
+    return _results(kind, shape, batch, dtype, shapes, operands)[0]
+
+
+def _results(
+    kind: str, shape: tuple[int, int], batch: int, dtype: Any, shapes: list[Any], operands: list[Array]
+) -> Sequence[Array]:
     from maskedlinear.kernels import _calls, _xla
 
     name = str(jnp.dtype(dtype))
-    connections = operands[3].shape[0]
+    connections = operands[-1].shape[0]
     _calls.prepare(kind, name, shape, batch, connections)
     results = [jax.ShapeDtypeStruct(shape, wide(dtype)) for shape in shapes]
-    return jax.ffi.ffi_call(_xla.target(kind, name), results)(*operands)[0]
+    return jax.ffi.ffi_call(_xla.target(kind, name), results)(*operands)

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from maskedlinear_jax import _gpu_products, _kernels, _products
+from maskedlinear_jax._at_once import are_at_once, derivative
 from maskedlinear_jax._compat import (
     Primitive,
     ad,
@@ -39,7 +40,7 @@ from maskedlinear_jax._compat import (
     sharding_of,
     without_mesh,
 )
-from maskedlinear_jax._gpu_products import precision
+from maskedlinear_jax._gpu_products import in_precision, precision
 from maskedlinear_jax._partition import Axes, partitioned, result_type, wide
 from maskedlinear_jax._products import DevicePattern
 
@@ -93,7 +94,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: s
     shape, batch = right.shape[: lead + 1], right.shape[lead + 1 :]
     if kernel == "cpu" and _kernels.are_used(values, right, *rest):
         by_kernel = partial(_kernels.spmm, transposed=transposed)
-        found = _each(by_kernel, values, _by_batch(right, lead), pattern, lead, kernel)
+        found = _each(by_kernel, values, _kernels.by_batch(right, lead), pattern, lead, kernel)
         return jnp.moveaxis(found.reshape(*found.shape[:-2], *batch, found.shape[-1]), -1, lead)
 
     def product(values: Array, right: Array, pattern: DevicePattern) -> Array:
@@ -108,7 +109,7 @@ def _spmm(values: Array, right: Array, *rest: Array, transposed: bool, kernel: s
 
 def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> Array:
     if kernel == "cpu" and _kernels.are_used(left, right, *rest):
-        one, other = (_by_batch(side, lead) for side in (left, right))
+        one, other = (_kernels.by_batch(side, lead) for side in (left, right))
         return _each(_kernels.sddmm, one, other, DevicePattern(*rest), lead, kernel)
     left, right = (side.reshape(*side.shape[: lead + 1], math.prod(side.shape[lead + 1 :])) for side in (left, right))
 
@@ -123,12 +124,6 @@ def _sddmm(left: Array, right: Array, *rest: Array, lead: int, kernel: str) -> A
 
 def _widened(*sides: Array) -> list[Array]:
     return [side.astype(wide(side.dtype)) for side in sides]
-
-
-def _by_batch(array: Array, lead: int) -> Array:
-    """Return an array of features by a batch of any axes as matrices of batch by features."""
-    turned = jnp.moveaxis(array, lead, -1)
-    return turned.reshape(*turned.shape[:lead], math.prod(turned.shape[lead:-1]), turned.shape[-1])
 
 
 def _turn(array: Array, *, to_columns: bool, kernel: str) -> Array:
@@ -222,6 +217,11 @@ def _turn_axes(array: Any, *, to_columns: bool) -> Axes:
 
 
 def _spmm_jvp(primals: Any, tangents: Any, *, transposed: bool) -> tuple[Array, Any]:
+    values, right, *rest = primals
+    are_both = not any(isinstance(tangent, ad.Zero) for tangent in tangents[:2])
+    if are_both and not transposed and _derivative_p and are_at_once(values, right, DevicePattern(*rest).indices):
+        moved = _derivative_p.bind(*tangents[:2], *primals, precision=precision())
+        return spmm(values, right, DevicePattern(*rest)), moved
     return _bilinear_jvp(
         lambda one, other: spmm(one, other, DevicePattern(*primals[2:]), transposed), primals[:2], tangents[:2]
     )
@@ -336,9 +336,9 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
         made.def_abstract_eval(lambda *avals, precision, **options: result_type(axes_of(*avals, **options), avals))
         # Outside of transforms: compiled on its own.
         made.def_impl(jax.jit(made.bind, static_argnames=(*static, "precision")))
-        ad.primitive_jvps[made] = _in_precision(jvp)
-        ad.primitive_transposes[made] = _in_precision(transpose)
-        batching.primitive_batchers[made] = _in_precision(batch)
+        ad.primitive_jvps[made] = in_precision(jvp)
+        ad.primitive_transposes[made] = in_precision(transpose)
+        batching.primitive_batchers[made] = in_precision(batch)
 
         def lowering(local: str) -> Any:
             def lower(ctx: Any, *arguments: Any, precision: Any, **options: Any) -> Any:
@@ -347,7 +347,7 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
 
                 def form(*arrays: Array) -> Array:
                     with automatic_axes():
-                        return _in_precision(body)(*arrays, precision=precision, **options, kernel=kernel)
+                        return in_precision(body)(*arrays, precision=precision, **options, kernel=kernel)
 
                 if where == "sharded":
                     product = partitioned(form, axes_of(*ctx.avals_in, **options))
@@ -363,16 +363,12 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
     return made
 
 
-def _in_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a rule, or a body, whose products have the precision that the product had when it was traced."""
-
-    def within(*arguments: Any, precision: Any, **options: Any) -> Any:
-        with jax.default_matmul_precision(precision):
-            return rule(*arguments, **options)
-
-    return within
-
-
 _spmm_p = primitive("masked_spmm", _spmm, _spmm_axes, _spmm_jvp, _spmm_transpose, _spmm_batch, ("transposed",))
 _sddmm_p = primitive("masked_sddmm", _sddmm, _sddmm_axes, _sddmm_jvp, _sddmm_transpose, _sddmm_batch, ("lead",))
 _turn_p = primitive("masked_turn", _turn, _turn_axes, _turn_jvp, _turn_transpose, _turn_batch, ("to_columns",))
+_derivative_p = derivative(
+    spmm,
+    sddmm,
+    lambda *avals, transposed: result_type(_spmm_axes(*avals, transposed=transposed), avals),
+    lambda *avals: result_type(_sddmm_axes(*avals, lead=0), avals),
+)

@@ -27,6 +27,7 @@ __all__ = [
     "sddmm",
     "spmm",
     "table_address",
+    "widths_of_parts",
 ]
 
 _CALL = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p)
@@ -127,7 +128,7 @@ def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int)
     """Compile what a product of matrices by batch runs, with checks: its program is gone through, and nothing multiplied."""
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz,
-        "direct": is_direct(batch, by_batch=True, dtype=dtype),
+        "direct": is_direct(batch, by_batch=True, dtype=dtype), "widest": _width_of_parts(batch, dtype),
     }  # fmt: skip
     _call(kind, dtype, told, True, 1, dry=True)
 
@@ -252,13 +253,21 @@ def are_gradients_at_once(depth: int, batch: int, nnz: int, dtype: str) -> bool:
 
 def _is_one_register(batch: int, dtype: str) -> bool:
     """Return whether a batch, more than a vector, fills one register of a width that there is."""
-    width = max(batch, _sizes(dtype)[-1])
-    return batch > 1 and width in _sizes(dtype) and width <= _engine.host().shape(dtype).lanes
+    return batch > 1 and _width_of_parts(batch, dtype) in widths_of_parts(dtype)
+
+
+def widths_of_parts(dtype: str) -> tuple[int, ...]:
+    """Return the widths of panels of which gradients are made at once: those of one register."""
+    return tuple(width for width in _sizes(dtype) if width <= _engine.host().shape(dtype).lanes)
+
+
+def _width_of_parts(batch: int, dtype: str) -> int:
+    return max(batch, _sizes(dtype)[-1])
 
 
 def part_numbers(depth: int, batch: int, dtype: str) -> int:
     """Return how many numbers the sums of all parts have."""
-    return PARTS * depth * max(batch, _sizes(dtype)[-1])
+    return PARTS * depth * _width_of_parts(batch, dtype)
 
 
 def gradients(
@@ -332,7 +341,7 @@ def gradients(
         "direct": direct, "out": out, "sums": left_sums, "values": values,
     }  # fmt: skip
     if parts:
-        told |= {"out_right": out_right, "parts": parts, "widest": max(batch, _sizes(dtype)[-1])}
+        told |= {"out_right": out_right, "parts": parts, "widest": _width_of_parts(batch, dtype)}
         _call("gradients", dtype, told, checked, threads)
         return
     sampled = _call("sddmm", dtype, told, checked, threads)

@@ -22,6 +22,7 @@ from llvmlite import ir
 
 from maskedlinear.kernels import _calls, _engine
 from maskedlinear.kernels._emit import HALF_TYPES, I8, I32, I64, PTR, Emitter, function, item_bytes, wide
+from maskedlinear.kernels._gradients import PARTS
 from maskedlinear.kernels._pool import PARALLEL, Job, drive, emit_serial, fill
 from maskedlinear.kernels._programs import PROGRAM
 from maskedlinear.kernels._rows import ORDERED_AT_ONCE, SLOTS
@@ -40,7 +41,8 @@ __all__ = [
     "threads",
 ]
 
-_KINDS = ("spmm", "spmm_ordered", "sddmm")  # of products
+# Of products: how many operands and results each has.
+_KINDS = {"spmm": (4, 2), "spmm_ordered": (5, 2), "sddmm": (4, 3), "gradients": (5, 5)}
 _VERSION = 2  # of what a handler is handed: raise it when operands, results or attributes change
 
 # Where things lie, in bytes.
@@ -99,8 +101,9 @@ def handlers(dtype: str, api: Api) -> dict[str, int]:
 
     ``spmm`` takes values (nnz,), right (batch, columns), starts (rows + 1,) and across (nnz,), and gives out (batch, rows)
     and room for panels; ``spmm_ordered`` takes order (nnz,) too. ``sddmm`` takes left (batch, rows), right, starts and
-    across, and gives out (nnz,) and room for panels of left and of right. Of half types out and room are float32. ``order``
-    takes values and order, and gives the values in that order.
+    across, and gives out (nnz,) and room for panels of left and of right. ``gradients`` takes values, left, right, starts
+    and across, and gives (nnz,), (batch, columns), room for panels of left and of right, and for parts. Of half types out
+    and room are float32. ``order`` takes values and order, and gives the values in that order.
     """
     start, module = time.perf_counter(), ir.Module()
     emit_pool(module, api)
@@ -234,7 +237,7 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         frame = Frame(code, api, code.function.args[0])
         told = code.room(I64, len(SLOTS))
         answer_version(code, frame, api.minor)
-        operands, results = (5 if kind == "spmm_ordered" else 4), (3 if kind == "sddmm" else 2)
+        operands, results = _KINDS[kind]
         given, asked = frame.counts()
         is_wrong = code.or_(
             code.icmp_unsigned("!=", given, I64(operands)), code.icmp_unsigned("!=", asked, I64(results))
@@ -242,11 +245,12 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         with code.if_then(is_wrong):
             frame.refuse("a sparse product of another version of maskedlinear", FAILED_PRECONDITION)
         made = frame.results(results)
-        arguments, is_right = (_sddmm if kind == "sddmm" else _spmm)(code, frame, frame.operands(operands), made, dtype)
+        told_of = {"sddmm": _sddmm, "gradients": _gradients}.get(kind, _spmm)
+        arguments, is_right = told_of(code, frame, frame.operands(operands), made, dtype)
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a sparse product do not belong together", INVALID_ARGUMENT)
         for place, result in enumerate(made):
-            is_matrix = not place and kind != "sddmm"
+            is_matrix = place == {"sddmm": -1, "gradients": 1}.get(kind, 0)
             numbers = code.times(frame.size(result), frame.size(result, 1) if is_matrix else 1)
             _ask_for_huge_pages(code, frame.data(result), code.times(numbers, item_bytes(wide(dtype))))
         arguments["threads"] = threads(code, frame)
@@ -377,6 +381,35 @@ def _sddmm(
         _equal(code, frame.size(starts), code.sum(rows, 1)),
         _equal(code, frame.size(left), batch),
         _equal(code, frame.size(out), nnz),
+    ]
+    return told, _all(code, conditions)
+
+
+def _gradients(
+    code: Emitter, frame: Frame, operands: Sequence[Any], results: Sequence[Any], dtype: str
+) -> tuple[dict[str, Any], Any]:
+    values, *sides = operands
+    out, product, *panels, parts = results
+    told, is_right = _sddmm(code, frame, sides, (out, *panels), dtype)
+    batch, depth = told["batch"], told["depth"]
+    widest = code.most(batch, _calls.panel_numbers(1, 1, dtype))
+    is_one_register: Any = ir.Constant(ir.IntType(1), 0)
+    for width in _calls.widths_of_parts(dtype):
+        is_one_register = code.or_(is_one_register, _equal(code, widest, width))
+    told |= {
+        "values": frame.data(values),
+        "out_right": frame.data(product),
+        "parts": frame.data(parts),
+        "widest": widest,
+    }
+    conditions = [
+        is_right,
+        is_one_register,
+        code.less(1, batch),
+        _equal(code, frame.size(values), told["nnz"]),
+        _equal(code, frame.size(product), batch),
+        _equal(code, frame.size(product, 1), depth),
+        code.not_(code.less(frame.size(parts), code.times(depth, widest, PARTS))),
     ]
     return told, _all(code, conditions)
 
