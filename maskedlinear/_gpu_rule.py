@@ -229,9 +229,15 @@ def tiles_of(product: Product) -> Tiles:
     return min((_cut(product, wide) for wide in widths), key=lambda cut: _seconds_as_cut(product, cut))
 
 
+def unit_of(stride: int) -> int:
+    """Return the largest power of two, 16 at most, that a stride is a multiple of: so many numbers lie side by side."""
+    return math.gcd(stride, 16)
+
+
 def _is_read_by_16(product: Product) -> bool:
-    """Whether x is read in pieces of 16 bytes: if its lines are of a multiple of 16 numbers, as the compiler asks for."""
-    return (product.depth if is_read_along(product.multiply, product.transposed) else product.batch) % 16 == 0
+    """Whether x is read in pieces of 16 bytes: if its lines are of a multiple of these."""
+    stride = product.depth if is_read_along(product.multiply, product.transposed) else product.batch
+    return unit_of(stride) * product.itemsize >= 16
 
 
 def _cut(product: Product, wide: int) -> Tiles:
@@ -304,7 +310,7 @@ def seconds(way: Way, product: Product) -> float:
     if way == "rows":  # of a sampled product the row's own side stays near; connections are read meanwhile, in parts
         near = _L1 if depth * batch * size <= _L1_BYTES else _BY_ROWS[sampled][multiply == "half"]
         ordered = nnz * _ORDERED / _L2 + gathered / _ORDERED_L2 if product.transposed else 0
-        one_by_one = nnz * _columns(batch) / _ONE_BY_ONE[sampled] if batch > 16 and batch % 16 else 0
+        one_by_one = nnz * _columns(batch) / _ONE_BY_ONE[sampled] if batch > 16 and unit_of(batch) * size < 16 else 0
         beside = rows * -(-batch // WIDEST_ROW) * _ROW
         return max(gathered / near, ordered, one_by_one) + connections / 2 + sides + beside + _LAUNCH
     if way == "gathered":  # read once, and added to or, sampled, read from, another place

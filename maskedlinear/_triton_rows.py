@@ -6,8 +6,8 @@ Panels, which a dense product multiplies, are unpacked by bits too, and sampled 
 
 Nothing is multiplied by a tensor core: float32 is IEEE's, half types are widened as they are loaded and added up in float32,
 and each sum has its order, so that the same call gives the same bits. Arguments are pointers, then sizes, then pointers of
-results: no kernel is compiled anew for another size, but for what is known of it, that it is a multiple of 16 or 1. Imported
-only where Triton is.
+results. No kernel is compiled anew for another size, but for one by which the numbers of a program are chosen otherwise; and
+of strides it is told of which power of two they are multiples, 16 at most. Imported only where Triton is.
 """
 
 # mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import AT_ONCE, WIDEST_ROW, words_of
+from maskedlinear._gpu_rule import AT_ONCE, WIDEST_ROW, unit_of, words_of
 
 __all__ = [
     "Launch",
@@ -33,7 +33,6 @@ __all__ = [
     "rows_sddmm",
     "rows_spmm",
     "sample",
-    "unit_of",
     "unpack",
     "words_at",
     "write_live",
@@ -65,7 +64,7 @@ def row_ends(starts, row, nnz, CHECKED: tl.constexpr):
     return within(tl.load(starts + row), nnz + 1, CHECKED), within(tl.load(starts + row + 1), nnz + 1, CHECKED)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "depth", "nnz"])
 def rows_spmm_kernel(
     values, right, starts, across, order, batch, depth, nnz, product,
     UNIT: tl.constexpr, ORDERED: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr,
@@ -92,7 +91,7 @@ def rows_spmm_kernel(
     tl.store(product + row.to(tl.int64) * batch + column, tl.sum(total, 0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "depth", "nnz", "splits"])
 def rows_sddmm_kernel(
     left, right, starts, across, batch, depth, nnz, splits, sampled,
     UNIT: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BK: tl.constexpr, BB: tl.constexpr,
@@ -127,7 +126,7 @@ def count_ones(word):
     return ((word * 0x01010101) >> 24).to(tl.int32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["words", "nnz"])
 def form_bits_kernel(
     starts, across, words, nnz, bits, firsts, CHECKED: tl.constexpr, BW: tl.constexpr, AT_ONCE: tl.constexpr
 ):
@@ -245,7 +244,7 @@ def add_place(total, quads, where, numbers, ACC: tl.constexpr, PLACE: tl.constex
     return tl.where(live[None, :, :, :], added, total), where  # 0 times NaN must not reach it
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "depth", "words", "nnz", "batch"])
 def bits_spmm_kernel(
     values, x, bits, firsts, rows, depth, words, nnz, batch, product,
     UNIT: tl.constexpr, CHECKED: tl.constexpr, ACC: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr, BB: tl.constexpr,
@@ -272,7 +271,7 @@ def bits_spmm_kernel(
     tl.store(target, tl.sum(tl.sum(total, 3), 2), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "depth", "words", "nnz"])
 def panel_kernel(
     values, bits, firsts, rows, depth, words, nnz, panel,
     UNIT: tl.constexpr, CHECKED: tl.constexpr, BM: tl.constexpr, BW: tl.constexpr,
@@ -288,7 +287,7 @@ def panel_kernel(
     tl.store(place, tl.reshape(unpack(quads, where), (BM, BW, 32)), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["depth"])
 def sample_kernel(panel, starts, across, depth, sampled, BK: tl.constexpr):
     """The connections of one row of a panel (rows, depth), BK at a time: what it has there."""
     row = tl.program_id(0)
@@ -326,11 +325,6 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     sizes: dict[str, int]
     told: dict[str, Any]
-
-
-def unit_of(size: int) -> int:
-    """Return the unit of a size that is a stride: numbers lie at its multiples, and are read several at once if it is 16."""
-    return 16 if size % 16 == 0 else 1
 
 
 def rows_spmm(sizes: Sizes, itemsize: int, *, ordered: bool, checked: bool) -> Launch:

@@ -15,14 +15,13 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, tiles_of
+from maskedlinear._gpu_rule import Multiply, Product, Tiles, is_read_along, tiles_of, unit_of
 from maskedlinear._triton_rows import (
     Launch,
     Sizes,
     in_units,
     quads_of,
     quads_of_words,
-    unit_of,
     unpack,
     words_at,
     write_live,
@@ -84,7 +83,7 @@ def _next(row, word, rows, words, end, TRANSPOSED: tl.constexpr, STEP: tl.conste
     return row, tl.where(word + STEP < end, word + STEP, words)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "depth", "words", "nnz", "batch", "part"])
 def tiles_spmm_kernel(
     values, right, bits, firsts, rows, depth, words, nnz, batch, part, product,
     UNIT: tl.constexpr, ALONG_UNIT: tl.constexpr, TRANSPOSED: tl.constexpr, ALONG: tl.constexpr, IEEE: tl.constexpr,
@@ -141,7 +140,7 @@ def _rows_of(side, row, step, rows, batch, UP: tl.constexpr):
     return found.to(tl.float32) if UP else found
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "depth", "words", "nnz", "batch"])
 def tiles_sddmm_kernel(
     left, right, bits, firsts, rows, depth, words, nnz, batch, sampled,
     UNIT: tl.constexpr, CHECKED: tl.constexpr, UP: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr,

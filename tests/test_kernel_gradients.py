@@ -35,10 +35,9 @@ def gradients(
     by_batch: bool = False,
     threads: int = 2,
     checked: bool = True,
-    by_two: bool = False,
     sums: Array | None = None,
 ) -> tuple[Array, Array]:
-    """Return left · rightᵀ at the connections, and Wᵀ · left, shape (columns, batch); ``by_two`` products."""
+    """Return left · rightᵀ at the connections, and Wᵀ · left, shape (columns, batch)."""
     dtype, batch = str(right.dtype), right.shape[1]
     sides = [lay(side, by_batch) for side in (left, right)]
     panels = [room(len(side), batch, by_batch, dtype) for side in (left, right)]
@@ -46,7 +45,6 @@ def gradients(
     out = np.full(len(values) + 8, np.nan, wide(dtype))
     product = np.full((batch, depth) if by_batch else (depth, batch), np.nan, wide(dtype))
     parts = np.full(kernels.part_numbers(depth, batch, dtype) + 8, np.nan, wide(dtype))
-    starts, across, order = pattern.csc if by_two else (None, None, None)
     kernels.gradients(
         dtype,
         pattern.shape,
@@ -59,10 +57,7 @@ def gradients(
         right=address(sides[1]),
         out=address(out),
         out_right=address(product),
-        parts=0 if by_two else address(parts),
-        starts_by_columns=address(starts),
-        across_by_columns=address(across),
-        order=address(order),
+        parts=address(parts),
         left_sums=address(sums),
         left_panels=address(panels[0]),
         right_panels=address(panels[1]),
@@ -74,6 +69,61 @@ def gradients(
     assert np.isnan(out[-8:]).all(), "numbers of others"
     assert np.isnan(parts[-8:]).all(), "numbers of others"
     return out[:-8], product.T if by_batch else product
+
+
+def by_two(
+    pattern: SparsityPattern,
+    values: Array,
+    left: Array,
+    right: Array,
+    *,
+    by_batch: bool = False,
+    threads: int = 2,
+    sums: Array | None = None,
+) -> tuple[Array, Array]:
+    """Return the same by two products, of which the second reads the panels of left that the first has packed."""
+    dtype, batch, shape = str(right.dtype), right.shape[1], pattern.shape
+    sides = [lay(side, by_batch) for side in (left, right)]
+    panels = [room(len(side), batch, by_batch, dtype) for side in (left, right)]
+    out = np.full(pattern.nnz, np.nan, wide(dtype))
+    product = np.full((batch, shape[1]) if by_batch else (shape[1], batch), np.nan, wide(dtype))
+    packed = kernels.sddmm(
+        dtype,
+        shape,
+        batch,
+        pattern.nnz,
+        starts=address(pattern.indptr),
+        across=address(pattern.indices),
+        left=address(sides[0]),
+        right=address(sides[1]),
+        out=address(out),
+        left_sums=address(sums),
+        left_panels=address(panels[0]),
+        right_panels=address(panels[1]),
+        left_by_batch=by_batch,
+        right_by_batch=by_batch,
+        threads=threads,
+    )
+    assert (packed == 0) is kernels.is_direct(batch, by_batch, dtype)
+    starts, across, order = pattern.csc
+    kernels.spmm(
+        dtype,
+        shape[::-1],
+        batch,
+        pattern.nnz,
+        starts=address(starts),
+        across=address(across),
+        values=address(values),
+        right=address(sides[0]),
+        out=address(product),
+        order=address(order),
+        panels=address(panels[0]),
+        packed=packed,
+        right_by_batch=by_batch,
+        out_by_batch=by_batch,
+        threads=threads,
+    )
+    return out, product.T if by_batch else product
 
 
 def batches(dtype: str) -> list[int]:
@@ -116,7 +166,7 @@ def test_two_products_share_panels(shape: tuple[int, int, float], dtype: str) ->
         values, left, right = sides(pattern, batch, kind)
         wanted = spmm(pattern, values, left, transposed=True, by_batch=by_batch)
         for threads in (1, 2, 3):
-            sampled, product = gradients(pattern, values, left, right, by_batch=by_batch, threads=threads, by_two=True)
+            sampled, product = by_two(pattern, values, left, right, by_batch=by_batch, threads=threads)
             np.testing.assert_array_equal(sampled, sddmm(pattern, left, right, by_batch=by_batch))
             np.testing.assert_array_equal(product, wanted)
 
@@ -134,7 +184,7 @@ def test_panels_are_packed_once_where_tiles_are_as_wide(monkeypatch: pytest.Monk
     for shape, is_same in (((600, 600, 0.5), True), ((300, 2000, 0.01), False)):
         told.clear()
         pattern = pattern_of(*shape)
-        gradients(pattern, *sides(pattern, 200, np.float32), by_batch=True, by_two=True)
+        by_two(pattern, *sides(pattern, 200, np.float32), by_batch=True)
         (first, none, width), (second, packed, own) = told
         assert (first, second, none) == ("sddmm", "spmm_ordered", 0)
         assert packed == width
@@ -142,34 +192,35 @@ def test_panels_are_packed_once_where_tiles_are_as_wide(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16", "float16"])
-@pytest.mark.parametrize("by_two", [True, False], ids=["by two products", "at once"])
-def test_sums_of_the_left_side_are_formed_by_the_way(by_two: bool, dtype: str) -> None:
+@pytest.mark.parametrize("form", [by_two, gradients])
+def test_sums_of_the_left_side_are_formed_by_the_way(form: Any, dtype: str) -> None:
     """For the gradient of a bias: of all columns of the batch, and of no row that there is not."""
     pattern, kind = pattern_of(131, 300, 0.1), np.dtype(getattr(ml_dtypes, dtype, dtype))
-    for batch, by_batch in itertools.product((2, 3, 7, 33, 200) if by_two else batches(dtype), (False, True)):
+    for batch, by_batch in itertools.product((2, 3, 7, 33, 200) if form is by_two else batches(dtype), (False, True)):
         given = sides(pattern, batch, kind)
         bits = []
         for threads in (1, 2, 3):
             sums = np.full(131 + 8, np.nan, wide(dtype))
-            found = gradients(pattern, *given, by_batch=by_batch, by_two=by_two, threads=threads, sums=sums)
+            found = form(pattern, *given, by_batch=by_batch, threads=threads, sums=sums)
             exact = given[1].astype(float)
             bound = 8 * np.finfo(wide(dtype)).eps * abs(exact).sum(1)
             assert (abs(sums[:131] - exact.sum(1)) <= bound).all()
             assert np.isnan(sums[131:]).all(), "numbers of others"
-            for one, other in zip(found, gradients(pattern, *given, by_batch=by_batch, by_two=by_two), strict=True):
+            for one, other in zip(found, form(pattern, *given, by_batch=by_batch), strict=True):
                 np.testing.assert_array_equal(one, other)
             bits.append(sums[:131].tobytes())
         assert len(set(bits)) == 1
 
 
 def test_what_gradients_need_is_said() -> None:
-    sizes: dict[str, int] = dict.fromkeys(("starts", "across", "values", "left", "right", "out", "out_right"), 64)
-    with pytest.raises(ValueError, match=r"parts are for 2 to 4, 8 or 16 columns .* got 5: pass none"):
-        kernels.gradients("float32", (4, 4), 5, 4, **sizes, parts=64, left_panels=64, right_panels=64)
-    with pytest.raises(ValueError, match="need parts, or starts and across by columns; got neither"):
-        kernels.gradients("float32", (4, 4), 4, 4, **sizes, left_panels=64, right_panels=64)
+    sizes: dict[str, int] = dict.fromkeys(
+        ("starts", "across", "values", "left", "right", "out", "out_right", "parts"), 64
+    )
+    for batch in (1, 5, 32):
+        with pytest.raises(ValueError, match=rf"2 to 4, 8 or 16 columns .* got {batch}: form them by sddmm and spmm"):
+            kernels.gradients("float32", (4, 4), batch, 4, **sizes, left_panels=64, right_panels=64)
     with pytest.raises(ValueError, match="panels must be given"):
-        kernels.gradients("float32", (4, 4), 4, 4, **sizes, parts=64, left_by_batch=True)
+        kernels.gradients("float32", (4, 4), 4, 4, **sizes, left_by_batch=True)
 
 
 def test_bits_do_not_depend_on_threads_nor_on_checks() -> None:
@@ -246,14 +297,17 @@ def test_it_is_for_few_columns_and_many_connections_of_each() -> None:
 def test_a_layer_asks_for_both_gradients_at_once(
     batch: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both, alone = [], []
-    for name, called in (("gradients", both), ("sddmm", alone)):
+    both: list[int] = []
+    alone: list[int] = []
+    reused: list[int] = []
+    for name, called in (("gradients", both), ("sddmm", alone), ("spmm", reused)):
         real = getattr(kernels, name)
-        monkeypatch.setattr(
-            _cpu_kernels.kernels,
-            name,
-            lambda *of, real=real, called=called, **more: called.append(more.get("parts", 0) != 0) or real(*of, **more),
-        )
+
+        def call(*of: Any, real: Any = real, called: list[int] = called, **more: Any) -> Any:
+            called.append(more.get("packed", 1))
+            return real(*of, **more)
+
+        monkeypatch.setattr(_cpu_kernels.kernels, name, call)
     mask = masks.random((300, 200), sparsity=0.5, seed=0)
     layer = SparseLinear(200, 300, pattern=SparsityPattern.from_mask(mask), dtype=dtype)
     dense = nn.Linear(200, 300, dtype=torch.float64)
@@ -274,6 +328,7 @@ def test_a_layer_asks_for_both_gradients_at_once(
         twin = x.detach().double().requires_grad_()
         g = torch.randn(*shape[:-1], 300).to(dtype)
         y = layer(x.mT.contiguous().mT if of_x else x)
+        reused.clear()
         y.backward(g)
         dense(twin).backward(g.double())
         near: dict[str, float] = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 256 * torch.finfo(wide_of(dtype)).eps}
@@ -283,8 +338,9 @@ def test_a_layer_asks_for_both_gradients_at_once(
             torch.testing.assert_close(layer.weight_values.grad.double(), dense.weight.grad[rows, columns], **near)
         if of_x:
             torch.testing.assert_close(x.grad.double(), twin.grad, **near)
-        assert both == ([batch < 5] if of_x and of_values else [])
-        assert len(alone) == (of_values and not of_x)
+        assert len(both) == (of_x and of_values and batch < 5)
+        assert len(alone) == (of_values and not both)
+        assert [packed > 0 for packed in reused] == [of_values] * (of_x and not both)
         both.clear()
         alone.clear()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -247,13 +248,14 @@ def test_what_a_layer_gives_without_gradients_may_be_written_to(rows: int) -> No
         assert y.requires_grad
 
 
-@pytest.mark.parametrize("connections", [0, 1, 30])
+@pytest.mark.parametrize("shape", [(6, 8, 0), (6, 8, 1), (6, 8, 30), (6, 0, 0), (0, 8, 0)], ids=str)
 @pytest.mark.parametrize("batch", [0, 1, 2, 5, 33])
-def test_any_of_the_gradients_may_be_all_that_is_wanted(batch: int, connections: int) -> None:
-    mask = (torch.arange(48) < connections).view(6, 8)
-    g, numbers = torch.randn(batch, 6), torch.randn(batch, 8)
+def test_any_of_the_gradients_may_be_all_that_is_wanted(batch: int, shape: tuple[int, int, int]) -> None:
+    out, in_, connections = shape
+    mask = (torch.arange(out * in_) < connections).view(out, in_)
+    g, numbers = torch.randn(batch, out), torch.randn(batch, in_)
     for of_x, of_values, of_bias in itertools.product((True, False), repeat=3):
-        layer, x = SparseLinear(8, 6, mask=mask), numbers.clone().requires_grad_(of_x)
+        layer, x = SparseLinear(in_, out, mask=mask), numbers.clone().requires_grad_(of_x)
         layer.weight_values.requires_grad_(of_values)
         layer.bias.requires_grad_(of_bias)
         if of_x or of_values or of_bias:
@@ -267,3 +269,64 @@ def test_any_of_the_gradients_may_be_all_that_is_wanted(batch: int, connections:
             assert (parameter.grad is not None) is is_wanted
             if is_wanted:
                 torch.testing.assert_close(parameter.grad, gradient)
+
+
+def test_a_bias_gradient_of_many_rows_is_as_near_as_that_of_a_dense_layer() -> None:
+    layer, dense, g = SparseLinear(8, 3, mask=torch.ones(3, 8)), nn.Linear(8, 3), torch.full((100_000, 3), 0.1)
+    for one in (layer, dense):
+        one(torch.zeros(len(g), 8, requires_grad=True)).backward(g)
+    exact = g.double().sum(0)
+    error, other = ((one.bias.grad.double() / exact - 1).abs().max() for one in (layer, dense))
+    assert error <= max(2 * other, 1e-6)
+
+
+@pytest.mark.parametrize("batch", [0, 3])
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_does_not_belong_together_is_said_at_every_call(batch: int, grad: bool) -> None:
+    x = torch.zeros(batch, 8)
+    changes: dict[str, tuple[Callable[[SparseLinear], Any], Tensor, type[Exception], str]] = {
+        "no values": (
+            lambda layer: setattr(layer.weight_values, "data", torch.empty(0)),
+            x,
+            ValueError,
+            "values must have",
+        ),
+        "fewer values": (
+            lambda layer: setattr(layer.weight_values, "data", torch.empty(9)),
+            x,
+            ValueError,
+            "values must have",
+        ),
+        "another bias": (
+            lambda layer: setattr(layer.bias, "data", torch.empty(5)),
+            x,
+            ValueError,
+            r"bias must have shape",
+        ),
+        "whole numbers": (lambda layer: None, x.long(), TypeError, "x must have a real floating-point dtype"),
+        "another dtype": (lambda layer: None, x.double(), TypeError, "one dtype and one device"),
+        "another width": (lambda layer: None, torch.zeros(batch, 7), ValueError, "the last dimension of x"),
+        "no dimension": (lambda layer: None, torch.zeros(()), ValueError, "got a scalar"),
+        "no tensor": (lambda layer: None, [[0.0] * 8], TypeError, "x must be a torch.Tensor"),  # type: ignore[dict-item]
+        "no memory": (lambda layer: None, x.to("meta"), ValueError, "one dtype and one device"),
+    }
+    for change, given, error, text in changes.values():
+        layer = SparseLinear(8, 6, mask=torch.eye(6, 8))
+        change(layer)
+        with pytest.raises(error, match=text), torch.set_grad_enabled(grad):
+            layer(given)
+
+
+def test_indices_that_were_changed_between_the_passes_are_told_and_none_outlives_them() -> None:
+    layer = SparseLinear(8, 6, mask=torch.eye(6, 8))
+    x = torch.randn(3, 8, requires_grad=True)
+    y = layer(x)
+    layer.indices.fill_(0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+    layer = SparseLinear(8, 6, mask=torch.eye(6, 8))
+    y, indices = layer(x), weakref.ref(layer.indices)
+    y.sum().backward()
+    del layer
+    assert indices() is None
+    assert y.shape == (3, 6)

@@ -229,8 +229,6 @@ TYPES = dict.fromkeys(("starts", "across", "order", "bits", "firsts"), "*i32")
 TYPES |= dict.fromkeys(("product", "sampled"), "*fp32")
 TYPES |= dict.fromkeys(("batch", "splits", "rows", "depth", "words", "nnz", "part"), "i32")
 MULTIPLY = {"fp32": "float32", "fp64": "float64"}
-# As sizes are that matter, which PyTorch's Triton sees by itself; JAX's is told of strides alone.
-OF_16 = ("batch", "rows", "depth", "words", "nnz") if SEEN else ()
 
 def in_longest_loop(kernel):
     "Count the instructions between the two ends of the jump back that goes furthest, and all others."
@@ -271,7 +269,7 @@ def compiled(kernel, dtype, constants, expected=0, places=1, outside=0, batch=1,
     if dtype == "fp64":
         types |= dict.fromkeys(("product", "sampled"), "*fp64")
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind[0] == "*" or name in OF_16 and name != uneven]
+    aligned = [i for i, kind in enumerate(signature.values()) if kind[0] == "*"]
     made = triton.compile(
         ASTSource(
             kernel, signature, {k: v for k, v in constants.items() if k in kernel.arg_names},
@@ -351,13 +349,9 @@ FLOAT64 = 208
 BITS = {1: 64, 2: 96, 4: 128}  # by batch: eight, five and four programs by bits
 
 
-@pytest.mark.parametrize("seen", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["by JAX", "by PyTorch"])
 @pytest.mark.parametrize("every", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(
-    tmp_path: Path, every: bool, seen: bool
-) -> None:
-    code = f"import os\nos.chdir({str(tmp_path)!r})\nEVERY, SEEN = {every}, {seen}\n{COMPILED}"
-    lines = python(code, tmp_path).splitlines()
+def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_says(tmp_path: Path, every: bool) -> None:
+    lines = python(f"import os\nos.chdir({str(tmp_path)!r})\nEVERY = {every}\n{COMPILED}", tmp_path).splitlines()
     assert len(lines) == (29 + 53 if every else 8 + 10)
     for line in lines:
         name, batch, threads, products, dtype, precision, beside, order, shared, status, said, issued = json.loads(line)
@@ -398,7 +392,8 @@ def test_compiled_for_an_h100_they_spill_nothing_and_are_as_short_as_the_rule_sa
 
 OF_SIZES = """
 from maskedlinear import _triton_rows as rows, _triton_tiles as tiles
-from maskedlinear._triton_rows import Sizes, unit_of
+from maskedlinear._gpu_rule import unit_of
+from maskedlinear._triton_rows import Sizes
 
 ALL = [Sizes(out * 16, in_ * 16, out * in_ * each, batch * 16)
        for out, in_, each, batch in ((48, 192, 26, 8), (192, 48, 25, 8), (64, 64, 20, 9), (300, 501, 23, 15))]
@@ -429,20 +424,25 @@ for launch in [*made[0], *others]:
     into = given[first + len(launch.sizes) :]
     assert into == ["bits", "firsts"] if launch is others[0] else len(into) == 1
     assert all(type(size) is int for size in launch.sizes.values())
+    unspecialized = [one.name for one in launch.kernel.params if one.do_not_specialize]
+    assert unspecialized == list(launch.sizes), (launch.kernel, unspecialized)
     constants = set(launch.kernel.arg_names) - set(given)
     assert list(launch.kernel.arg_names[len(given) :]) == [name for name in launch.kernel.arg_names if name in constants]
-# What is said to be a multiple of 16 is one: the stride of what is read along the batch, or along the length.
-for size in range(1, 70):
-    assert unit_of(size) == (1 if size % 16 else 16)
+# What is said to be a multiple is one, of 16 at most: the stride of what is read along the batch, or the length.
+for size, itemsize in ((size, itemsize) for size in range(1, 70) for itemsize in (2, 4, 8)):
+    assert unit_of(size) == max(of for of in (1, 2, 4, 8, 16) if size % of == 0)
     for one in (Sizes(size, 64, 5, 64), Sizes(64, size, 5, 64), Sizes(64, 64, 5, size)):
-        for transposed in (False, True):
-            told = tiles.spmm(one, 2, "half", transposed=transposed, checked=True).told
+        for transposed in (False, True) if itemsize < 8 else ():
+            multiply = "half" if itemsize == 2 else "tf32"
+            told = tiles.spmm(one, itemsize, multiply, transposed=transposed, checked=True).told
             assert told["UNIT"] == unit_of(one.batch)
             assert told["ALONG_UNIT"] == unit_of(one.rows if transposed else one.depth)
-        for launch in (rows.rows_spmm(one, 2, ordered=False, checked=True), rows.rows_sddmm(one, 2, checked=True)):
+            assert tiles.sddmm(one, itemsize, multiply, checked=True).told["UNIT"] == told["UNIT"]
+        both = (rows.rows_spmm(one, itemsize, ordered=False, checked=True), rows.rows_sddmm(one, itemsize, checked=True))
+        for launch in both:
             assert launch.told["UNIT"] == unit_of(one.batch)
-        assert rows.bits_spmm(one._replace(batch=2), 2, checked=True).told["UNIT"] == unit_of(one.depth)
-        assert rows.panel(one.rows, one.depth, one.nnz).told["UNIT"] == unit_of(one.depth)
+        for launch in (rows.bits_spmm(one._replace(batch=2), itemsize, checked=True), rows.panel(*one[:3])):
+            assert launch.told["UNIT"] == unit_of(one.depth)
 """
 
 

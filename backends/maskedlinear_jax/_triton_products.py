@@ -2,7 +2,7 @@
 
 Where that is not installed, or there is no such GPU, :func:`are_used` is false, and products are XLA's. Indices may be
 traced, restored or mapped, so that none is trusted: the kernels check those that they read, and words of bits.
-No kernel is compiled anew for another size, as a program of XLA is.
+Sizes are arguments of a kernel, though constants of a program of XLA.
 """
 
 # mypy: disable-error-code="no-untyped-call,no-any-return"

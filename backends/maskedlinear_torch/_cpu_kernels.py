@@ -87,6 +87,13 @@ class _Side(NamedTuple):
         return _scratch(kernels.panel_numbers(self.features, self.batch, dtype), wide(self.matrix.dtype), self.matrix)
 
 
+class _Panels(NamedTuple):
+    """Room for the panels of a matrix, ``None`` where it is read as it is, and how wide they are if it is packed there."""
+
+    room: Tensor | None
+    width: int
+
+
 def spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None, *, as_it_lies: bool) -> Tensor:
     """Return the product, and a bias added last, which lies as ``right`` does, or by features; of half types as float32."""
     side, rows = _Side.of(right), csr.starts.shape[0] - 1
@@ -105,14 +112,22 @@ def rows_of_y(x: Tensor, values: Tensor, csr: CSR, bias: Tensor | None) -> Tenso
     return out
 
 
-def _multiply(values: Tensor, right: _Side, csr: CSR, bias: Tensor | None, out: Tensor, out_by_batch: bool) -> None:
-    """Write W times the matrix of ``right``, and a bias, to ``out``."""
+def _multiply(
+    values: Tensor,
+    right: _Side,
+    csr: CSR,
+    bias: Tensor | None,
+    out: Tensor,
+    out_by_batch: bool,
+    panels: _Panels | None = None,
+) -> None:
+    """Write W times the matrix of ``right``, which ``panels`` may have already, and a bias, to ``out``."""
     values = _settled(values).contiguous()
     dtype, connections, rows = _DTYPES[values.dtype], values.numel(), csr.starts.shape[0] - 1
     starts, across, order = _indices(csr, connections)
     if order is not None and kernels.is_ordered_first(connections, right.batch, dtype):
         values, order = _in_order(values, order), None
-    panels = None if kernels.is_direct(right.batch, right.by_batch, dtype) else right.room(dtype)
+    panels = panels or _Panels(None if kernels.is_direct(right.batch, right.by_batch, dtype) else right.room(dtype), 0)
     if bias is not None:
         bias = _settled(bias).contiguous()
         if bias.shape != (rows,) or bias.dtype is not values.dtype:
@@ -129,7 +144,8 @@ def _multiply(values: Tensor, right: _Side, csr: CSR, bias: Tensor | None, out: 
         order=_address(order),
         values=_address(values),
         right=_address(right.matrix),
-        panels=_address(panels),
+        panels=_address(panels.room),
+        packed=panels.width,
         bias=_address(bias),
         out=_address(out),
         right_by_batch=right.by_batch,
@@ -153,7 +169,11 @@ def _in_order(values: Tensor, order: Tensor) -> Tensor:
 
 def sddmm(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
     """Return the sampled product; of half types as float32."""
-    return _sample(_Side.of(left), _Side.of(right), csr, kernels.sddmm, csr.across.numel(), None)
+    return _sample(_Side.of(left), _Side.of(right), csr)[0]
+
+
+# Rows of g up to which they are added up tile by tile, one after the other; torch adds up in pairs, nearer to what many are.
+_MOST_SUMMED = 4096
 
 
 def gradients(
@@ -169,45 +189,35 @@ def gradients(
         transposed: the pattern by columns.
         of_bias: whether there is one.
     """
-    left = _Side.of_rows(g)
-    dx = dvalues = dbias = None
-    if of_bias:  # which is formed by the way where rows of g are read
-        is_vector_or_alone = left.batch == 1 or x is None
-        dbias = g.sum(0, dtype=wide(g.dtype)) if is_vector_or_alone else g.new_empty(left.features, dtype=wide(g.dtype))
-    sums = None if left.batch == 1 else dbias
-    if x is None:
-        if values is not None:
-            dx = g.new_empty((left.batch, transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
-            _multiply(values, left, transposed, None, dx, True)
-    elif values is None:
-        dvalues = _sample(left, _Side.of_rows(x), csr, kernels.sddmm, csr.across.numel(), sums)
-    else:
-        dx, dvalues = _both(left, _Side.of_rows(x), values, csr, transposed, sums)
+    left, right = _Side.of_rows(g), None if x is None else _Side.of_rows(x)
+    dx = dvalues = dbias = sums = panels = None
+    if of_bias and right is not None and 1 < left.batch <= _MOST_SUMMED:  # formed by the way where rows of g are read
+        dbias = sums = g.new_empty(left.features, dtype=wide(g.dtype))
+    elif of_bias:
+        dbias = g.sum(0, dtype=wide(g.dtype))
+    if right is not None and values is not None and _takes_less_time(right, values):
+        return *_at_once(left, right, values, csr, sums), dbias
+    if right is not None:
+        dvalues, panels = _sample(left, right, csr, sums)
+    if values is not None:
+        dx = g.new_empty((left.batch, transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
+        _multiply(values, left, transposed, None, dx, True, panels)
     return dx, dvalues, dbias
 
 
-def _both(
-    left: _Side, right: _Side, values: Tensor, csr: CSR, transposed: CSR, sums: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Return the rows of leftᵀ · W, which lie as ``right`` does, and left · rightᵀ at the connections."""
+def _takes_less_time(right: _Side, values: Tensor) -> bool:
+    return kernels.are_gradients_at_once(right.features, right.batch, values.numel(), _DTYPES[values.dtype])
+
+
+def _at_once(left: _Side, right: _Side, values: Tensor, csr: CSR, sums: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the rows of leftᵀ · W, which lie as ``right`` does, and what :func:`_sample` does."""
     values = _settled(values).contiguous()
-    dtype, connections = _DTYPES[values.dtype], values.numel()
     size = (right.batch, right.features) if right.by_batch else (right.features, right.batch)
     product = values.new_empty(size, dtype=wide(values.dtype))
-    parts, (starts, across, order) = None, _indices(transposed, connections)
-    if kernels.are_gradients_at_once(right.features, right.batch, connections, dtype):
-        parts = _scratch(kernels.part_numbers(right.features, right.batch, dtype), product.dtype, product)
-    elif order is not None and kernels.is_ordered_first(connections, right.batch, dtype):
-        values, order = _in_order(values, order), None
-    places = {
-        "starts_by_columns": _address(starts),
-        "across_by_columns": _address(across),
-        "order": _address(order),
-        "values": _address(values),
-        "out_right": _address(product),
-        "parts": _address(parts),
-    }
-    sampled = _sample(left, right, csr, kernels.gradients, connections, sums, **places)
+    numbers = kernels.part_numbers(right.features, right.batch, _DTYPES[values.dtype])
+    parts = _scratch(numbers, product.dtype, product)
+    places = {"values": _address(values), "out_right": _address(product), "parts": _address(parts)}
+    sampled, _ = _sample(left, right, csr, sums, kernels.gradients, values.numel(), **places)
     return product if right.by_batch else product.mT, sampled
 
 
@@ -215,16 +225,17 @@ def _sample(
     left: _Side,
     right: _Side,
     csr: CSR,
-    kernel: Callable[..., None],
-    connections: int,
-    sums: Tensor | None,
+    sums: Tensor | None = None,
+    kernel: Callable[..., int | None] | None = None,
+    connections: int | None = None,
     **places: int,
-) -> Tensor:
-    """Return left · rightᵀ at the connections, which ``kernel`` makes, and whatever else it does with ``places``.
+) -> tuple[Tensor, _Panels]:
+    """Return left · rightᵀ at the connections, by a kernel that does more, with ``places``, or not, and the panels of left.
 
     The sums of the rows of left are written to ``sums``.
     """
     dtype = _DTYPES[right.matrix.dtype]
+    connections = csr.across.numel() if connections is None else connections
     starts, across, _ = _indices(csr, connections)
     rows = starts.shape[0] - 1
     if (rows, right.batch) != (left.features, left.batch):
@@ -235,7 +246,8 @@ def _sample(
     is_direct = kernels.is_direct(left.batch, left.by_batch or right.by_batch, dtype)
     left_panels, right_panels = (None, None) if is_direct else (left.room(dtype), right.room(dtype))
     out = right.matrix.new_empty(connections, dtype=wide(right.matrix.dtype))
-    kernel(
+    form: Callable[..., int | None] = kernel or kernels.sddmm
+    width = form(
         dtype,
         (rows, right.features),
         right.batch,
@@ -253,7 +265,7 @@ def _sample(
         threads=torch.get_num_threads(),
         **places,
     )
-    return out
+    return out, _Panels(left_panels, width or 0)
 
 
 def _indices(csr: CSR, connections: int) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -83,23 +83,25 @@ def _rows_of_y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor |
 
 
 class _LayerProduct(torch.autograd.Function):
-    """Arguments: x, values, bias or ``None``, and the pattern, which is nothing to autograd."""
+    """Arguments: x, values, bias or ``None``, and the pattern, whole: of indices one by one autograd would keep books."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, pattern: DevicePattern) -> Tensor:
         of_x, of_values = ctx.needs_input_grad[:2]
-        ctx.save_for_backward(x if of_values else None, values if of_x else None)
-        ctx.pattern, ctx.shape = pattern, x.shape
+        ctx.save_for_backward(x if of_values else None, values if of_x else None, *pattern)
+        ctx.shape = x.shape
         return _rows_of_y(x, values, pattern, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, values = ctx.saved_tensors
+        x, values, *rest = ctx.saved_tensors
         dtype, rows = g.dtype, flatten_batch(g)
         # Differentiated again, mapped, recorded or compiled, which may have begun after the forward pass.
         is_watched = torch.is_grad_enabled() or is_grads_batched(g) or not _nothing_looks_on()
         form = _watched_gradients if is_watched else _gradients
-        dx, *others = form(rows, None if x is None else flatten_batch(x), values, ctx.pattern, ctx.needs_input_grad[2])
+        dx, *others = form(
+            rows, None if x is None else flatten_batch(x), values, DevicePattern(*rest), ctx.needs_input_grad[2]
+        )
         if dx is not None and dx.shape != ctx.shape:
             dx = dx.reshape(ctx.shape)
         return *(side if side is None or side.dtype is dtype else side.to(dtype) for side in (dx, *others)), None

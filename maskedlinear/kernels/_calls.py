@@ -146,6 +146,7 @@ def spmm(
     out: int,
     order: int = 0,
     panels: int = 0,
+    packed: int = 0,
     bias: int = 0,
     right_by_batch: bool = False,
     out_by_batch: bool = False,
@@ -169,6 +170,7 @@ def spmm(
         out: shape ``(rows, batch)``, or, by batch, ``(batch, rows)``.
         order: int32, shape ``(nnz,)``: connection k has the value ``values[order[k]]``; 0 if values are in order.
         panels: room for :func:`panel_numbers` numbers; neither needed nor used if :func:`is_direct`.
+        packed: what :func:`sddmm` returned, if ``panels`` are those in which it has packed this matrix; 0 if nothing is.
         bias: shape ``(rows,)``, of the dtype of values, added last to each column; 0 for none.
         right_by_batch: which way right lies.
         out_by_batch: which way out lies.
@@ -182,7 +184,7 @@ def spmm(
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
         "order": order, "values": values, "right": right, "right_by_batch": right_by_batch,
-        "panels": right if direct else panels, "direct": direct, "out": out,
+        "panels": right if direct else panels, "packed": packed, "direct": direct, "out": out,
         "out_by_batch": out_by_batch, "bias": bias,
     }  # fmt: skip
     _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
@@ -206,7 +208,7 @@ def sddmm(
     right_by_batch: bool = False,
     threads: int = 1,
     checked: bool = True,
-) -> None:
+) -> int:
     """Write left · rightᵀ at the connections to ``out``, shape ``(nnz,)``; for the rest see :func:`spmm`.
 
     Args:
@@ -227,6 +229,9 @@ def sddmm(
         right_by_batch: which way right lies.
         threads: as in :func:`spmm`.
         checked: as in :func:`spmm`.
+
+    Returns:
+        How wide the tiles are in which both sides are packed, in their panels; 0 if they are not packed.
     """
     direct = _is_direct(batch, left_by_batch or right_by_batch, dtype, left_panels, right_panels)
     told = {
@@ -235,7 +240,8 @@ def sddmm(
         "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
         "direct": direct, "out": out, "sums": left_sums,
     }  # fmt: skip
-    _call("sddmm", dtype, told, checked, threads)
+    slots = _call("sddmm", dtype, told, checked, threads)
+    return 0 if direct else int(slots[_SLOT["widest"]])
 
 
 # Connections of a column, on average, from which on all of it is worth the sums of the parts; and most of their bytes.
@@ -283,11 +289,8 @@ def gradients(
     right: int,
     out: int,
     out_right: int,
+    parts: int,
     left_sums: int = 0,
-    parts: int = 0,
-    starts_by_columns: int = 0,
-    across_by_columns: int = 0,
-    order: int = 0,
     left_panels: int = 0,
     right_panels: int = 0,
     left_by_batch: bool = False,
@@ -297,8 +300,8 @@ def gradients(
 ) -> None:
     """Write left · rightᵀ at the connections to ``out``, and Wᵀ · left to ``out_right``, which lies as right does.
 
-    With ``parts`` by one pass over W's rows, which takes less time where :func:`are_gradients_at_once`; else by two
-    products, of which the second reads the panels of left that the first has packed. For the rest see :func:`sddmm`.
+    By one pass over W's rows, which takes less time than two products where :func:`are_gradients_at_once`. For the rest see
+    :func:`sddmm`.
 
     Args:
         dtype: as in :func:`spmm`.
@@ -307,16 +310,13 @@ def gradients(
         nnz: the number of connections.
         starts: as in :func:`spmm`.
         across: as in :func:`spmm`.
-        values: as in :func:`spmm`; of two products, in the order of columns if there is no ``order``.
+        values: as in :func:`spmm`.
         left: as in :func:`sddmm`.
         right: as in :func:`sddmm`.
         out: shape ``(nnz,)``.
         out_right: shape ``(columns, batch)``, or, by batch, ``(batch, columns)``.
+        parts: room for :func:`part_numbers` numbers.
         left_sums: as in :func:`sddmm`.
-        parts: room for :func:`part_numbers` numbers, for a batch of 2 to 4, 8 or 16 that fits a register; or 0.
-        starts_by_columns: int32, shape ``(columns + 1,)``: ``starts`` of the transpose, for two products.
-        across_by_columns: int32, shape ``(nnz,)``: ``across`` of the transpose, for two products.
-        order: as in :func:`spmm`, of the transpose.
         left_panels: as in :func:`sddmm`.
         right_panels: as in :func:`sddmm`.
         left_by_batch: as in :func:`sddmm`.
@@ -325,32 +325,23 @@ def gradients(
         checked: as in :func:`spmm`.
 
     Raises:
-        ValueError: if there are parts, and the batch is none of those; or neither parts nor the pattern by columns.
+        ValueError: if the batch is none of 2 to 4, 8 or 16 columns that fit a register, or panels are needed, and there are
+            none.
     """
-    if parts and not _is_one_register(batch, dtype):
+    if not _is_one_register(batch, dtype):
         raise ValueError(
-            f"parts are for 2 to 4, 8 or 16 columns that fit a register of {dtype}; got {batch}: pass none"
+            f"gradients are made at once of 2 to 4, 8 or 16 columns that fit a register of {dtype}; got {batch}: form them "
+            "by sddmm and spmm"
         )
-    if not parts and not (starts_by_columns and across_by_columns):
-        raise ValueError("gradients need parts, or starts and across by columns; got neither: pass one of them")
     direct = _is_direct(batch, left_by_batch or right_by_batch, dtype, left_panels, right_panels)
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz, "starts": starts, "across": across,
         "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
         "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
-        "direct": direct, "out": out, "sums": left_sums, "values": values,
+        "direct": direct, "out": out, "sums": left_sums, "values": values, "out_right": out_right, "parts": parts,
+        "widest": _width_of_parts(batch, dtype),
     }  # fmt: skip
-    if parts:
-        told |= {"out_right": out_right, "parts": parts, "widest": _width_of_parts(batch, dtype)}
-        _call("gradients", dtype, told, checked, threads)
-        return
-    sampled = _call("sddmm", dtype, told, checked, threads)
-    told |= {
-        "rows": shape[1], "depth": shape[0], "starts": starts_by_columns, "across": across_by_columns, "order": order,
-        "right": left, "right_by_batch": left_by_batch, "panels": told["left_panels"],
-        "packed": 0 if direct else sampled[_SLOT["widest"]], "out": out_right, "out_by_batch": right_by_batch,
-    }  # fmt: skip
-    _call("spmm_ordered" if order else "spmm", dtype, told, checked, threads)
+    _call("gradients", dtype, told, checked, threads)
 
 
 def order_values(dtype: str, nnz: int, *, values: int, order: int, out: int, threads: int = 1) -> None:
