@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,22 @@ def test_gradients_are_those_of_two_products(
         np.testing.assert_allclose(one.astype(jnp.float32), other.astype(jnp.float32), rtol=2 * unit, atol=near)
 
 
+@pytest.mark.parametrize("batch", [2, 3, 4, 8])
+def test_float64_has_sums_of_its_own(batch: int) -> None:
+    with jax.enable_x64(True):
+        x, values, g = drawn((batch, IN), (PATTERN.nnz,), (batch, OUT), dtype=jnp.float64)
+        lanes = {64: 8, 32: 4, 16: 2}[kernels.info().register_bytes]
+        assert ("@maskedlinear_gradients" in said(pull(product), x, values, g)) is (batch != 3 and batch <= lanes)
+        for form in (jax.jit(pull(product)), pull(product)):
+            for one, other in zip(form(x, values, g), pull(dense)(x, values, g), strict=True):
+                assert one.dtype == jnp.float64
+                np.testing.assert_allclose(one, other, rtol=1e-12, atol=1e-12)
+        narrow = jax.jit(lambda *of: pull(product)(*of)[1].astype(jnp.float32))
+        for _ in range(20):  # of which each would write beyond what it was given
+            found = narrow(x, values, g)
+        np.testing.assert_allclose(found, pull(dense)(x, values, g)[1], rtol=1e-5, atol=1e-5)
+
+
 def loss(of: Function) -> Callable[[Array, Array], Array]:
     return lambda x, values: jnp.sum(jnp.sin(of(x, values)))
 
@@ -128,6 +145,52 @@ def test_gradients_are_linear_in_each_of_their_sides() -> None:
     np.testing.assert_allclose(of_values, (G.T @ DX)[PATTERN.rows, PATTERN.indices], rtol=1e-4, atol=1e-4)
     of_x = jax.linear_transpose(lambda x: jax.vjp(product, x, VALUES)[1](G), X)(MOVED)[0]
     np.testing.assert_allclose(of_x, G @ dense(jnp.eye(IN), DVALUES).T, rtol=1e-4, atol=1e-4)
+
+
+def test_derivatives_are_linear_in_whatever_jax_transposes_them_in() -> None:
+    """Of a derivative, pairs of a tangent and a side, or both sides, as well as both tangents."""
+    none = {"x": jnp.zeros_like(X), "values": jnp.zeros_like(VALUES)}
+    cases: list[tuple[Callable[[Function], Callable[..., Any]], tuple[Array, ...], Any]] = [
+        (lambda of: lambda v: jax.jvp(of, (X, v), (DX, none["values"]))[1], (VALUES,), G),
+        (lambda of: lambda dv, v: jax.jvp(of, (X, v), (DX, dv))[1], (VALUES, VALUES), G),
+        (lambda of: lambda x: jax.jvp(of, (x, VALUES), (none["x"], DVALUES))[1], (X,), G),
+        (lambda of: lambda dx, x: jax.jvp(of, (x, VALUES), (dx, DVALUES))[1], (X, X), G),
+        (lambda of: lambda v, x: jax.jvp(of, (x, v), MOVED)[1], (VALUES, X), G),
+        (lambda of: lambda dv, dx: jax.jvp(of, (X, VALUES), (dx, dv))[1], (VALUES, X), G),
+        (lambda of: lambda v, x: jax.vjp(of, x, v)[1](G), (VALUES, X), MOVED),
+    ]
+    for form, sides, cotangent in cases:
+        found, wanted = (jax.linear_transpose(form(of), *sides)(cotangent) for of in (product, dense))
+        for one, other in zip(found, wanted, strict=True):
+            assert float(abs(other).max()) > 0
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-4 * float(abs(other).max()))
+
+
+def test_what_does_not_move_is_not_multiplied() -> None:
+    """One side moves alone: two products, of which none has zeros, which infinity would make NaN."""
+    infinite = VALUES.at[0].set(jnp.inf)
+    second = jax.jvp(lambda x: jax.vjp(product, x, infinite)[1](G), (X,), (DX,))[1]
+    assert not jnp.isnan(second[0]).any()
+    cases: tuple[tuple[Callable[..., Any], Array, Array, list[str]], ...] = (
+        (lambda x: jax.vjp(product, x, VALUES)[1](G), X, DX, ["sddmm"]),
+        (lambda values: jax.vjp(product, X, values)[1](G), VALUES, DVALUES, ["spmm_ordered"]),
+        (lambda g: jax.vjp(product, X, VALUES)[1](g), G, 2 * G, ["sddmm", "spmm_ordered"]),
+    )
+    for form, at, along, names in cases:
+        program = jax.jit(lambda at, along, form=form: jax.jvp(form, (at,), (along,))[1]).lower(at, along).compile()  # type: ignore[misc]
+        assert sorted(calls(program.as_text())) == names
+
+
+def calls(program: str) -> list[str]:
+    """Return the kernels of ours that a compiled program calls."""
+    return re.findall(r'custom_call_target="maskedlinear_([a-z_]+)_float32', program)
+
+
+def test_of_two_gradients_one_that_nothing_uses_is_not_formed() -> None:
+    for place, name in enumerate(("spmm_ordered", "sddmm")):
+        step = jax.jit(lambda *of, place=place: pull(product)(*of)[place])  # type: ignore[misc]
+        assert calls(step.lower(X, VALUES, G).compile().as_text()) == [name]
+        np.testing.assert_allclose(step(X, VALUES, G), pull(dense)(X, VALUES, G)[place], rtol=1e-4, atol=1e-4)
 
 
 def test_patterns_of_a_stack_have_products_of_their_own() -> None:
@@ -212,6 +275,15 @@ def test_wrong_indices_reach_no_memory_of_others_and_wrong_arrays_are_refused() 
     for place in range(5):
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
             call(right, [one[1:] if one is given[place] else one for one in given])
+    for place, one in enumerate(given):  # of as many numbers, of another size each
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
+            call(right, [one.astype(jnp.int16) if place == other else array for other, array in enumerate(given)])
+    for place in range(5):
+        results = [
+            jax.ShapeDtypeStruct(shape, jnp.int16 if place == one else jnp.float32) for one, shape in enumerate(right)
+        ]
+        with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
+            jax.block_until_ready(jax.ffi.ffi_call("maskedlinear_gradients_float32_v2", results)(*given))
     for batch in (1, 5, 32):  # of no width of a register
         shapes = [(flat,), (batch, IN), (OUT * 32,), (IN * 32,), (8 * IN * 32,)]
         sides = drawn((batch, OUT), (batch, IN))

@@ -11,27 +11,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
 from maskedlinear_jax import _kernels
-from maskedlinear_jax._compat import Primitive, ad, automatic_axes, batching, mlir, placement, sharding_of, without_mesh
+from maskedlinear_jax._compat import (
+    Primitive,
+    ad,
+    automatic_axes,
+    batching,
+    dce_rules,
+    mlir,
+    placement,
+    sharding_of,
+    type_of,
+    without_mesh,
+)
 from maskedlinear_jax._gpu_products import in_precision, precision
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["are_at_once", "derivative"]
+__all__ = ["Alone", "are_at_once", "derivative"]
 
 
 def are_at_once(values: Array, right: Array, indices: Array) -> bool:
-    """Whether a CPU like this one forms both gradients of W · right at once: of one pattern, on no explicit mesh."""
-    if values.ndim != 1 or indices.ndim != 1 or sharding_of(right) is not None:
+    """Whether this machine forms both gradients of W · right at once: of one pattern, on no explicit mesh, on a CPU."""
+    if jax.default_backend() != "cpu" or values.ndim != 1 or indices.ndim != 1 or sharding_of(right) is not None:
         return False
     depth, *batch = right.shape
     known = all(isinstance(size, int) for size in (depth, *batch, *values.shape))
     return known and _kernels.are_gradients_at_once(values, math.prod(batch), depth)
+
+
+class Alone(NamedTuple):
+    """A primitive by itself, and its options."""
+
+    primitive: Any
+    options: dict[str, Any]
 
 
 def derivative(
@@ -39,6 +57,7 @@ def derivative(
     sddmm: Callable[..., Array],
     type_of_spmm: Callable[..., Any],
     type_of_sddmm: Callable[..., Any],
+    alone: tuple[Alone, Alone],
 ) -> Any:
     """Return the primitive of the derivative of W · right, of dvalues, dright, values, right and the pattern's arrays.
 
@@ -47,6 +66,7 @@ def derivative(
         sddmm: the sampled product, of left, right and a pattern.
         type_of_spmm: the type of the product, of those of values, right and the pattern's arrays.
         type_of_sddmm: the type of the sampled product, of those of left, right and the pattern's arrays.
+        alone: what forms the gradient of values, and of right, where the other one is not used.
 
     Returns:
         ``None`` if JAX has no such interface.
@@ -56,9 +76,47 @@ def derivative(
         pattern = DevicePattern(*rest)
         return spmm(dvalues, right, pattern) + spmm(values, dright, pattern)
 
+    def moved_jvp(primals: Any, tangents: Any) -> Any:
+        pattern = DevicePattern(*primals[4:])
+        found = (_moved(lambda *of: spmm(*of, pattern), primals, tangents, *pair) for pair in ((0, 3), (2, 1)))
+        terms = [term for term in found if term is not None]
+        return moved(*primals), sum(terms[1:], terms[0])
+
+    def moved_transpose(g: Any, *given: Any) -> list[Any]:
+        _, _, values, right, *rest = given
+        if isinstance(g, ad.Zero) or [*map(ad.is_undefined_primal, given[:4])] != [True, True, False, False]:
+            return _transposed(moved, g, given, 4)
+        found = both.bind(g.astype(right.dtype), values, right, *rest, precision=precision())
+        of_sides = [one.astype(side.aval.dtype) for one, side in zip(found, given[:2], strict=True)]
+        return [*of_sides, *(None,) * (2 + len(rest))]
+
     def gradients(g: Array, values: Array, right: Array, *rest: Array) -> tuple[Array, Array]:
         pattern = DevicePattern(*rest)
         return sddmm(g, right, pattern), spmm(values, g, pattern, True)
+
+    def gradients_jvp(primals: Any, tangents: Any) -> Any:
+        pattern, found = DevicePattern(*primals[3:]), both.bind(*primals, precision=precision())
+        of_values = _moved(lambda *of: sddmm(*of, pattern), primals, tangents, 0, 2)
+        of_right = _moved(lambda *of: spmm(*of, pattern, True), primals, tangents, 1, 0)
+        return found, [
+            ad.Zero(type_of(one)) if term is None else term
+            for one, term in zip(found, (of_values, of_right), strict=True)
+        ]
+
+    def gradients_dce(used: list[bool], equation: Any) -> tuple[list[bool], Any]:
+        g, values, right, *rest = equation.invars
+        if all(used) or not any(used):
+            return [any(used)] * len(equation.invars), equation if any(used) else None
+        place = used.index(True)
+        sides = [values, g] if place else [g, right]
+        form, options = alone[place]
+        one = equation.replace(
+            invars=[*sides, *rest],
+            outvars=[equation.outvars[place]],
+            primitive=form,
+            params=options | {"precision": equation.params["precision"]},
+        )
+        return [True, place == 1, place == 0, *(True,) * len(rest)], one
 
     def by_kernel(g: Array, values: Array, right: Array, *rest: Array) -> tuple[Array, Array]:
         if not _kernels.are_used(g, values, right, *rest):
@@ -68,75 +126,66 @@ def derivative(
         sampled, product = _kernels.gradients(values, left, side, DevicePattern(*rest))
         return sampled, jnp.moveaxis(product.reshape(*batch, depth), -1, 0)
 
-    def transposed_moved(g: Any, dvalues: Any, dright: Any, values: Any, right: Any, *rest: Any) -> list[Any]:
-        pattern, sides = DevicePattern(*rest), (dvalues, dright)
-        of_values, of_right = map(ad.is_undefined_primal, sides)
-        found: tuple[Any, ...] = (ad.Zero, ad.Zero)
-        if not isinstance(g, ad.Zero):
-            g = g.astype(right.dtype)
-            if of_values and of_right:
-                found = both.bind(g, values, right, *rest, precision=precision())
-            else:
-                found = (
-                    sddmm(g, right, pattern) if of_values else None,
-                    spmm(values, g, pattern, True) if of_right else None,
-                )
-        return [*map(_cotangent, found, sides), *(None,) * (2 + len(rest))]
-
-    def transposed_gradients(moved: Any, g: Any, values: Any, right: Any, *rest: Any) -> list[Any]:
-        """Of g the derivative of W · right along ``moved``; each gradient depends on one of the other two."""
-        pattern, sides = DevicePattern(*rest), (g, values, right)
-        place = next(place for place, side in enumerate(sides) if ad.is_undefined_primal(side))
-        dvalues, dright = (
-            None if isinstance(one, ad.Zero) else one.astype(values.aval.dtype if place == 1 else values.dtype)
-            for one in moved
-        )
-        terms = []
-        if dvalues is not None and place != 1:
-            terms.append(spmm(dvalues, right, pattern) if place == 0 else spmm(dvalues, g, pattern, True))
-        if dright is not None and place != 2:
-            terms.append(spmm(values, dright, pattern) if place == 0 else sddmm(g, dright, pattern))
-        found: list[Any] = [None] * 3
-        found[place] = sum(terms[1:], terms[0]) if terms else ad.Zero
-        return [*map(_cotangent, found, sides), *(None,) * len(rest)]
-
     def type_of_both(g: Any, values: Any, right: Any, *rest: Any) -> tuple[Any, Any]:
         return type_of_sddmm(g, right, *rest), type_of_spmm(values, g, *rest, transposed=True)
 
     def type_of_moved(dvalues: Any, dright: Any, *of: Any) -> Any:
         return type_of_spmm(*of, transposed=False)
 
-    both = _primitive("masked_gradients", gradients, 3, type_of_both, transposed_gradients, by_kernel, is_pair=True)
-    return both and _primitive("masked_derivative", moved, 4, type_of_moved, transposed_moved, moved)
+    def gradients_transpose(cotangents: Any, *given: Any) -> list[Any]:
+        return _transposed(gradients, tuple(cotangents), given, 3)
+
+    both = _primitive(
+        "masked_gradients", gradients, type_of_both, gradients_jvp, gradients_transpose, by_kernel, is_pair=True
+    )
+    if both is not None and dce_rules is not None:
+        dce_rules[both] = gradients_dce
+    return both and _primitive("masked_derivative", moved, type_of_moved, moved_jvp, moved_transpose, moved)
 
 
-def _cotangent(found: Any, side: Any) -> Any:
-    """Return a cotangent as JAX takes it, of the dtype of what it is of; ``None`` of what is known."""
-    if not ad.is_undefined_primal(side):
-        return None
-    return ad.Zero(side.aval) if found is ad.Zero else found.astype(side.aval.dtype)
+def _moved(product: Callable[..., Array], sides: Any, tangents: Any, one: int, other: int) -> Any:
+    """Return the derivative of a product of two of the sides along those tangents that are not zero; ``None`` if all are."""
+    terms = []
+    if not isinstance(tangents[one], ad.Zero):
+        terms.append(product(tangents[one], sides[other]))
+    if not isinstance(tangents[other], ad.Zero):
+        terms.append(product(sides[one], tangents[other]))
+    return sum(terms[1:], terms[0]) if terms else None
+
+
+def _transposed(form: Callable[..., Any], cotangents: Any, given: Any, sides: int) -> list[Any]:
+    """Return cotangents of those of the first ``sides`` that are unknown, in which ``form`` is linear, as JAX finds them."""
+    unknown = [place for place, side in enumerate(given[:sides]) if ad.is_undefined_primal(side)]
+
+    def of(*found: Array) -> Any:
+        filled = list(given)
+        for place, one in zip(unknown, found, strict=True):
+            filled[place] = one
+        return form(*filled)
+
+    types = [jax.ShapeDtypeStruct(given[place].aval.shape, given[place].aval.dtype) for place in unknown]
+    is_zero = lambda one: isinstance(one, ad.Zero)  # noqa: E731
+    cotangents = jax.tree.map(
+        lambda one: ad.instantiate_zeros(one) if is_zero(one) else one, cotangents, is_leaf=is_zero
+    )
+    made: list[Any] = [None] * len(given)
+    for place, one in zip(unknown, jax.linear_transpose(of, *types)(cotangents), strict=True):
+        made[place] = one
+    return made
 
 
 def _primitive(
-    name: str, form: Any, sides: int, type_of: Any, transpose: Any, by_kernel: Any, *, is_pair: bool = False
+    name: str, form: Any, type_of: Any, jvp: Any, transpose: Any, by_kernel: Any, *, is_pair: bool = False
 ) -> Any:
-    """Return a primitive that is ``form``, but on a CPU ``by_kernel``; ``None`` if JAX has no such interface.
-
-    Its derivative and its maps are those of ``form``, whose first arguments, so many ``sides``, are numbers.
-    """
+    """Return a primitive that is ``form``, but on a CPU ``by_kernel``; ``None`` if JAX has no such interface."""
     try:
         made = Primitive(name)
         made.multiple_results = is_pair
         made.def_abstract_eval(lambda *avals, precision: type_of(*avals))
         made.def_impl(jax.jit(made.bind, static_argnames=("precision",)))
 
-        def jvp(primals: Any, tangents: Any) -> Any:
-            moved = [ad.instantiate_zeros(tangent) for tangent in tangents[:sides]]
-            return jax.jvp(lambda *of: form(*of, *primals[sides:]), tuple(primals[:sides]), tuple(moved))
-
         def batch(arguments: Any, dims: Any) -> Any:
-            found = jax.vmap(form, in_axes=tuple(dims))(*arguments)
-            return found, ((0, 0) if is_pair else 0)
+            return jax.vmap(form, in_axes=tuple(dims))(*arguments), ((0, 0) if is_pair else 0)
 
         ad.primitive_jvps[made] = in_precision(jvp)
         ad.primitive_transposes[made] = in_precision(transpose)

@@ -24,6 +24,7 @@ __all__ = [
     "batching",
     "children",
     "custom_partitioning",
+    "dce_rules",
     "enable_x64",
     "from_the_start",
     "holds_data",
@@ -57,6 +58,13 @@ try:
     from jax.interpreters import ad, batching, mlir
 except ImportError:  # pragma: no cover - of no release so far
     ClosedJaxpr = Jaxpr = Literal = Primitive = ShapedArray = ad = batching = mlir = None
+
+# Without it both gradients of a product are formed where one is used.
+dce_rules: Any
+try:
+    from jax.interpreters.partial_eval import dce_rules
+except ImportError:  # pragma: no cover - of no release so far
+    dce_rules = None
 
 try:
     from jax.extend.random import threefry_2x32

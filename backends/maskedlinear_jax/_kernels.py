@@ -163,21 +163,20 @@ def by_batch(array: Array, lead: int) -> Array:
     return turned.reshape(*turned.shape[:lead], math.prod(turned.shape[lead:-1]), turned.shape[-1])
 
 
-def are_gradients_at_once(values: Array, batch: Any, depth: int) -> bool:
+def are_gradients_at_once(values: Array, batch: int, depth: int) -> bool:
     """Whether both gradients of a product take less time by :func:`gradients` than by two products, on such a CPU."""
     return (
-        isinstance(batch, int)
-        and str(values.dtype) in _DTYPES
-        and kernels.is_available()
+        values.size > 0
+        and are_used(values)
         and kernels.are_gradients_at_once(depth, batch, values.size, str(values.dtype))
     )
 
 
 def gradients(values: Array, left: Array, right: Array, pattern: Any) -> tuple[Array, Array]:
     """Return :func:`sddmm`, and the product of left (batch, out) with W, (batch, in), where they are made at once."""
-    (batch, depth), dtype = right.shape, str(right.dtype)
+    (batch, depth), dtype = right.shape, right.dtype
     rooms = [_room(side.shape[1], batch, dtype) for side in (left, right)]
-    shapes = [values.shape, right.shape, *rooms, (kernels.part_numbers(depth, batch, dtype),)]
+    shapes = [values.shape, right.shape, *rooms, (kernels.part_numbers(depth, batch, str(dtype)),)]
     operands = [values, left, right, pattern.indptr, pattern.indices]
     sampled, product, *_ = _results("gradients", (left.shape[1], depth), batch, dtype, shapes, operands)
     return sampled, product

@@ -55,7 +55,7 @@ class Axes(NamedTuple):
 
 def wide(dtype: Any) -> Any:
     """Return the dtype of sums of products of numbers of ``dtype``: float32 for half types."""
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return jnp.dtype(jnp.float64 if jnp.dtype(dtype) == jnp.float64 else jnp.float32)
 
 
 def result_type(axes: Axes, avals: Sequence[Any]) -> Any:

@@ -3,7 +3,8 @@
 As primitives they have every mode of differentiation, of any order, and vmap, over patterns too; a custom rule would refuse
 forward mode, and JAX's own sparse products are differentiated through a dense matrix
 (https://github.com/jax-ml/jax/issues/14623). Batches have any number of axes, and so have stacks of patterns, so that
-nothing is reshaped that lies on several devices: ``_partition`` says which axes may. A fourth primitive turns x around.
+nothing is reshaped that lies on several devices: ``_partition`` says which axes may. A third primitive turns x around, and
+for small batches on CPUs the derivative of a product is one, too, and so are both its gradients (``_at_once``).
 
 Of half types the products are float32, and their cotangents are taken for numbers of the half type, which they are: whoever
 multiplies half types rounds the product to them, and a cotangent comes by way of that.
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from maskedlinear_jax import _gpu_products, _kernels, _products
-from maskedlinear_jax._at_once import are_at_once, derivative
+from maskedlinear_jax._at_once import Alone, are_at_once, derivative
 from maskedlinear_jax._compat import (
     Primitive,
     ad,
@@ -371,4 +372,5 @@ _derivative_p = derivative(
     sddmm,
     lambda *avals, transposed: result_type(_spmm_axes(*avals, transposed=transposed), avals),
     lambda *avals: result_type(_sddmm_axes(*avals, lead=0), avals),
+    (Alone(_sddmm_p, {"lead": 0}), Alone(_spmm_p, {"transposed": True})),
 )

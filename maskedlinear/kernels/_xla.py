@@ -43,12 +43,15 @@ __all__ = [
 
 # Of products: how many operands and results each has.
 _KINDS = {"spmm": (4, 2), "spmm_ordered": (5, 2), "sddmm": (4, 3), "gradients": (5, 5)}
+_FLOATS = {"spmm": 2, "spmm_ordered": 2, "sddmm": 2, "gradients": 3}  # operands, of which the others are indices
 _VERSION = 2  # of what a handler is handed: raise it when operands, results or attributes change
 
 # Where things lie, in bytes.
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_ARGS, _FRAME_RETS = 8, 16, 24, 40, 80
 _LIST_SIZE, _LIST_ENTRIES = 16, 32  # of args and rets
-_BUFFER_DATA, _BUFFER_DIMS = 24, 40
+_BUFFER_DTYPE, _BUFFER_DATA, _BUFFER_DIMS = 16, 24, 40
+# What the interface calls dtypes.
+_CALLED = {"int32": 4, "float16": 10, "float32": 11, "float64": 12, "bfloat16": 16}
 _EXTENSION_TYPE, _EXTENSION_METADATA, _METADATA_VERSION = 8, 24, 24
 _API_FUNCTIONS = 48
 _METADATA = 1  # the type of the extension
@@ -141,6 +144,10 @@ class Frame:
 
     def data(self, buffer: Any) -> Any:
         return self.at(buffer, _BUFFER_DATA)
+
+    def has(self, dtype: str, buffer: Any) -> Any:
+        """Return whether a buffer is of a dtype."""
+        return self._code.icmp_unsigned("==", self.at(buffer, _BUFFER_DTYPE, I32), I32(_CALLED[dtype]))
 
     def size(self, buffer: Any, axis: int = 0) -> Any:
         return self.at(self.at(buffer, _BUFFER_DIMS), 8 * axis, I64)
@@ -245,8 +252,13 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         with code.if_then(is_wrong):
             frame.refuse("a sparse product of another version of maskedlinear", FAILED_PRECONDITION)
         made = frame.results(results)
+        given_arrays = frame.operands(operands)
+        indices = given_arrays[_FLOATS[kind] :]
+        are_of = [frame.has(dtype, one) for one in given_arrays[: _FLOATS[kind]]]
+        are_of += [*(frame.has("int32", one) for one in indices), *(frame.has(wide(dtype), one) for one in made)]
         told_of = {"sddmm": _sddmm, "gradients": _gradients}.get(kind, _spmm)
-        arguments, is_right = told_of(code, frame, frame.operands(operands), made, dtype)
+        arguments, is_right = told_of(code, frame, given_arrays, made, dtype)
+        is_right = _all(code, [is_right, *are_of])
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a sparse product do not belong together", INVALID_ARGUMENT)
         for place, result in enumerate(made):
@@ -280,7 +292,8 @@ def _emit_order(module: ir.Module, api: Api, dtype: str) -> None:
             frame.refuse("an order of values of another version of maskedlinear", FAILED_PRECONDITION)
         (values, order), (out,) = frame.operands(2), frame.results(1)
         nnz = frame.size(values)
-        is_right = _all(code, [_equal(code, frame.size(one), nnz) for one in (order, out)])
+        are_of = [frame.has(dtype, values), frame.has("int32", order), frame.has(dtype, out)]
+        is_right = _all(code, [*are_of, *(_equal(code, frame.size(one), nnz) for one in (order, out))])
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of an order of values do not belong together", INVALID_ARGUMENT)
         _ask_for_huge_pages(code, frame.data(out), code.times(nnz, item_bytes(dtype)))
