@@ -84,7 +84,7 @@ def derivative(
 
     def moved_transpose(g: Any, *given: Any) -> list[Any]:
         _, _, values, right, *rest = given
-        if isinstance(g, ad.Zero) or [*map(ad.is_undefined_primal, given[:4])] != [True, True, False, False]:
+        if _is_zero(g) or [*map(ad.is_undefined_primal, given[:4])] != [True, True, False, False]:
             return _transposed(moved, g, given, 4)
         found = both.bind(g.astype(right.dtype), values, right, *rest, precision=precision())
         of_sides = [one.astype(side.aval.dtype) for one, side in zip(found, given[:2], strict=True)]
@@ -146,11 +146,16 @@ def derivative(
 def _moved(product: Callable[..., Array], sides: Any, tangents: Any, one: int, other: int) -> Any:
     """Return the derivative of a product of two of the sides along those tangents that are not zero; ``None`` if all are."""
     terms = []
-    if not isinstance(tangents[one], ad.Zero):
+    if not _is_zero(tangents[one]):
         terms.append(product(tangents[one], sides[other]))
-    if not isinstance(tangents[other], ad.Zero):
+    if not _is_zero(tangents[other]):
         terms.append(product(sides[one], tangents[other]))
     return sum(terms[1:], terms[0]) if terms else None
+
+
+def _is_zero(of: Any) -> bool:
+    """Whether a tangent or a cotangent is zero, without being formed."""
+    return isinstance(of, ad.Zero)
 
 
 def _transposed(form: Callable[..., Any], cotangents: Any, given: Any, sides: int) -> list[Any]:
@@ -164,10 +169,7 @@ def _transposed(form: Callable[..., Any], cotangents: Any, given: Any, sides: in
         return form(*filled)
 
     types = [jax.ShapeDtypeStruct(given[place].aval.shape, given[place].aval.dtype) for place in unknown]
-    is_zero = lambda one: isinstance(one, ad.Zero)  # noqa: E731
-    cotangents = jax.tree.map(
-        lambda one: ad.instantiate_zeros(one) if is_zero(one) else one, cotangents, is_leaf=is_zero
-    )
+    cotangents = jax.tree.map(ad.instantiate_zeros, cotangents, is_leaf=_is_zero)
     made: list[Any] = [None] * len(given)
     for place, one in zip(unknown, jax.linear_transpose(of, *types)(cotangents), strict=True):
         made[place] = one

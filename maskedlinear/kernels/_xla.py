@@ -41,9 +41,8 @@ __all__ = [
     "threads",
 ]
 
-# Of products: how many operands and results each has.
-_KINDS = {"spmm": (4, 2), "spmm_ordered": (5, 2), "sddmm": (4, 3), "gradients": (5, 5)}
-_FLOATS = {"spmm": 2, "spmm_ordered": 2, "sddmm": 2, "gradients": 3}  # operands, of which the others are indices
+# Of products: how many operands are of a product's dtype, how many indices are behind them, and how many results there are.
+_KINDS = {"spmm": (2, 2, 2), "spmm_ordered": (2, 3, 2), "sddmm": (2, 2, 3), "gradients": (3, 2, 5)}
 _VERSION = 2  # of what a handler is handed: raise it when operands, results or attributes change
 
 # Where things lie, in bytes.
@@ -244,27 +243,26 @@ def _emit_handler(module: ir.Module, api: Api, kind: str, dtype: str) -> None:
         frame = Frame(code, api, code.function.args[0])
         told = code.room(I64, len(SLOTS))
         answer_version(code, frame, api.minor)
-        operands, results = _KINDS[kind]
+        numbers, indices, results = _KINDS[kind]
         given, asked = frame.counts()
         is_wrong = code.or_(
-            code.icmp_unsigned("!=", given, I64(operands)), code.icmp_unsigned("!=", asked, I64(results))
+            code.icmp_unsigned("!=", given, I64(numbers + indices)), code.icmp_unsigned("!=", asked, I64(results))
         )
         with code.if_then(is_wrong):
             frame.refuse("a sparse product of another version of maskedlinear", FAILED_PRECONDITION)
         made = frame.results(results)
-        given_arrays = frame.operands(operands)
-        indices = given_arrays[_FLOATS[kind] :]
-        are_of = [frame.has(dtype, one) for one in given_arrays[: _FLOATS[kind]]]
-        are_of += [*(frame.has("int32", one) for one in indices), *(frame.has(wide(dtype), one) for one in made)]
+        operands = frame.operands(numbers + indices)
+        dtypes = [dtype] * numbers + ["int32"] * indices + [wide(dtype)] * results
+        are_of = [frame.has(*pair) for pair in zip(dtypes, (*operands, *made), strict=True)]
         told_of = {"sddmm": _sddmm, "gradients": _gradients}.get(kind, _spmm)
-        arguments, is_right = told_of(code, frame, given_arrays, made, dtype)
+        arguments, is_right = told_of(code, frame, operands, made, dtype)
         is_right = _all(code, [is_right, *are_of])
         with code.if_then(code.not_(is_right)):
             frame.refuse("the arrays of a sparse product do not belong together", INVALID_ARGUMENT)
         for place, result in enumerate(made):
             is_matrix = place == {"sddmm": -1, "gradients": 1}.get(kind, 0)
-            numbers = code.times(frame.size(result), frame.size(result, 1) if is_matrix else 1)
-            _ask_for_huge_pages(code, frame.data(result), code.times(numbers, item_bytes(wide(dtype))))
+            count = code.times(frame.size(result), frame.size(result, 1) if is_matrix else 1)
+            _ask_for_huge_pages(code, frame.data(result), code.times(count, item_bytes(wide(dtype))))
         arguments["threads"] = threads(code, frame)
         arguments["tasks"] = I64(_calls.table_address(kind, dtype, checked=True))
         to_compile = ctypes.cast(_compile_missing, ctypes.c_void_p).value or 0
