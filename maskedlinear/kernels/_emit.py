@@ -113,6 +113,14 @@ class Emitter(ir.IRBuilder):  # type: ignore[misc]
         """Return where entry ``index`` of an array of ``kind`` lies."""
         return self.gep(pointer, [self.number(index)], source_etype=kind)
 
+    def in_register(self, pointer: Any) -> Any:
+        """Return a pointer that is worked out by itself, not in each instruction that reads what lies near it.
+
+        Those of Intel take such an instruction apart if it reads at the sum of two registers, so that half as many are under
+        way at a time: products by rows took 4 to 8 % longer.
+        """
+        return self.asm(ir.FunctionType(PTR, [PTR]), "", "=r,0", [pointer], side_effect=False)
+
     def get(self, pointer: Any, index: Any, kind: Any, of: Any = None) -> Any:
         """Return what lies at entry ``index`` of an array of ``of``, taken for a ``kind``, aligned as an entry is."""
         of = of or kind

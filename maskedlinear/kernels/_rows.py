@@ -256,7 +256,7 @@ def spmm_task(
                 code.put(zero, tile, code.sum(code.times(at, width), k * vector.count), kind)
 
         def add(sums: list[Any], connection: Any, across: Any, *, is_known: bool) -> list[Any]:
-            source = code.place(panel, code.times(across, stride), kind)
+            source = _line_of(code, panel, across, stride, kind, count)
             value = code.spread(pattern.value(connection, is_known=is_known), vector)
             numbers = [code.get(source, k * vector.count, vector, kind) for k in range(count)]
             return [code.multiply_add(value, *pair) for pair in zip(numbers, sums, strict=True)]
@@ -296,6 +296,12 @@ def panel_of(code: Emitter, told: Arguments, kind: Any, width: int, column: Any,
     direct = told.flag("direct")
     start = code.select(direct, column, code.times(column, told.number(features)))
     return code.place(told.pointer(panels), start, kind), code.select(direct, told.number("batch"), I64(width))
+
+
+def _line_of(code: Emitter, panel: Any, feature: Any, stride: Any, kind: Any, registers: int) -> Any:
+    """Return where a feature's numbers lie in a panel, of which as many ``registers`` are read."""
+    line = code.place(panel, code.times(feature, stride), kind)
+    return code.in_register(line) if registers > 1 else line
 
 
 def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> Iterator[tuple[Any, Any]]:
@@ -382,7 +388,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                     with loop.over([place]) as (carried, following):
                         following.append(code.sum(carried[0], together))
                         columns = loop.columns(carried[0])
-                        sources = [code.place(right, code.times(across, right_stride), kind) for across in columns]
+                        sources = [_line_of(code, right, across, right_stride, kind, count) for across in columns]
                         dots = dots_of(code, line, sources, vector, count)
                         found = sums_of(code, dots, kind)
                         before = code.get(out, carried[0], found.type, kind)
