@@ -27,6 +27,9 @@ _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
 # Connections of a row that a block should have, on average, and from which blocks pay, in the widest tiles; in those half as
 # wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
+# They pay from more on where a batch fills one tile of the widest, and W is of few rows and columns: what one thread packs
+# and another reads costs up to a quarter of a product there, which takes 0.75 to 0.95 of the time in two tiles half as wide.
+_FEWEST_IF_ALONE, _MANY = 13, 1536
 # They pay from fewer on where a panel without blocks is too large for a second cache.
 _FAR_BYTES, _FEWEST_IF_FAR = 1 << 20, 7
 GRAIN = 40_000  # additions of vectors that are worth a thread
@@ -94,10 +97,15 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     columns = code.least(code.most(columns, least), code.times(least, 2))
     panel_bytes = code.times(depth, code.least(width, sizes[1]), item_bytes)
     is_far = code.less(_FAR_BYTES, panel_bytes)
-    fewest = code.select(is_far, I64(_FEWEST_IF_FAR), code.times(narrower, _FEWEST_IN_BLOCK))
+    # One tile of the widest can be two, of which a thread reads what it packs itself.
+    is_alone = code.and_(code.less(sizes[1], batch), code.less(batch, sizes[0] + 1))
+    is_alone = code.and_(is_alone, code.less(code.most(rows, depth), _MANY))
+    fewest = code.times(narrower, code.select(is_alone, I64(_FEWEST_IF_ALONE), I64(_FEWEST_IN_BLOCK)))
+    fewest = code.select(is_far, I64(_FEWEST_IF_FAR), fewest)
     is_full = code.less(code.times(distance, fewest), code.sum(code.times(columns, 16), 1))
     # Without blocks the panel of all columns stays in the second cache, down to half of the widest tile.
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
+    fits = code.and_(fits, code.not_(is_alone))
     told.put("widest", code.select(code.or_(is_full, fits), I64(sizes[0]), I64(sizes[1])))
     told.put("height", height)
     told.put("chunks", code.rounded_up(rows, height))
