@@ -182,6 +182,10 @@ LAID: dict[str, Callable[[Tensor], Tensor]] = {
     "with gaps": lambda x: x.repeat_interleave(2, -1)[..., ::2],
     "in three dimensions": lambda x: x.view(2, BATCH // 2, IN),
     "turned in three dimensions": lambda x: x.view(2, BATCH // 2, IN).transpose(0, 1),
+    "by features, in three dimensions": lambda x: x.mT.contiguous().mT.unflatten(0, (2, -1)),
+    "by features, turned in three dimensions": lambda x: x.view(2, BATCH // 2, IN).mT.contiguous().mT,
+    "in five dimensions": lambda x: x.view(1, 2, 1, BATCH // 2, IN),
+    "one row, over and over": lambda x: x[:1].expand(3, 4, IN),
     "one row": lambda x: x[0],
     "no row": lambda x: x[:0],
     "negated when it is read": lambda x: torch._neg_view(x),
@@ -218,7 +222,7 @@ def test_x_may_lie_anyhow_and_y_be_written_to(dtype: torch.dtype, lies: str, has
         )
 
 
-@pytest.mark.parametrize("lies", sorted(LAID.keys() - {"one row", "no row"}))
+@pytest.mark.parametrize("lies", sorted(LAID.keys() - {"one row", "one row, over and over", "no row"}))
 def test_x_is_kept_once(lies: str) -> None:
     """As it is, or, where the products need a copy, the copy alone."""
     (x, values, bias), _ = problem(torch.float32)

@@ -16,7 +16,7 @@ from maskedlinear import kernels
 from maskedlinear_torch._compat import is_zero_tensor
 from maskedlinear_torch._storage import new_memory
 
-__all__ = ["CSR", "are_for", "gradients", "lies_well", "masked_gradient", "rows_of_y", "sddmm", "spmm", "wide"]
+__all__ = ["CSR", "are_for", "gradients", "lies_well", "linear", "masked_gradient", "sddmm", "spmm", "wide"]
 
 
 class CSR(NamedTuple):
@@ -75,12 +75,11 @@ class _Side(NamedTuple):
 
     @classmethod
     def of_rows(cls, rows: Tensor) -> _Side:
-        """Return that of a tensor (batch, features)."""
-        rows = _settled(rows)
-        batch, features = rows.shape
+        """Return that of a tensor (..., features), which has numbers."""
+        rows, features = _settled(rows), rows.shape[-1]
         if rows.is_contiguous():
-            return cls(rows, features, batch, True)
-        return cls.of(rows.mT)
+            return cls(rows, features, rows.numel() // features, True)
+        return cls.of(rows.reshape(-1, features).mT)
 
     def room(self, dtype: str) -> Tensor:
         """Return room for its panels."""
@@ -105,9 +104,9 @@ def spmm(values: Tensor, right: Tensor, csr: CSR, bias: Tensor | None, *, as_it_
     return out
 
 
-def rows_of_y(x: Tensor, values: Tensor, csr: CSR, bias: Tensor | None) -> Tensor:
-    """Return the rows of y (batch, out), no view, for rows of x (batch, in); of half types as float32."""
-    out = x.new_empty((x.shape[0], csr.starts.shape[0] - 1), dtype=wide(x.dtype))
+def linear(x: Tensor, values: Tensor, csr: CSR, bias: Tensor | None) -> Tensor:
+    """Return y (..., out), no view, for x (..., in); of half types as float32."""
+    out = x.new_empty((*x.shape[:-1], csr.starts.shape[0] - 1), dtype=wide(x.dtype))
     _multiply(values, _Side.of_rows(x), csr, bias, out, True)
     return out
 
@@ -179,11 +178,11 @@ _MOST_SUMMED = 4096
 def gradients(
     g: Tensor, x: Tensor | None, values: Tensor | None, csr: CSR, transposed: CSR, *, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of rows of x, if there are values, of values, if there is x, and of a bias; wide, of half types.
+    """Return the gradients of x, if there are values, of values, if there is x, and of a bias; wide, of half types.
 
     Args:
-        g: the gradient of rows of y, (batch, out).
-        x: its rows, (batch, in).
+        g: the gradient of y, (..., out), which has numbers.
+        x: (..., in), or its rows.
         values: (nnz,).
         csr: the pattern by rows.
         transposed: the pattern by columns.
@@ -194,13 +193,13 @@ def gradients(
     if of_bias and right is not None and 1 < left.batch <= _MOST_SUMMED:  # formed by the way where rows of g are read
         dbias = sums = g.new_empty(left.features, dtype=wide(g.dtype))
     elif of_bias:
-        dbias = g.sum(0, dtype=wide(g.dtype))
+        dbias = g.reshape(-1, left.features).sum(0, dtype=wide(g.dtype))
     if right is not None and values is not None and _takes_less_time(right, values):
         return *_at_once(left, right, values, csr, sums), dbias
     if right is not None:
         dvalues, panels = _sample(left, right, csr, sums)
     if values is not None:
-        dx = g.new_empty((left.batch, transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
+        dx = g.new_empty((*g.shape[:-1], transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
         _multiply(values, left, transposed, None, dx, True, panels)
     return dx, dvalues, dbias
 
@@ -210,9 +209,9 @@ def _takes_less_time(right: _Side, values: Tensor) -> bool:
 
 
 def _at_once(left: _Side, right: _Side, values: Tensor, csr: CSR, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return the rows of leftᵀ · W, which lie as ``right`` does, and what :func:`_sample` does."""
+    """Return leftᵀ · W, which is as ``right`` is, and what :func:`_sample` does."""
     values = _settled(values).contiguous()
-    size = (right.batch, right.features) if right.by_batch else (right.features, right.batch)
+    size = right.matrix.shape
     product = values.new_empty(size, dtype=wide(values.dtype))
     numbers = kernels.part_numbers(right.features, right.batch, _DTYPES[values.dtype])
     parts = _scratch(numbers, product.dtype, product)

@@ -1,8 +1,8 @@
 """``y = x · Wᵀ + bias`` of the sparse form in one step, where autograd alone looks on: what a model asks for at most calls.
 
-One Function, which takes rows of x and gives rows of y: by operators each call records five nodes, and takes a third longer
-in Python. No copy in float32 is kept of half types: kernels on CPUs, cuBLAS and Triton read them as they are. Under
-transforms, forward mode, tracing and the compiler, and to differentiate again, ``spmm`` of ``_products`` says the same.
+One Function: by operators each call records five nodes, and takes a third longer in Python. No copy in float32 is kept of half
+types: kernels on CPUs, cuBLAS and Triton read them as they are. Under transforms, forward mode, tracing and the compiler, and
+to differentiate again, ``spmm`` of ``_products`` says the same.
 """
 
 from __future__ import annotations
@@ -62,22 +62,19 @@ def _nothing_looks_on() -> bool:
 def layer_product(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
     """Return y (..., out) for x (..., in) and values (nnz,) of one dtype; summed up in float32, if not float64."""
     if not torch.is_grad_enabled():
-        return _rows_of_y(x, values, pattern, bias)
-    rows = x
+        return _y(x, values, pattern, bias)
     if not (x.is_cpu and x.is_contiguous()) or x.is_neg():
         # Copied here, if at all: once for both passes, and the copy alone is kept.
-        rows = laid_out(flatten_batch(x).mT, pattern).mT
-    y: Tensor = _LayerProduct.apply(rows, values, bias, pattern)  # type: ignore[no-untyped-call]
-    return y if rows.dim() == x.dim() else y.view(*x.shape[:-1], y.shape[1])
+        x = laid_out(flatten_batch(x).mT, pattern).mT.view(x.shape)
+    return _LayerProduct.apply(x, values, bias, pattern)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _rows_of_y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
+def _y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:
     """Return y, which is no view: torch refuses to write to one of a Function's memory, or made without gradients."""
-    rows = flatten_batch(x)
-    if are_for_kernels(values, rows):
-        y = _cpu_kernels.rows_of_y(rows, values, pattern.csr(False), bias)
-    else:
-        y = plain_spmm(values, laid_out(rows.mT, pattern), pattern, bias=bias).mT.contiguous().data
+    if are_for_kernels(values, x):
+        y = _cpu_kernels.linear(x, values, pattern.csr(False), bias)
+        return y if y.dtype is x.dtype else y.to(x.dtype)
+    y = plain_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern, bias=bias).mT.contiguous().data
     y = y if y.dtype is x.dtype else y.to(x.dtype)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
 
@@ -90,34 +87,33 @@ class _LayerProduct(torch.autograd.Function):
         of_x, of_values = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if of_values else None, values if of_x else None, *pattern)
         ctx.shape = x.shape
-        return _rows_of_y(x, values, pattern, bias)
+        return _y(x, values, pattern, bias)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, values, *rest = ctx.saved_tensors
-        dtype, rows = g.dtype, flatten_batch(g)
+        dtype = g.dtype
         # Differentiated again, mapped, recorded or compiled, which may have begun after the forward pass.
         is_watched = torch.is_grad_enabled() or is_grads_batched(g) or not _nothing_looks_on()
         form = _watched_gradients if is_watched else _gradients
-        dx, *others = form(
-            rows, None if x is None else flatten_batch(x), values, DevicePattern(*rest), ctx.needs_input_grad[2]
-        )
+        dx, *others = form(g, x, values, DevicePattern(*rest), ctx.needs_input_grad[2])
         if dx is not None and dx.shape != ctx.shape:
             dx = dx.reshape(ctx.shape)
         return *(side if side is None or side.dtype is dtype else side.to(dtype) for side in (dx, *others)), None
 
 
-# Gradients of rows of x, if there are values, of values, if there is x, and of a bias, if there is one; of half types
-# as float32.
+# Gradients of x, or of its rows, if there are values, of values, if there is x, and of a bias, if there is one; of half
+# types as float32.
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _gradients(g: Tensor, x: Tensor | None, values: Tensor | None, pattern: DevicePattern, of_bias: bool) -> _Gradients:
     if pattern.indices.numel() and are_for_kernels(g, *(side for side in (x, values) if side is not None)):
         return _cpu_kernels.gradients(g, x, values, pattern.csr(False), pattern.csr(True), of_bias=of_bias)
+    g = flatten_batch(g)
     columns = laid_out(g.mT, pattern, True)
     dx = None if values is None else plain_spmm(values, columns, pattern, True).mT
-    dvalues = None if x is None else plain_sddmm(columns, x.mT, pattern)
+    dvalues = None if x is None else plain_sddmm(columns, flatten_batch(x).mT, pattern)
     return dx, dvalues, g.sum(0, dtype=wide(g.dtype)) if of_bias else None
 
 
@@ -125,8 +121,8 @@ def _watched_gradients(
     g: Tensor, x: Tensor | None, values: Tensor | None, pattern: DevicePattern, of_bias: bool
 ) -> _Gradients:
     """Return the same by products that say what they are to whoever looks on."""
-    to = wide(g.dtype)
+    to, g = wide(g.dtype), flatten_batch(g)
     columns = g.mT.to(to)
     dx = None if values is None else spmm(values.to(to), columns, pattern, True).mT
-    dvalues = None if x is None else sddmm(columns, x.mT.to(to), pattern)
+    dvalues = None if x is None else sddmm(columns, flatten_batch(x).mT.to(to), pattern)
     return dx, dvalues, g.sum(0, dtype=to) if of_bias else None
