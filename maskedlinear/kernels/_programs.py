@@ -85,7 +85,8 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     threads = code.least(told.number("threads"), code.sum(work, 1))
     # Some chunks for each thread, of whole cache lines of a product by batch.
     height = code.times(code.rounded_up(code.rounded_up(rows, code.times(threads, 4)), 16), 16)
-    height = code.least(code.most(height, 16), MOST_ROWS)
+    most = code.select(code.less(batch, sizes[0]), I64(MOST_ROWS // 2), I64(MOST_ROWS))  # short chunks end together
+    height = code.least(code.most(height, 16), most)
     width: Any = I64(sizes[-1])
     for size in reversed(sizes):  # that of the first tile
         width = code.select(code.less(batch, size), width, I64(size))
