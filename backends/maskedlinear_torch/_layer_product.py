@@ -1,8 +1,8 @@
 """``y = x · Wᵀ + bias`` of the sparse form in one step, where autograd alone looks on: what a model asks for at most calls.
 
-One Function: by operators each call records five nodes, and takes a third longer in Python. No copy in float32 is kept of half
-types: kernels on CPUs, cuBLAS and Triton read them as they are. Under transforms, forward mode, tracing and the compiler, and
-to differentiate again, ``spmm`` of ``_products`` says the same.
+One Function: by operators each call records five nodes, and takes a third longer in Python. No copy in float32 is kept of
+half types: kernels on CPUs, cuBLAS and Triton read them as they are. Under transforms, forward mode, tracing and the
+compiler, and to differentiate again, ``spmm`` of ``_products`` says the same.
 """
 
 from __future__ import annotations
