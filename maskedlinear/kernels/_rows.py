@@ -52,7 +52,7 @@ ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
 SLOTS = (
     "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
-    "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right", "packed", "sums",
+    "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right", "packed", "sums", "first",
 )  # fmt: skip
 
 
@@ -198,7 +198,7 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
             code.position_at_end(of_tiles)
         first = code.times(code.urem(chunk, strips), STRIP)
         last = code.least(code.sum(first, STRIP), features)
-        column: Any = code.times(code.udiv(chunk, strips), told.number("widest"))
+        column: Any = code.sum(told.number("first"), code.times(code.udiv(chunk, strips), told.number("widest")))
         end = code.least(code.sum(column, told.number("widest")), batch)
         sizes = widths(shape, dtype)
         for width in sizes:
