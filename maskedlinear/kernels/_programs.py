@@ -24,7 +24,7 @@ PROGRAM = ir.FunctionType(I64, [PTR, PTR, PTR])  # what it is told, the parallel
 
 _BLOCK_BYTES = 32 << 10  # of a panel's block at least: the first cache; at most twice that
 _PANEL_BYTES = 256 << 10  # of a panel, in the second cache
-# Of a panel that is not halved again, to stay there: beyond, tiles half as wide took 0.57 to 0.95 of the time.
+# Of a panel that is not halved again, to stay there: beyond, tiles half as wide took 0.57 to 0.93 of the time, once 1.07.
 _MOST_PANEL_BYTES = 3 << 19
 # Connections of a row that a block should have, on average, and from which blocks pay, in the widest tiles; in those half as
 # wide twice as many, since what a block costs is there once a row, and what it saves with each column of the batch.
