@@ -20,6 +20,7 @@ from maskedlinear.kernels import _calls
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import SparseLinear
 from maskedlinear_torch import _cpu_kernels
+from maskedlinear_torch._products import DevicePattern
 from test_kernels import Array, address, lay, matrix, pattern_of, room, sddmm, spmm, wide
 
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="no kernels on this machine")
@@ -347,3 +348,22 @@ def test_a_layer_asks_for_both_gradients_at_once(
 
 def wide_of(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
+
+
+@pytest.mark.parametrize("batch", [(2, 2), (2, 30), (3, 1)], ids=str)
+def test_x_may_have_any_dimensions_and_lie_anyhow(batch: tuple[int, int]) -> None:
+    """Those that cannot be merged without a copy, too: its gradient is that of its rows, in their order."""
+    mask = masks.random((40, 300), sparsity=0.5, seed=0)
+    layer = SparseLinear(300, 40, mask=mask)
+    values, indices = layer.weight_values.detach(), DevicePattern.of(layer.pattern, torch.device("cpu"))
+    for x in (torch.randn(*batch[::-1], 300).transpose(0, 1), torch.randn(batch[0], 300, batch[1]).mT):
+        g = torch.randn(*batch, 40)
+        dx, dvalues, dbias = _cpu_kernels.gradients(g, x, values, indices.csr(False), indices.csr(True), of_bias=True)
+        assert dx is not None
+        assert dvalues is not None
+        assert dbias is not None
+        assert dx.shape[-1] == 300
+        torch.testing.assert_close(dx.reshape(x.shape), g @ layer.weight.detach(), rtol=1e-4, atol=1e-4)
+        dweight = g.reshape(-1, 40).mT @ x.reshape(-1, 300)
+        torch.testing.assert_close(dvalues, dweight[torch.from_numpy(mask)], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(dbias, g.sum((0, 1)), rtol=1e-4, atol=1e-4)

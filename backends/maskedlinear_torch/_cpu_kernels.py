@@ -178,7 +178,7 @@ _MOST_SUMMED = 4096
 def gradients(
     g: Tensor, x: Tensor | None, values: Tensor | None, csr: CSR, transposed: CSR, *, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, if there are values, of values, if there is x, and of a bias; wide, of half types.
+    """Return the gradients of x, or of its rows, if there are values, of values, if there is x, and of a bias; wide.
 
     Args:
         g: the gradient of y, (..., out), which has numbers.
@@ -209,9 +209,9 @@ def _takes_less_time(right: _Side, values: Tensor) -> bool:
 
 
 def _at_once(left: _Side, right: _Side, values: Tensor, csr: CSR, sums: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return leftᵀ · W, which is as ``right`` is, and what :func:`_sample` does."""
+    """Return the rows of leftᵀ · W, which lie as ``right`` does, and what :func:`_sample` does."""
     values = _settled(values).contiguous()
-    size = right.matrix.shape
+    size = (right.batch, right.features) if right.by_batch else (right.features, right.batch)
     product = values.new_empty(size, dtype=wide(values.dtype))
     numbers = kernels.part_numbers(right.features, right.batch, _DTYPES[values.dtype])
     parts = _scratch(numbers, product.dtype, product)

@@ -73,10 +73,10 @@ def _y(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -
     """Return y, which is no view: torch refuses to write to one of a Function's memory, or made without gradients."""
     if are_for_kernels(values, x):
         y = _cpu_kernels.linear(x, values, pattern.csr(False), bias)
-        return y if y.dtype is x.dtype else y.to(x.dtype)
-    y = plain_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern, bias=bias).mT.contiguous().data
-    y = y if y.dtype is x.dtype else y.to(x.dtype)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[1]).data
+    else:
+        y = plain_spmm(values, laid_out(flatten_batch(x).mT, pattern), pattern, bias=bias).mT.contiguous()
+        y = y.view(*x.shape[:-1], y.shape[1]).data
+    return y if y.dtype is x.dtype else y.to(x.dtype)
 
 
 class _LayerProduct(torch.autograd.Function):

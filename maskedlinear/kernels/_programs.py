@@ -37,6 +37,7 @@ _FAR_BYTES, _FEWEST_IF_FAR = 1 << 20, 7
 # Of panels that are packed before they are multiplied, for who reads them: the second cache. If all is packed first, sampled
 # products of a per cent take up to 1.6 times as long, others 1.08 times.
 _TOGETHER_BYTES = 1 << 20
+_FEWEST_READ = 2  # times that a line of a panel is read, on average, for which it is worth it that it lies near
 GRAIN = 40_000  # additions of vectors that are worth a thread
 _COPIED = 3  # additions that take as long as it takes to copy one vector to a panel, or from one
 
@@ -52,7 +53,7 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         item_bytes = 8 if dtype == "float64" else 4
         batch, threads = told.number("batch"), _plan(code, told, sizes, item_bytes)
         chunks, widest = told.number("chunks"), told.number("widest")
-        depth, rows = told.number("depth"), told.number("rows")
+        depth, rows, nnz = (told.number(name) for name in ("depth", "rows", "nnz"))
 
         def run(task: int, parts: Any) -> None:
             run_task(code, told, task, parts, threads)
@@ -63,7 +64,8 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         # A thread reads its own tiles, or, of a sampled product, all.
         features, readers = (code.sum(depth, rows), I64(1)) if sampled else (depth, threads)
         few = code.most(code.over(_TOGETHER_BYTES, code.times(features, widest, item_bytes)), 1)
-        group = code.select(is_packed, tiles, code.times(few, readers))
+        is_whole = is_packed if sampled else code.or_(is_packed, code.less(nnz, code.times(depth, _FEWEST_READ)))
+        group = code.select(is_whole, tiles, code.times(few, readers))
         with code.loop(0, tiles, group) as first:
             many = code.least(group, code.sub(tiles, first))
             told.put("first", code.times(first, widest))
@@ -122,6 +124,7 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     fits = code.less(code.times(depth, sizes[0] * item_bytes), _PANEL_BYTES + 1)
     fits = code.and_(fits, code.not_(is_alone))
     is_larger = code.less(_MOST_PANEL_BYTES, code.times(depth, sizes[1] * item_bytes))
+    is_larger = code.and_(is_larger, code.less(code.times(depth, _FEWEST_READ), nnz))
     unblocked = code.select(fits, I64(sizes[0]), code.select(is_larger, I64(sizes[2]), I64(sizes[1])))
     told.put("widest", code.select(is_full, I64(sizes[0]), unblocked))
     told.put("height", height)
