@@ -45,6 +45,7 @@ _COPIED = 3  # additions that take as long as it takes to copy one vector to a p
 def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, sampled: bool) -> None:
     """Emit ``name(told, parallel, pool)``: spmm, or, ``sampled``, sddmm, by tiles of the widths ``sizes``.
 
+    Tiles are packed and multiplied group by group, as many as stay in the second cache between the two.
     It returns 0, or, if a task is not compiled yet, 1 more than its entry in the table: compile it, tell all again, and
     call it again. Panels of the right side that are ``packed`` already, in tiles as wide as its own, are read as they are.
     """
