@@ -66,11 +66,14 @@ def spmm(
     threads: int = 2,
     checked: bool = True,
     bias: Array | None = None,
+    panels: Array | None = None,
+    packed: int = 0,
 ) -> Array:
-    """Return W · right, or Wᵀ · right, for right (features, batch), and a bias."""
+    """Return W · right, or Wᵀ · right, for right (features, batch), which ``panels`` may have already, and a bias."""
     shape, dtype, batch = pattern.shape[:: -1 if transposed else 1], str(right.dtype), right.shape[1]
     starts, across, order = pattern.csc if transposed else (pattern.indptr, pattern.indices, None)
-    given, panels = lay(right, by_batch), room(len(right), batch, by_batch, dtype)
+    given = lay(right, by_batch)
+    panels = room(len(right), batch, by_batch, dtype) if panels is None else panels
     out = np.full((batch, shape[0]) if by_batch else (shape[0], batch), np.nan, wide(dtype))
     kernels.spmm(
         dtype,
@@ -84,6 +87,7 @@ def spmm(
         out=address(out),
         order=address(order),
         panels=address(panels),
+        packed=packed,
         bias=address(bias),
         right_by_batch=by_batch,
         out_by_batch=by_batch,
@@ -93,7 +97,7 @@ def spmm(
     return out.T if by_batch else out
 
 
-def sddmm(
+def sample(
     pattern: SparsityPattern,
     left: Array,
     right: Array,
@@ -101,13 +105,13 @@ def sddmm(
     by_batch: bool = False,
     threads: int = 2,
     sums: Array | None = None,
-) -> Array:
+) -> tuple[Array, Array | None, int]:
+    """Return left · rightᵀ at the connections, the panels of left, and how wide their tiles are."""
     dtype, batch = str(right.dtype), right.shape[1]
-    is_any = by_batch
     sides = [lay(side, by_batch) for side in (left, right)]
-    panels = [room(len(side), batch, is_any, dtype) for side in (left, right)]
+    panels = [room(len(side), batch, by_batch, dtype) for side in (left, right)]
     out = np.full(pattern.nnz, np.nan, wide(dtype))
-    kernels.sddmm(
+    packed = kernels.sddmm(
         dtype,
         pattern.shape,
         batch,
@@ -124,7 +128,11 @@ def sddmm(
         left_sums=address(sums),
         threads=threads,
     )
-    return out
+    return out, panels[0], packed
+
+
+def sddmm(pattern: SparsityPattern, left: Array, right: Array, **how: Any) -> Array:
+    return sample(pattern, left, right, **how)[0]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -178,11 +178,11 @@ _MOST_SUMMED = 4096
 def gradients(
     g: Tensor, x: Tensor | None, values: Tensor | None, csr: CSR, transposed: CSR, *, of_bias: bool
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of x, or of its rows, if there are values, of values, if there is x, and of a bias; wide.
+    """Return the gradients of rows of x, if there are values, of values, if there is x, and of a bias; wide, of half types.
 
     Args:
         g: the gradient of y, (..., out), which has numbers.
-        x: (..., in), or its rows.
+        x: (..., in).
         values: (nnz,).
         csr: the pattern by rows.
         transposed: the pattern by columns.
@@ -199,7 +199,7 @@ def gradients(
     if right is not None:
         dvalues, panels = _sample(left, right, csr, sums)
     if values is not None:
-        dx = g.new_empty((*g.shape[:-1], transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
+        dx = g.new_empty((left.batch, transposed.starts.shape[0] - 1), dtype=wide(g.dtype))
         _multiply(values, left, transposed, None, dx, True, panels)
     return dx, dvalues, dbias
 

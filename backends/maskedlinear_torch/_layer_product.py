@@ -102,8 +102,8 @@ class _LayerProduct(torch.autograd.Function):
         return *(side if side is None or side.dtype is dtype else side.to(dtype) for side in (dx, *others)), None
 
 
-# Gradients of x, or of its rows, if there are values, of values, if there is x, and of a bias, if there is one; of half
-# types as float32.
+# Gradients of rows of x, if there are values, of values, if there is x, and of a bias, if there is one; of half types
+# as float32.
 _Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 

@@ -31,7 +31,7 @@ _MOST_PANEL_BYTES = 3 << 19
 _FULL_BLOCK, _FEWEST_IN_BLOCK = 16, 10
 # They pay from more on where a batch fills one tile of the widest, and W is of few rows and columns: what one thread packs
 # and another reads costs up to a quarter of a product there, which takes 0.75 to 0.95 of the time in two tiles half as wide.
-_FEWEST_IF_ALONE, _MANY = 13, 1536
+_FEWEST_IF_ALONE, _TOO_MANY_FEATURES = 13, 1536
 # They pay from fewer on where a panel without blocks is too large for a second cache.
 _FAR_BYTES, _FEWEST_IF_FAR = 1 << 20, 7
 # Of panels that are packed before they are multiplied, for who reads them: the second cache. If all is packed first, sampled
@@ -117,7 +117,7 @@ def _plan(code: Emitter, told: Arguments, sizes: list[int], item_bytes: int) -> 
     is_far = code.less(_FAR_BYTES, panel_bytes)
     # One tile of the widest can be two, of which a thread reads what it packs itself.
     is_alone = code.and_(code.less(sizes[1], batch), code.less(batch, sizes[0] + 1))
-    is_alone = code.and_(is_alone, code.less(code.most(rows, depth), _MANY))
+    is_alone = code.and_(is_alone, code.less(code.most(rows, depth), _TOO_MANY_FEATURES))
     fewest = code.times(narrower, code.select(is_alone, I64(_FEWEST_IF_ALONE), I64(_FEWEST_IN_BLOCK)))
     fewest = code.select(is_far, I64(_FEWEST_IF_FAR), fewest)
     is_full = code.less(code.times(distance, fewest), code.sum(code.times(columns, 16), 1))
