@@ -266,7 +266,7 @@ def test_wrong_indices_reach_no_memory_of_others_and_wrong_arrays_are_refused() 
 
     def call(shapes: list[Any], arrays: list[Array]) -> Any:
         results = [jax.ShapeDtypeStruct(shape, wide(jnp.float32)) for shape in shapes]
-        return jax.block_until_ready(jax.ffi.ffi_call("maskedlinear_gradients_float32_v2", results)(*arrays))
+        return jax.block_until_ready(jax.ffi.ffi_call("maskedlinear_gradients_float32_v3", results)(*arrays))
 
     call(right, given)
     for place, shape in changes:
@@ -283,7 +283,7 @@ def test_wrong_indices_reach_no_memory_of_others_and_wrong_arrays_are_refused() 
             jax.ShapeDtypeStruct(shape, jnp.int16 if place == one else jnp.float32) for one, shape in enumerate(right)
         ]
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
-            jax.block_until_ready(jax.ffi.ffi_call("maskedlinear_gradients_float32_v2", results)(*given))
+            jax.block_until_ready(jax.ffi.ffi_call("maskedlinear_gradients_float32_v3", results)(*given))
     for batch in (1, 5, 32):  # of no width of a register
         shapes = [(flat,), (batch, IN), (OUT * 32,), (IN * 32,), (8 * IN * 32,)]
         sides = drawn((batch, OUT), (batch, IN))

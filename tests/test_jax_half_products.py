@@ -160,11 +160,11 @@ def test_nothing_is_kept_in_float32(dtype: Any) -> None:
     given = problem(dtype, (64,))
     text = jax.jit(lambda x, values: sparse_linear(x, values, PATTERN)).lower(*given[:2]).compile().as_text()
     name = jnp.dtype(dtype).name
-    assert re.findall(r'target="(maskedlinear_\w+)"', text) == [f"maskedlinear_spmm_{name}_v2"]
+    assert re.findall(r'target="(maskedlinear_\w+)"', text) == [f"maskedlinear_spmm_{name}_v3"]
     for shape in (f"{PATTERN.nnz}", f"64,{IN}", f"{IN},64"):
         assert f"f32[{shape}]" not in text
     text = jax.jit(step).lower(*given).compile().as_text()
-    assert sorted(re.findall(r'target="maskedlinear_(\w+)_\w+_v2"', text)) == ["sddmm", "spmm", "spmm_ordered"]
+    assert sorted(re.findall(r'target="maskedlinear_(\w+)_\w+_v3"', text)) == ["sddmm", "spmm", "spmm_ordered"]
     assert not re.findall(r" transpose\(", text)
 
 

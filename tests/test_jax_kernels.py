@@ -23,7 +23,7 @@ from maskedlinear_jax import _kernels
 pytest.importorskip("llvmlite")
 pytestmark = pytest.mark.skipif(not kernels.is_available(), reason="the kernels are not for this machine")
 
-OURS = r"maskedlinear_(spmm|spmm_ordered|sddmm)_float\d\d_v2"
+OURS = r"maskedlinear_(spmm|spmm_ordered|sddmm)_float\d\d_v3"
 SHAPES = {"few": (33, 17, 0.3), "full": (40, 300, 1.0), "one": (1, 1, 1.0)}
 BATCHES = ((), (3,), (4, 31))
 
@@ -227,7 +227,7 @@ def call(name, shapes, *arrays):
     except (ValueError, RuntimeError) as error:
         return str(error)
     raise AssertionError("taken")
-name, given = "maskedlinear_spmm_float32_v2", (values, x, pattern.indptr, pattern.indices)
+name, given = "maskedlinear_spmm_float32_v3", (values, x, pattern.indptr, pattern.indices)
 for shapes, arrays in (
     (((90, 300), (5,)), given),
     (((90, 299), (500 * 92,)), given),
@@ -268,6 +268,6 @@ def test_an_order_of_other_sizes_is_refused() -> None:
     assert _kernels._are_registered("float32")
     for nnz, count, made in ((5, 4, 5), (5, 5, 4)):
         like = jax.ShapeDtypeStruct((made,), jnp.float32)
-        wrong = jax.ffi.ffi_call("maskedlinear_order_float32_v2", like)
+        wrong = jax.ffi.ffi_call("maskedlinear_order_float32_v3", like)
         with pytest.raises(jax.errors.JaxRuntimeError, match="do not belong together"):
             jax.block_until_ready(wrong(jnp.ones(nnz, jnp.float32), jnp.zeros(count, jnp.int32)))

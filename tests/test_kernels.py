@@ -105,12 +105,15 @@ def sample(
     by_batch: bool = False,
     threads: int = 2,
     sums: Array | None = None,
+    in_parts: bool = True,
 ) -> tuple[Array, Array | None, int]:
     """Return left · rightᵀ at the connections, the panels of left, and how wide their tiles are."""
     dtype, batch = str(right.dtype), right.shape[1]
     sides = [lay(side, by_batch) for side in (left, right)]
     panels = [room(len(side), batch, by_batch, dtype) for side in (left, right)]
     out = np.full(pattern.nnz, np.nan, wide(dtype))
+    numbers = kernels.sampled_numbers(pattern.shape, batch, pattern.nnz, dtype)
+    parts = np.full(numbers, np.nan, wide(dtype)) if in_parts and numbers else None
     packed = kernels.sddmm(
         dtype,
         pattern.shape,
@@ -123,6 +126,7 @@ def sample(
         out=address(out),
         left_panels=address(panels[0]),
         right_panels=address(panels[1]),
+        parts=address(parts),
         left_by_batch=by_batch,
         right_by_batch=by_batch,
         left_sums=address(sums),

@@ -154,6 +154,7 @@ def sddmm(left: Array, right: Array, pattern: Any) -> Array:
         return jnp.zeros(shape, wide(dtype))
     shapes = [shape, *(_room(side.shape[1], side.shape[0], dtype) for side in (left, right))]
     layer = (left.shape[1], right.shape[1])
+    shapes.append((kernels.sampled_numbers(layer, right.shape[0], pattern.indices.size, str(dtype)),))
     return _call("sddmm", layer, right.shape[0], dtype, shapes, [left, right, pattern.indptr, pattern.indices])
 
 

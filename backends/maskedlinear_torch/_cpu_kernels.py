@@ -246,6 +246,10 @@ def _sample(
     left_panels, right_panels = (None, None) if is_direct else (left.room(dtype), right.room(dtype))
     out = right.matrix.new_empty(connections, dtype=wide(right.matrix.dtype))
     form: Callable[..., int | None] = kernel or kernels.sddmm
+    if kernel is None:
+        numbers = kernels.sampled_numbers((rows, right.features), right.batch, connections, dtype)
+        parts = _scratch(numbers, out.dtype, out)
+        places = {"parts": _address(parts)}
     width = form(
         dtype,
         (rows, right.features),

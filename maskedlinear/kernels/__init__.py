@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         panel_numbers,
         part_numbers,
         place_values,
+        sampled_numbers,
         sddmm,
         spmm,
     )
@@ -44,6 +45,7 @@ _CALLS = (
     "panel_numbers",
     "part_numbers",
     "place_values",
+    "sampled_numbers",
     "sddmm",
     "spmm",
 )
@@ -63,6 +65,7 @@ __all__ = [
     "panel_numbers",
     "part_numbers",
     "place_values",
+    "sampled_numbers",
     "sddmm",
     "spmm",
 ]

@@ -70,9 +70,9 @@ def address(kind: str, dtype: str = "", width: int = 0, *, checked: bool = False
 
     ``kind`` is "serial", "openmp" or "dry", "read_panel" or "write_panel", "pack_right" or "pack_left",
     "spmm", "spmm_ordered" or "sddmm" (a task of one width), the same with "_vector" behind, one of ``_permute.WAYS``
-    (a task of as many vectors as ``width``), "gradients" (a task of one width) or "gradients_vector", or "spmm_program",
-    "sddmm_program", "gradients_program" or "permute_program"; "count", "list" and "place" are of masks, and "order" is of
-    values.
+    (a task of as many vectors as ``width``), "gradients" (a task of one width), "sddmm_parts" or "gradients_parts", or
+    "spmm_program", "sddmm_program", "gradients_program" or "permute_program"; "count", "list" and "place" are of masks, and
+    "order" is of values.
     """
     key = (kind, dtype, width, checked)
     found = _made.get(key)
@@ -119,7 +119,9 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         _rows.sddmm_task(module, kind, shape, dtype, width, checked=checked)
     elif kind == "gradients":
         _gradients.gradients_task(module, kind, shape, dtype, width, checked=checked)
-    elif kind == "gradients_vector":
+    elif kind == "sddmm_parts":
+        _rows.add_parts_task(module, kind, dtype, shape.lanes)
+    elif kind == "gradients_parts":
         smallest, write = _rows.widths(shape, dtype)[-1], address("write_panel", wide(dtype))
         _gradients.add_parts_task(module, kind, dtype, smallest, shape.lanes, write)
     elif kind == "gradients_program":

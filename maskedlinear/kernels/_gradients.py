@@ -13,7 +13,7 @@ from llvmlite import ir
 
 from maskedlinear.kernels._emit import I64, PTR, float_type, function, item_bytes, wide
 from maskedlinear.kernels._panels import COPY, STRIP
-from maskedlinear.kernels._programs import GRAIN, PACK_LEFT, PACK_RIGHT, PROGRAM, VECTOR, WIDTHS, run_task
+from maskedlinear.kernels._programs import ADD_PARTS, GRAIN, PACK_LEFT, PACK_RIGHT, PROGRAM, WIDTHS, run_task
 from maskedlinear.kernels._rows import (
     CHAINS,
     MOST_ROWS,
@@ -107,6 +107,5 @@ def emit_program(module: ir.Module, name: str, sizes: list[int]) -> None:
         for place, width in enumerate(sizes):
             with code.if_then(code.icmp_unsigned("==", told.number("widest"), I64(width))):
                 run_task(code, told, WIDTHS + place, I64(PARTS), threads)
-        # The entry that other products have for a vector.
-        run_task(code, told, VECTOR, code.rounded_up(depth, MOST_ROWS), threads)
+        run_task(code, told, ADD_PARTS, code.rounded_up(depth, MOST_ROWS), threads)
         code.ret(I64(0))

@@ -14,12 +14,12 @@ from llvmlite import ir
 from maskedlinear.kernels._emit import I64, PTR, Emitter, function
 from maskedlinear.kernels._panels import STRIP
 from maskedlinear.kernels._pool import PARALLEL
-from maskedlinear.kernels._rows import MOST_ROWS, Arguments, tile_columns
+from maskedlinear.kernels._rows import ADDED_AT_ONCE, MOST_ROWS, Arguments, tile_columns
 
-__all__ = ["GRAIN", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program", "run_task"]
+__all__ = ["ADD_PARTS", "GRAIN", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program", "run_task"]
 
 # The entries of the table of tasks; from the last on, one a width.
-PACK_RIGHT, PACK_LEFT, VECTOR, WIDTHS = range(4)
+PACK_RIGHT, PACK_LEFT, VECTOR, ADD_PARTS, WIDTHS = range(5)
 PROGRAM = ir.FunctionType(I64, [PTR, PTR, PTR])  # what it is told, the parallel way, the pool
 
 _BLOCK_BYTES = 32 << 10  # of a panel's block at least: the first cache; at most twice that
@@ -48,6 +48,7 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
     Tiles are packed and multiplied group by group, as many as stay in the second cache between the two.
     It returns 0, or, if a task is not compiled yet, 1 more than its entry in the table: compile it, tell all again, and
     call it again. Panels of the right side that are ``packed`` already, in tiles as wide as its own, are read as they are.
+    A sampled product of some tiles has up to ``many`` parts, added up in the end, so that a thread has tiles of its own.
     """
     with function(module, name, I64, PROGRAM.args) as code:
         told = Arguments(code, code.function.args[0])
@@ -62,8 +63,16 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         is_direct = code.icmp_unsigned("!=", told.number("direct"), I64(0))
         is_packed = code.or_(is_direct, code.icmp_unsigned("==", told.number("packed"), widest))
         tiles = code.rounded_up(batch, widest)
-        # A thread reads its own tiles, or, of a sampled product, all.
-        features, readers = (code.sum(depth, rows), I64(1)) if sampled else (depth, threads)
+        parts: Any = I64(1)
+        if sampled:  # one thread forms the same sums in one part, where each part would be one whole tile
+            most = code.most(told.number("many"), 1)
+            is_one = code.icmp_unsigned("==", code.times(code.least(most, tiles), widest), batch)
+            is_one = code.and_(is_one, code.less(threads, 2))
+            parts = code.select(is_one, I64(1), code.least(most, tiles))
+            told.put("many", parts)
+        # A thread reads its own tiles, or, of a sampled product in one part, all.
+        is_shared = code.less(parts, 2) if sampled else ir.Constant(ir.IntType(1), 0)
+        features, readers = code.sum(depth, rows) if sampled else depth, code.select(is_shared, I64(1), threads)
         few = code.most(code.over(_TOGETHER_BYTES, code.times(features, widest, item_bytes)), 1)
         is_whole = is_packed if sampled else code.or_(is_packed, code.less(nnz, code.times(depth, _FEWEST_READ)))
         group = code.select(is_whole, tiles, code.times(few, readers))
@@ -86,8 +95,17 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
                     of_width = code.over(taken, width)
                     told.put("column", column)
                     told.put("tiles", of_width)
-                    run(WIDTHS + place, chunks if sampled else code.times(of_width, chunks))
+                    apart: Any = of_width
+                    if sampled:  # narrower ones are of the tile that they fill together
+                        is_widest = code.icmp_unsigned("==", I64(width), widest)
+                        apart = code.select(is_widest, code.least(parts, of_width), I64(1))
+                        told.put("apart", apart)
+                    run(WIDTHS + place, code.times(apart, chunks))
                 column = code.sum(column, taken)
+        if sampled:
+            sums = code.select(told.flag("sums"), rows, I64(0))
+            with code.if_then(code.less(1, parts)):
+                run(ADD_PARTS, code.rounded_up(code.sum(nnz, sums), ADDED_AT_ONCE))
         code.ret(I64(0))
 
 

@@ -42,8 +42,8 @@ __all__ = [
 ]
 
 # Of products: how many operands are of a product's dtype, how many indices are behind them, and how many results there are.
-_KINDS = {"spmm": (2, 2, 2), "spmm_ordered": (2, 3, 2), "sddmm": (2, 2, 3), "gradients": (3, 2, 5)}
-_VERSION = 2  # of what a handler is handed: raise it when operands, results or attributes change
+_KINDS = {"spmm": (2, 2, 2), "spmm_ordered": (2, 3, 2), "sddmm": (2, 2, 4), "gradients": (3, 2, 5)}
+_VERSION = 3  # of what a handler is handed: raise it when operands, results or attributes change
 
 # Where things lie, in bytes.
 _FRAME_EXTENSION, _FRAME_API, _FRAME_CONTEXT, _FRAME_ARGS, _FRAME_RETS = 8, 16, 24, 40, 80
@@ -103,9 +103,9 @@ def handlers(dtype: str, api: Api) -> dict[str, int]:
 
     ``spmm`` takes values (nnz,), right (batch, columns), starts (rows + 1,) and across (nnz,), and gives out (batch, rows)
     and room for panels; ``spmm_ordered`` takes order (nnz,) too. ``sddmm`` takes left (batch, rows), right, starts and
-    across, and gives out (nnz,) and room for panels of left and of right. ``gradients`` takes values, left, right, starts
-    and across, and gives (nnz,), (batch, columns), room for panels of left and of right, and for parts. Of half types out
-    and room are float32. ``order`` takes values and order, and gives the values in that order.
+    across, and gives out (nnz,) and room for panels of left and of right, and for parts. ``gradients`` takes values, left,
+    right, starts and across, and gives (nnz,), (batch, columns), and room for the same. Of half types out and room are
+    float32. ``order`` takes values and order, and gives the values in that order.
     """
     start, module = time.perf_counter(), ir.Module()
     emit_pool(module, api)
@@ -375,7 +375,7 @@ def _sddmm(
     code: Emitter, frame: Frame, operands: Sequence[Any], results: Sequence[Any], dtype: str
 ) -> tuple[dict[str, Any], Any]:
     left, right, starts, across = operands
-    out, *panels = results
+    out, *panels, parts = results
     nnz, batch, depth, rows = frame.size(across), frame.size(right), frame.size(right, 1), frame.size(left, 1)
     left_panels, left_has = _panels(code, frame, left, panels[0], batch, rows, dtype)
     right_panels, right_has = _panels(code, frame, right, panels[1], batch, depth, dtype)
@@ -383,7 +383,8 @@ def _sddmm(
         "rows": rows, "depth": depth, "batch": batch, "nnz": nnz, "starts": frame.data(starts),
         "across": frame.data(across), "left": frame.data(left), "left_by_batch": I64(1), "left_panels": left_panels,
         "right": frame.data(right), "right_by_batch": I64(1), "panels": right_panels,
-        "direct": _is_direct(code, batch, dtype), "out": frame.data(out),
+        "direct": _is_direct(code, batch, dtype), "out": frame.data(out), "parts": frame.data(parts),
+        "many": code.sum(code.over(frame.size(parts), code.most(code.sum(nnz, rows), 1)), 1),
     }  # fmt: skip
     conditions = [
         left_has,
@@ -401,7 +402,7 @@ def _gradients(
 ) -> tuple[dict[str, Any], Any]:
     values, *sides = operands
     out, product, *panels, parts = results
-    told, is_right = _sddmm(code, frame, sides, (out, *panels), dtype)
+    told, is_right = _sddmm(code, frame, sides, (out, *panels, parts), dtype)
     batch, depth = told["batch"], told["depth"]
     widest = code.most(batch, _calls.panel_numbers(1, 1, dtype))
     is_one_register: Any = ir.Constant(ir.IntType(1), 0)
@@ -410,7 +411,6 @@ def _gradients(
     told |= {
         "values": frame.data(values),
         "out_right": frame.data(product),
-        "parts": frame.data(parts),
         "widest": widest,
     }
     conditions = [
