@@ -208,7 +208,8 @@ def pack_task(module: ir.Module, name: str, shape: Shape, dtype: str, side: str,
         for width in sizes:
             stop = code.sum(column, tile_columns(code, told, column, end, width, sizes))
             with code.loop(column, stop, width) as at:
-                panel = code.place(panels, code.sum(code.times(at, features), code.times(first, width)), kind)
+                before = code.times(_in_room(code, told, at, side), features)
+                panel = code.place(panels, code.sum(before, code.times(first, width)), kind)
                 where = (features, batch, at, I64(width))
                 code.call_address(read_panel, COPY, [source, by_batch, *where, panel, first, last])
             column = stop
@@ -298,8 +299,17 @@ def panel_of(code: Emitter, told: Arguments, kind: Any, width: int, column: Any,
     """Return where the panel of a column starts, and how far its features lie from each other: packed, or as they came."""
     features, panels = ("rows", "left_panels") if side else ("depth", "panels")
     direct = told.flag("direct")
-    start = code.select(direct, column, code.times(column, told.number(features)))
+    start = code.times(_in_room(code, told, column, side or "right"), told.number(features))
+    start = code.select(direct, column, start)
     return code.place(told.pointer(panels), start, kind), code.select(direct, told.number("batch"), I64(width))
+
+
+def _in_room(code: Emitter, told: Arguments, column: Any, side: str) -> Any:
+    """Return the column of the room for panels in which one of the batch is: those on the right give way to the next.
+
+    So what is packed stays in the second cache. Panels on the left stay, for the product that reads them afterwards.
+    """
+    return code.sub(column, told.number("first")) if side == "right" else column
 
 
 def _line_of(code: Emitter, panel: Any, feature: Any, stride: Any, kind: Any, registers: int) -> Any:
