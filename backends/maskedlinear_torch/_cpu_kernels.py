@@ -248,7 +248,7 @@ def _sample(
     form: Callable[..., int | None] = kernel or kernels.sddmm
     if kernel is None:
         numbers = kernels.sampled_numbers((rows, right.features), right.batch, connections, dtype)
-        parts = _scratch(numbers, out.dtype, out)
+        parts = _scratch(numbers, out.dtype, out)  # which the name keeps
         places = {"parts": _address(parts)}
     width = form(
         dtype,

@@ -63,16 +63,15 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         is_direct = code.icmp_unsigned("!=", told.number("direct"), I64(0))
         is_packed = code.or_(is_direct, code.icmp_unsigned("==", told.number("packed"), widest))
         tiles = code.rounded_up(batch, widest)
-        parts: Any = I64(1)
+        # A thread reads its own tiles, or, of a sampled product in one part, all.
+        parts, features, readers = I64(1), depth, threads
         if sampled:  # one thread forms the same sums in one part, where each part would be one whole tile
             most = code.most(told.number("many"), 1)
             is_one = code.icmp_unsigned("==", code.times(code.least(most, tiles), widest), batch)
             is_one = code.and_(is_one, code.less(threads, 2))
             parts = code.select(is_one, I64(1), code.least(most, tiles))
             told.put("many", parts)
-        # A thread reads its own tiles, or, of a sampled product in one part, all.
-        is_shared = code.less(parts, 2) if sampled else ir.Constant(ir.IntType(1), 0)
-        features, readers = code.sum(depth, rows) if sampled else depth, code.select(is_shared, I64(1), threads)
+            features, readers = code.sum(depth, rows), code.select(code.less(parts, 2), I64(1), threads)
         few = code.most(code.over(_TOGETHER_BYTES, code.times(features, widest, item_bytes)), 1)
         is_whole = is_packed if sampled else code.or_(is_packed, code.less(nnz, code.times(depth, _FEWEST_READ)))
         group = code.select(is_whole, tiles, code.times(few, readers))

@@ -386,7 +386,7 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
         start = code.sum(begin, code.times(code.udiv(chunk, chunks), width))
         with code.loop(start, end, code.times(told.number("apart"), width)) as column:
             tile = code.udiv(column, told.number("widest"))
-            out, sums = _part_of(code, told, code.urem(tile, many), kind)
+            out, sums = (_part_of(code, told, slot, code.urem(tile, many), kind) for slot in ("out", "sums"))
             is_first = code.icmp_unsigned("==", column, code.times(tile, told.number("widest")))
             is_first = code.and_(is_first, code.less(tile, many))
             right, right_stride = panel_of(code, told, kind, width, column)
@@ -417,13 +417,12 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
                 code.put(place, cursors, at)
 
 
-def _part_of(code: Emitter, told: Arguments, part: Any, kind: Any) -> tuple[Any, Any]:
-    """Return where a part of a sampled product lies, and that of the sums of rows: the first where the results will be."""
+def _part_of(code: Emitter, told: Arguments, slot: str, part: Any, kind: Any) -> Any:
+    """Return where a part of a sampled product lies, "out", or of the "sums" of rows: the first where all of it will be."""
     nnz = told.number("nnz")
     start = code.times(code.sub(part, I64(1)), code.sum(nnz, told.number("rows")))
-    dots, sums = (code.place(told.pointer("parts"), code.sum(start, before), kind) for before in (0, nnz))
-    is_first = code.icmp_unsigned("==", part, I64(0))
-    return code.select(is_first, told.pointer("out"), dots), code.select(is_first, told.pointer("sums"), sums)
+    further = code.place(told.pointer("parts"), code.sum(start, nnz if slot == "sums" else 0), kind)
+    return code.select(code.icmp_unsigned("==", part, I64(0)), told.pointer(slot), further)
 
 
 def add_parts_task(module: ir.Module, name: str, dtype: str, lanes: int) -> None:
@@ -434,7 +433,7 @@ def add_parts_task(module: ir.Module, name: str, dtype: str, lanes: int) -> None
         begin = code.times(code.function.args[1], ADDED_AT_ONCE)
         end, nnz = code.sum(begin, ADDED_AT_ONCE), told.number("nnz")
         of_sums = code.select(told.flag("sums"), told.number("rows"), I64(0))
-        for place, count, before in ((0, nnz, 0), (1, of_sums, nnz)):
+        for slot, count, before in (("out", nnz, 0), ("sums", of_sums, nnz)):
             behind = code.sum(count, before)
             start, stop = (
                 code.sub(code.most(code.least(at, behind), before), code.number(before)) for at in (begin, end)
@@ -443,12 +442,11 @@ def add_parts_task(module: ir.Module, name: str, dtype: str, lanes: int) -> None
             for first, last, together in ((start, whole, lanes), (whole, stop, 1)):
                 taken = ir.VectorType(kind, lanes) if together > 1 else kind
                 with code.loop(first, last, together) as at:
-                    out = _part_of(code, told, I64(0), kind)[place]
-                    total = code.get(out, at, taken, kind)
+                    total = code.get(told.pointer(slot), at, taken, kind)
                     with code.while_loop([I64(1), total], until(code, told.number("many"), 1)) as (state, following):
-                        further = _part_of(code, told, state[0], kind)[place]
+                        further = _part_of(code, told, slot, state[0], kind)
                         following += [code.sum(state[0], 1), code.fadd(state[1], code.get(further, at, taken, kind))]
-                    code.put(state[1], out, at, kind)
+                    code.put(state[1], told.pointer(slot), at, kind)
 
 
 def dots_of(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int) -> list[Any]:
