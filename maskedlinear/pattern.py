@@ -252,6 +252,10 @@ class SparsityPattern:
             kept[key] = make()
         return kept[key]
 
+    def has_derived(self, key: Hashable) -> bool:
+        """Whether :meth:`derived` was called with ``key``."""
+        return key in self.__dict__.get("_derived", {})
+
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived."""
         return {name: getattr(self, name) for name in ("indptr", "indices", "shape")}

@@ -9,12 +9,11 @@ import inspect
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from maskedlinear.pattern import SparsityPattern
 from maskedlinear_torch import _cpu_kernels, _gpu_products
 from maskedlinear_torch._compat import (
     in_transform,
@@ -26,6 +25,7 @@ from maskedlinear_torch._compat import (
     is_tracing,
 )
 from maskedlinear_torch._cpu_kernels import CSR
+from maskedlinear_torch._device_pattern import DevicePattern
 from maskedlinear_torch._gathered_products import sddmm_gathered, spmm_gathered
 from maskedlinear_torch._storage import is_plain
 
@@ -47,39 +47,6 @@ __all__ = [
 ]
 
 _LANES = 8  # columns that the sampled product takes at a time
-
-
-class DevicePattern(NamedTuple):
-    """A pattern on a device: int32 tensors, as in :class:`maskedlinear.pattern.SparsityPattern` by rows and by columns."""
-
-    indptr: Tensor
-    indices: Tensor
-    starts: Tensor
-    outputs: Tensor
-    order: Tensor
-
-    @classmethod
-    def of(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
-        """Return the indices of ``pattern`` on ``device``, made once for each."""
-        made: DevicePattern = pattern.derived(("torch", device), lambda: cls.new(pattern, device))
-        return made
-
-    @classmethod
-    def new(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
-        """Return tensors of the pattern's own."""
-        arrays = (pattern.indptr, pattern.indices, *pattern.csc)
-        with torch.inference_mode(False):  # they outlive the call, and others may differentiate
-            return cls(*(torch.tensor(array, device=device) for array in arrays))
-
-    def ends(self) -> tuple[Tensor, Tensor]:
-        """Return the row and the column of each value."""
-        return torch.zeros_like(self.outputs).index_copy(0, self.order.long(), self.outputs), self.indices
-
-    def csr(self, transposed: bool) -> CSR:
-        """Return the pattern by rows, or, transposed, by columns."""
-        if transposed:
-            return CSR(self.starts, self.outputs, self.order, CSR(self.indptr, self.indices, None))
-        return CSR(self.indptr, self.indices, None)
 
 
 def may_be_one_row(x: Any, in_features: int) -> bool:
