@@ -29,11 +29,9 @@ class DevicePattern(NamedTuple):
     @classmethod
     def of(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
         """Return the indices of ``pattern`` on ``device``, made once for each."""
-        key = ("torch", device)
-        if torch.compiler.is_compiling() and not pattern.has_derived(key):
-            return _made_for_graph(pattern, device)  # type: ignore[no-any-return]
-        made: DevicePattern = pattern.derived(key, lambda: _made_apart(pattern, device))
-        return made
+        if torch.compiler.is_compiling() and not pattern.has_derived(("torch", device)):
+            return _kept_for_graph(pattern, device)  # type: ignore[no-any-return]
+        return _kept(pattern, device)
 
     @classmethod
     def new(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
@@ -53,6 +51,11 @@ class DevicePattern(NamedTuple):
         return CSR(self.indptr, self.indices, None)
 
 
+def _kept(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
+    made: DevicePattern = pattern.derived(("torch", device), lambda: _made_apart(pattern, device))
+    return made
+
+
 def _made_apart(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
     """Return tensors of the pattern's own, made in a thread where no transform or mode is on: they outlive these."""
     with ThreadPoolExecutor(1) as thread:
@@ -60,7 +63,6 @@ def _made_apart(pattern: SparsityPattern, device: torch.device) -> DevicePattern
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _made_for_graph(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
+def _kept_for_graph(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
     """Return what is made of a pattern when ``torch.compile`` meets it first: it does not trace how."""
-    made: DevicePattern = pattern.derived(("torch", device), lambda: _made_apart(pattern, device))
-    return made
+    return _kept(pattern, device)

@@ -132,7 +132,7 @@ def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int)
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz,
         "direct": is_direct(batch, by_batch=True, dtype=dtype), "widest": _width_of_parts(batch, dtype),
-        "many": _sampled_parts(shape, batch, nnz, dtype),
+        "part_count": _sampled_parts(shape, batch, nnz, dtype),
     }  # fmt: skip
     _call(kind, dtype, told, True, 1, dry=True)
 
@@ -246,7 +246,7 @@ def sddmm(
         "left": left, "left_by_batch": left_by_batch, "left_panels": left if direct else left_panels,
         "right": right, "right_by_batch": right_by_batch, "panels": right if direct else right_panels,
         "direct": direct, "out": out, "sums": left_sums, "parts": parts,
-        "many": _sampled_parts(shape, batch, nnz, dtype) if parts else 1,
+        "part_count": _sampled_parts(shape, batch, nnz, dtype) if parts else 1,
     }  # fmt: skip
     slots = _call("sddmm", dtype, told, checked, threads)
     return 0 if direct else int(slots[_SLOT["widest"]])

@@ -48,7 +48,7 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
     Tiles are packed and multiplied group by group, as many as stay in the second cache between the two.
     It returns 0, or, if a task is not compiled yet, 1 more than its entry in the table: compile it, tell all again, and
     call it again. Panels of the right side that are ``packed`` already, in tiles as wide as its own, are read as they are.
-    A sampled product of some tiles has up to ``many`` parts, added up in the end, so that a thread has tiles of its own.
+    A sampled product of some tiles has up to ``part_count`` parts, which are added up last: a thread has tiles of its own.
     """
     with function(module, name, I64, PROGRAM.args) as code:
         told = Arguments(code, code.function.args[0])
@@ -57,8 +57,8 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         chunks, widest = told.number("chunks"), told.number("widest")
         depth, rows, nnz = (told.number(name) for name in ("depth", "rows", "nnz"))
 
-        def run(task: int, parts: Any) -> None:
-            run_task(code, told, task, parts, threads)
+        def run(task: int, pieces: Any) -> None:
+            run_task(code, told, task, pieces, threads)
 
         is_direct = code.icmp_unsigned("!=", told.number("direct"), I64(0))
         is_packed = code.or_(is_direct, code.icmp_unsigned("==", told.number("packed"), widest))
@@ -66,28 +66,28 @@ def emit_program(module: ir.Module, name: str, dtype: str, sizes: list[int], *, 
         # A thread reads its own tiles, or, of a sampled product in one part, all.
         parts, features, readers = I64(1), depth, threads
         if sampled:  # one thread forms the same sums in one part, where each part would be one whole tile
-            most = code.most(told.number("many"), 1)
+            most = code.most(told.number("part_count"), 1)
             is_one = code.icmp_unsigned("==", code.times(code.least(most, tiles), widest), batch)
             is_one = code.and_(is_one, code.less(threads, 2))
             parts = code.select(is_one, I64(1), code.least(most, tiles))
-            told.put("many", parts)
+            told.put("part_count", parts)
             features, readers = code.sum(depth, rows), code.select(code.less(parts, 2), I64(1), threads)
         few = code.most(code.over(_TOGETHER_BYTES, code.times(features, widest, item_bytes)), 1)
         is_whole = is_packed if sampled else code.or_(is_packed, code.less(nnz, code.times(depth, _FEWEST_READ)))
         group = code.select(is_whole, tiles, code.times(few, readers))
         with code.loop(0, tiles, group) as first:
-            many = code.least(group, code.sub(tiles, first))
+            together = code.least(group, code.sub(tiles, first))
             told.put("first", code.times(first, widest))
             with code.if_then(code.not_(is_direct)):
                 with code.if_then(code.not_(is_packed)):
-                    run(PACK_RIGHT, code.times(many, code.rounded_up(depth, STRIP)))
+                    run(PACK_RIGHT, code.times(together, code.rounded_up(depth, STRIP)))
                 if sampled:
-                    run(PACK_LEFT, code.times(many, code.rounded_up(rows, STRIP)))
+                    run(PACK_LEFT, code.times(together, code.rounded_up(rows, STRIP)))
             with code.if_then(code.icmp_unsigned("==", batch, I64(1))):
                 run(VECTOR, chunks)
                 code.ret(I64(0))
             column: Any = code.times(first, widest)
-            end = code.least(code.sum(column, code.times(many, widest)), batch)
+            end = code.least(code.sum(column, code.times(together, widest)), batch)
             for place, width in enumerate(sizes):
                 taken = tile_columns(code, told, column, end, width, sizes)
                 with code.if_then(code.icmp_unsigned("!=", taken, I64(0))):

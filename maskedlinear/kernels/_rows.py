@@ -56,7 +56,7 @@ SLOTS = (
     "rows", "depth", "batch", "nnz", "starts", "across", "order", "values", "right", "right_by_batch",
     "panels", "direct", "left", "left_by_batch", "left_panels", "out", "out_by_batch", "block", "height", "chunks",
     "tasks", "column", "tiles", "widest", "threads", "bias", "parts", "out_right", "packed", "sums", "first",
-    "many", "apart",
+    "part_count", "apart",
 )  # fmt: skip
 
 
@@ -367,7 +367,7 @@ def total_of(code: Emitter, parts: list[Any]) -> Any:
 def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: int, *, checked: bool) -> None:
     """Emit the task that forms the dot products of some rows with what they are connected to, over some tiles.
 
-    And, where that is asked for, the sums of these rows. Every so many tiles, ``many``, belong to one part of the results:
+    And, where that is asked for, the sums of these rows. Tiles ``part_count`` apart belong to one part of the results:
     chunk = tile · chunks + rows, of the first ``apart`` tiles, from which it goes on to those as many further on.
     """
     kind = float_type(dtype)
@@ -381,14 +381,14 @@ def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: in
         first, last = chunk_rows(code, told, code.urem(chunk, chunks))
         for ahead in range(_AHEAD):
             code.put(I64(0), cursors, MOST_ROWS + ahead)
-        begin, many = told.number("column"), told.number("many")
+        begin, part_count = told.number("column"), told.number("part_count")
         end = code.sum(begin, code.times(told.number("tiles"), width))
         start = code.sum(begin, code.times(code.udiv(chunk, chunks), width))
         with code.loop(start, end, code.times(told.number("apart"), width)) as column:
             tile = code.udiv(column, told.number("widest"))
-            out, sums = (_part_of(code, told, slot, code.urem(tile, many), kind) for slot in ("out", "sums"))
+            out, sums = (_part_of(code, told, slot, code.urem(tile, part_count), kind) for slot in ("out", "sums"))
             is_first = code.icmp_unsigned("==", column, code.times(tile, told.number("widest")))
-            is_first = code.and_(is_first, code.less(tile, many))
+            is_first = code.and_(is_first, code.less(tile, part_count))
             right, right_stride = panel_of(code, told, kind, width, column)
             left, left_stride = panel_of(code, told, kind, width, column, "left")
             with code.loop(first, last) as row:
@@ -443,7 +443,10 @@ def add_parts_task(module: ir.Module, name: str, dtype: str, lanes: int) -> None
                 taken = ir.VectorType(kind, lanes) if together > 1 else kind
                 with code.loop(first, last, together) as at:
                     total = code.get(told.pointer(slot), at, taken, kind)
-                    with code.while_loop([I64(1), total], until(code, told.number("many"), 1)) as (state, following):
+                    with code.while_loop([I64(1), total], until(code, told.number("part_count"), 1)) as (
+                        state,
+                        following,
+                    ):
                         further = _part_of(code, told, slot, state[0], kind)
                         following += [code.sum(state[0], 1), code.fadd(state[1], code.get(further, at, taken, kind))]
                     code.put(state[1], told.pointer(slot), at, kind)

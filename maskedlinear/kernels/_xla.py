@@ -384,7 +384,7 @@ def _sddmm(
         "across": frame.data(across), "left": frame.data(left), "left_by_batch": I64(1), "left_panels": left_panels,
         "right": frame.data(right), "right_by_batch": I64(1), "panels": right_panels,
         "direct": _is_direct(code, batch, dtype), "out": frame.data(out), "parts": frame.data(parts),
-        "many": code.sum(code.over(frame.size(parts), code.most(code.sum(nnz, rows), 1)), 1),
+        "part_count": code.sum(code.over(frame.size(parts), code.most(code.sum(nnz, rows), 1)), 1),
     }  # fmt: skip
     conditions = [
         left_has,
