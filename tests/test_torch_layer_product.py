@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from maskedlinear import masks
+from maskedlinear import kernels, masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import SparseLinear, sparse_linear
 from maskedlinear_torch import _compat, _layer_product
@@ -334,3 +334,27 @@ def test_indices_that_were_changed_between_the_passes_are_told_and_none_outlives
     del layer
     assert indices() is None
     assert y.shape == (3, 6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_row_without_gradients_is_multiplied_as_with_them_where_kernels_take_less_time_than_mkl(
+    dtype: torch.dtype,
+) -> None:
+    # 600,000 connections, more than two fifths: with registers of 64 bytes by kernels, bit by bit as in training.
+    layer = SparseLinear(1024, 1024, mask=masks.random((1024, 1024), sparsity=0.4, seed=0), dtype=dtype)
+    x = torch.randn(1, 1024, dtype=dtype)
+    trained = layer(x).detach()
+    with torch.no_grad():
+        infers = layer(x)
+        layer.weight_values.mul_(2)
+        torch.testing.assert_close(layer(x) - layer.bias, 2 * (infers - layer.bias))
+    if kernels.is_available() and kernels.is_row_by_kernel((1024, 1024), layer.weight_values.numel()):
+        assert torch.equal(infers, trained)
+    reference = x.double() @ (layer.weight.detach().double() / 2).T + layer.bias.detach().double()
+    torch.testing.assert_close(infers.double(), reference, rtol=0, atol=1e-4 if dtype is torch.float32 else 1e-12)
+
+
+@pytest.mark.parametrize(("shape", "live"), [((2048, 2048), 0.3), ((512, 512), 0.9), ((64, 32), 1.0)])
+def test_a_row_of_a_sparse_or_a_small_matrix_is_left_to_mkl(shape: tuple[int, int], live: float) -> None:
+    if kernels.is_available():
+        assert not kernels.is_row_by_kernel(shape, int(live * shape[0] * shape[1]))

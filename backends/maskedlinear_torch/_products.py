@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from maskedlinear import kernels
 from maskedlinear_torch import _cpu_kernels, _gpu_products
 from maskedlinear_torch._compat import (
     in_transform,
@@ -85,6 +86,8 @@ class Matrix:
         place, made = values.data_ptr(), self._made
         if made is None or made[0] != place or made[1] is not indices:
             if not values.numel() or values.itemsize < 4 or not values.is_contiguous() or not _has_kernels(x):
+                return None
+            if are_for_kernels(values, x) and kernels.is_row_by_kernel((len(indptr) - 1, x.numel()), values.numel()):
                 return None
             with torch.inference_mode(False), torch.no_grad():  # it outlives the call
                 matrix = _csr(CSR(indptr, indices, None), values.detach(), x.numel())
