@@ -46,6 +46,8 @@ class SparsityPattern:
         TypeError: if indices or ``in_features`` are not whole numbers.
     """
 
+    _derived: dict[Hashable, Any]  # there once something was derived
+
     def __init__(self, indptr: ArrayLike, indices: ArrayLike, in_features: int) -> None:
         self.indptr = _int32("indptr", indptr)
         self.indices = _int32("indices", indices)
@@ -252,9 +254,14 @@ class SparsityPattern:
             kept[key] = make()
         return kept[key]
 
-    def has_derived(self, key: Hashable) -> bool:
-        """Whether :meth:`derived` was called with ``key``."""
-        return key in self.__dict__.get("_derived", {})
+    def derive(self, key: tuple[Hashable, ...], make: Callable[..., Any]) -> bool:
+        """Have :meth:`kept` return ``make(pattern, *key[1:])``: for compilers, which do not trace how that is made."""
+        self.derived(key, lambda: make(self, *key[1:]))
+        return True
+
+    def kept(self, key: tuple[Hashable, ...]) -> Any:
+        """Return what was derived with ``key``."""
+        return self._derived[key]
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what is derived."""

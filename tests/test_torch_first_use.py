@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
+from helpers import python
 from maskedlinear import masks
 from maskedlinear.pattern import SparsityPattern
 from maskedlinear.torch import sparse_linear
@@ -105,3 +106,88 @@ def test_first_used_in_an_exported_program(strict: bool) -> None:
         return made
 
     check(first)
+
+
+@pytest.mark.parametrize("dynamic", [None, True, False])
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("used", [True, False])
+def test_compiled_in_a_transform_for_any_size_and_in_inference_mode(
+    dynamic: bool | None, whole: bool, used: bool
+) -> None:
+    def compiled(of: Callable[..., Any]) -> Callable[..., Any]:
+        torch.compiler.reset()
+        return torch.compile(of, backend="aot_eager", fullgraph=whole, dynamic=dynamic)  # type: ignore[no-any-return]
+
+    def of(pattern: SparsityPattern, values: Tensor) -> None:
+        if used:
+            sparse_linear(X, values, pattern)
+
+    def loss(values: Tensor, x: Tensor, pattern: SparsityPattern) -> Tensor:
+        return sparse_linear(x, values, pattern).square().sum()
+
+    def in_inference_mode(pattern: SparsityPattern, values: Tensor) -> Tensor:
+        of(pattern, values)
+        with torch.inference_mode():
+            made: Tensor = compiled(Layer(pattern, values))(X)
+        return made.clone()
+
+    def of_some_sizes(pattern: SparsityPattern, values: Tensor) -> Tensor:
+        of(pattern, values)
+        program = compiled(Layer(pattern, values))
+        program(X[:2])
+        made: Tensor = program(X).detach()
+        return made
+
+    def of_a_gradient(pattern: SparsityPattern, values: Tensor) -> None:
+        of(pattern, values)
+        for transform in (grad, jacrev, lambda f: lambda values: jvp(f, (values,), (values,))[1]):
+            made = compiled(transform(lambda values: loss(values, X, pattern)))(values)
+            torch.testing.assert_close(made, transform(lambda values: loss(values, X, pattern))(values))
+
+    def of_each_row(pattern: SparsityPattern, values: Tensor) -> None:
+        of(pattern, values)
+        made = compiled(vmap(lambda x: grad(loss)(values, x, pattern)))(X[:, None])
+        torch.testing.assert_close(made, torch.stack([grad(loss)(values, x, pattern) for x in X[:, None]]))
+
+    for first in (in_inference_mode, of_some_sizes, of_a_gradient, of_each_row):
+        check(first)
+
+
+def test_a_compiled_function_takes_any_pattern_that_was_used_and_is_compiled_once() -> None:
+    programs = []
+
+    def backend(program: Any, _: Any) -> Any:
+        programs.append(program)
+        return program
+
+    product = torch.compile(sparse_linear, backend=backend, fullgraph=True)
+    for seed in range(5):
+        pattern = SparsityPattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=seed))
+        values = torch.randn(pattern.nnz)
+        y = sparse_linear(X, values, pattern)
+        torch.testing.assert_close(product(X, values, pattern), y)
+    assert len(programs) == 1
+
+
+def test_made_when_the_main_thread_has_ended_and_at_exit() -> None:
+    program = """
+import atexit, copy, threading, time
+import torch
+from maskedlinear import masks
+from maskedlinear.torch import SparseLinear
+
+def made(seed):
+    layer = SparseLinear(6, 4, mask=masks.random((4, 6), sparsity=0.5, seed=seed))
+    copy.deepcopy(layer).load_state_dict(layer.state_dict())
+    print(layer(torch.ones(2, 6)).shape)
+
+def serve():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    made(0)
+
+threading.Thread(target=serve).start()
+atexit.register(made, 1)
+"""
+    done = python(program)
+    assert done.stdout.count("torch.Size([2, 4])") == 2, done.stderr

@@ -190,6 +190,7 @@ def test_compiled_and_exported():
         torch.testing.assert_close(torch.compile(made, backend="eager", fullgraph=True)(x), expected)
         torch.testing.assert_close(torch.export.export(made, (x,)).module()(x), expected)
         torch.testing.assert_close(torch.fx.symbolic_trace(made[0])(x), made[0](x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(made)(x), expected)  # gradients are on
 
 
 def test_what_cannot_be_packed_is_named():

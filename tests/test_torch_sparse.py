@@ -331,3 +331,18 @@ def test_values_that_are_ordered_first_give_the_same_bits(dtype: torch.dtype, mo
         monkeypatch.setattr(kernels, "is_ordered_first", lambda *_, is_first=is_first: is_first)
         found.append(torch.autograd.grad(sparse_linear(x, values, PATTERN, bias).sum(), (x, values)))
     assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
+def test_a_map_over_nothing_gives_nothing() -> None:
+    pattern = SparsityPattern.from_mask(masks.random((4, 6), sparsity=0.5, seed=0))
+    values, bias = torch.randn(12), torch.randn(4)
+    product = torch.vmap(lambda values, x: sparse_linear(x, values, pattern), (0, 1))
+    assert product(torch.zeros(0, 12), torch.zeros(2, 0, 6)).shape == (0, 2, 4)
+    assert torch.vmap(lambda values: sparse_linear(torch.ones(2, 6), values, pattern))(torch.zeros(0, 12)).shape == (
+        0,
+        2,
+        4,
+    )
+    gradients = torch.func.jacrev(lambda *given: sparse_linear(given[0], given[1], pattern, given[2]), (0, 1, 2))
+    made = gradients(torch.zeros(0, 6), values, bias)
+    assert [one.shape for one in made] == [(0, 4, 0, 6), (0, 4, 12), (0, 4, 4)]

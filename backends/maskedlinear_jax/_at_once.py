@@ -33,7 +33,7 @@ from maskedlinear_jax._compat import (
 from maskedlinear_jax._gpu_products import in_precision, precision
 from maskedlinear_jax._products import DevicePattern
 
-__all__ = ["Alone", "are_at_once", "derivative"]
+__all__ = ["Alone", "are_at_once", "as_program", "derivative"]
 
 
 def are_at_once(values: Array, right: Array, indices: Array) -> bool:
@@ -176,6 +176,20 @@ def _transposed(form: Callable[..., Any], cotangents: Any, given: Any, sides: in
     return made
 
 
+def as_program(primitive: Any, static: tuple[str, ...]) -> Callable[..., Any]:
+    """Return what runs a primitive outside of transforms: compiled on its own, under ``jax.disable_jit`` too.
+
+    What JAX does there for want of a program is to ask the primitive, without end.
+    """
+    program = jax.jit(primitive.bind, static_argnames=static)
+
+    def run(*arrays: Any, **options: Any) -> Any:
+        with jax.disable_jit(False):
+            return program(*arrays, **options)
+
+    return run
+
+
 def _primitive(
     name: str, form: Any, type_of: Any, jvp: Any, transpose: Any, by_kernel: Any, *, is_pair: bool = False
 ) -> Any:
@@ -184,7 +198,7 @@ def _primitive(
         made = Primitive(name)
         made.multiple_results = is_pair
         made.def_abstract_eval(lambda *avals, precision: type_of(*avals))
-        made.def_impl(jax.jit(made.bind, static_argnames=("precision",)))
+        made.def_impl(as_program(made, ("precision",)))
 
         def batch(arguments: Any, dims: Any) -> Any:
             return jax.vmap(form, in_axes=tuple(dims))(*arguments), ((0, 0) if is_pair else 0)

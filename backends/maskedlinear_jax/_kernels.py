@@ -140,6 +140,7 @@ def spmm(values: Array, right: Array, pattern: Any, *, transposed: bool) -> Arra
 def _in_order(values: Array, order: Array) -> Array:
     from maskedlinear.kernels import _xla
 
+    _xla.compile_order(str(values.dtype))
     made = jax.ShapeDtypeStruct(values.shape, values.dtype)
     return jax.ffi.ffi_call(_xla.target("order", str(values.dtype)), made)(values, order)
 

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from maskedlinear_jax import _gpu_products, _kernels, _products
-from maskedlinear_jax._at_once import Alone, are_at_once, derivative
+from maskedlinear_jax._at_once import Alone, are_at_once, as_program, derivative
 from maskedlinear_jax._compat import (
     Primitive,
     ad,
@@ -335,8 +335,7 @@ def primitive(name: str, body: Any, axes_of: Any, jvp: Any, transpose: Any, batc
     try:
         made = Primitive(name)
         made.def_abstract_eval(lambda *avals, precision, **options: result_type(axes_of(*avals, **options), avals))
-        # Outside of transforms: compiled on its own.
-        made.def_impl(jax.jit(made.bind, static_argnames=(*static, "precision")))
+        made.def_impl(as_program(made, (*static, "precision")))
         ad.primitive_jvps[made] = in_precision(jvp)
         ad.primitive_transposes[made] = in_precision(transpose)
         batching.primitive_batchers[made] = in_precision(batch)

@@ -5,7 +5,7 @@ A transform wraps what is made while it is on, and Dynamo traces how it is made:
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from threading import Thread
 from typing import NamedTuple
 
 import torch
@@ -29,9 +29,10 @@ class DevicePattern(NamedTuple):
     @classmethod
     def of(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
         """Return the indices of ``pattern`` on ``device``, made once for each."""
-        if torch.compiler.is_compiling() and not pattern.has_derived(("torch", device)):
-            return _kept_for_graph(pattern, device)  # type: ignore[no-any-return]
-        return _kept(pattern, device)
+        if torch.compiler.is_compiling():
+            pattern.derive(("torch", device), _made_apart)
+            return pattern.kept(("torch", device))  # type: ignore[no-any-return]
+        return pattern.derived(("torch", device), lambda: _made_apart(pattern, device))  # type: ignore[no-any-return]
 
     @classmethod
     def new(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
@@ -51,18 +52,26 @@ class DevicePattern(NamedTuple):
         return CSR(self.indptr, self.indices, None)
 
 
-def _kept(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
-    made: DevicePattern = pattern.derived(("torch", device), lambda: _made_apart(pattern, device))
-    return made
-
-
 def _made_apart(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
     """Return tensors of the pattern's own, made in a thread where no transform or mode is on: they outlive these."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(DevicePattern.new, pattern, device).result()
+    made: list[DevicePattern | BaseException] = []
+
+    def make() -> None:
+        try:
+            made.append(DevicePattern.new(pattern, device))
+        except BaseException as error:
+            made.append(error)
+
+    thread = Thread(target=make)  # no pool, which refuses work once the program's main thread has ended
+    try:
+        thread.start()
+    except RuntimeError:  # as of Python 3.12 threads do, too
+        return DevicePattern.new(pattern, device)
+    thread.join()
+    if isinstance(made[0], BaseException):
+        raise made[0]
+    return made[0]
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _kept_for_graph(pattern: SparsityPattern, device: torch.device) -> DevicePattern:
-    """Return what is made of a pattern when ``torch.compile`` meets it first: it does not trace how."""
-    return _kept(pattern, device)
+# Dynamo calls it when it meets a pattern, whichever that is, and then traces where the tensors lie, not how they are made.
+torch.compiler.assume_constant_result(SparsityPattern.derive)

@@ -33,8 +33,10 @@ def sddmm_gathered(left: Tensor, right: Tensor, csr: CSR) -> Tensor:
 
 
 def _rows(csr: CSR) -> Tensor:
-    counts = csr.starts.diff()
-    return torch.arange(len(counts), dtype=torch.int32, device=counts.device).repeat_interleave(counts)
+    """Return the row of each connection: how many have begun up to it. (``repeat_interleave`` hangs in a forked child.)"""
+    begun = csr.starts[1:-1]
+    counts = csr.across.new_zeros(csr.across.numel() + 1).index_add(0, begun, torch.ones_like(begun))
+    return counts[:-1].cumsum(0, dtype=torch.int32)
 
 
 def _parts(csr: CSR, batch: int) -> list[slice]:

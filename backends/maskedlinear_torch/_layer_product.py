@@ -56,7 +56,7 @@ def belong_together(x: Tensor, values: Tensor, pattern: DevicePattern, in_featur
 
 
 def _nothing_looks_on() -> bool:
-    return nothing_looks_on() and not torch.compiler.is_compiling() and not is_dispatch_mode_on()
+    return not torch.compiler.is_compiling() and nothing_looks_on() and not is_dispatch_mode_on()
 
 
 def layer_product(x: Tensor, values: Tensor, pattern: DevicePattern, bias: Tensor | None) -> Tensor:

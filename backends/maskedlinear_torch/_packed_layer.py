@@ -104,15 +104,15 @@ class PackedLinear(nn.Module):
                 f"{'in training mode' if self.training else 'whose values require them'}: call model.eval(), or "
                 "maskedlinear.torch.unpack(model) to train"
             )
-        if not (grads and input.requires_grad) and (y := self._few_rows(input, values, bias)) is not None:
-            return y
+        if are_ordinary_rows(input, self.in_features) and not (grads and input.requires_grad):
+            y = self._few_rows(input, values, bias)
+            if y is not None:
+                return y
         pattern = (self.indptr, self.indices, self.starts, self.outputs, self.order)
         return _by_rows(input, values, pattern, self.in_features, bias)
 
     def _few_rows(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor | None:
-        """Return y for few rows of x; ``None`` where that is not the way."""
-        if not are_ordinary_rows(x, self.in_features):
-            return None
+        """Return y for few rows of x, ordinary ones; ``None`` where that is not the way."""
         batch, packed = x.numel() // self.in_features if self.in_features else 0, self._packed
         if packed is None or values is not self._source or values._version != self._version:  # or written to since
             return self._matrix.times(x, values, self.indptr, self.indices, bias) if batch == 1 else None

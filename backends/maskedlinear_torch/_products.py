@@ -75,29 +75,40 @@ class Matrix:
     """
 
     def __init__(self) -> None:
-        self._made: tuple[int, Tensor, Tensor] | None = None
+        self._made: tuple[tuple[Any, ...], Tensor, Tensor, Tensor] | None = None
 
     def times(self, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor, bias: Tensor | None) -> Tensor | None:
         """Return y for x with one row, or ``None`` where that is not the way, or something does not belong together."""
         if type(values) not in (torch.nn.Parameter, Tensor) or is_forward_mode():
             return None
-        if _gpu_products.has_triton(x):
+        if _gpu_products.has_triton(x) or (x.is_cpu and kernels.is_forked()):
             return None
-        place, made = values.data_ptr(), self._made
-        if made is None or made[0] != place or made[1] is not indices:
-            if not values.numel() or values.itemsize < 4 or not values.is_contiguous() or not _has_kernels(x):
-                return None
-            if are_for_kernels(values, x) and kernels.is_row_by_kernel((len(indptr) - 1, x.numel()), values.numel()):
-                return None
-            with torch.inference_mode(False), torch.no_grad():  # it outlives the call
-                matrix = _csr(CSR(indptr, indices, None), values.detach(), x.numel())
-            self._made = made = place, indices, matrix
-        vector = x if x.dim() == 1 else x.reshape(-1)
+        if bias is not None and (bias.dim() != 1 or len(bias) != len(indptr) - 1 or not bias.data_ptr()):
+            return None
         try:
-            y = torch.mv(made[2], vector) if bias is None else torch.addmv(bias, made[2], vector)
+            matrix = self._of(x, values, indptr, indices)
+            if matrix is None:
+                return None
+            vector = x if x.dim() == 1 else x.reshape(-1)
+            y = torch.mv(matrix, vector) if bias is None else torch.addmv(bias, matrix, vector)
         except RuntimeError:  # torch refuses what does not belong together; the checks say it better
             return None
         return y if x.dim() == 1 else y.view(*x.shape[:-1], len(y)).data  # no view, which could not be written to
+
+    def _of(self, x: Tensor, values: Tensor, indptr: Tensor, indices: Tensor) -> Tensor | None:
+        """Return the matrix, made anew if values lie elsewhere or otherwise, or an index was written to."""
+        lies = len(values), values.is_contiguous(), values.is_neg(), values.data_ptr()
+        seen, made = (lies, indptr._version, indices._version), self._made
+        if made is not None and made[0] == seen and made[1] is indptr and made[2] is indices:
+            return made[3]
+        if lies[:3] != (len(indices), True, False) or not lies[3] or values.itemsize < 4 or not _has_kernels(x):
+            return None
+        if are_for_kernels(values, x) and kernels.is_row_by_kernel((len(indptr) - 1, x.numel()), len(values)):
+            return None
+        with torch.inference_mode(False), torch.no_grad():  # it outlives the call
+            matrix = _csr(CSR(indptr, indices, None), values.detach(), x.numel())
+        self._made = seen, indptr, indices, matrix
+        return matrix
 
     def __deepcopy__(self, _: Any) -> Matrix:
         """A copied layer makes its own."""
@@ -265,8 +276,8 @@ def _is_on_gpu(tensor: Tensor) -> bool:
 
 
 def _has_kernels(*operands: Tensor) -> bool:
-    """Whether torch multiplies compressed rows of these: on the CPU only where it is built with MKL, and no batches."""
-    there = operands[0].device.type == "cuda" or torch.backends.mkl.is_available()
+    """Whether torch multiplies compressed rows of these: on the CPU by MKL, whose threads no fork has, and no batches."""
+    there = operands[0].device.type == "cuda" or (torch.backends.mkl.is_available() and not kernels.is_forked())
     return there and not any(is_grads_batched(operand) for operand in operands)
 
 
@@ -276,7 +287,18 @@ def _no_autocast(kind: str) -> AbstractContextManager[Any]:
 
 
 def _csr(csr: CSR, values: Tensor, depth: int) -> Tensor:
-    return torch.sparse_csr_tensor(csr.starts, csr.across, values, (len(csr.starts) - 1, depth), check_invariants=False)
+    """Return compressed rows of torch's, whose indices it looks at if somebody has written to them: a pattern's are right.
+
+    Raises:
+        RuntimeError: if they are not.
+    """
+    shape, is_edited = (len(csr.starts) - 1, depth), _edits(csr.starts) or _edits(csr.across)
+    return torch.sparse_csr_tensor(csr.starts, csr.across, values, shape, check_invariants=bool(is_edited))
+
+
+def _edits(indices: Tensor) -> int:
+    """Return how many times a tensor was written to since it was made, as far as torch counts that."""
+    return 0 if indices.is_inference() else indices._version
 
 
 def _silence() -> None:
@@ -342,7 +364,8 @@ class _Spmm(torch.autograd.Function):
             spmm(values.select(dims[0], i), right if dims[1] is None else right.select(dims[1], i), pattern, transposed)
             for i in range(info.batch_size)
         ]
-        return torch.stack(one_by_one), 0
+        columns = (right if dims[1] is None else right.movedim(dims[1], 0)).shape[-1]
+        return _stacked(one_by_one, right, len(pattern.csr(transposed).starts) - 1, columns), 0
 
 
 class _Sddmm(torch.autograd.Function):
@@ -382,7 +405,12 @@ class _Sddmm(torch.autograd.Function):
             )
             for i in range(info.batch_size)
         ]
-        return torch.stack(one_by_one), 0
+        return _stacked(one_by_one, right, len(rest[1])), 0
+
+
+def _stacked(products: list[Tensor], like: Tensor, *shape: int) -> Tensor:
+    """Return products side by side, also of none."""
+    return torch.stack(products) if products else like.new_zeros(0, *shape)
 
 
 # torch asks for the signature of a forward at every call, which takes longer than the call if it must be found each time.

@@ -15,6 +15,8 @@ from functools import cache
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
+from maskedlinear.kernels._forked import is_forked
+
 if TYPE_CHECKING:
     from maskedlinear.kernels._calls import (
         are_gradients_at_once,
@@ -61,6 +63,7 @@ __all__ = [
     "info",
     "is_available",
     "is_direct",
+    "is_forked",
     "is_ordered_first",
     "is_row_by_kernel",
     "list_mask",

@@ -140,13 +140,16 @@ def _call(kind: str, dtype: str, told: dict[str, int], checked: bool, threads: i
 
 
 def prepare(kind: str, dtype: str, shape: tuple[int, int], batch: int, nnz: int) -> None:
-    """Compile what a product of matrices by batch runs, with checks: its program is gone through, and nothing multiplied."""
+    """Compile what a product of matrices by batch runs, with checks: its program is gone through, and nothing multiplied.
+
+    For two threads: more run the same tasks, and one runs none that two do not.
+    """
     told = {
         "rows": shape[0], "depth": shape[1], "batch": batch, "nnz": nnz,
         "direct": is_direct(batch, by_batch=True, dtype=dtype), "widest": _width_of_parts(batch, dtype),
         "part_count": _sampled_parts(shape, batch, nnz, dtype),
     }  # fmt: skip
-    _call(kind, dtype, told, True, 1, dry=True)
+    _call(kind, dtype, told, True, 2, dry=True)
 
 
 def spmm(

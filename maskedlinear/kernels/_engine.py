@@ -6,6 +6,7 @@ child that was forked has it too.
 
 from __future__ import annotations
 
+import os
 import platform
 import threading
 import time
@@ -21,6 +22,8 @@ from maskedlinear.kernels._emit import HALF_TYPES, wide
 __all__ = ["Host", "address", "compiled", "host", "machine_code"]
 
 _lock = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child has no thread that would finish what another one is compiling
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _made: dict[tuple[Any, ...], int] = {}
 _engines: list[Any] = []  # what holds the code
 compiled: dict[str, float] = {}  # seconds that each kernel took
@@ -148,7 +151,8 @@ def machine_code(module: ir.Module, *, is_hot: bool = True) -> Any:
     machine = target.create_target_machine(
         opt=2 if is_hot else 0, cpu=host().processor, features=host().features, jit=True
     )
-    engine = llvm.create_mcjit_compiler(parsed, machine)
-    engine.finalize_object()
-    _engines.append(engine)
+    with _lock:  # which a fork waits for
+        engine = llvm.create_mcjit_compiler(parsed, machine)
+        engine.finalize_object()
+        _engines.append(engine)
     return engine

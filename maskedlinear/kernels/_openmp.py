@@ -8,21 +8,12 @@ import sys
 from pathlib import Path
 
 from maskedlinear.kernels import _engine
+from maskedlinear.kernels._forked import is_forked
 
 __all__ = ["library", "pool"]
 
 _found: dict[str, tuple[str, int]] = {}  # "torch", PyTorch's, or "other"
-_forked = False
 _looked = -1  # how many modules there were when the library was looked for
-
-
-def _after_fork() -> None:
-    global _forked  # the threads of a pool stay behind in the parent, and OpenMP would wait for them
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def library() -> tuple[str, int]:
@@ -58,5 +49,5 @@ def _loaded() -> list[str]:
 
 def pool() -> tuple[int, int]:
     """Return what runs a task in parallel, and the pool that it is told."""
-    parallel = 0 if _forked else library()[1]
+    parallel = 0 if is_forked() else library()[1]
     return _engine.address("openmp" if parallel else "serial"), parallel

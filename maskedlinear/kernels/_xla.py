@@ -469,10 +469,15 @@ def _compile(product: int, task: int) -> int:
 _compile_missing = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64)(_compile)
 
 
+def compile_order(dtype: str) -> None:
+    """Compile what brings values of a dtype into order, and enter it where its handler looks."""
+    _orders[_DTYPES.index(dtype)] = _engine.address("order", dtype)
+
+
 def _compile_order_of(place: int) -> int:
     """Compile what brings values of a dtype into order; return whether that failed."""
     try:
-        _orders[place] = _engine.address("order", _DTYPES[place])
+        compile_order(_DTYPES[place])
     except Exception:  # there is nobody here to raise it to: the handler tells XLA
         return 1
     return 0
