@@ -80,8 +80,8 @@ def cases(chosen: tuple[str, ...] = SETS) -> list[Case]:
             Case("layers", 11876, 2233, 128, 46_939),
             Case("layers", 768, 3072, 1, 235_930),
         ],
-        "density": [square("density", 4096, 32, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)]
-        + [square("density", 2048, 256, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5)],
+        "density": [square("density", 4096, 32, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7)]
+        + [square("density", 2048, 256, d) for d in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.5, 0.7)],
         "batch": [square("batch", 2048, batch, 0.03) for batch in (1, 4, 16, 64, 256, 1024)],
         "width": [square("width", width, 32, 0.01) for width in (256, 512, 1024, 2048, 4096, 8192, 16384)],
         "choice": _drawn(_CHOICES),

@@ -97,7 +97,11 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
         tensors += [p.grad for p in layer.parameters() if p.grad is not None]
         tensors += [part for state in optimizer.state.values() for part in state.values()]
         dormant = layer.dormant if isinstance(layer, MaskedLinear) else None
-        found[name] = sum(t.nbytes for t in tensors) + (0 if dormant is None else dormant.nbytes)
+        indices = 0
+        if isinstance(layer, SparseLinear):  # in the pattern, and as tensors
+            placed = (layer.indptr, layer.indices, layer.starts, layer.outputs, layer.order)
+            indices = layer.pattern.nbytes + layer.pattern.rows.nbytes + sum(t.nbytes for t in placed)
+        found[name] = sum(t.nbytes for t in tensors) + indices + (0 if dormant is None else dormant.nbytes)
     return found
 
 
