@@ -94,7 +94,7 @@ class SparsityPattern:
     @cached_property
     def rows(self) -> Int32:
         """The output of each connection, shape ``(nnz,)``."""
-        return _frozen(np.repeat(np.arange(self.shape[0], dtype=np.int32), np.diff(self.indptr)))
+        return _frozen(_rows_of(self.indptr))
 
     @cached_property
     def csc(self) -> tuple[Int32, Int32, Int32]:
@@ -105,7 +105,9 @@ class SparsityPattern:
         order = _stable_order(self.indices, self.shape[1])
         starts = np.zeros(self.shape[1] + 1, np.int32)
         np.cumsum(np.bincount(self.indices, minlength=self.shape[1]), out=starts[1:])
-        return _frozen(starts), _frozen(self.rows[order]), _frozen(order)
+        rows = vars(self).get("rows")  # not kept for this alone
+        rows = _rows_of(self.indptr) if rows is None else rows
+        return _frozen(starts), _frozen(rows[order]), _frozen(order)
 
     @classmethod
     def full(cls, shape: tuple[int, int]) -> Self:
@@ -327,6 +329,10 @@ class SparsityPattern:
         """Say the shape and the number of connections."""
         out, in_ = self.shape
         return f"SparsityPattern({in_} -> {out}, {self.nnz} connections, sparsity={self.sparsity:.4g})"
+
+
+def _rows_of(indptr: Int32) -> Int32:
+    return np.repeat(np.arange(len(indptr) - 1, dtype=np.int32), np.diff(indptr))
 
 
 def _frozen(array: Int32) -> Int32:

@@ -198,3 +198,13 @@ def test_the_places_of_connections_in_another_pattern(rng: np.random.Generator) 
     none = SparsityPattern.from_mask(np.zeros((6, 9), bool))
     assert (one.places_in(none) == -1).all()
     assert none.places_in(one).shape == (0,)
+
+
+def test_the_transposed_pattern_keeps_no_rows() -> None:
+    pattern = SparsityPattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=0))
+    before = pattern.csc
+    assert "rows" not in vars(pattern)  # four bytes a connection, of which a layer would keep 40
+    again = SparsityPattern.from_mask(pattern.to_mask())
+    assert len(again.rows) == 15
+    for one, other in zip(before, again.csc, strict=True):
+        np.testing.assert_array_equal(one, other)

@@ -100,7 +100,7 @@ def kept(case: Case, device: str = "cpu") -> dict[str, int]:
         indices = 0
         if isinstance(layer, SparseLinear):  # in the pattern, and as tensors
             placed = (layer.indptr, layer.indices, layer.starts, layer.outputs, layer.order)
-            indices = layer.pattern.nbytes + layer.pattern.rows.nbytes + sum(t.nbytes for t in placed)
+            indices = layer.pattern.nbytes + sum(t.nbytes for t in placed)
         found[name] = sum(t.nbytes for t in tensors) + indices + (0 if dormant is None else dormant.nbytes)
     return found
 
