@@ -105,9 +105,7 @@ class SparsityPattern:
         order = _stable_order(self.indices, self.shape[1])
         starts = np.zeros(self.shape[1] + 1, np.int32)
         np.cumsum(np.bincount(self.indices, minlength=self.shape[1]), out=starts[1:])
-        rows = vars(self).get("rows")  # not kept for this alone
-        rows = _rows_of(self.indptr) if rows is None else rows
-        return _frozen(starts), _frozen(rows[order]), _frozen(order)
+        return _frozen(starts), _frozen(_rows_of(self.indptr)[order]), _frozen(order)  # whose rows are not kept
 
     @classmethod
     def full(cls, shape: tuple[int, int]) -> Self:
@@ -249,20 +247,18 @@ class SparsityPattern:
             for part, (first, end) in enumerate(pairwise(cuts))
         ]
 
-    def derived(self, key: Hashable, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` gave when it was first called with ``key``: what a framework derives of the pattern."""
+    def derive(self, key: tuple[Hashable, ...], make: Callable[..., Any]) -> bool:
+        """Have :meth:`derived` return ``make(pattern, *key[1:])``, made the first time; ``key[0]`` names a framework.
+
+        Apart from :meth:`derived`, so that a compiler calls it, and does not trace how that is made.
+        """
         kept: dict[Hashable, Any] = self.__dict__.setdefault("_derived", {})
         if key not in kept:
-            kept[key] = make()
-        return kept[key]
-
-    def derive(self, key: tuple[Hashable, ...], make: Callable[..., Any]) -> bool:
-        """Have :meth:`kept` return ``make(pattern, *key[1:])``: for compilers, which do not trace how that is made."""
-        self.derived(key, lambda: make(self, *key[1:]))
+            kept[key] = make(self, *key[1:])
         return True
 
-    def kept(self, key: tuple[Hashable, ...]) -> Any:
-        """Return what was derived with ``key``."""
+    def derived(self, key: tuple[Hashable, ...]) -> Any:
+        """Return what :meth:`derive` keeps."""
         return self._derived[key]
 
     def __getstate__(self) -> dict[str, Any]:

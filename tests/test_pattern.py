@@ -165,10 +165,13 @@ def test_more_connections_than_int32_counts_are_refused_before_any_is_looked_at(
 
 def test_patterns_compare_and_pickle_without_what_is_derived_of_them() -> None:
     pattern = SparsityPattern.from_mask(masks.random((6, 5), sparsity=0.5))
-    assert pattern.derived("key", lambda: 1) == pattern.derived("key", lambda: 2) == 1
+    made = [pattern.derive(("framework", 1), lambda _, one, more=more: one + more) for more in (0, 1)]
+    assert all(made)
+    assert pattern.derived(("framework", 1)) == 1  # made the first time
     copy = pickle.loads(pickle.dumps(pattern))
     assert copy == pattern
-    assert copy.derived("key", lambda: 3) == 3
+    assert copy.derive(("framework", 1), lambda _, one: one + 2)
+    assert copy.derived(("framework", 1)) == 3
     assert pattern != SparsityPattern.from_mask(masks.random((6, 5), sparsity=0.5, seed=1))
     assert pattern != "pattern"
     assert repr(pattern) == "SparsityPattern(5 -> 6, 15 connections, sparsity=0.5)"

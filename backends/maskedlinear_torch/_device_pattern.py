@@ -29,10 +29,8 @@ class DevicePattern(NamedTuple):
     @classmethod
     def of(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:
         """Return the indices of ``pattern`` on ``device``, made once for each."""
-        if torch.compiler.is_compiling():
-            pattern.derive(("torch", device), _made_apart)
-            return pattern.kept(("torch", device))  # type: ignore[no-any-return]
-        return pattern.derived(("torch", device), lambda: _made_apart(pattern, device))  # type: ignore[no-any-return]
+        pattern.derive(("torch", device), _made_apart)
+        return pattern.derived(("torch", device))  # type: ignore[no-any-return]
 
     @classmethod
     def new(cls, pattern: SparsityPattern, device: torch.device) -> DevicePattern:

@@ -125,6 +125,7 @@ class Info:
         processor: LLVM's name of the processor.
         register_bytes: the bytes of the registers that are used: 64 with AVX-512, 32 with AVX2, 16 with NEON.
         pool: the file of the OpenMP library whose threads PyTorch's products use; empty if none is loaded.
+        left_to_mkl: of which matrices such a row of PyTorch's is MKL's; empty if of all.
         refused: why a framework does not call them, though they are there.
         packed: how numbers are picked for what is packed, "avx512" or "avx2"; empty if nothing is packed on this machine.
         compiled: milliseconds that each kernel of this process took to compile, by kind, dtype and width of its tile.
@@ -136,6 +137,7 @@ class Info:
     processor: str = ""
     register_bytes: int = 0
     pool: str = ""
+    left_to_mkl: str = ""
     refused: tuple[str, ...] = ()
     packed: str = ""
     compiled: tuple[tuple[str, float], ...] = ()
@@ -147,7 +149,7 @@ class Info:
         lines = [
             f"CPU kernels: by rows, in tiles of registers of {self.register_bytes} bytes, for every pattern and batch",
             "but for a float32 or float64 row of x through PyTorch's SparseLinear without gradients: MKL where it is there,"
-            + (" of less than 40 % live or 524,288 connections" if self.register_bytes == 64 else ""),
+            + (f" of {self.left_to_mkl}" if self.left_to_mkl else ""),
             f"compiled by: {self.llvm} for {self.processor}",
             f"threads: PyTorch's own ({pool}); in JAX XLA's own",
         ]
@@ -168,7 +170,7 @@ def info() -> Info:
         return Info(available=False, why_not=_reason())
     import llvmlite.binding
 
-    from maskedlinear.kernels import _engine, _openmp
+    from maskedlinear.kernels import _calls, _engine, _openmp
 
     llvm = ".".join(str(part) for part in llvmlite.binding.llvm_version_info)
     host = _engine.host()
@@ -178,6 +180,7 @@ def info() -> Info:
         processor=host.processor,
         register_bytes=host.register_bytes,
         pool=_openmp.library()[0],
+        left_to_mkl=_calls.left_to_mkl(),
         refused=tuple(f"{name}, because of this: {why}" for name, why in refused.items()),
         packed=getattr(host.way, "instruction", ""),
         compiled=tuple((kind, 1000 * seconds) for kind, seconds in _engine.compiled.items()),

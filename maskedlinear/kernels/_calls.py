@@ -19,6 +19,7 @@ __all__ = [
     "is_direct",
     "is_ordered_first",
     "is_row_by_kernel",
+    "left_to_mkl",
     "list_mask",
     "order_values",
     "panel_numbers",
@@ -69,15 +70,23 @@ def is_ordered_first(nnz: int, batch: int, dtype: str) -> bool:
     return batch >= _FEWEST_ORDERED and nnz * item_bytes(dtype) >= _ORDERED_FIRST
 
 
-# The part of a row of W and the connections from which on a vector meets most of them in windows of x, and all of them by
-# more work than a call takes: then in 0.6 to 1.0 of MKL's time, which knows no windows, and whose calls take 12 us less.
+# Where so much of W is live, most connections of a row lie in windows of x; and so many save more than a call costs, which
+# is 12 us above that of MKL: 0.6 to 1.0 of its time.
 _ROW_LIVE, _ROW_CONNECTIONS = 0.4, 1 << 19
 
 
 def is_row_by_kernel(shape: tuple[int, int], nnz: int) -> bool:
     """Whether :func:`spmm` of one float32 or float64 vector takes less time than MKL with a matrix that was made before."""
-    has_windows = _engine.host().register_bytes == 64
-    return has_windows and nnz >= _ROW_CONNECTIONS and nnz >= _ROW_LIVE * shape[0] * shape[1]
+    return _has_windows() and nnz >= _ROW_CONNECTIONS and nnz >= _ROW_LIVE * shape[0] * shape[1]
+
+
+def left_to_mkl() -> str:
+    """Say for which matrices :func:`is_row_by_kernel` is false; nothing if for all."""
+    return f"less than {_ROW_LIVE:.0%} live or {_ROW_CONNECTIONS:,} connections" if _has_windows() else ""
+
+
+def _has_windows() -> bool:
+    return _engine.host().register_bytes == 64
 
 
 def panel_numbers(features: int, batch: int, dtype: str) -> int:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import llvmlite.binding as llvm
 from llvmlite import ir
 
-from maskedlinear.kernels import _gradients, _mask, _panels, _permute, _pool, _programs, _rows, _vectors
+from maskedlinear.kernels import _gradients, _mask, _panels, _permute, _pool, _programs, _rows, _sampled, _vectors
 from maskedlinear.kernels._emit import HALF_TYPES, wide
 
 __all__ = ["Host", "address", "compiled", "host", "machine_code"]
@@ -119,11 +119,11 @@ def _compile(kind: str, dtype: str, width: int, checked: bool) -> None:
         write = address("write_panel", wide(dtype))
         _rows.spmm_task(module, kind, shape, dtype, width, write, checked=checked, ordered=kind == "spmm_ordered")
     elif kind == "sddmm":
-        _rows.sddmm_task(module, kind, shape, dtype, width, checked=checked)
+        _sampled.sddmm_task(module, kind, shape, dtype, width, checked=checked)
     elif kind == "gradients":
         _gradients.gradients_task(module, kind, shape, dtype, width, checked=checked)
     elif kind == "sddmm_parts":
-        _rows.add_parts_task(module, kind, dtype, shape.lanes)
+        _sampled.add_parts_task(module, kind, dtype, shape.lanes)
     elif kind == "gradients_parts":
         smallest, write = _rows.widths(shape, dtype)[-1], address("write_panel", wide(dtype))
         _gradients.add_parts_task(module, kind, dtype, smallest, shape.lanes, write)

@@ -14,7 +14,8 @@ from llvmlite import ir
 from maskedlinear.kernels._emit import I64, PTR, Emitter, function
 from maskedlinear.kernels._panels import STRIP
 from maskedlinear.kernels._pool import PARALLEL
-from maskedlinear.kernels._rows import ADDED_AT_ONCE, MOST_ROWS, Arguments, tile_columns
+from maskedlinear.kernels._rows import MOST_ROWS, Arguments, tile_columns
+from maskedlinear.kernels._sampled import ADDED_AT_ONCE
 
 __all__ = ["ADD_PARTS", "GRAIN", "PACK_LEFT", "PACK_RIGHT", "PROGRAM", "VECTOR", "WIDTHS", "emit_program", "run_task"]
 

@@ -18,7 +18,7 @@ from maskedlinear.kernels._emit import HALF_TYPES, I32, I64, PTR, Emitter, float
 from maskedlinear.kernels._panels import COPY, STRIP
 
 __all__ = [
-    "ADDED_AT_ONCE",
+    "AHEAD",
     "CHAINS",
     "MOST_ROWS",
     "ORDERED_AT_ONCE",
@@ -27,13 +27,13 @@ __all__ = [
     "Connections",
     "Pattern",
     "Shape",
-    "add_parts_task",
     "chunk_rows",
     "dots_of",
+    "line_of",
     "order_task",
     "pack_task",
     "panel_of",
-    "sddmm_task",
+    "rows_by_blocks",
     "spmm_task",
     "sums_of",
     "tile_columns",
@@ -45,11 +45,10 @@ __all__ = [
 CHAINS = 8  # sums that are added to at once, so that none waits for its last addition
 _GROUP = 4  # connections from which on a look at all their indices at once takes less time than one at each
 # Rows ahead of which indices and values are fetched: of a block, each row has a few, far from the next row's.
-_AHEAD = 2
+AHEAD = 2
 _LINES = 3  # of the cache that are fetched
 MOST_ROWS = 256  # of a chunk at most: with 128 sampled products took 5 % longer
 ORDERED_AT_ONCE = 1 << 16  # values that a thread brings into order at a time
-ADDED_AT_ONCE = 1 << 13  # numbers of parts that a thread adds up at a time
 
 # What a task is told, as numbers of 64 bits: pointers, sizes, flags.
 SLOTS = (
@@ -244,7 +243,7 @@ def spmm_task(
     vector = ir.VectorType(kind, min(shape.lanes, width))
     count = width // vector.count
     with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + _AHEAD)
+        tile, cursors = code.room(kind, MOST_ROWS * width), code.room(I64, MOST_ROWS + AHEAD)
         told = Arguments(code, code.function.args[0])
         pattern = Pattern(code, told, dtype, checked=checked, ordered=ordered)
         chunks, height = told.number("chunks"), code.function.args[1]
@@ -252,7 +251,7 @@ def spmm_task(
         column = code.sum(told.number("column"), code.times(code.udiv(height, chunks), width))
         panel, stride = panel_of(code, told, kind, width, column)
         zero = ir.Constant(vector, [0.0] * vector.count)
-        for ahead in range(_AHEAD):
+        for ahead in range(AHEAD):
             code.put(I64(0), cursors, MOST_ROWS + ahead)
         with code.loop(first, last) as row:
             at = code.sub(row, first)
@@ -261,17 +260,17 @@ def spmm_task(
                 code.put(zero, tile, code.sum(code.times(at, width), k * vector.count), kind)
 
         def add(sums: list[Any], connection: Any, across: Any, *, is_known: bool) -> list[Any]:
-            source = _line_of(code, panel, across, stride, kind, count)
+            source = line_of(code, panel, across, stride, kind, count)
             value = code.spread(pattern.value(connection, is_known=is_known), vector)
             numbers = [code.get(source, k * vector.count, vector, kind) for k in range(count)]
             return [code.multiply_add(value, *pair) for pair in zip(numbers, sums, strict=True)]
 
-        for row, bound in _rows_by_blocks(code, told, first, last):
+        for row, bound in rows_by_blocks(code, told, first, last):
             at = code.sub(row, first)
             mine = code.times(at, width)
             sums = [code.get(tile, code.sum(mine, k * vector.count), vector, kind) for k in range(count)]
             place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-            pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64))
+            pattern.fetch(code.get(cursors, code.sum(at, AHEAD), I64))
             for together in sorted({max(1, CHAINS // count), 1}, reverse=True):
                 others = [zero] * (count * (together - 1))
                 loop = Connections(code, pattern, together, end, bound)
@@ -312,13 +311,13 @@ def _in_room(code: Emitter, told: Arguments, column: Any, side: str) -> Any:
     return code.sub(column, told.number("first")) if side == "right" else column
 
 
-def _line_of(code: Emitter, panel: Any, feature: Any, stride: Any, kind: Any, registers: int) -> Any:
+def line_of(code: Emitter, panel: Any, feature: Any, stride: Any, kind: Any, registers: int) -> Any:
     """Return where a feature's numbers lie in a panel, of which as many ``registers`` are read."""
     line = code.place(panel, code.times(feature, stride), kind)
     return code.in_register(line) if registers > 1 else line
 
 
-def _rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> Iterator[tuple[Any, Any]]:
+def rows_by_blocks(code: Emitter, told: Arguments, first: Any, last: Any) -> Iterator[tuple[Any, Any]]:
     """Give each row of a chunk, block by block, and the column that is behind the block; behind the last is none."""
     block, depth = told.number("block"), told.number("depth")
     with code.loop(0, depth, block) as beginning:
@@ -362,94 +361,6 @@ def total_of(code: Emitter, parts: list[Any]) -> Any:
     while len(parts) > 1:
         parts = [code.fadd(*parts[at : at + 2]) for at in range(0, len(parts), 2)]
     return parts[0]
-
-
-def sddmm_task(module: ir.Module, name: str, shape: Shape, dtype: str, width: int, *, checked: bool) -> None:
-    """Emit the task that forms the dot products of some rows with what they are connected to, over some tiles.
-
-    And, where that is asked for, the sums of these rows. Tiles ``part_count`` apart belong to one part of the results:
-    chunk = tile · chunks + rows, of the first ``apart`` tiles, from which it goes on to those as many further on.
-    """
-    kind = float_type(dtype)
-    vector = ir.VectorType(kind, min(shape.lanes, width))
-    count = width // vector.count
-    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        cursors = code.room(I64, MOST_ROWS + _AHEAD)
-        told = Arguments(code, code.function.args[0])
-        pattern = Pattern(code, told, dtype, checked=checked)
-        chunk, chunks = code.function.args[1], told.number("chunks")
-        first, last = chunk_rows(code, told, code.urem(chunk, chunks))
-        for ahead in range(_AHEAD):
-            code.put(I64(0), cursors, MOST_ROWS + ahead)
-        begin, part_count = told.number("column"), told.number("part_count")
-        end = code.sum(begin, code.times(told.number("tiles"), width))
-        start = code.sum(begin, code.times(code.udiv(chunk, chunks), width))
-        with code.loop(start, end, code.times(told.number("apart"), width)) as column:
-            tile = code.udiv(column, told.number("widest"))
-            out, sums = (_part_of(code, told, slot, code.urem(tile, part_count), kind) for slot in ("out", "sums"))
-            is_first = code.icmp_unsigned("==", column, code.times(tile, told.number("widest")))
-            is_first = code.and_(is_first, code.less(tile, part_count))
-            right, right_stride = panel_of(code, told, kind, width, column)
-            left, left_stride = panel_of(code, told, kind, width, column, "left")
-            with code.loop(first, last) as row:
-                code.put(pattern.start(row), cursors, code.sub(row, first))
-            with code.if_then(told.flag("sums")), code.loop(first, last) as row:
-                line = code.place(left, code.times(row, left_stride), kind)
-                parts = [code.get(line, k * vector.count, vector, kind) for k in range(count)]
-                before = code.select(is_first, ir.Constant(kind, 0.0), code.get(sums, row, kind))
-                code.put(code.fadd(before, sums_of(code, [total_of(code, parts)], kind)), sums, row, kind)
-            for row, bound in _rows_by_blocks(code, told, first, last):
-                at, line = code.sub(row, first), code.place(left, code.times(row, left_stride), kind)
-                place, end = code.get(cursors, at, I64), pattern.start(code.sum(row, 1))
-                pattern.fetch(code.get(cursors, code.sum(at, _AHEAD), I64), out)
-                for together in (CHAINS, 1):
-                    loop = Connections(code, pattern, together, end, bound)
-                    with loop.over([place]) as (carried, following):
-                        following.append(code.sum(carried[0], together))
-                        columns = loop.columns(carried[0])
-                        sources = [_line_of(code, right, across, right_stride, kind, count) for across in columns]
-                        dots = dots_of(code, line, sources, vector, count)
-                        found = sums_of(code, dots, kind)
-                        before = code.get(out, carried[0], found.type, kind)
-                        before = code.select(is_first, ir.Constant(found.type, None), before)
-                        code.put(code.fadd(before, found), out, carried[0], kind)
-                    place = carried[0]
-                code.put(place, cursors, at)
-
-
-def _part_of(code: Emitter, told: Arguments, slot: str, part: Any, kind: Any) -> Any:
-    """Return where a part of a sampled product lies, "out", or of the "sums" of rows: the first where all of it will be."""
-    nnz = told.number("nnz")
-    start = code.times(code.sub(part, I64(1)), code.sum(nnz, told.number("rows")))
-    further = code.place(told.pointer("parts"), code.sum(start, nnz if slot == "sums" else 0), kind)
-    return code.select(code.icmp_unsigned("==", part, I64(0)), told.pointer(slot), further)
-
-
-def add_parts_task(module: ir.Module, name: str, dtype: str, lanes: int) -> None:
-    """Emit the task that adds further parts of a sampled product, and of the sums of rows, to the first: a chunk of them."""
-    kind = float_type(dtype)
-    with function(module, name, ir.VoidType(), [PTR, I64]) as code:
-        told = Arguments(code, code.function.args[0])
-        begin = code.times(code.function.args[1], ADDED_AT_ONCE)
-        end, nnz = code.sum(begin, ADDED_AT_ONCE), told.number("nnz")
-        of_sums = code.select(told.flag("sums"), told.number("rows"), I64(0))
-        for slot, count, before in (("out", nnz, 0), ("sums", of_sums, nnz)):
-            behind = code.sum(count, before)
-            start, stop = (
-                code.sub(code.most(code.least(at, behind), before), code.number(before)) for at in (begin, end)
-            )
-            whole = code.sub(stop, code.urem(code.sub(stop, start), I64(lanes)))
-            for first, last, together in ((start, whole, lanes), (whole, stop, 1)):
-                taken = ir.VectorType(kind, lanes) if together > 1 else kind
-                with code.loop(first, last, together) as at:
-                    total = code.get(told.pointer(slot), at, taken, kind)
-                    with code.while_loop([I64(1), total], until(code, told.number("part_count"), 1)) as (
-                        state,
-                        following,
-                    ):
-                        further = _part_of(code, told, slot, state[0], kind)
-                        following += [code.sum(state[0], 1), code.fadd(state[1], code.get(further, at, taken, kind))]
-                    code.put(state[1], told.pointer(slot), at, kind)
 
 
 def dots_of(code: Emitter, line: Any, sources: list[Any], vector: Any, count: int) -> list[Any]:
